@@ -1,0 +1,32 @@
+"""Typed configuration: dataclasses with their rules, and how YAML and overrides become one."""
+
+from megatron_most.config.load import dump_config, load_config
+from megatron_most.config.model import AttentionConfig, ExpertGroupConfig, ModelConfig, MoEConfig, RopeConfig
+from megatron_most.config.run import (
+    CheckpointConfig,
+    DataConfig,
+    DatasetConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "AttentionConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "DatasetConfig",
+    "ExpertGroupConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "MoEConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RopeConfig",
+    "RunConfig",
+    "TrainingConfig",
+    "dump_config",
+    "load_config",
+]

@@ -1,0 +1,256 @@
+"""One training run: everything a command needs, with the rules that join its sections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron_most.config.model import ModelConfig
+from megatron_most.config.rules import require, require_not_negative, require_one_of, require_positive
+from megatron_most.errors import ConfigError
+from megatron_most.vocab import VocabLayout
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is split over ranks, in Megatron's words. Data parallelism takes what is left."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
+
+    def __post_init__(self) -> None:
+        sizes = (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "context_parallel_size",
+            "expert_model_parallel_size",
+        )
+        require_positive("parallel", self, sizes)
+        if self.expert_tensor_parallel_size is not None:
+            require_positive("parallel", self, ("expert_tensor_parallel_size",))
+        if self.virtual_pipeline_model_parallel_size is not None:
+            require(
+                self.virtual_pipeline_model_parallel_size > 1,
+                "parallel.virtual_pipeline_model_parallel_size",
+                self.virtual_pipeline_model_parallel_size,
+                "must be at least 2, or null",
+            )
+            require(
+                self.pipeline_model_parallel_size > 1,
+                "parallel.virtual_pipeline_model_parallel_size",
+                self.virtual_pipeline_model_parallel_size,
+                "needs pipeline_model_parallel_size of at least 2",
+            )
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the dense part of the model."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Expert tensor parallelism; Megatron's default is the tensor parallel size."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    @property
+    def num_stages(self) -> int:
+        """Model chunks over all pipeline ranks, virtual stages included."""
+        return self.pipeline_model_parallel_size * (self.virtual_pipeline_model_parallel_size or 1)
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Replicas of the dense part; raises :class:`ConfigError` when the layout does not fit ``world_size`` ranks."""
+        dense = self.model_parallel_size
+        experts = self.expert_tensor_size * self.expert_model_parallel_size * self.pipeline_model_parallel_size
+        for name, size in (("tensor x pipeline x context", dense), ("expert tensor x expert x pipeline", experts)):
+            if size > world_size:
+                raise ConfigError(f"parallel: {name} = {size} ranks, but only {world_size} were started")
+            if world_size % size:
+                raise ConfigError(f"parallel: {name} = {size} must divide the world size, {world_size}")
+        return world_size // dense
+
+
+@dataclass
+class DatasetConfig:
+    """One built dataset (path prefix, without ``.json``) and its share of the blend."""
+
+    path: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.weight > 0, "data.train.weight", self.weight, f"must be greater than 0 ({self.path})")
+
+
+@dataclass
+class DataConfig:
+    """What is trained on. ``seq_length`` is positions per row; ``packing`` fills a row with several documents.
+
+    ``audio_frame_dropout`` hides that share of the codec frames of speech that is to be generated (loss on audio)
+    from the input, so that the model cannot live on continuing audio and must read the text.
+    """
+
+    train: list[DatasetConfig] = field(default_factory=list)
+    validation: list[DatasetConfig] = field(default_factory=list)
+    seq_length: int = 4096
+    packing: bool = True
+    audio_frame_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_positive("data", self, ("seq_length",))
+        require(
+            0 <= self.audio_frame_dropout < 1, "data.audio_frame_dropout", self.audio_frame_dropout, "must be in [0, 1)"
+        )
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule, in steps."""
+
+    lr: float = 1e-5
+    min_lr: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+    warmup_steps: int = 0
+    decay_style: str = "cosine"
+    distributed: bool = True
+    overlap: bool = True
+
+    def __post_init__(self) -> None:
+        require_positive("optimizer", self, ("lr", "eps"))
+        require_not_negative("optimizer", self, ("min_lr", "weight_decay", "clip_grad", "warmup_steps"))
+        require(self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, f"must not exceed optimizer.lr, {self.lr}")
+        require_one_of("optimizer.decay_style", self.decay_style, ("cosine", "linear", "constant"))
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must be in [0, 1)")
+
+
+@dataclass
+class TrainingConfig:
+    """The loop. Batch sizes count rows of ``data.seq_length`` positions."""
+
+    steps: int = 1000
+    micro_batch_size: int = 1
+    global_batch_size: int = 8
+    precision: str = "bf16"
+    recompute: str = "none"
+    eval_interval: int = 0
+    eval_batches: int = 8
+    threads_per_rank: int = 0
+
+    def __post_init__(self) -> None:
+        require_positive("training", self, ("steps", "micro_batch_size", "global_batch_size", "eval_batches"))
+        require_not_negative("training", self, ("eval_interval", "threads_per_rank"))
+        require_one_of("training.precision", self.precision, ("fp32", "bf16"))
+        require_one_of("training.recompute", self.recompute, ("none", "moe", "full"))
+
+
+@dataclass
+class CheckpointConfig:
+    """Checkpoints go to ``run_dir/checkpoints``; a run that finds some there continues from the newest."""
+
+    interval: int = 1000
+    keep_last: int = 2
+    load: str | None = None
+
+    def __post_init__(self) -> None:
+        require_positive("checkpoint", self, ("interval", "keep_last"))
+
+
+@dataclass
+class LoggingConfig:
+    """``metrics.jsonl`` is always written. Intervals are in steps."""
+
+    interval: int = 10
+    tensorboard: bool = True
+    wandb_project: str | None = None
+
+    def __post_init__(self) -> None:
+        require_positive("logging", self, ("interval",))
+
+
+@dataclass
+class RunConfig:
+    """A training run. ``tokenizer`` and ``codec`` name what the data was made with and generation needs."""
+
+    vocab: VocabLayout
+    run_dir: str = "runs/most"
+    seed: int = 1234
+    tokenizer: str | None = None
+    codec: str | None = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        model, parallel = self.model, self.parallel
+        weights = model.codebook_loss_weights
+        require(
+            not weights or len(weights) == self.vocab.num_codebooks,
+            "model.codebook_loss_weights",
+            weights,
+            f"needs one weight for each of the {self.vocab.num_codebooks} codebooks, or none",
+        )
+        require(self.seed >= 0, "seed", self.seed, "must not be negative")
+        tensor = parallel.tensor_model_parallel_size
+        require(
+            model.attention.num_heads % tensor == 0,
+            "parallel.tensor_model_parallel_size",
+            tensor,
+            f"must divide model.attention.num_heads, {model.attention.num_heads}",
+        )
+        expert = parallel.expert_model_parallel_size
+        for group in model.moe.groups:
+            require(
+                group.size % expert == 0,
+                "parallel.expert_model_parallel_size",
+                expert,
+                f"must divide the {group.size} {group.modality} experts",
+            )
+        require(
+            model.num_layers % parallel.num_stages == 0,
+            "parallel.pipeline_model_parallel_size",
+            parallel.pipeline_model_parallel_size,
+            f"pipeline x virtual stages ({parallel.num_stages}) must divide model.num_layers, {model.num_layers}",
+        )
+        context = parallel.context_parallel_size
+        divisor = (2 * context if context > 1 else 1) * tensor
+        require(
+            self.data.seq_length % divisor == 0,
+            "data.seq_length",
+            self.data.seq_length,
+            f"must be divisible by {divisor} (tensor parallel size, times twice the context parallel size above 1)",
+        )
+        require(
+            not (self.data.packing and self.training.micro_batch_size > 1),
+            "training.micro_batch_size",
+            self.training.micro_batch_size,
+            "must be 1 with data.packing; raise data.seq_length instead",
+        )
+        warmup = self.optimizer.warmup_steps
+        require(
+            warmup < self.training.steps,
+            "optimizer.warmup_steps",
+            warmup,
+            f"must be less than training.steps, {self.training.steps}",
+        )
+
+    def num_microbatches(self, data_parallel_size: int) -> int:
+        """Micro-batches each data-parallel rank runs per step."""
+        per_pass = self.training.micro_batch_size * data_parallel_size
+        require(
+            self.training.global_batch_size % per_pass == 0,
+            "training.global_batch_size",
+            self.training.global_batch_size,
+            "must be divisible by micro_batch_size x data parallel size"
+            f" ({self.training.micro_batch_size} x {data_parallel_size})",
+        )
+        return self.training.global_batch_size // per_pass

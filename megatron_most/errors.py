@@ -1,0 +1,17 @@
+"""The errors a user can cause. Each carries one line that names the field, file or token, the value and the rule."""
+
+
+class MostError(Exception):
+    """Base of every error that a command prints as one line instead of a traceback."""
+
+
+class ConfigError(MostError):
+    """A configuration, command line or environment that cannot work."""
+
+
+class DataError(MostError):
+    """Audio, text, manifests or datasets that are missing, broken or do not fit the model."""
+
+
+class CheckpointError(MostError):
+    """A checkpoint that is missing, incomplete, corrupt or belongs to another model or run."""

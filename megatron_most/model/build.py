@@ -1,0 +1,78 @@
+"""Configuration -> model chunks of this rank, and how many parameters a configuration has."""
+
+from __future__ import annotations
+
+from megatron.core import parallel_state
+
+from megatron_most import platform
+from megatron_most.config import RunConfig
+from megatron_most.model.most_model import MoSTModel, padded
+from megatron_most.model.specs import portable_block_spec
+from megatron_most.model.transformer_config import transformer_config
+
+
+def build_model(config: RunConfig) -> list[MoSTModel]:
+    """The chunks this rank holds, one per virtual pipeline stage, on its device, not wrapped.
+
+    :func:`megatron_most.parallel.initialize` must have been called with ``config.parallel``.
+    """
+    megatron = transformer_config(config)
+    stages = range(config.parallel.virtual_pipeline_model_parallel_size or 1)
+    virtual = config.parallel.virtual_pipeline_model_parallel_size is not None
+    chunks = []
+    for stage in stages:
+        vp_stage = stage if virtual else None
+        chunk = MoSTModel(
+            config=megatron,
+            transformer_layer_spec=portable_block_spec(megatron, config.model.moe, vp_stage),
+            vocab=config.vocab,
+            max_sequence_length=config.data.seq_length,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            vp_stage=vp_stage,
+        )
+        chunks.append(chunk.to(platform.device()))
+    return chunks
+
+
+def count_parameters(config: RunConfig) -> dict[str, int]:
+    """Parameters of the whole model by part, without building it.
+
+    Returns:
+        ``total``; ``active`` (used for one token: its top-k experts of the larger kind of token and everything dense;
+        of the embeddings and heads only the rows one position reads: one id and one code per codebook in, all
+        heads out); ``experts/text`` and ``experts/audio``; ``shared_experts``; ``embeddings`` (ids and codes, in and
+        out).
+    """
+    model, attention, moe, vocab = config.model, config.model.attention, config.model.moe, config.vocab
+    hidden, heads = model.hidden_size, attention.num_heads
+    head_dim = attention.qk_nope_head_dim + attention.qk_rope_head_dim
+    if attention.q_lora_rank is None:
+        query = hidden * heads * head_dim
+    else:
+        query = attention.q_lora_rank * (hidden + 1 + heads * head_dim)
+    attention_size = (
+        query
+        + hidden * (attention.kv_lora_rank + attention.qk_rope_head_dim)
+        + attention.kv_lora_rank
+        + attention.kv_lora_rank * heads * (attention.qk_nope_head_dim + attention.v_head_dim)
+        + heads * attention.v_head_dim * hidden
+    )
+    norms = 2 * hidden
+    num_moe_layers = model.num_layers - model.num_dense_layers
+    expert = 3 * hidden * moe.ffn_hidden_size
+    groups = {f"experts/{group.modality}": num_moe_layers * group.size * expert for group in moe.groups}
+    shared = num_moe_layers * 3 * hidden * moe.shared_ffn_hidden_size
+    routers = num_moe_layers * moe.num_experts * hidden
+    dense = model.num_dense_layers * 3 * hidden * model.ffn_hidden_size
+    trunk = model.num_layers * (attention_size + norms) + hidden + shared + routers + dense
+    frames = vocab.num_codebooks if vocab.codec_layout.uses_side_codes else 0
+    table = hidden * (padded(vocab.size) + frames * padded(vocab.codebook_size))
+    active = trunk + num_moe_layers * moe.top_k * expert + hidden * (1 + frames) + table
+    return {
+        "total": trunk + sum(groups.values()) + 2 * table,
+        "active": active,
+        **groups,
+        "shared_experts": shared,
+        "embeddings": 2 * table,
+    }

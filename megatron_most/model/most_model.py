@@ -1,0 +1,121 @@
+"""MoST on Megatron-Core's GPT model.
+
+Shape letters: b micro-batch rows, s positions, h hidden size, C codebooks, V ids (padded), K codes (padded).
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.inference.contexts import BaseInferenceContext
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_most.model.codebooks import CodebookEmbeddings, CodebookHeads
+from megatron_most.moe.token_planes import pack_planes
+from megatron_most.vocab import VocabLayout
+
+VOCAB_MULTIPLE = 128
+"""Ids and codes are padded to this multiple, whatever the tensor-parallel size, so that layouts can be exchanged."""
+
+
+def padded(size: int) -> int:
+    """``size`` rounded up to :data:`VOCAB_MULTIPLE`."""
+    return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+class MoSTModel(GPTModel):
+    """One pipeline stage of a MoST model.
+
+    Args:
+        vocab: the id space; layout ``frame`` adds codebook embeddings to the first stage and heads to the last.
+        max_sequence_length: positions of the longest row.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        transformer_layer_spec: TransformerBlockSubmodules,
+        vocab: VocabLayout,
+        max_sequence_length: int,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(
+            config=config,
+            transformer_layer_spec=transformer_layer_spec,
+            vocab_size=padded(vocab.size),
+            max_sequence_length=max_sequence_length,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=False,
+            position_embedding_type="rope",
+            vp_stage=vp_stage,
+        )
+        self.vocab = vocab
+        codebooks = (config, vocab.num_codebooks, padded(vocab.codebook_size), self.pg_collection)
+        uses_codes = vocab.codec_layout.uses_side_codes
+        self.codebook_embeddings = CodebookEmbeddings(*codebooks) if uses_codes and pre_process else None
+        self.codebook_heads = CodebookHeads(*codebooks) if uses_codes and post_process else None
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        modality: torch.Tensor,
+        is_padding: torch.Tensor,
+        codes: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        code_labels: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        inference_context: BaseInferenceContext | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+        """Run this stage. Every stage is given the same batch; it uses what it needs.
+
+        Args:
+            ids: ``[b, s]``.
+            modality: ``[b, s]``, :class:`~megatron_most.vocab.Modality` of each input position.
+            is_padding: ``[b, s]`` bool; padding is routed to no expert.
+            codes: ``[b, s, C]``, ``NO_CODE`` where a position holds no visible frame (layout ``frame`` only).
+            labels, code_labels: ``[b, s]`` and ``[b, s, C]``, what each position predicts.
+            attention_mask: bool, True where attention is forbidden beside causality.
+            packed_seq_params: document boundaries of a packed row; positions restart and attention ends there.
+            inference_context: key-value cache.
+
+        Returns:
+            Not the last stage: hidden states ``[s, b, h]``. Last stage with labels: losses ``[b, s, 1 + C]`` fp32 (main
+            head, then each codebook; ``[b, s, 1]`` in layout ``flat``), not masked. Without labels: logits
+            ``[b, s, V]`` fp32 and codebook logits ``[b, s, C, K]`` fp32 (None in layout ``flat``).
+        """
+        hidden = self.decoder(
+            hidden_states=self._embed(ids, codes) if self.pre_process else None,
+            attention_mask=attention_mask,
+            inference_context=inference_context,
+            packed_seq_params=packed_seq_params,
+            padding_mask=self._local_planes(modality, is_padding),
+        )
+        if not self.post_process:
+            return hidden
+        if labels is None:
+            logits = self.output_layer(hidden, runtime_gather_output=True)[0].float().transpose(0, 1)
+            return logits, None if self.codebook_heads is None else self.codebook_heads.logits(hidden)
+        loss = self.compute_language_model_loss(labels, self.output_layer(hidden)[0].float())[..., None]
+        if self.codebook_heads is None:
+            return loss
+        return torch.cat([loss, self.codebook_heads.loss(hidden, code_labels)], dim=-1)
+
+    def _embed(self, ids: torch.Tensor, codes: torch.Tensor | None) -> torch.Tensor:
+        embeddings = self.embedding(input_ids=ids, position_ids=None)
+        if self.codebook_embeddings is None:
+            return embeddings
+        return embeddings + self.codebook_embeddings(codes)
+
+    def _local_planes(self, modality: torch.Tensor, is_padding: torch.Tensor) -> torch.Tensor:
+        """Each stage shards the planes itself; Megatron would do so on the first stage only."""
+        planes = pack_planes(modality, is_padding)
+        if self.config.sequence_parallel:
+            tensor_group = self.pg_collection.tp
+            planes = planes.chunk(tensor_group.size(), dim=1)[tensor_group.rank()].contiguous()
+        return planes

@@ -1,0 +1,91 @@
+"""Our model and run configuration -> Megatron-Core's ``MLATransformerConfig``."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+from megatron_most.config import RunConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def transformer_config(config: RunConfig) -> MLATransformerConfig:
+    """Megatron's configuration of the transformer, in its own words."""
+    model, parallel, training = config.model, config.parallel, config.training
+    attention, moe, rope = model.attention, model.moe, model.attention.rope
+    dtype = DTYPES[training.precision]
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    return MLATransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=attention.num_heads,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        init_method_std=model.init_std,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        # Multi-latent attention.
+        multi_latent_attention=True,
+        q_lora_rank=attention.q_lora_rank,
+        kv_lora_rank=attention.kv_lora_rank,
+        qk_head_dim=attention.qk_nope_head_dim,
+        qk_pos_emb_head_dim=attention.qk_rope_head_dim,
+        v_head_dim=attention.v_head_dim,
+        qk_layernorm=True,
+        rope_type=rope.type,
+        rotary_base=rope.base,
+        # The attention scales its logits by YaRN's mscale whatever the rope type; a factor of 1 leaves them alone.
+        rotary_scaling_factor=rope.scaling_factor if rope.type == "yarn" else 1.0,
+        original_max_position_embeddings=rope.original_max_position,
+        beta_fast=rope.beta_fast,
+        beta_slow=rope.beta_slow,
+        mscale=rope.mscale,
+        mscale_all_dim=rope.mscale_all_dim,
+        apply_rope_fusion=False,
+        # Experts. The router is ours (model/specs.py); it reads its own options and attaches its own balance loss.
+        num_moe_experts=moe.num_experts,
+        moe_router_topk=moe.top_k,
+        moe_ffn_hidden_size=moe.ffn_hidden_size,
+        moe_shared_expert_intermediate_size=moe.shared_ffn_hidden_size or None,
+        moe_layer_freq=[0] * model.num_dense_layers + [1] * (model.num_layers - model.num_dense_layers),
+        moe_router_pre_softmax=True,
+        moe_router_load_balancing_type="none",
+        moe_router_dtype="fp32",
+        moe_z_loss_coeff=moe.z_loss_coeff or None,
+        moe_token_dispatcher_type=moe.dispatcher,
+        moe_grouped_gemm=False,
+        # Parallelism.
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        sequence_parallel=parallel.tensor_model_parallel_size > 1,
+        # Batched point-to-point messages are silently wrong with virtual stages on two pipeline ranks (0.16.1).
+        overlap_p2p_comm=virtual is not None,
+        batch_p2p_comm=virtual is None,
+        # Numerics.
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=training.precision == "bf16",
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        **_recompute(training.recompute),
+    )
+
+
+def _recompute(mode: str) -> dict[str, object]:
+    if mode == "moe":
+        return {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+    if mode == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return {}

@@ -1,0 +1,5 @@
+"""Process groups, seeds and what every rank has to know about its place."""
+
+from megatron_most.parallel.groups import destroy, initialize, is_rank_zero
+
+__all__ = ["destroy", "initialize", "is_rank_zero"]

@@ -1,0 +1,61 @@
+"""torch.distributed and Megatron's process groups, from a checked layout."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_most import platform
+from megatron_most.config import ParallelConfig
+
+
+def initialize(layout: ParallelConfig, seed: int) -> None:
+    """Start torch.distributed from ``torchrun``'s environment (or alone), build the groups and seed every tracker.
+
+    Raises:
+        ConfigError: ``layout`` does not fit the world size; nothing has been started then.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    layout.data_parallel_size(world_size)
+    if not dist.is_initialized():
+        if world_size == 1:
+            os.environ.setdefault("RANK", "0")
+            os.environ.setdefault("WORLD_SIZE", "1")
+            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+            os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        device = platform.device()
+        dist.init_process_group(platform.backend(), device_id=device if device.type == "cuda" else None)
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        context_parallel_size=layout.context_parallel_size,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
+    )
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def destroy() -> None:
+    """Undo :func:`initialize`."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_rank_zero() -> bool:
+    """True on global rank 0, and before torch.distributed is started."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

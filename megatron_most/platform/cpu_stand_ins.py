@@ -1,0 +1,141 @@
+"""What lets Megatron-Core 0.16.1 run on a CPU build of torch with gloo.
+
+:func:`install` does nothing where CUDA is there, so one program serves both. Every stand-in names the Megatron file and
+line that needs it (paths below ``megatron/core``). Call it before anything of Megatron is built.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+_installed = False
+
+if not torch.cuda.is_available():
+    # jit.py:16 makes jit_fuser torch.compile, which would start a C++ compiler for each fused function. torch reads
+    # this when its compiler is first imported, so it is set here and not in install().
+    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+
+
+class _InOrderStream:
+    """A CUDA stream and its events on a device whose work is always in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_stream(self, stream: object) -> None:
+        pass
+
+    def record_event(self) -> _InOrderStream:
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+
+def install() -> None:
+    """Install the stand-ins once; no-op where CUDA is available."""
+    global _installed
+    if _installed or torch.cuda.is_available():
+        return
+    _installed = True
+    # Megatron warns at each import that its optional parts are missing; tools/doctor.py says so once.
+    warnings.filterwarnings("ignore", message=r".*(Apex|Transformer Engine).*not installed", category=UserWarning)
+    _replace_torch_cuda()
+    _replace_device_literals()
+    _replace_collectives()
+    _replace_megatron_functions()
+
+
+def _replace_torch_cuda() -> None:
+    cuda = torch.cuda
+    cuda.current_device = lambda: _CPU  # tensor_parallel/layers.py:261 and others use it as a device argument
+    cuda.synchronize = lambda *args: None  # pipeline_parallel/p2p_communication.py:242
+    cuda.Stream = _InOrderStream  # transformer/moe/token_dispatcher.py:445
+    cuda.current_stream = lambda *args: None  # transformer/moe/token_dispatcher.py:871
+    cuda.stream = lambda stream: contextlib.nullcontext()  # transformer/moe/token_dispatcher.py:874
+    cuda.manual_seed = torch.manual_seed  # tensor_parallel/random.py:237
+    cuda.get_rng_state = lambda *args: torch.get_rng_state()  # tensor_parallel/random.py:235
+
+
+def _replace_device_literals() -> None:
+    """``device="cuda"`` is written out in pipeline_parallel/schedules.py:596, optimizer/clip_grads.py:90 and others."""
+
+    def on_cpu(factory: Callable) -> Callable:
+        @functools.wraps(factory)
+        def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if str(kwargs.get("device")).startswith("cuda"):
+                kwargs["device"] = _CPU
+            kwargs.pop("pin_memory", None)
+            return factory(*args, **kwargs)
+
+        return wrapped
+
+    for name in ("zeros", "ones", "tensor", "empty_like"):
+        setattr(torch, name, on_cpu(getattr(torch, name)))
+
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # models/common/embeddings/rope_utils.py:64
+
+    original_type = torch.Tensor.type
+
+    @functools.wraps(original_type)
+    def type_named_as_on_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        name = original_type(self, *args, **kwargs)
+        return name if args or kwargs else name.replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.type = type_named_as_on_cuda  # optimizer/optimizer.py:690 compares with "torch.cuda.FloatTensor"
+
+
+def _replace_collectives() -> None:
+    """gloo gathers equal shapes only; tensor_parallel/mappings.py:150 gathers unequal ones for expert tensor parallelism."""
+    original = torch.distributed.all_gather
+
+    @functools.wraps(original)
+    def all_gather(
+        tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
+    ) -> Any:
+        rows = [item.shape[0] if item.dim() else 1 for item in tensor_list]
+        if len(set(rows)) == 1:
+            return original(tensor_list, tensor, group=group, async_op=async_op)
+        padded = tensor.new_zeros((max(rows), *tensor.shape[1:]))
+        padded[: tensor.shape[0]] = tensor
+        gathered = [torch.empty_like(padded) for _ in rows]
+        original(gathered, padded, group=group)
+        for wanted, got in zip(tensor_list, gathered, strict=True):
+            wanted.copy_(got[: wanted.shape[0]])
+        return None
+
+    torch.distributed.all_gather = all_gather
+
+
+def _replace_megatron_functions() -> None:
+    import megatron.core.extensions.transformer_engine as te
+    import megatron.core.tensor_parallel.random as random
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+    import megatron.core.transformer.multi_latent_attention as mla
+
+    # tensor_parallel/random.py:41 and :72 reach into torch.cuda's generators.
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    # tensor_parallel/random.py:265 warns when the CPU generator moves; here it is the generator.
+    logging.getLogger(random.__name__).setLevel(logging.ERROR)
+
+    def split_sizes_to_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    # transformer/moe/moe_utils.py:1093 makes split sizes NumPy only when they come from a CUDA device.
+    token_dispatcher.maybe_move_tensor_to_cpu = split_sizes_to_numpy
+
+    # transformer/multi_latent_attention.py:57 takes an importable module for an installed Transformer Engine.
+    mla.HAVE_TE = te.HAVE_TE
+    if not te.HAVE_TE:
+        moe_utils.te_general_gemm = None  # transformer/moe/moe_utils.py:1192 reads the name it failed to import

@@ -1,0 +1,32 @@
+"""Which device and communication backend this process uses, and how many threads."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def device() -> torch.device:
+    """The accelerator of this local rank, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def backend() -> str:
+    """The ``torch.distributed`` backend that serves :func:`device`."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def set_threads(count: int = 0) -> int:
+    """Set the intra-op threads of this process and return their number.
+
+    ``count`` 0 shares the cores this process may run on evenly among the ranks of this machine, so that CPU ranks do
+    not fight for them.
+    """
+    if count == 0:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        count = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    torch.set_num_threads(count)
+    return count

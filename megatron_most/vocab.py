@@ -1,0 +1,199 @@
+"""Ids, codes and modalities: the one source of truth for what an id means.
+
+Shape letters: C codebooks, F codec frames, n positions an audio segment takes, s positions of a document.
+
+The id space is ``[text ids of the base tokenizer | begin_of_audio | end_of_audio | frame | ids of the codec layout]``.
+Ids from ``begin_of_audio`` on are audio; everything below is text, so a base model keeps its ids.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from enum import IntEnum
+
+import numpy as np
+
+from megatron_most.errors import ConfigError, DataError
+
+
+class Modality(IntEnum):
+    """What a position holds; the value indexes expert groups and per-modality metrics."""
+
+    TEXT = 0
+    AUDIO = 1
+
+
+MODALITY_NAMES = tuple(modality.name.lower() for modality in Modality)
+NO_CODE = -1
+"""Code of a position that holds no codec frame, or whose frame is hidden from the input."""
+
+_NUM_SPECIAL = 3  # begin_of_audio, end_of_audio, frame
+
+
+class CodecLayout(ABC):
+    """How codec frames become positions of the sequence."""
+
+    def __init__(self, frame: int, num_codebooks: int, codebook_size: int) -> None:
+        self.frame = frame
+        self.num_codebooks = num_codebooks
+        self.codebook_size = codebook_size
+
+    positions_per_frame: int
+    """Positions of the sequence that one codec frame takes."""
+
+    num_ids: int
+    """Ids the layout needs beyond the special ones."""
+
+    uses_side_codes: bool
+    """Whether codes travel beside the ids (one row of C codes for each ``frame`` position)."""
+
+    @abstractmethod
+    def encode(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """``codes [C, F]`` -> ids ``[n]`` and side codes ``[n, C]``, int64 (``NO_CODE`` where the layout uses none)."""
+
+    @abstractmethod
+    def decode(self, ids: np.ndarray, side_codes: np.ndarray) -> np.ndarray:
+        """The inverse of :meth:`encode`: ids ``[n]`` and side codes ``[n, C]`` -> codes ``[C, F]``.
+
+        Raises :class:`DataError` when the ids are no whole number of frames in codebook order.
+        """
+
+    @abstractmethod
+    def allowed_next(self, position: int) -> tuple[range, bool]:
+        """Ids allowed at ``position`` (0 is the first after ``begin_of_audio``), and whether audio may end there."""
+
+
+class FrameLayout(CodecLayout):
+    """One position per codec frame: the id is ``frame``, the C codes travel beside it."""
+
+    positions_per_frame = 1
+    num_ids = 0
+    uses_side_codes = True
+
+    def encode(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.full(codes.shape[1], self.frame, dtype=np.int64), codes.T.astype(np.int64)
+
+    def decode(self, ids: np.ndarray, side_codes: np.ndarray) -> np.ndarray:
+        wrong = np.flatnonzero(ids != self.frame)
+        if wrong.size:
+            raise DataError(f"audio position {wrong[0]} holds id {ids[wrong[0]]}, not frame ({self.frame})")
+        return np.ascontiguousarray(side_codes.T)
+
+    def allowed_next(self, position: int) -> tuple[range, bool]:
+        return range(self.frame, self.frame + 1), True
+
+
+class FlatLayout(CodecLayout):
+    """One position per code, frame-major, with one id range per codebook."""
+
+    uses_side_codes = False
+
+    def __init__(self, frame: int, num_codebooks: int, codebook_size: int) -> None:
+        super().__init__(frame, num_codebooks, codebook_size)
+        self.positions_per_frame = num_codebooks
+        self.num_ids = num_codebooks * codebook_size
+        self.first_code_id = frame + 1
+
+    def encode(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        offsets = self.first_code_id + np.arange(self.num_codebooks)[:, None] * self.codebook_size
+        ids = (codes.astype(np.int64) + offsets).T.reshape(-1)
+        return ids, np.full((ids.size, self.num_codebooks), NO_CODE, dtype=np.int64)
+
+    def decode(self, ids: np.ndarray, side_codes: np.ndarray) -> np.ndarray:
+        if ids.size % self.num_codebooks:
+            raise DataError(f"{ids.size} audio positions are no whole number of {self.num_codebooks}-code frames")
+        offsets = self.first_code_id + np.arange(self.num_codebooks) * self.codebook_size
+        codes = ids.reshape(-1, self.num_codebooks).astype(np.int64) - offsets
+        wrong = np.flatnonzero((codes < 0) | (codes >= self.codebook_size))
+        if wrong.size:
+            codebook = wrong[0] % self.num_codebooks
+            raise DataError(f"audio position {wrong[0]} holds id {ids[wrong[0]]}, which is not in codebook {codebook}")
+        return np.ascontiguousarray(codes.T)
+
+    def allowed_next(self, position: int) -> tuple[range, bool]:
+        codebook = position % self.num_codebooks
+        start = self.first_code_id + codebook * self.codebook_size
+        return range(start, start + self.codebook_size), codebook == 0
+
+
+CODEC_LAYOUTS: dict[str, type[CodecLayout]] = {"frame": FrameLayout, "flat": FlatLayout}
+
+
+@dataclasses.dataclass
+class VocabLayout:
+    """The id space of a model and its data; stored with every dataset and checkpoint.
+
+    Args:
+        text_vocab_size: ids of the text tokenizer, ``0 .. text_vocab_size - 1``.
+        num_codebooks: C, codes per codec frame.
+        codebook_size: values a code can take, the same for every codebook.
+        layout: ``frame`` (one position per codec frame) or ``flat`` (one position per code).
+    """
+
+    text_vocab_size: int
+    num_codebooks: int
+    codebook_size: int
+    layout: str = "frame"
+
+    def __post_init__(self) -> None:
+        for field in ("text_vocab_size", "num_codebooks", "codebook_size"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"vocab.{field}={getattr(self, field)}: must be at least 1")
+        if self.layout not in CODEC_LAYOUTS:
+            raise ConfigError(f"vocab.layout={self.layout!r}: must be one of {', '.join(CODEC_LAYOUTS)}")
+
+    @property
+    def begin_of_audio(self) -> int:
+        return self.text_vocab_size
+
+    @property
+    def end_of_audio(self) -> int:
+        return self.text_vocab_size + 1
+
+    @property
+    def frame(self) -> int:
+        """``frame`` layout: a codec frame. ``flat`` layout: a code hidden from the input by frame dropout."""
+        return self.text_vocab_size + 2
+
+    @property
+    def codec_layout(self) -> CodecLayout:
+        return CODEC_LAYOUTS[self.layout](self.frame, self.num_codebooks, self.codebook_size)
+
+    @property
+    def size(self) -> int:
+        """Number of ids, without padding."""
+        return self.text_vocab_size + _NUM_SPECIAL + self.codec_layout.num_ids
+
+    def is_audio(self, ids):
+        """Boolean array or tensor, True where the id is audio. Works on NumPy arrays and torch tensors alike."""
+        return ids >= self.text_vocab_size
+
+    def check_codes(self, codes: np.ndarray, where: str) -> None:
+        """Raise :class:`DataError` unless ``codes`` is ``[C, F]`` with every value inside its codebook."""
+        if codes.ndim != 2 or codes.shape[0] != self.num_codebooks:
+            raise DataError(f"{where}: codes have shape {codes.shape}, expected [{self.num_codebooks}, frames]")
+        wrong = np.argwhere((codes < 0) | (codes >= self.codebook_size))
+        if wrong.size:
+            codebook, frame = wrong[0]
+            raise DataError(
+                f"{where}: code {codes[codebook, frame]} of codebook {codebook}, frame {frame}"
+                f" is outside 0..{self.codebook_size - 1}"
+            )
+
+    def check_ids(self, ids: np.ndarray, where: str) -> None:
+        """Raise :class:`DataError` when an id lies outside the layout; ``where`` names dataset and document."""
+        wrong = np.flatnonzero((ids < 0) | (ids >= self.size))
+        if wrong.size:
+            raise DataError(
+                f"{where}, offset {wrong[0]}: id {ids[wrong[0]]} is outside the layout (0..{self.size - 1})"
+            )
+
+    def to_dict(self) -> dict[str, int | str]:
+        return dataclasses.asdict(self)
+
+    def describe_difference(self, other: VocabLayout) -> str | None:
+        """None when equal, else ``field: mine != theirs`` for each field that differs."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        parts = [f"{field}: {mine[field]} != {theirs[field]}" for field in mine if mine[field] != theirs[field]]
+        return ", ".join(parts) or None
