@@ -22,11 +22,11 @@ def group_balance_loss(
 ) -> torch.Tensor:
     """The Switch load-balancing loss of every (sequence, group), summed over this rank's tokens.
 
-    For group g with E_g experts and T valid tokens in a sequence the loss is ``E_g * sum_i f_i * P_i``, where ``f_i``
-    is the share of the group's T * top_k choices that fell on expert i and ``P_i`` the mean probability of expert i over
-    the T tokens (Fedus et al., arXiv 2101.03961, eq. 4, per group; per sequence as in DeepSeek-V2). It is 1 when
-    the load is even. Weighted by T, so that each token counts once whatever its group, the T of ``P_i`` cancels
-    and the sum splits over the ranks that share a sequence.
+    For group g with E_g experts and T valid tokens in a sequence the loss is ``E_g * sum_i f_i * P_i``: ``f_i`` is the
+    share of the group's T * top_k choices that fell on expert i, ``P_i`` the mean probability of expert i over the T
+    tokens (Fedus et al., arXiv 2101.03961, eq. 4, here per group; per sequence as in DeepSeek-V2). An even load
+    gives 1. Weighted by T, so that each token counts once whatever its group, the T of ``P_i`` cancels and the
+    sum splits over the ranks that share a sequence.
 
     Args:
         group_probs: ``[n, E]`` softmax inside each token's group, zero outside.

@@ -95,7 +95,7 @@ def _replace_device_literals() -> None:
 
 
 def _replace_collectives() -> None:
-    """gloo gathers equal shapes only; tensor_parallel/mappings.py:150 gathers unequal ones for expert tensor parallelism."""
+    """gloo gathers equal shapes only; tensor_parallel/mappings.py:150 has unequal ones with expert tensor parallelism."""
     original = torch.distributed.all_gather
 
     @functools.wraps(original)

@@ -1,0 +1,81 @@
+"""A tiny MoST model and batches for tests that compare layouts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_most.config import RunConfig
+from megatron_most.config.load import build_config
+from megatron_most.vocab import NO_CODE
+
+SEQ_LENGTH = 32
+CODEBOOK_SIZE = 16
+TEXT_VOCAB = 40
+
+
+def tiny_config(**overrides: Any) -> RunConfig:
+    """Four layers, eight experts, fp32; ``section__field=value`` overrides."""
+    values = {
+        "vocab": {"text_vocab_size": TEXT_VOCAB, "num_codebooks": 2, "codebook_size": CODEBOOK_SIZE},
+        "model": {
+            "num_layers": 4,
+            "hidden_size": 32,
+            "ffn_hidden_size": 64,
+            "attention": {
+                "num_heads": 4,
+                "kv_lora_rank": 16,
+                "qk_nope_head_dim": 8,
+                "qk_rope_head_dim": 4,
+                "v_head_dim": 12,
+            },
+            "moe": {
+                "groups": [
+                    {"modality": "text", "size": 4, "top_k": 2},
+                    {"modality": "audio", "size": 4, "top_k": 2},
+                ],
+                "ffn_hidden_size": 24,
+                "shared_ffn_hidden_size": 32,
+                "balance_coeff": 1e-2,
+                "z_loss_coeff": 1e-3,
+            },
+        },
+        "data": {"seq_length": SEQ_LENGTH, "packing": False},
+        "training": {"precision": "fp32", "micro_batch_size": 2, "global_batch_size": 8},
+    }
+    dotted = [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]
+    return build_config("tiny", values, dotted)
+
+
+def tiny_fields(config: RunConfig, seed: int, audio_share: float = 0.4) -> dict[str, torch.Tensor]:
+    """Random rows ``[2, s]`` with text, audio, padding and codes, as the fields of a batch."""
+    generator = torch.Generator().manual_seed(seed)
+    vocab, layout = config.vocab, config.vocab.codec_layout
+    rows, length = 2, config.data.seq_length
+    ids = torch.randint(0, vocab.text_vocab_size, (rows, length + 1), generator=generator)
+    is_audio = torch.rand(rows, length + 1, generator=generator) < audio_share
+    codes = torch.full((rows, length + 1, vocab.num_codebooks), NO_CODE)
+    if layout.uses_side_codes:
+        ids[is_audio] = vocab.frame
+        values = torch.randint(0, vocab.codebook_size, codes.shape, generator=generator)
+        codes[is_audio] = values[is_audio]
+    else:
+        values = torch.randint(vocab.frame + 1, vocab.size, ids.shape, generator=generator)
+        ids[is_audio] = values[is_audio]
+    is_padding = torch.zeros(rows, length, dtype=torch.bool)
+    is_padding[0, length - 3 :] = True
+    loss_mask = (torch.rand(rows, length, generator=generator) < 0.7).float() * ~is_padding
+    code_labels = codes[:, 1:].clone()
+    code_labels[loss_mask == 0] = NO_CODE
+    return {
+        "ids": ids[:, :-1].contiguous(),
+        "labels": ids[:, 1:].contiguous(),
+        "loss_mask": loss_mask,
+        "modality": vocab.is_audio(ids[:, :-1]).long(),
+        "is_padding": is_padding,
+        "task": torch.zeros(rows, length, dtype=torch.long),
+        "position_ids": torch.arange(length).expand(rows, -1).contiguous(),
+        "codes": codes[:, :-1].contiguous() if layout.uses_side_codes else None,
+        "code_labels": code_labels if layout.uses_side_codes else None,
+    }
