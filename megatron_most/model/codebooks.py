@@ -5,12 +5,26 @@ Shape letters: s positions (of this rank), b rows, h hidden size, C codebooks, K
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class _ShardedModuleList(torch.nn.ModuleList):
+    """A list whose members keep their sharding in checkpoints; Megatron takes plain containers for replicated."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        state: dict[str, Any] = {}
+        for name, module in self.named_children():
+            state.update(module.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata))
+        return state
 
 
 class CodebookEmbeddings(MegatronModule):
@@ -21,7 +35,7 @@ class CodebookEmbeddings(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.tp_group = pg_collection.tp
-        self.tables = torch.nn.ModuleList(
+        self.tables = _ShardedModuleList(
             tensor_parallel.VocabParallelEmbedding(
                 padded_size,
                 config.hidden_size,
@@ -54,7 +68,7 @@ class CodebookHeads(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.tp_group = pg_collection.tp
-        self.heads = torch.nn.ModuleList(
+        self.heads = _ShardedModuleList(
             tensor_parallel.ColumnParallelLinear(
                 config.hidden_size,
                 padded_size,

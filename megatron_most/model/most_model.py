@@ -87,7 +87,8 @@ class MoSTModel(GPTModel):
         Returns:
             Not the last stage: hidden states ``[s, b, h]``. Last stage with labels: losses ``[b, s, 1 + C]`` fp32 (main
             head, then each codebook; ``[b, s, 1]`` in layout ``flat``), not masked. Without labels: logits
-            ``[b, s, V]`` fp32 and codebook logits ``[b, s, C, K]`` fp32 (None in layout ``flat``).
+            ``[b, s, V]`` fp32 and codebook logits ``[b, s, C, K]`` fp32 (None in layout ``flat``), of the last
+            position only with an ``inference_context``.
         """
         hidden = self.decoder(
             hidden_states=self._embed(ids, codes) if self.pre_process else None,
@@ -99,6 +100,8 @@ class MoSTModel(GPTModel):
         if not self.post_process:
             return hidden
         if labels is None:
+            if inference_context is not None:
+                hidden = hidden[-1:]  # generation continues from the last position only
             logits = self.output_layer(hidden, runtime_gather_output=True)[0].float().transpose(0, 1)
             return logits, None if self.codebook_heads is None else self.codebook_heads.logits(hidden)
         loss = self.compute_language_model_loss(labels, self.output_layer(hidden)[0].float())[..., None]

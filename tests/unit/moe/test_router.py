@@ -5,13 +5,13 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
-from tests.distributed.tiny import tiny_config
 
 from megatron_most import parallel
 from megatron_most.model.transformer_config import transformer_config
 from megatron_most.moe.router import ModalityAwareRouter
 from megatron_most.moe.token_planes import pack_planes, unpack_planes
 from megatron_most.vocab import Modality
+from tests.distributed.tiny import tiny_config
 
 ROWS, LENGTH = 2, 24
 

@@ -1,0 +1,48 @@
+"""What may come next: text stays text until its end token; audio stays whole frames in codebook order."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from megatron_most.vocab import VocabLayout
+
+
+class Grammar(Protocol):
+    """The ids allowed at each generated position."""
+
+    end: int
+    """The id that ends the generated segment; it is not part of the result."""
+
+    def allowed(self, position: int, num_ids: int, device: torch.device) -> torch.Tensor:
+        """``[num_ids]`` bool: ids allowed at ``position``, counted from the first generated one."""
+
+
+class TextGrammar:
+    """Ids of the text tokenizer, ended by ``end``; ``forbidden`` are its markers that never stand inside text."""
+
+    def __init__(self, vocab: VocabLayout, end: int, forbidden: tuple[int, ...] = ()) -> None:
+        self.vocab = vocab
+        self.end = end
+        self.forbidden = [marker for marker in forbidden if marker != end]
+
+    def allowed(self, position: int, num_ids: int, device: torch.device) -> torch.Tensor:
+        allowed = torch.arange(num_ids, device=device) < self.vocab.text_vocab_size
+        allowed[self.forbidden] = False
+        return allowed
+
+
+class SpeechGrammar:
+    """Codec positions as the layout orders them, at least one frame, ended by ``end_of_audio``."""
+
+    def __init__(self, vocab: VocabLayout) -> None:
+        self.layout = vocab.codec_layout
+        self.end = vocab.end_of_audio
+
+    def allowed(self, position: int, num_ids: int, device: torch.device) -> torch.Tensor:
+        ids, may_end = self.layout.allowed_next(position)
+        allowed = torch.zeros(num_ids, dtype=torch.bool, device=device)
+        allowed[ids.start : ids.stop] = True
+        allowed[self.end] = may_end and position > 0
+        return allowed

@@ -1,0 +1,128 @@
+"""Generation on a tiny random model: the cache, the padding and the grammar."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_most import parallel
+from megatron_most.errors import ConfigError
+from megatron_most.inference.generator import Generator
+from megatron_most.inference.grammar import SpeechGrammar
+from megatron_most.inference.sampling import Sampling
+from megatron_most.model import build_model
+from megatron_most.vocab import NO_CODE
+from tests.distributed.shards import fill_weights
+from tests.distributed.tiny import tiny_config
+
+LAYOUTS = ("frame", "flat")
+
+
+@dataclass
+class Prompt:
+    ids: np.ndarray
+    codes: np.ndarray | None
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def generator(request):
+    config = tiny_config(vocab__layout=request.param, data__seq_length=64)
+    parallel.initialize(config.parallel, seed=1)
+    chunks = build_model(config)
+    fill_weights(chunks, std=0.3)
+    yield Generator(chunks[0])
+    parallel.destroy()
+
+
+def asr_prompt(generator: Generator, seed: int, frames: int) -> Prompt:
+    vocab, random = generator.vocab, np.random.default_rng(seed)
+    codes = random.integers(0, vocab.codebook_size, (vocab.num_codebooks, frames))
+    ids, side = vocab.codec_layout.encode(codes)
+    nothing = np.full((1, vocab.num_codebooks), NO_CODE)
+    return Prompt(
+        np.concatenate([[1, vocab.begin_of_audio], ids, [vocab.end_of_audio]]),
+        np.concatenate([nothing, nothing, side, nothing]) if vocab.codec_layout.uses_side_codes else None,
+    )
+
+
+def tts_prompt(generator: Generator, seed: int, length: int) -> Prompt:
+    vocab, random = generator.vocab, np.random.default_rng(seed)
+    ids = np.concatenate([[1], random.integers(3, vocab.text_vocab_size, length), [vocab.begin_of_audio]])
+    return Prompt(ids, None)
+
+
+def without_cache(generator: Generator, prompt: Prompt, max_new: int) -> list[int]:
+    """Greedy text by running the whole past again for every token."""
+    vocab = generator.vocab
+    ids = torch.from_numpy(prompt.ids)[None]
+    codes = torch.full((1, ids.shape[1], vocab.num_codebooks), NO_CODE)
+    if prompt.codes is not None:
+        codes = torch.from_numpy(prompt.codes)[None]
+    new = []
+    for _ in range(max_new):
+        with torch.no_grad():
+            logits, _ = generator.model(
+                ids, vocab.is_audio(ids).long(), torch.zeros_like(ids, dtype=torch.bool), codes=codes
+            )
+        token = logits[0, -1, : vocab.text_vocab_size].argmax()
+        if token == 2:
+            break
+        new.append(int(token))
+        ids = torch.cat([ids, token[None, None]], dim=1)
+        codes = torch.cat([codes, torch.full((1, 1, vocab.num_codebooks), NO_CODE)], dim=1)
+    return new
+
+
+def test_cache_and_left_padding_change_nothing(generator):
+    prompts = [asr_prompt(generator, seed, frames) for seed, frames in enumerate([3, 7, 5])]
+    together = generator.text(prompts, end=2, max_new=12, sampling=Sampling())
+    assert together == [without_cache(generator, prompt, 12) for prompt in prompts]
+    assert len({tuple(row) for row in together}) > 1
+
+
+def test_speech_is_whole_frames_inside_the_codebooks(generator):
+    prompts = [tts_prompt(generator, seed, 4 + seed) for seed in range(3)]
+    for sampling in (Sampling(), Sampling(temperature=1.0, top_k=20, top_p=0.9, seed=3)):
+        for codes in generator.speech(prompts, max_frames=9, sampling=sampling):
+            assert 1 <= codes.shape[1] <= 9
+            generator.vocab.check_codes(codes, "generated")
+
+
+def test_sampling_repeats_with_its_seed_and_differs_with_another(generator):
+    prompts = [tts_prompt(generator, seed, 5) for seed in range(2)]
+
+    def speak(seed):
+        return generator.speech(prompts, 9, Sampling(temperature=2.0, seed=seed))
+
+    first, again, other = speak(1), speak(1), speak(2)
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert any(a.shape != b.shape or (a != b).any() for a, b in zip(first, other, strict=True))
+
+
+def test_audio_may_end_only_between_frames(generator):
+    vocab, grammar = generator.vocab, SpeechGrammar(generator.vocab)
+    per_frame = vocab.codec_layout.positions_per_frame
+    for position in range(3 * per_frame):
+        allowed = grammar.allowed(position, 200, torch.device("cpu"))
+        assert allowed[vocab.end_of_audio] == (position > 0 and position % per_frame == 0)
+        assert not allowed[: vocab.text_vocab_size].any()
+
+
+def test_a_request_longer_than_the_model_is_refused(generator):
+    with pytest.raises(ConfigError, match="exceed the model's 64"):
+        generator.text([asr_prompt(generator, 0, 3)], end=2, max_new=100, sampling=Sampling())
+
+
+def test_top_p_keeps_the_best_choice_and_greedy_is_the_limit():
+    logits = torch.tensor([[0.0, 3.0, 1.0]])
+    random = torch.Generator().manual_seed(0)
+    assert Sampling(temperature=1.0, top_p=1e-6).choose(logits, random).tolist() == [1]
+    assert Sampling(temperature=1.0, top_k=1).choose(logits, random).tolist() == [1]
+    assert Sampling().choose(logits, random).tolist() == [1]
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}])
+def test_wrong_sampling_options_are_refused(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        Sampling(**wrong)
