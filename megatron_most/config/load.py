@@ -1,23 +1,38 @@
-"""YAML + dotted overrides -> :class:`RunConfig`, with one-line errors; OmegaConf does the merging and typing."""
+"""YAML + dotted overrides -> :class:`RunConfig`, with one-line errors.
+
+OmegaConf merges, interpolates and converts; the shape of what goes in is checked here first, because only here the
+full path of a wrong key or value is known, inside lists too.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+from omegaconf.errors import OmegaConfBaseException
 
 from megatron_most.config.run import RunConfig
 from megatron_most.errors import ConfigError
 
+_SCALARS: dict[type, tuple[str, tuple[type, ...]]] = {
+    bool: ("true or false", (bool,)),
+    int: ("an integer", (int,)),
+    float: ("a number", (int, float)),
+    str: ("text", (str, int, float)),
+}
+"""Type of a field: how an error calls it, and what YAML may hold for it (a path may look like a number)."""
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, apply ``section.key=value`` overrides and check everything.
+
+    An entry of a list is named by its index: ``model.moe.groups.0.size=8``.
 
     Raises:
         ConfigError: unreadable file, unknown key (with the nearest valid name), wrong type, or a broken rule.
@@ -27,8 +42,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         loaded = OmegaConf.load(path)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {_one_line(error)}") from None
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}: must hold a mapping of config sections")
     return build_config(str(path), loaded, overrides)
@@ -36,25 +51,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def build_config(source: str, values: DictConfig | dict, overrides: Sequence[str] = ()) -> RunConfig:
     """Turn ``values`` and dotted overrides into a checked :class:`RunConfig`; ``source`` names them in errors."""
-    for override in overrides:
-        if "=" not in override or override.startswith("="):
-            raise ConfigError(f"override {override!r}: must have the form key=value")
+    plain = OmegaConf.to_container(values) if isinstance(values, DictConfig) else values
+    _check_shape(plain, RunConfig, "", source)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), values)
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), plain)
         for override in overrides:
-            key, value = override.split("=", 1)
-            OmegaConf.update(merged, key, yaml.safe_load(value) if value else None, merge=True)
+            _apply_override(merged, override)
         OmegaConf.resolve(merged)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
-            raise ConfigError(f"{source}: {missing[0]}: a value is required")
+            raise ConfigError(f"{source}: {', '.join(missing)}: a value is required")
         return typing.cast(RunConfig, OmegaConf.to_object(merged))
-    except (ConfigAttributeError, ConfigKeyError) as error:
-        raise ConfigError(f"{source}: {_unknown_key(error)}") from None
-    except ValidationError as error:
-        raise ConfigError(f"{source}: {error.full_key}: {str(error).splitlines()[0]}") from None
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from None
+        where = f"{source}: {error.full_key}" if error.full_key else source
+        raise ConfigError(f"{where}: {_one_line(error)}") from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -62,9 +72,80 @@ def dump_config(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def _unknown_key(error: OmegaConfBaseException) -> str:
-    key = error.full_key or str(error.key)
-    valid = [field.name for field in dataclasses.fields(error.object_type)] if error.object_type else []
-    near = difflib.get_close_matches(key.rsplit(".", 1)[-1], valid, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(valid)}"
-    return f"{key}: unknown key; {hint}"
+def _apply_override(config: DictConfig, override: str) -> None:
+    source = f"override {override!r}"
+    key, equals, text = override.partition("=")
+    if not key or not equals:
+        raise ConfigError(f"{source}: must have the form key=value")
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"] if text else None
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{source}: the value is not readable as YAML: {_one_line(error)}") from None
+
+    hint: typing.Any = RunConfig
+    path = ""
+    for part in key.split("."):
+        if dataclasses.is_dataclass(hint):
+            hint = _field_types(hint, part, path, source)[part]
+            path = _join(path, part)
+            if dataclasses.is_dataclass(hint) and OmegaConf.select(config, path) is None:
+                OmegaConf.update(config, path, OmegaConf.structured(hint))  # a required section the file left out
+        elif typing.get_origin(hint) is list:
+            entries = OmegaConf.select(config, path)
+            if not part.isdecimal() or int(part) >= len(entries):
+                raise ConfigError(f"{source}: {path} has no entry {part!r}; it holds {len(entries)}, counted from 0")
+            hint = typing.get_args(hint)[0]
+            path = _join(path, int(part))
+        else:
+            raise ConfigError(f"{source}: {path} is a single value and has no {part!r}")
+    _check_shape(value, hint, path, source)
+    OmegaConf.update(config, path, value, merge=True)
+
+
+def _check_shape(value: typing.Any, hint: typing.Any, path: str, source: str) -> None:
+    """Raise :class:`ConfigError` unless ``value``, plain data from YAML, has the keys and types of ``hint``."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        if value is None:
+            return
+        hint = next(option for option in typing.get_args(hint) if option is not type(None))
+    if isinstance(value, str) and (value == "???" or "${" in value):
+        return  # OmegaConf's marks for a missing value and for an interpolation, which it resolves and checks
+
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{source}: {path}={value!r}: must be a section (key: value), not a single value or list")
+        for key, entry in value.items():
+            _check_shape(entry, _field_types(hint, str(key), path, source)[key], _join(path, key), source)
+    elif typing.get_origin(hint) is list:
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise ConfigError(f"{source}: {path}={value!r}: must be a list")
+        for index, entry in enumerate(value):
+            _check_shape(entry, typing.get_args(hint)[0], _join(path, index), source)
+    else:
+        name, accepted = _SCALARS[hint]
+        if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
+            raise ConfigError(f"{source}: {path}={value!r}: must be {name}")
+
+
+def _field_types(section: type, key: str, path: str, source: str) -> dict[str, typing.Any]:
+    """Types of a section's fields, of which ``key`` must be one."""
+    hints = typing.get_type_hints(section)
+    valid = [field.name for field in dataclasses.fields(section)]
+    if key not in valid:
+        near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(valid)}"
+        raise ConfigError(f"{source}: {_join(path, key)}: unknown key; {hint}")
+    return hints
+
+
+def _join(path: str, part: str | int) -> str:
+    if isinstance(part, int):
+        return f"{path}[{part}]"
+    return f"{path}.{part}" if path else part
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        mark = error.problem_mark
+        return f"{error.problem} (line {mark.line + 1}, column {mark.column + 1})"
+    return str(error).splitlines()[0]

@@ -1,0 +1,197 @@
+"""Loading, overriding and checking configurations; every error is one line that names field, value and rule."""
+
+import pytest
+
+from megatron_most.config import RunConfig, dump_config, load_config
+from megatron_most.config.load import build_config
+from megatron_most.errors import ConfigError
+
+YAML = """
+vocab: {text_vocab_size: 100, num_codebooks: 4, codebook_size: 1000}
+model:
+  num_layers: 4
+  moe:
+    groups:
+      - {modality: text, size: 4, top_k: 2}
+      - {modality: audio, size: 4, top_k: 2}
+data:
+  train: [{path: data/asr, weight: 0.4}]
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(*overrides: str, text: str = YAML) -> RunConfig:
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return load_config(path, overrides)
+
+    return load
+
+
+@pytest.fixture
+def error(load):
+    def error(*overrides: str, text: str = YAML) -> str:
+        with pytest.raises(ConfigError) as caught:
+            load(*overrides, text=text)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    return error
+
+
+def test_values_overrides_and_defaults_come_together(load):
+    config = load("optimizer.lr=2e-3", "training.micro_batch_size=1", "tokenizer=a.model", "run_dir=runs/a=b")
+    assert config.model.num_layers == 4
+    assert config.optimizer.lr == 2e-3
+    assert config.optimizer.beta2 == 0.95
+    assert config.tokenizer == "a.model"
+    assert config.run_dir == "runs/a=b"
+    assert config.vocab.frame == 102
+    assert config.data.train[0].weight == 0.4
+
+
+@pytest.mark.parametrize("key", ["model.moe.groups.0.size", "model.moe.groups.1.size"])
+def test_an_override_reaches_into_a_list(load, key):
+    sizes = [group.size for group in load(f"{key}=8").model.moe.groups]
+    assert sizes == ([8, 4] if ".0." in key else [4, 8])
+
+
+def test_a_later_override_wins_and_sections_merge(load):
+    config = load("model={num_layers: 6}", "model.num_layers=8", "parallel.expert_tensor_parallel_size=null")
+    assert config.model.num_layers == 8
+    assert config.model.moe.num_experts == 8
+    assert config.parallel.expert_tensor_parallel_size is None
+
+
+def test_a_required_section_may_come_from_overrides_alone(load):
+    overrides = ["vocab.text_vocab_size=10", "vocab.num_codebooks=2", "vocab.codebook_size=8"]
+    assert load(*overrides, text="seed: 7\n").vocab.size == 13
+
+
+def test_interpolation_is_resolved(load, monkeypatch):
+    monkeypatch.setenv("MOST_TEST_ROOT", "/data/runs")
+    config = load("run_dir=${oc.env:MOST_TEST_ROOT}/a", "optimizer.min_lr=${optimizer.lr}")
+    assert config.run_dir == "/data/runs/a"
+    assert config.optimizer.min_lr == config.optimizer.lr
+
+
+def test_a_dumped_config_loads_to_an_equal_one(load, tmp_path):
+    config = load("optimizer.lr=3e-4", "model.moe.groups.0.size=6", "codec=x.nemo")
+    path = tmp_path / "dumped.yaml"
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.moe.gruops=[]", "model.moe.gruops: unknown key; did you mean 'groups'?"),
+        ("modle.num_layers=3", "modle: unknown key; did you mean 'model'?"),
+        ("--lr=3", "--lr: unknown key; valid: vocab, run_dir, "),
+        ("model.moe.groups.0.sise=8", "model.moe.groups[0].sise: unknown key; did you mean 'size'?"),
+        ("data.train=[{pth: a}]", "data.train[0].pth: unknown key; did you mean 'path'?"),
+        ("model.num_layers=x", "model.num_layers='x': must be an integer"),
+        ("model.num_layers=1.5", "model.num_layers=1.5: must be an integer"),
+        ("model.num_layers=true", "model.num_layers=True: must be an integer"),
+        ("model.num_layers=", "model.num_layers=None: must be an integer"),
+        ("optimizer.lr=fast", "optimizer.lr='fast': must be a number"),
+        ("optimizer.distributed=maybe", "optimizer.distributed='maybe': must be true or false"),
+        ("run_dir=[a]", "run_dir=['a']: must be text"),
+        ("model.codebook_loss_weights=[1, a]", "model.codebook_loss_weights[1]='a': must be a number"),
+        ("data.train=[{path: a, weight: x}]", "data.train[0].weight='x': must be a number"),
+        ("model=3", "model=3: must be a section"),
+        ("model.moe.groups=3", "model.moe.groups=3: must be a list"),
+        ("vocab=null", "vocab=None: must be a section"),
+        ("model.moe.groups.5.size=8", "model.moe.groups has no entry '5'; it holds 2, counted from 0"),
+        ("model.moe.groups.x.size=8", "model.moe.groups has no entry 'x'"),
+        ("model.num_layers.x=3", "model.num_layers is a single value and has no 'x'"),
+        ("data.train=[1", "the value is not readable as YAML"),
+        ("foo", "must have the form key=value"),
+        ("=3", "must have the form key=value"),
+    ],
+)
+def test_a_wrong_override_is_quoted_with_the_rule(error, override, message):
+    assert error(override).startswith(f"override {override!r}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (YAML + "lr: 3\n", "lr: unknown key; valid: vocab, "),
+        (YAML + "optimiser: {lr: 3}\n", "optimiser: unknown key; did you mean 'optimizer'?"),
+        (YAML + "optimizer: {lr: fast}\n", "optimizer.lr='fast': must be a number"),
+        (YAML.replace("path: data/asr, ", ""), "data.train[0].path: a value is required"),
+        ("model: {num_layers: 4}\n", "vocab: a value is required"),
+        ("", "vocab: a value is required"),
+        ("vocab: {num_codebooks: 4}\n", "vocab.codebook_size, vocab.text_vocab_size: a value is required"),
+        ("- a\n- b\n", "must hold a mapping of config sections"),
+        ("vocab: [1\n", "not readable as YAML: "),
+        (YAML + "model: {num_layers: 5}\n", "not readable as YAML: found duplicate key model (line 11, column 1)"),
+        ("run_dir: ${nowhere}\n" + YAML, "Interpolation key 'nowhere' not found"),
+    ],
+)
+def test_a_wrong_file_is_named_with_the_rule(error, tmp_path, text, message):
+    assert error(text=text).startswith(f"{tmp_path / 'run.yaml'}: {message}")
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="absent.yaml: no such config file"):
+        load_config(tmp_path / "absent.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(ConfigError, match="binary.yaml: not readable as YAML"):
+        load_config(tmp_path / "binary.yaml")
+    with pytest.raises(ConfigError, match="not readable as YAML"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["vocab.layout=delay"], "vocab.layout='delay': must be one of frame, flat"),
+        (["vocab.num_codebooks=0"], "vocab.num_codebooks=0: must be at least 1"),
+        (["model.moe.groups.0.top_k=9"], "model.moe.groups[text].top_k=9: must not exceed the group's size, 4"),
+        (["model.moe.groups.1.top_k=1"], "model.moe.groups.top_k=[2, 1]: must be the same in every group"),
+        (["model.moe.groups.1.modality=text"], "needs exactly one group for each modality (text, audio)"),
+        (["model.moe.groups.1.modality=video"], "must be one of text, audio"),
+        (["model.moe.score_rule=none"], "model.moe.score_rule='none': must be one of group, all"),
+        (["model.num_dense_layers=4"], "model.num_dense_layers=4: must leave at least one of the 4 layers"),
+        (["model.attention.qk_rope_head_dim=3"], "model.attention.qk_rope_head_dim=3: must be even"),
+        (["model.codebook_loss_weights=[1, 2]"], "needs one weight for each of the 4 codebooks"),
+        (["parallel.expert_model_parallel_size=3"], "must divide the 4 text experts"),
+        (["parallel.tensor_model_parallel_size=3"], "must divide model.attention.num_heads, 16"),
+        (["parallel.pipeline_model_parallel_size=3"], "must divide model.num_layers, 4"),
+        (["parallel.virtual_pipeline_model_parallel_size=2"], "needs pipeline_model_parallel_size of at least 2"),
+        (["parallel.context_parallel_size=2", "data.seq_length=34"], "data.seq_length=34: must be divisible by 4"),
+        (["training.micro_batch_size=2"], "training.micro_batch_size=2: must be 1 with data.packing"),
+        (["optimizer.warmup_steps=1000"], "must be less than training.steps, 1000"),
+        (["optimizer.min_lr=1"], "optimizer.min_lr=1.0: must not exceed optimizer.lr"),
+        (["data.audio_frame_dropout=1"], "data.audio_frame_dropout=1.0: must be in [0, 1)"),
+        (["data.train.0.weight=0"], "must be greater than 0 (data/asr)"),
+    ],
+)
+def test_a_broken_rule_names_field_value_and_rule(error, overrides, message):
+    assert message in error(*overrides)
+
+
+def test_a_layout_that_does_not_fit_the_world_is_refused(load):
+    parallel = load("parallel.expert_model_parallel_size=4").parallel
+    assert parallel.data_parallel_size(4) == 4
+    with pytest.raises(ConfigError, match="expert tensor x expert x pipeline = 4 ranks, but only 2 were started"):
+        parallel.data_parallel_size(2)
+    with pytest.raises(ConfigError, match="must divide the world size, 6"):
+        parallel.data_parallel_size(6)
+
+
+def test_a_batch_that_does_not_fit_the_ranks_is_refused(load):
+    config = load("training.global_batch_size=6")
+    assert config.num_microbatches(3) == 2
+    with pytest.raises(ConfigError, match="training.global_batch_size=6: must be divisible"):
+        config.num_microbatches(4)
+
+
+def test_values_may_come_from_a_program():
+    config = build_config("here", {"vocab": {"text_vocab_size": 1, "num_codebooks": 1, "codebook_size": 2}})
+    assert config.vocab.size == 4
+    with pytest.raises(ConfigError, match="here: vocab.layuot: unknown key; did you mean 'layout'"):
+        build_config("here", {"vocab": {"layuot": "flat"}})
