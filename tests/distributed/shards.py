@@ -1,7 +1,7 @@
 """Weights and gradients by global name, so that ranks of any layout can be compared with one process.
 
-Megatron's sharded state dict knows for each local tensor its global name, shape and offset. Weights are drawn whole from
-a generator seeded by the name and cut; local gradients are put back together in the test process.
+Megatron's sharded state dict knows for each local tensor its global name, shape and offset. Weights are drawn whole
+from a generator seeded by the name and cut; local gradients are put back together in the test process.
 """
 
 from __future__ import annotations

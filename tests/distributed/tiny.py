@@ -8,6 +8,8 @@ import torch
 
 from megatron_most.config import RunConfig
 from megatron_most.config.load import build_config
+from megatron_most.data.batch import Batch
+from megatron_most.data.tasks import TASKS
 from megatron_most.vocab import NO_CODE
 
 SEQ_LENGTH = 32
@@ -48,11 +50,11 @@ def tiny_config(**overrides: Any) -> RunConfig:
     return build_config("tiny", values, dotted)
 
 
-def tiny_fields(config: RunConfig, seed: int, audio_share: float = 0.4) -> dict[str, torch.Tensor]:
-    """Random rows ``[2, s]`` with text, audio, padding and codes, as the fields of a batch."""
+def tiny_batch(config: RunConfig, seed: int, audio_share: float = 0.4) -> Batch:
+    """Random rows ``[2, s]`` (``[1, s]`` packed) with text, audio, padding and codes."""
     generator = torch.Generator().manual_seed(seed)
     vocab, layout = config.vocab, config.vocab.codec_layout
-    rows, length = 2, config.data.seq_length
+    rows, length = config.training.micro_batch_size, config.data.seq_length
     ids = torch.randint(0, vocab.text_vocab_size, (rows, length + 1), generator=generator)
     is_audio = torch.rand(rows, length + 1, generator=generator) < audio_share
     codes = torch.full((rows, length + 1, vocab.num_codebooks), NO_CODE)
@@ -68,14 +70,16 @@ def tiny_fields(config: RunConfig, seed: int, audio_share: float = 0.4) -> dict[
     loss_mask = (torch.rand(rows, length, generator=generator) < 0.7).float() * ~is_padding
     code_labels = codes[:, 1:].clone()
     code_labels[loss_mask == 0] = NO_CODE
-    return {
-        "ids": ids[:, :-1].contiguous(),
-        "labels": ids[:, 1:].contiguous(),
-        "loss_mask": loss_mask,
-        "modality": vocab.is_audio(ids[:, :-1]).long(),
-        "is_padding": is_padding,
-        "task": torch.zeros(rows, length, dtype=torch.long),
-        "position_ids": torch.arange(length).expand(rows, -1).contiguous(),
-        "codes": codes[:, :-1].contiguous() if layout.uses_side_codes else None,
-        "code_labels": code_labels if layout.uses_side_codes else None,
-    }
+    boundaries = torch.tensor([0, 5, length // 2, length - 3, length], dtype=torch.int32)
+    return Batch(
+        ids=ids[:, :-1].contiguous(),
+        labels=ids[:, 1:].contiguous(),
+        loss_mask=loss_mask,
+        modality=vocab.is_audio(ids[:, :-1]).long(),
+        is_padding=is_padding,
+        task=torch.randint(0, len(TASKS), (rows, length), generator=generator),
+        position_ids=torch.arange(length).expand(rows, -1).contiguous(),
+        codes=codes[:, :-1].contiguous() if layout.uses_side_codes else None,
+        code_labels=code_labels if layout.uses_side_codes else None,
+        cu_seqlens=boundaries if config.data.packing else None,
+    )
