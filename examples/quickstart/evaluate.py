@@ -1,0 +1,132 @@
+"""Evaluate the trained quickstart model on its held-out sentences, and write evaluation/*.json and summary.json.
+
+    python examples/quickstart/evaluate.py --run-dir runs/quickstart --corpus runs/quickstart/corpus
+
+Sets: ``heldout_s`` (unseen sentences of word pairs that occur in training) and ``heldout_p`` (word pairs never seen).
+Speech is judged by pocketsphinx with the corpus's closed vocabulary, beside the originals and the codec's round trip.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_most import cli
+from megatron_most.data.manifest import Record, read_manifest
+from megatron_most.evaluation.recogniser import PocketsphinxRecogniser
+from megatron_most.evaluation.suites import encode_records, evaluate_asr, evaluate_reference_audio, evaluate_tts
+from megatron_most.inference import LoadedModel, load_for_generation
+from megatron_most.model import count_parameters
+
+SETS = {"heldout_s": "heldout", "heldout_p": "heldout_hard"}
+NUM_SAMPLES = 4
+MAX_SECONDS = 4.0
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    run_dir, corpus = arguments.run_dir, arguments.corpus
+    samples = run_dir / "samples"
+    manifests = {name: read_manifest(corpus / f"{name}.jsonl") for name in ("train", *SETS)}
+    recogniser = PocketsphinxRecogniser([record.text for records in manifests.values() for record in records])
+    untrained = load_for_generation(run_dir, random_weights=True)
+    codes = {name: encode_records(untrained.codec, manifests[name][: arguments.limit]) for name in SETS}
+
+    summary: dict[str, Any] = {}
+    first = next(iter(SETS))
+    result = _timed(
+        "ASR of the untrained model", evaluate_asr, untrained, first, _of(manifests, codes, first), codes[first]
+    )
+    summary["asr_wer_untrained"] = result["wer"]
+    model = load_for_generation(run_dir)
+    for name, key in SETS.items():
+        records = _of(manifests, codes, name)
+        sound = {"samples": samples, "num_samples": NUM_SAMPLES}
+        results = {
+            "original": _timed(
+                f"original audio of {name}", evaluate_reference_audio, model.codec, name, records, recogniser, **sound
+            ),
+            "roundtrip": _timed(
+                f"codec round trip of {name}",
+                evaluate_reference_audio,
+                model.codec,
+                name,
+                records,
+                recogniser,
+                codes[name],
+                **sound,
+            ),
+            "asr": _timed(f"ASR of {name}", evaluate_asr, model, name, records, codes[name]),
+            "tts": _timed(
+                f"TTS of {name}", evaluate_tts, model, name, records, recogniser, max_seconds=MAX_SECONDS, **sound
+            ),
+        }
+        for kind in ("original", "roundtrip"):
+            for item, source in zip(results["tts"]["items"], results[kind]["items"], strict=True):
+                if f"{kind}_wav" in source:
+                    item[f"{kind}_wav"] = source[f"{kind}_wav"]
+        for suite, result in results.items():
+            _write_json(run_dir / "evaluation" / f"{suite}_{name}.json", result)
+        suffix = key.removeprefix("heldout")
+        summary[f"asr_wer_{key}"] = results["asr"]["wer"]
+        summary[f"tts_wer_{key}"] = results["tts"]["wer"]
+        summary[f"original_wer{suffix}"] = results["original"]["wer"]
+        summary[f"codec_roundtrip_wer{suffix}"] = results["roundtrip"]["wer"]
+    _write_json(run_dir / "summary.json", summary | _training_summary(run_dir, model))
+
+
+def _training_summary(run_dir: Path, model: LoadedModel) -> dict[str, Any]:
+    """What the run's own files say about training."""
+    metrics = [entry for entry in _json_lines(run_dir / "metrics.jsonl") if "loss" in entry]
+    routing = _json_lines(run_dir / "routing.jsonl")
+    environment = json.loads((run_dir / "environment.json").read_text())
+    steps = [entry["step"] for entry in metrics]
+    intervals = [after - before for before, after in zip([0, *steps[:-1]], steps, strict=True)]
+    seconds = sum(entry["step_seconds"] * count for entry, count in zip(metrics, intervals, strict=True))
+    parameters = count_parameters(model.config)
+    losses = ("loss/text", "loss/audio")
+    return {
+        "loss_first": {name.removeprefix("loss/"): metrics[0][name] for name in losses},
+        "loss_last": {name.removeprefix("loss/"): metrics[-1][name] for name in losses},
+        "tokens_outside_group": sum(layer["outside_group"] for entry in routing for layer in entry["layers"]),
+        "train_seconds": seconds,
+        "steps": metrics[-1]["step"],
+        "tokens_per_second": metrics[-1]["consumed_tokens"] / seconds,
+        "parameters_total": parameters["total"],
+        "parameters_active": parameters["active"],
+        "layout": model.metadata.config["parallel"] | {"world_size": model.metadata.world_size},
+        "versions": environment["versions"],
+    }
+
+
+def _of(manifests: dict[str, list[Record]], codes: dict[str, list], name: str) -> list[Record]:
+    return manifests[name][: len(codes[name])]
+
+
+def _timed(label: str, function: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    start = time.monotonic()
+    result = function(*args, **kwargs)
+    print(f"  {label}: WER {result['wer']:.2%} ({time.monotonic() - start:.0f} s)", flush=True)
+    return result
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="evaluate the quickstart model on its held-out sentences")
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--corpus", type=Path, default=Path("runs/quickstart/corpus"))
+    parser.add_argument("--limit", type=int, default=100, help="utterances of each set (default 100)")
+    cli.run(parser, evaluate)

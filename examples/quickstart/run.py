@@ -1,0 +1,129 @@
+"""The whole of megatron_most on one small machine: speak a corpus, tokenise it, train, evaluate, speak, report.
+
+    make quickstart                # or: python examples/quickstart/run.py [--run-dir DIR] [key=value ...]
+
+Each step is the command a user would type; it is printed before it runs. A complete step is skipped, so that Ctrl-C and
+run again continues where it was. A step runs again when its command or one of the files it names has changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_most import cli
+from megatron_most.audio import file_fingerprint
+from megatron_most.errors import MostError
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICKSTART = Path("examples/quickstart")
+CONFIG = Path("examples/configs/quickstart.yaml")
+CODEC = QUICKSTART / "codec" / "tiny_codec.nemo"
+SPLITS = ("train", "heldout_s", "heldout_p")
+SPEECH_DATASETS = (("train", "asr"), ("train", "tts"), ("heldout_s", "asr"), ("heldout_s", "tts"))
+TEXT_VOCAB_SIZE = 384
+
+
+@dataclass
+class Step:
+    """One command and the files it depends on beside earlier steps."""
+
+    name: str
+    what: str
+    command: list[str]
+    inputs: list[Path] = field(default_factory=list)
+
+
+def make_steps(run_dir: Path, overrides: list[str]) -> list[Step]:
+    """The commands in order; each builds on those before it."""
+    python, prepare = sys.executable, "tools/prepare_data.py"
+    corpus, data = run_dir / "corpus", run_dir / "data"
+    build = [python, prepare, "build", "--tokenizer", f"{data}/tokenizer.model"]
+    build += ["--text-vocab-size", str(TEXT_VOCAB_SIZE)]
+    transcripts = [QUICKSTART / "corpus" / f"{split}.jsonl" for split in SPLITS]
+
+    speak = [python, f"{QUICKSTART}/make_corpus.py", "--output", str(corpus)]
+    steps = [Step("corpus", "speak 4,400 sentences with espeak-ng", speak, transcripts)]
+    learn = [python, prepare, "tokenizer", "--manifest", f"{corpus}/train.jsonl"]
+    learn += ["--vocab-size", str(TEXT_VOCAB_SIZE), "--output", f"{data}/tokenizer.model"]
+    steps.append(Step("tokenizer", "learn a text tokenizer from the transcripts", learn))
+    for split in ("train", "heldout_s"):
+        encode = [python, prepare, "tokenize", "--manifest", f"{corpus}/{split}.jsonl", "--codec", str(CODEC)]
+        encode += ["--output", f"{data}/codes/{split}"]
+        steps.append(Step(f"codes_{split}", f"turn the audio of {split} into codec codes", encode, [CODEC]))
+    for split, task in SPEECH_DATASETS:
+        name = f"{split}_{task}"
+        command = [*build, "--task", task, "--codes", f"{data}/codes/{split}", "--output", f"{data}/{name}"]
+        steps.append(Step(name, f"build the dataset {name}", command))
+    text = [*build, "--task", "text_lm", "--text", f"{corpus}/train.jsonl", "--output", f"{data}/train_text"]
+    text += ["--num-codebooks", "4", "--codebook-size", "1000"]
+    steps.append(Step("train_text", "build the dataset train_text", text))
+
+    train = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    train += ["examples/pretrain_most.py", "--config", str(CONFIG), f"run_dir={run_dir}", *overrides]
+    steps.append(Step("train", "train on 2 ranks with expert parallelism", train, [CONFIG]))
+    evaluate = [python, f"{QUICKSTART}/evaluate.py", "--run-dir", str(run_dir), "--corpus", str(corpus)]
+    steps.append(Step("evaluate", "transcribe and speak held-out sentences", evaluate))
+    steps.append(Step("report", "draw the report", [python, "tools/report.py", str(run_dir)]))
+    return steps
+
+
+def run_steps(steps: list[Step], run_dir: Path) -> None:
+    """Run what is not done yet.
+
+    Raises:
+        MostError: a step failed; what it printed stands above.
+    """
+    stamps = run_dir / "steps"
+    stamps.mkdir(parents=True, exist_ok=True)
+    identity = ""
+    for number, step in enumerate(steps, start=1):
+        label = f"[{number}/{len(steps)}] {step.what}"
+        identity = _identity(identity, step)
+        stamp = stamps / f"{step.name}.done"
+        if stamp.is_file() and stamp.read_text() == identity:
+            print(f"{label}: done already", flush=True)
+            continue
+        print(f"{label}\n    {' '.join(_shown(part) for part in step.command)}", flush=True)
+        start = time.monotonic()
+        status = subprocess.run(step.command, cwd=ROOT, env=_environment(), check=False).returncode
+        if status:
+            raise MostError(f"step {step.name} failed with status {status}; mend what it says above and run again")
+        stamp.write_text(identity)
+        print(f"{label}: {time.monotonic() - start:.0f} s", flush=True)
+
+
+def _identity(previous: str, step: Step) -> str:
+    """Changes when this step's command or files, or those of a step before it, have changed."""
+    parts = [previous, *step.command, *(file_fingerprint(ROOT / path) for path in step.inputs)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _shown(part: str) -> str:
+    return "python" if part == sys.executable else part
+
+
+def _environment() -> dict[str, str]:
+    """Our modules for scripts, and no oversubscription: ranks and workers set their own threads."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+
+
+def quickstart(arguments: argparse.Namespace) -> None:
+    start = time.monotonic()
+    run_dir = arguments.run_dir
+    run_steps(make_steps(run_dir, arguments.overrides), run_dir if run_dir.is_absolute() else ROOT / run_dir)
+    print(f"finished in {time.monotonic() - start:.0f} s; open {run_dir}/report.html, hear {run_dir}/samples/")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="train, evaluate and hear a tiny MoST on this machine")
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("overrides", nargs="*", help="training configuration, as key=value")
+    cli.run(parser, quickstart)
