@@ -1,0 +1,109 @@
+"""Text to speech with espeak-ng, in this process: no root, no network, no ``espeak-ng`` on the PATH.
+
+The library and its data come from the PyPI package ``espeakng-loader``; this module drives them through ctypes.
+
+espeak-ng keeps hidden state from one utterance to the next (oscillator phase, flutter), which no call of its interface
+resets: the same sentence comes out a little different the second time. So that a sentence always gives the same
+samples, whatever was spoken before, every utterance is spoken by a forked child of a process whose engine is still
+fresh; the fork costs about a millisecond.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+import numpy as np
+
+from megatron_most.errors import ConfigError, DataError
+
+INSTALL_HINT = "espeak-ng is not available: run `pip install espeakng-loader`"
+
+# From espeak-ng's speak_lib.h (1.52).
+AUDIO_OUTPUT_SYNCHRONOUS = 2  # espeak_Synth returns when the whole text was handed to the callback
+CHARS_UTF8 = 1
+PARAMETER_RATE, PARAMETER_PITCH = 1, 3
+EE_OK = 0
+
+_SynthCallback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+
+
+class Espeak:
+    """One espeak-ng engine with one voice.
+
+    Args:
+        voice: espeak-ng voice name, with an optional variant: ``en-us``, ``en-gb+f2``.
+
+    Attributes:
+        sample_rate: samples per second of what :meth:`synthesise` returns (22050 for every English voice).
+
+    Raises:
+        ConfigError: the package ``espeakng-loader`` is missing, its library does not load, or the voice is unknown.
+    """
+
+    def __init__(self, voice: str = "en-us"):
+        try:
+            import espeakng_loader
+        except ImportError as error:
+            raise ConfigError(INSTALL_HINT) from error
+        try:
+            self._library = ctypes.CDLL(espeakng_loader.get_library_path())
+        except OSError as error:
+            raise ConfigError(f"{INSTALL_HINT} (its library does not load here: {error})") from error
+
+        data_path = espeakng_loader.get_data_path().encode()
+        self.sample_rate = self._library.espeak_Initialize(AUDIO_OUTPUT_SYNCHRONOUS, 0, data_path, 0)
+        if self.sample_rate <= 0:
+            raise ConfigError(f"espeak-ng does not start with the data at {data_path.decode()}")
+        self._chunks: list[bytes] = []
+        self._callback = _SynthCallback(self._collect)  # kept alive here: the library only holds its address
+        self._library.espeak_SetSynthCallback(self._callback)
+        self.set_voice(voice)
+
+    def set_voice(self, voice: str) -> None:
+        """Switch to another voice; see the class for names and errors."""
+        if self._library.espeak_SetVoiceByName(voice.encode()) != EE_OK:
+            raise ConfigError(f"espeak-ng has no voice {voice!r}")
+
+    def _collect(self, samples, num_samples: int, _events) -> int:
+        if num_samples > 0:
+            self._chunks.append(ctypes.string_at(samples, num_samples * ctypes.sizeof(ctypes.c_short)))
+        return 0  # 0 lets the synthesis go on
+
+    def synthesise(self, text: str, *, speed: int = 175, pitch: int = 50) -> np.ndarray:
+        """Speak ``text``: float32 ``[num_samples]`` in [-1, 1] at :attr:`sample_rate`.
+
+        The same voice, text, speed and pitch give the same samples.
+
+        Args:
+            speed: words per minute, 80 to 450.
+            pitch: 0 to 99, 50 is the voice's own.
+
+        Raises:
+            DataError: espeak-ng refuses the text or says nothing.
+        """
+        read_end, write_end = os.pipe()
+        child = os.fork()
+        if child == 0:  # leaves by os._exit: nothing of the parent's is flushed or cleaned up twice
+            try:
+                os.close(read_end)
+                with os.fdopen(write_end, "wb") as pipe:
+                    pipe.write(self._speak(text, speed, pitch))
+            finally:
+                os._exit(0)
+        os.close(write_end)
+        with os.fdopen(read_end, "rb") as pipe:
+            samples = np.frombuffer(pipe.read(), dtype=np.int16)
+        os.waitpid(child, 0)
+        if not samples.size:
+            raise DataError(f"espeak-ng cannot speak {text!r}")
+        return samples.astype(np.float32) / 32768.0
+
+    def _speak(self, text: str, speed: int, pitch: int) -> bytes:
+        """Speak with this process's engine: native int16 samples, empty when espeak-ng refuses."""
+        self._library.espeak_SetParameter(PARAMETER_RATE, speed, 0)
+        self._library.espeak_SetParameter(PARAMETER_PITCH, pitch, 0)
+        self._chunks = []
+        data = text.encode()
+        self._library.espeak_Synth(data, ctypes.c_size_t(len(data) + 1), 0, 0, 0, CHARS_UTF8, None, None)
+        return b"".join(self._chunks)

@@ -1,0 +1,1 @@
+"""Measuring trained models: word error rate, recognisers, and the evaluation suites."""

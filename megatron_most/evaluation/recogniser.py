@@ -1,0 +1,140 @@
+"""Speech recognisers that judge generated speech: audio in, words out.
+
+The pocketsphinx recogniser needs no network and no accelerator (its English acoustic model comes inside its package).
+It is weak on open vocabulary, so it is told the sentences that can occur, and its numbers compare only with numbers
+got from the same sentences.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import soxr
+
+from megatron_most.errors import ConfigError, DataError
+from megatron_most.evaluation.wer import normalise_text
+
+POCKETSPHINX_SAMPLE_RATE = 16000
+NOISE_AMPLITUDE = 3e-4  # digital silence upsets pocketsphinx's noise estimate
+SILENCE_SECONDS = 0.3  # on both sides: it also needs a little time to form that estimate
+SENTENCE_START, SENTENCE_END = "<s>", "</s>"
+
+
+class Recogniser(Protocol):
+    """What an evaluation asks of a recogniser."""
+
+    def transcribe(self, audio: np.ndarray, sample_rate: int) -> str:
+        """The words said in ``audio`` (float ``[num_samples]`` in -1..1); empty when none are recognised."""
+        ...
+
+
+class PocketsphinxRecogniser:
+    """pocketsphinx's US-English acoustic model with a closed-vocabulary n-gram language model.
+
+    Args:
+        sentences: text in the language to recognise; its words are the vocabulary, its n-gram counts the model.
+        order: 1 (unigram: any word anywhere) or 2 (bigram: likely neighbours are preferred).
+
+    Raises:
+        ConfigError: pocketsphinx is not installed, or the order is neither 1 nor 2.
+        DataError: there are no sentences, or words that pocketsphinx's pronouncing dictionary lacks.
+    """
+
+    def __init__(self, sentences: Iterable[str], order: int = 2):
+        try:
+            import pocketsphinx
+        except ImportError as error:
+            raise ConfigError(
+                "the pocketsphinx recogniser needs its package: run `pip install pocketsphinx`"
+            ) from error
+        words = [normalise_text(sentence).split() for sentence in sentences]
+        arpa = arpa_language_model([sentence for sentence in words if sentence], order)
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "language_model.arpa"
+            path.write_text(arpa)
+            self._decoder = pocketsphinx.Decoder(samprate=POCKETSPHINX_SAMPLE_RATE, loglevel="FATAL", lm=str(path))
+        vocabulary = {word for sentence in words for word in sentence}
+        unknown = sorted(word for word in vocabulary if self._decoder.lookup_word(word) is None)
+        if unknown:
+            raise DataError(f"pocketsphinx's dictionary lacks {len(unknown)} of the words to recognise: "
+                            f"{', '.join(unknown[:10])}")  # fmt: skip
+
+    def transcribe(self, audio: np.ndarray, sample_rate: int) -> str:
+        """See :class:`Recogniser`. The same audio gives the same words.
+
+        Raises:
+            DataError: ``audio`` is not one-dimensional or holds values that are not finite.
+        """
+        audio = np.asarray(audio, dtype=np.float32)
+        if audio.ndim != 1:
+            raise DataError(f"audio to recognise must have shape [num_samples], got {list(audio.shape)}")
+        if not np.isfinite(audio).all():
+            raise DataError("audio to recognise holds values that are not finite")
+        if sample_rate != POCKETSPHINX_SAMPLE_RATE:
+            audio = soxr.resample(audio, sample_rate, POCKETSPHINX_SAMPLE_RATE)
+        padded = np.pad(audio, int(SILENCE_SECONDS * POCKETSPHINX_SAMPLE_RATE))
+        padded = padded + np.random.default_rng(0).normal(scale=NOISE_AMPLITUDE, size=len(padded))
+        pcm = (np.clip(padded, -1, 1) * 32767).astype(np.int16)
+        self._decoder.start_utt()
+        self._decoder.process_raw(pcm.tobytes(), full_utt=True)
+        self._decoder.end_utt()
+        hypothesis = self._decoder.hyp()
+        return hypothesis.hypstr if hypothesis else ""
+
+
+def arpa_language_model(sentences: Sequence[Sequence[str]], order: int) -> str:
+    """A language model in the ARPA text format, estimated from sentences given as words.
+
+    Unigrams are smoothed by adding one; bigrams by Witten-Bell, backing off to the unigrams: a history that occurred n
+    times before t different words keeps n / (n + t) of its probability for those words.
+
+    Raises:
+        ConfigError: the order is neither 1 nor 2.
+        DataError: there are no sentences.
+    """
+    if order not in (1, 2):
+        raise ConfigError(f"language model order must be 1 or 2, got {order}")
+    if not sentences:
+        raise DataError("a language model needs at least one sentence")
+    unigrams: Counter[str] = Counter()
+    bigrams: Counter[tuple[str, str]] = Counter()
+    for words in sentences:
+        tokens = [SENTENCE_START, *words, SENTENCE_END]
+        unigrams.update(tokens[1:])
+        bigrams.update(zip(tokens, tokens[1:], strict=False))
+    total = sum(unigrams.values()) + len(unigrams)
+    probability = {word: (count + 1) / total for word, count in unigrams.items()}
+
+    followers: dict[str, list[str]] = {}
+    history_counts: Counter[str] = Counter()
+    for (history, word), count in bigrams.items():
+        followers.setdefault(history, []).append(word)
+        history_counts[history] += count
+
+    def backoff(word: str) -> float:
+        """log10 of the weight of the unigram probabilities after ``word``, for words never seen there."""
+        if word not in followers:
+            return 0.0
+        kept = len(followers[word]) / (history_counts[word] + len(followers[word]))
+        unseen = 1 - sum(probability[follower] for follower in followers[word])
+        return math.log10(kept / max(unseen, 1e-6))
+
+    lines = ["\\data\\", f"ngram 1={len(unigrams) + 1}"]
+    if order == 2:
+        lines.append(f"ngram 2={len(bigrams)}")
+    lines += ["", "\\1-grams:"]
+    for word in (SENTENCE_START, *sorted(unigrams)):
+        log_probability = -99.0 if word == SENTENCE_START else math.log10(probability[word])
+        lines.append(f"{log_probability:.4f}\t{word}" + (f"\t{backoff(word):.4f}" if order == 2 else ""))
+    if order == 2:
+        lines += ["", "\\2-grams:"]
+        for (history, word), count in sorted(bigrams.items()):
+            seen = count / (history_counts[history] + len(followers[history]))
+            lines.append(f"{math.log10(seen):.4f}\t{history} {word}")
+    return "\n".join([*lines, "", "\\end\\", ""])
