@@ -1,6 +1,8 @@
 """Generation: text and speech from a trained model."""
 
 from megatron_most.inference.generator import Generator
+from megatron_most.inference.loading import LoadedModel, load_for_generation
 from megatron_most.inference.sampling import Sampling
+from megatron_most.inference.speech import speak, transcribe
 
-__all__ = ["Generator", "Sampling"]
+__all__ = ["Generator", "LoadedModel", "Sampling", "load_for_generation", "speak", "transcribe"]

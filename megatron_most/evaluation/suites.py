@@ -1,0 +1,122 @@
+"""Evaluation suites: manifests in, one result dictionary out (the report's and the table's input).
+
+A result holds ``suite``, ``set``, ``num_utterances``, ``wer`` (a fraction) and ``items``: one dictionary per utterance
+with ``id``, ``reference`` and ``hypothesis``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_most.audio import AudioCodec, read_audio, write_wav
+from megatron_most.data.manifest import Record
+from megatron_most.evaluation.recogniser import Recogniser
+from megatron_most.evaluation.wer import word_errors
+from megatron_most.inference import LoadedModel, Sampling, speak, transcribe
+
+MAX_NEW_TEXT = 256
+MAX_SPEECH_SECONDS = 30.0
+"""Bounds of one answer, within what the model's sequence length leaves."""
+
+
+def encode_records(codec: AudioCodec, records: Sequence[Record]) -> list[np.ndarray]:
+    """Codes ``[C, F]`` of each record's audio."""
+    return [codec.encode(_waveform(codec, record)) for record in records]
+
+
+def evaluate_asr(
+    model: LoadedModel, set_name: str, records: Sequence[Record], codes: Sequence[np.ndarray] | None = None
+) -> dict[str, Any]:
+    """Transcribe greedily and compare with the manifest's text. ``codes`` saves encoding the audio again."""
+    codes = encode_records(model.codec, records) if codes is None else codes
+    layout = model.config.vocab.codec_layout
+    longest = max(utterance.shape[1] for utterance in codes) * layout.positions_per_frame
+    room = model.config.data.seq_length - longest - 16  # the prompt's other ids
+    hypotheses = transcribe(model, codes, max_new=max(1, min(MAX_NEW_TEXT, room)))
+    return _result("asr", set_name, records, hypotheses)
+
+
+def evaluate_tts(
+    model: LoadedModel,
+    set_name: str,
+    records: Sequence[Record],
+    recogniser: Recogniser,
+    sampling: Sampling | None = None,
+    max_seconds: float = MAX_SPEECH_SECONDS,
+    samples: Path | None = None,
+    num_samples: int = 0,
+) -> dict[str, Any]:
+    """Speak each text and let an independent recogniser read it back; the WER is the recogniser's.
+
+    Args:
+        samples: folder for the WAV files of the first ``num_samples`` utterances, named ``<set>_<id>_generated.wav``;
+            items then carry their path under ``generated_wav``, relative to the folder's parent.
+    """
+    spoken = speak(model, [record.text for record in records], max_seconds, sampling)
+    waveforms = [model.codec.decode(codes) for codes in spoken]
+    return _recognised(
+        "tts", set_name, records, waveforms, model.codec.sample_rate, recogniser, "generated", samples, num_samples
+    )
+
+
+def evaluate_reference_audio(
+    codec: AudioCodec,
+    set_name: str,
+    records: Sequence[Record],
+    recogniser: Recogniser,
+    codes: Sequence[np.ndarray] | None = None,
+    samples: Path | None = None,
+    num_samples: int = 0,
+) -> dict[str, Any]:
+    """What the same recogniser makes of the originals or, given their ``codes``, of the codec's round trip.
+
+    It bounds what :func:`evaluate_tts` can reach.
+    """
+    if codes is None:
+        kind, waveforms = "original", [_waveform(codec, record) for record in records]
+    else:
+        kind, waveforms = "roundtrip", [codec.decode(utterance) for utterance in codes]
+    return _recognised(kind, set_name, records, waveforms, codec.sample_rate, recogniser, kind, samples, num_samples)
+
+
+def _recognised(
+    suite: str,
+    set_name: str,
+    records: Sequence[Record],
+    waveforms: Sequence[np.ndarray],
+    sample_rate: int,
+    recogniser: Recogniser,
+    kind: str,
+    samples: Path | None,
+    num_samples: int,
+) -> dict[str, Any]:
+    hypotheses = [recogniser.transcribe(waveform, sample_rate) for waveform in waveforms]
+    result = _result(suite, set_name, records, hypotheses)
+    if samples is not None:
+        for item, waveform in list(zip(result["items"], waveforms, strict=True))[:num_samples]:
+            path = samples / f"{set_name}_{item['id']}_{kind}.wav"
+            write_wav(path, waveform, sample_rate)
+            item[f"{kind}_wav"] = f"{samples.name}/{path.name}"
+    return result
+
+
+def _result(suite: str, set_name: str, records: Sequence[Record], hypotheses: Sequence[str]) -> dict[str, Any]:
+    references = [record.text for record in records]
+    return {
+        "suite": suite,
+        "set": set_name,
+        "num_utterances": len(records),
+        "wer": word_errors(references, hypotheses).wer,
+        "items": [
+            {"id": record.id, "reference": record.text, "hypothesis": hypothesis}
+            for record, hypothesis in zip(records, hypotheses, strict=True)
+        ],
+    }
+
+
+def _waveform(codec: AudioCodec, record: Record) -> np.ndarray:
+    return read_audio(record.audio, codec.sample_rate, offset=record.offset or 0.0, duration=record.duration)

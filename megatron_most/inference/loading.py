@@ -1,0 +1,63 @@
+"""A checkpoint -> everything generation needs, in one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_most import parallel, platform
+from megatron_most.audio import AudioCodec, load_codec
+from megatron_most.checkpointing import CheckpointMetadata, load_model_weights, read_metadata
+from megatron_most.config import RunConfig
+from megatron_most.config.load import build_config
+from megatron_most.errors import ConfigError
+from megatron_most.inference.generator import Generator
+from megatron_most.model import build_model
+from megatron_most.text import TextTokenizer, load_tokenizer
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to generate, with the tokenizer and codec it was trained with."""
+
+    generator: Generator
+    tokenizer: TextTokenizer
+    codec: AudioCodec
+    config: RunConfig
+    metadata: CheckpointMetadata
+
+
+def load_for_generation(
+    checkpoint: str | Path, tokenizer: str | None = None, codec: str | None = None, random_weights: bool = False
+) -> LoadedModel:
+    """Load a checkpoint written under any parallel layout whole onto this process.
+
+    Args:
+        checkpoint: a checkpoint directory, or a run directory for its newest checkpoint.
+        tokenizer, codec: where they are now, if not where training found them. Their content must be the same.
+        random_weights: leave the weights as they are initialised: the baseline of an untrained model.
+
+    Raises:
+        CheckpointError: missing or broken checkpoint, or another tokenizer or codec than it was trained with.
+        ConfigError: the checkpoint names no tokenizer or codec and none is given.
+    """
+    metadata = read_metadata(checkpoint)
+    names = {
+        "tokenizer": tokenizer or metadata.config["tokenizer"],
+        "codec": codec or metadata.config["codec"],
+    }
+    for what, name in names.items():
+        if name is None:
+            raise ConfigError(f"{checkpoint}: names no {what}; give one with --{what}")
+    values = {name: value for name, value in metadata.config.items() if name not in ("parallel", "data")}
+    values.update(names)
+    values["data"] = {"seq_length": metadata.config["data"]["seq_length"]}
+    config = build_config(str(checkpoint), values, ["training.recompute=none", "training.micro_batch_size=1"])
+    platform.install()
+    parallel.initialize(config.parallel, config.seed)
+    chunks = build_model(config)
+    if not random_weights:
+        load_model_weights(checkpoint, config, chunks)
+    return LoadedModel(
+        Generator(chunks[0]), load_tokenizer(names["tokenizer"]), load_codec(names["codec"]), config, metadata
+    )
