@@ -1,0 +1,202 @@
+"""Checkpoint directories: names, manifests, commit, search, retention.
+
+``RUN_DIR/checkpoints/step_00000100/`` holds ``checkpoint.json`` (what it is), ``state/`` (Megatron's sharded tensors) and
+``manifest.json`` (size and CRC32 of every file). It is written under a ``.tmp-`` name and renamed when whole, so that a
+directory with a ``step_`` name is complete unless the storage lost something, which the manifest shows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from megatron_most.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+TEMPORARY_PREFIX = ".tmp-"
+_STEP_NAME = re.compile(r"step_(\d{8,})")
+_CHUNK = 1 << 22
+
+
+@dataclasses.dataclass(frozen=True)
+class FileEntry:
+    """One file of a checkpoint: its size in bytes and the CRC32 of its content."""
+
+    size: int
+    crc32: int
+
+
+def checkpoints_directory(run_dir: str | Path) -> Path:
+    return Path(run_dir) / "checkpoints"
+
+
+def step_directory(run_dir: str | Path, step: int) -> Path:
+    return checkpoints_directory(run_dir) / f"step_{step:08d}"
+
+
+def step_of(directory: Path) -> int | None:
+    """The step in a checkpoint directory's name, None for any other name."""
+    match = _STEP_NAME.fullmatch(directory.name)
+    return int(match.group(1)) if match else None
+
+
+def temporary_directory(directory: Path) -> Path:
+    return directory.with_name(TEMPORARY_PREFIX + directory.name)
+
+
+def list_files(directory: Path) -> list[str]:
+    """Every file below ``directory`` but the manifest, as sorted relative POSIX paths."""
+    paths = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    return sorted(path for path in paths if path != MANIFEST)
+
+
+def checksum(directory: Path, files: Iterable[str]) -> dict[str, FileEntry]:
+    """Read ``files`` (relative to ``directory``) and return their sizes and checksums."""
+    return {name: _entry(directory / name) for name in files}
+
+
+def write_manifest(directory: Path, entries: dict[str, FileEntry]) -> None:
+    """Write the manifest that makes ``directory`` complete."""
+    write_json(directory / MANIFEST, {name: dataclasses.asdict(entries[name]) for name in sorted(entries)})
+
+
+def read_manifest(directory: Path) -> dict[str, FileEntry]:
+    """The manifest of ``directory``; raises :class:`CheckpointError` when it is missing or unreadable."""
+    values = read_json(directory / MANIFEST)
+    try:
+        return {name: FileEntry(**entry) for name, entry in values.items()}
+    except (AttributeError, TypeError):
+        raise CheckpointError(f"{directory / MANIFEST}: not a checkpoint manifest") from None
+
+
+def verify_sizes(directory: Path) -> None:
+    """Raise :class:`CheckpointError` unless every file of the manifest is there with its size. Reads no content."""
+    for name, entry in read_manifest(directory).items():
+        try:
+            size = (directory / name).stat().st_size
+        except OSError:
+            raise CheckpointError(f"{directory}: incomplete: {name} is missing") from None
+        if size != entry.size:
+            raise CheckpointError(f"{directory}: torn: {name} has {size} bytes, the manifest says {entry.size}")
+
+
+def verify_checksums(directory: Path, share: int = 0, num_shares: int = 1) -> None:
+    """Raise :class:`CheckpointError` when a file's content is not what was written.
+
+    With ``num_shares`` ranks, rank ``share`` reads every ``num_shares``-th file, so that together they read each once.
+    """
+    entries = read_manifest(directory)
+    for name in sorted(entries)[share::num_shares]:
+        if _entry(directory / name) != entries[name]:
+            raise CheckpointError(f"{directory}: corrupt: the content of {name} does not match its checksum")
+
+
+def commit(temporary: Path, directory: Path) -> None:
+    """Give a finished checkpoint its name; a directory of that name (torn, or it would have been used) goes first."""
+    if directory.exists():
+        _discard(directory)
+    os.replace(temporary, directory)
+    _sync(directory.parent)
+
+
+def complete_checkpoints(run_dir: str | Path) -> tuple[list[Path], list[str]]:
+    """Checkpoints of a run whose files are there in full, oldest first, and one line for each that is not."""
+    parent = checkpoints_directory(run_dir)
+    candidates = [path for path in parent.iterdir() if step_of(path) is not None] if parent.is_dir() else []
+    complete, problems = [], []
+    for path in sorted(candidates, key=lambda path: step_of(path) or 0):
+        try:
+            verify_sizes(path)
+            complete.append(path)
+        except CheckpointError as error:
+            problems.append(str(error))
+    return complete, problems
+
+
+def resolve(path: str | Path) -> Path:
+    """A checkpoint directory from its own path, or the newest complete one of a run directory.
+
+    Raises:
+        CheckpointError: there is none; incomplete ones are named.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint directory")
+    if step_of(path) is not None or (path / MANIFEST).is_file():
+        verify_sizes(path)
+        return path
+    complete, problems = complete_checkpoints(path)
+    if not complete:
+        raise CheckpointError(f"{path}: holds no complete checkpoint" + (f" ({'; '.join(problems)})" if problems else ""))
+    return complete[-1]
+
+
+def remove_leftovers(run_dir: str | Path) -> None:
+    """Delete what an interrupted save or deletion left behind. Only for the process that owns the run directory."""
+    parent = checkpoints_directory(run_dir)
+    for path in parent.glob(f"{TEMPORARY_PREFIX}*") if parent.is_dir() else ():
+        shutil.rmtree(path)
+
+
+def keep_newest(run_dir: str | Path, count: int) -> None:
+    """Delete all but the ``count`` newest complete checkpoints."""
+    complete, _ = complete_checkpoints(run_dir)
+    for path in complete[:-count]:
+        _discard(path)
+
+
+def write_json(path: Path, values: object) -> None:
+    """Write JSON to ``path`` so that it is there whole or not at all."""
+    temporary = path.with_name(TEMPORARY_PREFIX + path.name)
+    with open(temporary, "w", encoding="utf-8") as stream:
+        json.dump(values, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object of a checkpoint; raises :class:`CheckpointError` naming the file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent}: incomplete: {path.name} is missing") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: unreadable: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object")
+    return values
+
+
+def _entry(path: Path) -> FileEntry:
+    size, crc = 0, 0
+    try:
+        with open(path, "rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    except OSError as error:
+        raise CheckpointError(f"{path}: unreadable: {error.strerror}") from None
+    return FileEntry(size, crc)
+
+
+def _discard(directory: Path) -> None:
+    """Take a checkpoint out of the search at once, then delete it: a kill between the two leaves no half of it."""
+    doomed = directory.with_name(f"{TEMPORARY_PREFIX}old-{directory.name}")
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    os.replace(directory, doomed)
+    shutil.rmtree(doomed)
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,152 @@
+"""What a checkpoint says of itself, and whether it fits a configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from megatron_most.audio import file_fingerprint
+from megatron_most.checkpointing.directory import read_json, resolve
+from megatron_most.config import RunConfig
+from megatron_most.errors import CheckpointError
+from megatron_most.moe import ExpertGroups
+from megatron_most.text import load_tokenizer
+from megatron_most.vocab import VocabLayout
+
+METADATA = "checkpoint.json"
+
+TRAINING_ONLY = frozenset(
+    {
+        "model.init_std",
+        "model.codebook_loss_weights",
+        "model.moe.balance_loss",
+        "model.moe.balance_coeff",
+        "model.moe.z_loss_coeff",
+        "model.moe.dispatcher",
+    }
+)
+"""Fields of the model section that do not change what given weights compute."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fingerprint:
+    """Which tokenizer or codec: its name as configured, and its content's fingerprint (None for a pretrained name)."""
+
+    name: str
+    fingerprint: str | None
+
+    @classmethod
+    def of_tokenizer(cls, config: RunConfig) -> Fingerprint | None:
+        """Of the run's tokenizer, None when it names none; raises what :func:`load_tokenizer` raises."""
+        return None if config.tokenizer is None else cls(config.tokenizer, load_tokenizer(config.tokenizer).fingerprint)
+
+    @classmethod
+    def of_codec(cls, config: RunConfig) -> Fingerprint | None:
+        """Of the run's codec, None when it names none."""
+        if config.codec is None:
+            return None
+        return cls(config.codec, file_fingerprint(config.codec) if Path(config.codec).is_file() else None)
+
+
+@dataclasses.dataclass
+class CheckpointMetadata:
+    """The readable part of a checkpoint.
+
+    Args:
+        step: optimizer steps taken.
+        consumed_samples: rows read from the training blend; gives the data position.
+        consumed_tokens: positions trained on, padding left out.
+        config: the run configuration as nested dicts.
+        expert_order: for each physical expert position, the logical expert stored there.
+        tokenizer, codec: fingerprints, where the run names them.
+        world_size: ranks that wrote it.
+        pending: metrics gathered since the last logged line, so that a resumed run logs what an undisturbed one does.
+        versions: packages that wrote it.
+    """
+
+    step: int
+    consumed_samples: int
+    consumed_tokens: int
+    config: dict[str, Any]
+    expert_order: list[int]
+    tokenizer: Fingerprint | None
+    codec: Fingerprint | None
+    world_size: int
+    pending: dict[str, Any]
+    versions: dict[str, str]
+
+    @property
+    def vocab(self) -> VocabLayout:
+        return VocabLayout(**self.config["vocab"])
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CheckpointMetadata:
+        fingerprints = {
+            name: None if values[name] is None else Fingerprint(**values[name]) for name in ("tokenizer", "codec")
+        }
+        return cls(**{**values, **fingerprints})
+
+
+def read_metadata(path: str | Path) -> CheckpointMetadata:
+    """Metadata of a checkpoint directory, or of the newest complete one of a run directory.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    directory = resolve(path)
+    values = read_json(directory / METADATA)
+    try:
+        return CheckpointMetadata.from_dict(values)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{directory / METADATA}: not the metadata of a checkpoint: {error}") from None
+
+
+def expert_order(config: RunConfig) -> list[int]:
+    return list(ExpertGroups.from_config(config.model.moe).physical_to_logical)
+
+
+def check_same_model(directory: Path, metadata: CheckpointMetadata, config: RunConfig) -> None:
+    """Raise :class:`CheckpointError` naming the first field in which the checkpoint is not of ``config``'s model."""
+    mine = dataclasses.asdict(config)
+    for section in ("vocab", "model"):
+        difference = first_difference(metadata.config.get(section), mine[section], section, ignore=TRAINING_ONLY)
+        if difference:
+            field, theirs, ours = difference
+            raise CheckpointError(
+                f"{directory}: belongs to another model: {field} is {theirs!r} in the checkpoint, {ours!r} in the config"
+            )
+    if metadata.expert_order != expert_order(config):
+        raise CheckpointError(
+            f"{directory}: belongs to another model: its experts are stored in the order {metadata.expert_order},"
+            f" the config's in {expert_order(config)}"
+        )
+    for what, theirs, ours in (
+        ("tokenizer", metadata.tokenizer, Fingerprint.of_tokenizer(config)),
+        ("codec", metadata.codec, Fingerprint.of_codec(config)),
+    ):
+        known = theirs and ours and theirs.fingerprint and ours.fingerprint
+        if known and theirs.fingerprint != ours.fingerprint:
+            raise CheckpointError(
+                f"{directory}: belongs to another {what}: {theirs.name} ({theirs.fingerprint[:12]}) in the checkpoint,"
+                f" {ours.name} ({ours.fingerprint[:12]}) in the config"
+            )
+
+
+def first_difference(
+    theirs: object, mine: object, field: str, ignore: Iterable[str] = ()
+) -> tuple[str, object, object] | None:
+    """``(dotted field, their value, my value)`` of the first difference of two nested structures, in my order."""
+    if field in ignore:
+        return None
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        for key in [*mine, *(key for key in theirs if key not in mine)]:
+            found = first_difference(theirs.get(key), mine.get(key), f"{field}.{key}", ignore)
+            if found:
+                return found
+        return None
+    return None if theirs == mine else (field, theirs, mine)

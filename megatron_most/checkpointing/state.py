@@ -1,0 +1,222 @@
+"""The sharded tensors of a checkpoint: Megatron's ``torch_dist`` format, readable in any parallel layout.
+
+Only tensors come from the optimizer's state. Hyper-parameters belong to the configuration and the schedule is a function
+of the step, so that a run may go on with another learning rate or another layout; the one number left, AdamW's
+step count, is set by us.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import (
+    CheckpointingException,
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistLoadShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch.distributed import checkpoint as torch_checkpoint
+
+from megatron_most.errors import CheckpointError
+from megatron_most.model import MoSTModel
+
+StateDict = dict[str, Any]
+
+
+class InProcessSave(SaveShardedStrategy):
+    """Writes ``torch_dist`` files from the training process itself.
+
+    Megatron's own strategy starts a manager process and forks writers, which costs seconds on small models and waits
+    forever when one of them fails to start.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+
+    @property
+    def can_handle_sharded_objects(self) -> bool:
+        return True
+
+    def save(self, sharded_state_dict: StateDict, checkpoint_dir: str | Path) -> None:
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        torch_checkpoint.save(
+            mcore_to_pyt_state_dict(by_key, False),
+            storage_writer=torch_checkpoint.FileSystemWriter(str(checkpoint_dir)),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
+
+
+def save_state(directory: Path, model_chunks: list[MoSTModel], optimizer: MegatronOptimizer) -> None:
+    """Write model, optimizer and random states into the empty ``directory``. A collective call.
+
+    Raises:
+        CheckpointError: the storage refused.
+    """
+    state = _model_state(model_chunks)
+    state |= {"optimizer": dict(enumerate(_optimizer_state(optimizer, state, loading=False))), "rng": _rng_state()}
+    strategy = FullyParallelSaveStrategyWrapper(InProcessSave(), _replica_group())
+    try:
+        dist_checkpointing.save(state, str(directory), strategy)
+    except (OSError, CheckpointingException, torch_checkpoint.CheckpointException) as error:
+        raise CheckpointError(f"{directory}: cannot be written: {_one_line(error)}") from error
+
+
+def load_state(
+    directory: Path, model_chunks: list[MoSTModel], optimizer: MegatronOptimizer, step: int, same_layout: bool
+) -> None:
+    """Read what :func:`save_state` wrote, in any layout; random states only in the ``same_layout``. A collective call.
+
+    ``optimizer`` must not have taken a step yet; it goes on from ``step``.
+    """
+    state = _model_state(model_chunks)
+    wanted = _optimizer_state(optimizer, state, loading=True)
+    destinations = [
+        {} if isinstance(part, DistributedOptimizer) else {path: sharded.data for path, sharded in tensors.items()}
+        for part, tensors in zip(_parts(optimizer), wanted, strict=True)
+    ]
+    state["optimizer"] = dict(enumerate(wanted))
+    if same_layout:
+        state["rng"] = _rng_state()
+    loaded = _load(directory, state)
+    _set_model_state(model_chunks, loaded)
+    for index, part in enumerate(_parts(optimizer)):
+        tensors = loaded["optimizer"].get(index, {})
+        if isinstance(part, DistributedOptimizer):
+            part.load_parameter_state_from_fully_reshardable(tensors)
+        else:
+            for path, destination in destinations[index].items():
+                destination.copy_(tensors[path])
+        _set_step(part.optimizer, step)
+    if same_layout:
+        _set_rng_state(loaded["rng"])
+
+
+def load_model_state(directory: Path, model_chunks: list[MoSTModel]) -> None:
+    """Read the model's weights alone, in any layout. A collective call."""
+    _set_model_state(model_chunks, _load(directory, _model_state(model_chunks)))
+
+
+def _load(directory: Path, state: StateDict) -> StateDict:
+    strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), _replica_group())
+    try:
+        return dist_checkpointing.load(state, str(directory), strategy)
+    except (OSError, CheckpointingException, torch_checkpoint.CheckpointException) as error:
+        raise CheckpointError(f"{directory}: cannot be loaded: {_one_line(error)}") from error
+
+
+def _replica_group() -> dist.ProcessGroup:
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def _sharding_options() -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": _replica_group(),
+    }
+
+
+def _model_state(model_chunks: list[MoSTModel]) -> StateDict:
+    """Sharded weights by chunk. ``_extra_state`` is left out: it differs between Transformer Engine and plain layers."""
+    options = _sharding_options()
+    names = ["model"] if len(model_chunks) == 1 else [f"model{i}" for i in range(len(model_chunks))]
+    return {
+        name: {
+            key: value
+            for key, value in chunk.sharded_state_dict(metadata=options).items()
+            if not key.endswith("_extra_state")
+        }
+        for name, chunk in zip(names, model_chunks, strict=True)
+    }
+
+
+def _set_model_state(model_chunks: list[MoSTModel], loaded: StateDict) -> None:
+    for index, chunk in enumerate(model_chunks):
+        weights = loaded["model" if len(model_chunks) == 1 else f"model{index}"]
+        missing, unexpected = chunk.load_state_dict(weights, strict=False)
+        missing = [key for key in missing if not key.endswith("_extra_state")]
+        if missing or unexpected:
+            raise CheckpointError(f"checkpoint lacks weights {missing} and has unknown ones {unexpected}")
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """Dense and expert parameters have an optimizer each when experts are spread over ranks, else share one."""
+    return [part for part in optimizer.chained_optimizers if part.optimizer is not None]
+
+
+def _optimizer_state(optimizer: MegatronOptimizer, model_state: StateDict, loading: bool) -> list[StateDict]:
+    """Sharded tensors of every part; their keys name parameters, not parts, so that any layout finds its own.
+
+    When ``loading``, the state is allocated first, for it does not exist before the first step, and without torch
+    AdamW's "step", which 0.16.1 would look for among the loaded tensors.
+    """
+    options = _sharding_options()
+    states = []
+    for part in _parts(optimizer):
+        if loading:
+            part.init_state_fn(part.optimizer, part.config)
+        if isinstance(part, DistributedOptimizer):
+            states.append(part.sharded_param_state_fully_reshardable(model_state, loading, options))
+        else:
+            states.append(_flat_tensors(part.sharded_state_dict(model_state, loading, options)))
+    return states
+
+
+def _flat_tensors(structure: object, path: str = "") -> dict[str, ShardedTensor | ShardedTensorFactory]:
+    """The sharded tensors of a nested structure, by their path in it."""
+    if isinstance(structure, ShardedTensor | ShardedTensorFactory):
+        return {path: structure}
+    flat = {}
+    if isinstance(structure, dict | list):
+        items = structure.items() if isinstance(structure, dict) else enumerate(structure)
+        for key, value in items:
+            flat |= _flat_tensors(value, f"{path}/{key}")
+    return flat
+
+
+def _set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """torch counts the steps of each parameter, in a tensor of its own; the fused optimizers count per group."""
+    if isinstance(optimizer, torch.optim.Adam):  # AdamW is a kind of it
+        for state in optimizer.state.values():
+            state["step"] = torch.tensor(float(step))
+    else:
+        for group in optimizer.param_groups:
+            group["step"] = step
+
+
+def _rng_state() -> ShardedObject:
+    """Random states of this rank; only a run in the same layout can use them."""
+    state = {"cpu": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return ShardedObject("rng", state, (dist.get_world_size(),), (dist.get_rank(),))
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    get_cuda_rng_tracker().set_states(state["tracker"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

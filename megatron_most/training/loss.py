@@ -1,0 +1,84 @@
+"""Losses as (sum, count) pairs: per target, per modality, per task, per codebook.
+
+A rank sums over its own positions and never divides; the division follows the sum over all ranks, so that no mean depends
+on how positions were split over ranks or micro-batches.
+
+Shape letters: b rows, s positions, C codebooks, R rows of the metric table.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_most.data.batch import Batch
+from megatron_most.data.tasks import TASKS
+from megatron_most.vocab import MODALITY_NAMES, NO_CODE, VocabLayout
+
+
+class LossTable:
+    """Turns the model's losses into the training loss and the table of metrics.
+
+    A target is a position with loss mask 1; its modality is that of the id it predicts. The loss of a target is the main
+    head's cross entropy plus, where a codec frame is predicted, the weighted sum of the codebooks' (layout ``frame``).
+
+    Rows of the table, each reduced as sum over ranks of (sum, count), then sum / count:
+
+    - ``loss``: mean over all targets;
+    - ``loss/text``, ``loss/audio``: mean over targets of that modality (the target's whole loss);
+    - ``loss/<task>``: mean over the targets of that task's documents;
+    - ``loss/codebook_<k>``: mean cross entropy, unweighted, over targets that have a code of codebook k;
+    - ``tokens``: sum is the number of positions that are not padding, count the number of rows.
+
+    Args:
+        weights: loss weight of each codebook.
+    """
+
+    def __init__(self, vocab: VocabLayout, weights: list[float]) -> None:
+        self.vocab = vocab
+        self.weights = weights
+        codebooks = [f"codebook_{k}" for k in range(vocab.num_codebooks)]
+        self.names = ["loss", *(f"loss/{name}" for name in (*MODALITY_NAMES, *TASKS, *codebooks)), "tokens"]
+
+    def __call__(self, batch: Batch, slot_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Reduce one micro-batch on this rank.
+
+        Args:
+            slot_losses: ``[b, s, 1 + C]``, or ``[b, s, 1]`` in layout ``flat``; unmasked, 0 without a code label.
+
+        Returns:
+            The sum of the loss over targets (with its graph), the number of targets (int32), and the detached table
+            ``[R, 2]`` float64 of (sum, count), rows as in :attr:`names`.
+        """
+        slot_losses = slot_losses.float()
+        mask = batch.loss_mask.to(slot_losses.dtype)
+        main, codebooks = slot_losses[..., 0], slot_losses[..., 1:]
+        losses = main + codebooks @ main.new_tensor(self.weights) if codebooks.shape[-1] else main
+        loss_sum = (losses * mask).sum()
+        count = mask.sum()
+        with torch.no_grad():
+            is_audio = self.vocab.is_audio(batch.labels).long()
+            selected = [mask]
+            selected += [mask * (is_audio == modality) for modality in range(len(MODALITY_NAMES))]
+            selected += [mask * (batch.task == task) for task in range(len(TASKS))]
+            rows = torch.stack(selected).double()
+            table = torch.stack([(rows * losses).sum(dim=(1, 2)), rows.sum(dim=(1, 2))], dim=1)
+            per_codebook = self._codebooks(batch, slot_losses, mask)
+            positions = (~batch.is_padding).sum()
+            tokens = torch.stack([positions, positions.new_tensor(batch.ids.shape[0])]).double()
+            table = torch.cat([table, per_codebook, tokens[None]])
+        return loss_sum, count.int(), table
+
+    def _codebooks(self, batch: Batch, slot_losses: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """``[C, 2]`` (sum, count) of every codebook's cross entropy."""
+        if self.vocab.codec_layout.uses_side_codes:
+            has_code = (batch.code_labels != NO_CODE) & (mask > 0)[..., None]
+            losses = slot_losses[..., 1:]
+        else:
+            # Every code is a label of the main head; its id tells the codebook.
+            code = batch.labels - self.vocab.codec_layout.first_code_id
+            codebook = torch.div(code, self.vocab.codebook_size, rounding_mode="floor")
+            numbers = torch.arange(self.vocab.num_codebooks, device=code.device)
+            has_code = (codebook[..., None] == numbers) & (mask > 0)[..., None]
+            losses = slot_losses[..., :1]
+        chosen = has_code.double()
+        return torch.stack([(losses * chosen).sum(dim=(0, 1)), chosen.sum(dim=(0, 1))], dim=1)

@@ -1,0 +1,223 @@
+"""Metrics: gathered between two logged lines, written as JSON lines, to TensorBoard, wandb and the console.
+
+Only rank 0 writes. ``metrics.jsonl`` and ``routing.jsonl`` grow by one flushed line at a time; a resumed run first drops
+the lines after the step it resumes from, so that each step stands there once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from megatron_most.config import LoggingConfig
+from megatron_most.errors import ConfigError
+from megatron_most.vocab import MODALITY_NAMES
+
+
+class MetricAccumulator:
+    """Sums since the last logged line; the same on every rank, and part of every checkpoint.
+
+    Args:
+        names: rows of the metric table (see :class:`~megatron_most.training.loss.LossTable`).
+    """
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self.reset()
+
+    def reset(self) -> None:
+        self.table = [[0.0, 0.0] for _ in self.names]
+        self.routing: list[dict[str, Any]] = []
+
+    def add(self, table: list[list[float]]) -> None:
+        """Add one step's table of (sum, count), already summed over ranks."""
+        for mine, new in zip(self.table, table, strict=True):
+            mine[0] += new[0]
+            mine[1] += new[1]
+
+    def add_routing(self, layers: list[dict[str, Any]]) -> None:
+        """Add routing counts as :func:`megatron_most.moe.collect_routing` returns them."""
+        known = {layer["layer"]: layer for layer in self.routing}
+        for new in layers:
+            new = {**new, "balance_loss": new["balance_loss"] * _tokens(new)}
+            mine = known.setdefault(new["layer"], new)
+            if mine is new:
+                continue
+            for name in MODALITY_NAMES:
+                mine[name] = [a + b for a, b in zip(mine[name], new[name], strict=True)]
+                mine["tokens"][name] += new["tokens"][name]
+            mine["outside_group"] += new["outside_group"]
+            mine["balance_loss"] += new["balance_loss"]
+        self.routing = [known[number] for number in sorted(known)]
+
+    def means(self) -> dict[str, float]:
+        """Sum over count of every loss that had a target, and ``balance_loss``: mean over MoE layers and tokens."""
+        rows = zip(self.names, self.table, strict=True)
+        means = {name: total / count for name, (total, count) in rows if name != "tokens" and count}
+        if self.routing:
+            tokens = sum(_tokens(layer) for layer in self.routing)
+            means["balance_loss"] = sum(layer["balance_loss"] for layer in self.routing) / tokens
+        return means
+
+    def routing_layers(self) -> list[dict[str, Any]]:
+        """Per MoE layer: its number, pairs per logical expert of each modality, pairs outside their group."""
+        keys = ("layer", *MODALITY_NAMES, "outside_group")
+        return [{key: layer[key] for key in keys} for layer in self.routing]
+
+    @property
+    def tokens(self) -> int:
+        """Positions that are not padding, since the last line."""
+        return int(self.table[self.names.index("tokens")][0])
+
+    def state(self) -> dict[str, Any]:
+        return {"table": dict(zip(self.names, self.table, strict=True)), "routing": self.routing}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state`; rows that this version does not know are left out."""
+        self.reset()
+        if state:
+            self.table = [state["table"].get(name, [0.0, 0.0]) for name in self.names]
+            self.routing = state["routing"]
+
+
+class JsonLines:
+    """An append-only file of JSON objects, one per line, each on disk before the next step.
+
+    Args:
+        resume_step: lines of later steps, and a torn last line, are dropped from a file that exists.
+    """
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        self.path = path
+        if path.exists():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= resume_step]
+            temporary = path.with_name(f".tmp-{path.name}")
+            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            os.replace(temporary, path)
+        self.stream = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+
+    def write(self, values: dict[str, Any]) -> None:
+        self.stream.write(json.dumps(values, allow_nan=False) + "\n")
+        self.stream.flush()
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+class MetricsWriter:
+    """Everything rank 0 writes about a run's progress.
+
+    Args:
+        run_dir: receives ``metrics.jsonl``, ``routing.jsonl`` and ``tensorboard/``.
+        total_steps: the run's last step, for the time left.
+        resume_step: the step the run starts from.
+        run_config: what wandb is told of the run.
+
+    Raises:
+        ConfigError: wandb or TensorBoard is asked for and not installed.
+    """
+
+    def __init__(
+        self, run_dir: Path, logging: LoggingConfig, total_steps: int, resume_step: int, run_config: dict[str, Any]
+    ) -> None:
+        self.total_steps = total_steps
+        self.metrics = JsonLines(run_dir / "metrics.jsonl", resume_step)
+        self.routing = JsonLines(run_dir / "routing.jsonl", resume_step)
+        self.tensorboard = _tensorboard(run_dir, resume_step) if logging.tensorboard else None
+        self.wandb = _wandb(run_dir, logging.wandb_project, run_config) if logging.wandb_project else None
+
+    def training(self, values: dict[str, Any], routing: list[dict[str, Any]]) -> None:
+        """Write one line of training metrics and its routing counts."""
+        self._write(values)
+        if routing:
+            self.routing.write({"step": values["step"], "layers": routing})
+        print(console_line(values, self.total_steps), flush=True)
+
+    def validation(self, step: int, values: dict[str, float]) -> None:
+        """Write the losses of the validation sets at ``step``, as a line of their own."""
+        self._write({"step": step, "time": time.time(), **values})
+        losses = [f"{name.split('/')[1]} {value:.4f}" for name, value in values.items() if name.endswith("/loss")]
+        print(f"step {step}  validation  {'  '.join(losses)}", flush=True)
+
+    def _write(self, values: dict[str, Any]) -> None:
+        self.metrics.write(values)
+        scalars = {name: value for name, value in values.items() if name not in ("step", "time")}
+        if self.tensorboard is not None:
+            for name, value in scalars.items():
+                self.tensorboard.add_scalar(name, value, values["step"])
+            self.tensorboard.flush()
+        if self.wandb is not None:
+            self.wandb.log(scalars, step=values["step"])
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.routing.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def console_line(values: dict[str, Any], total_steps: int) -> str:
+    """One line for people: step, loss and its modalities, learning rate, speed, time left."""
+    parts = [f"{name} {values[f'loss/{name}']:.4f}" for name in MODALITY_NAMES if f"loss/{name}" in values]
+    step = values["step"]
+    width = len(str(total_steps))
+    left = (total_steps - step) * values["step_seconds"]
+    return (
+        f"step {step:>{width}}/{total_steps}  loss {values['loss']:.4f} ({', '.join(parts)})"
+        f"  grad {values['grad_norm']:.3f}  lr {values['lr']:.2e}"
+        f"  {values['tokens_per_second']:,.0f} tok/s  {values['step_seconds']:.3f} s/step  {_duration(left)} left"
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+
+
+def _tokens(layer: dict[str, Any]) -> int:
+    return sum(layer["tokens"].values())
+
+
+def _step(line: str) -> float:
+    """The step of a JSON line; infinite for a line that was torn."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _tensorboard(run_dir: Path, resume_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError("logging.tensorboard=True: tensorboard is not installed (pip install tensorboard)") from None
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+
+
+def _wandb(run_dir: Path, project: str, run_config: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError(f"logging.wandb_project={project!r}: wandb is not installed (pip install wandb)") from None
+    # A resumed run goes on in the same wandb run.
+    identity = run_dir / ".wandb_id"
+    if not identity.exists():
+        identity.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+    return wandb.init(
+        project=project,
+        name=run_dir.name,
+        id=identity.read_text(encoding="utf-8"),
+        resume="allow",
+        dir=str(run_dir),
+        config=run_config,
+    )

@@ -1,0 +1,107 @@
+"""Megatron's gradient buffers, optimizer and learning-rate schedule."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+
+from megatron_most.config import RunConfig
+from megatron_most.model import MoSTModel
+
+
+def wrap_model(config: RunConfig, model_chunks: list[MoSTModel]) -> list[DistributedDataParallel]:
+    """Wrap each chunk for mixed precision and gradient reduction. Gradients are kept and reduced in fp32."""
+    megatron = model_chunks[0].config
+    options = config.optimizer
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=options.overlap,
+        overlap_param_gather=options.overlap and options.distributed,
+        use_distributed_optimizer=options.distributed,
+    )
+    wrapped = []
+    for index, chunk in enumerate(model_chunks):
+        module = Float16Module(megatron, chunk) if config.training.precision == "bf16" else chunk
+        # As in Megatron's own training loop: with virtual stages, only the first chunk is worth splitting into buckets.
+        wrapped.append(DistributedDataParallel(megatron, ddp_config, module, disable_bucketing=index > 0))
+    return wrapped
+
+
+def build_optimizer(config: RunConfig, wrapped: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """AdamW over fp32 master weights, and the hooks by which Megatron's schedules reach it.
+
+    Megatron takes the fused kernel of Transformer Engine or Apex where one is installed, torch's AdamW elsewhere.
+    """
+    options = config.optimizer
+    megatron_config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.beta1,
+        adam_beta2=options.beta2,
+        adam_eps=options.eps,
+        clip_grad=options.clip_grad,
+        bf16=config.training.precision == "bf16",
+        params_dtype=torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
+        use_distributed_optimizer=options.distributed,
+        overlap_param_gather=options.overlap and options.distributed,
+    )
+    optimizer = get_megatron_optimizer(megatron_config, wrapped)
+    megatron = wrapped[0].config
+    megatron.finalize_model_grads_func = finalize_model_grads
+    megatron.grad_scale_func = optimizer.scale_loss
+    if options.overlap:
+        # Reduce gradients once, with the last micro-batch, not with each.
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        megatron.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return optimizer
+
+
+def build_scheduler(config: RunConfig, optimizer: MegatronOptimizer, step: int) -> OptimizerParamScheduler:
+    """The learning-rate schedule after ``step`` steps. It is a function of configuration and step, with no other state.
+
+    Call ``scheduler.step(1)`` before a step's update: step n uses the rate at n, so that warm-up starts above zero and
+    the last step ends the decay.
+    """
+    options = config.optimizer
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=options.lr,
+        min_lr=options.min_lr,
+        lr_warmup_steps=options.warmup_steps,
+        lr_decay_steps=config.training.steps,
+        lr_decay_style=options.decay_style,
+        start_wd=options.weight_decay,
+        end_wd=options.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    scheduler.step(step)
+    return scheduler
+
+
+def learning_rate(optimizer: MegatronOptimizer) -> float:
+    return optimizer.param_groups[0]["lr"]
+
+
+@contextlib.contextmanager
+def gathered_parameters(wrapped: list[DistributedDataParallel]) -> Iterator[None]:
+    """Inside, every rank holds the current parameters in full.
+
+    With overlapped parameter gathering they are otherwise brought up to date by the next training forward only.
+    """
+    overlapped = [chunk for chunk in wrapped if chunk.use_forward_hook]
+    for chunk in overlapped:
+        chunk.disable_forward_pre_hook()
+    yield
+    for chunk in overlapped:
+        chunk.enable_forward_pre_hook()

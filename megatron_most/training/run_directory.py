@@ -1,0 +1,105 @@
+"""The run directory: whose it is, who writes to it, and what it records of its making."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import importlib.metadata
+import os
+import platform as python_platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import yaml
+
+from megatron_most.checkpointing.directory import remove_leftovers, write_json
+from megatron_most.checkpointing.metadata import TRAINING_ONLY, first_difference
+from megatron_most.config import RunConfig, dump_config
+from megatron_most.errors import ConfigError
+
+CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"
+_PACKAGES = ("megatron-most", "megatron-core", "torch", "transformer-engine", "nemo-toolkit", "numpy")
+_CHANGEABLE = TRAINING_ONLY | {"data.validation"}
+
+
+def claim(config: RunConfig, world_size: int, device: str) -> TextIO:
+    """Take the run directory for this process: refuse another run's, clean up, record config and environment.
+
+    Returns:
+        The open lock file; the directory is held until it is closed or the process ends, however it ends.
+
+    Raises:
+        ConfigError: the directory belongs to a run with another model, vocabulary, data or seed, or is in use.
+    """
+    run_dir = Path(config.run_dir)
+    check_same_run(config)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / ".lock", "a", encoding="utf-8")  # noqa: SIM115 - held as long as the run
+    except OSError as error:
+        raise ConfigError(f"run_dir={config.run_dir!r}: cannot be created: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise ConfigError(f"run_dir={config.run_dir!r}: another process is training there") from None
+    remove_leftovers(run_dir)
+    temporary = run_dir / f".tmp-{CONFIG}"
+    temporary.write_text(dump_config(config), encoding="utf-8")
+    os.replace(temporary, run_dir / CONFIG)
+    write_json(run_dir / ENVIRONMENT, environment(world_size, device))
+    return lock
+
+
+def check_same_run(config: RunConfig) -> None:
+    """Raise :class:`ConfigError` when ``run_dir`` holds a run with another seed, vocabulary, model or data.
+
+    Steps, intervals, optimizer, batch size, loss weights, validation sets, logging and parallel layout may change.
+    """
+    path = Path(config.run_dir) / CONFIG
+    try:
+        theirs = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot tell whose run this is: {' '.join(str(error).split())}") from None
+    mine = dataclasses.asdict(config)
+    for section in ("seed", "vocab", "model", "data"):
+        difference = first_difference((theirs or {}).get(section), mine[section], section, ignore=_CHANGEABLE)
+        if difference:
+            field, there, here = difference
+            raise ConfigError(
+                f"run_dir={config.run_dir!r}: belongs to another run: {field} is {there!r} there, {here!r} in this"
+                " config; choose another run_dir"
+            )
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what a run computes, where installed."""
+    found = {"python": python_platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def environment(world_size: int, device: str) -> dict[str, Any]:
+    return {
+        "versions": versions(),
+        "command": shlex.join([sys.executable, *sys.argv]),
+        "world_size": world_size,
+        "device": device,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """What a person calls the device, with its number of cores when it is a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{python_platform.machine()} CPU, {os.cpu_count()} cores"

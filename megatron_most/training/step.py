@@ -1,0 +1,81 @@
+"""One pass over the micro-batches of a step, through Megatron's schedules.
+
+Shape letters: R rows of the metric table.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_most import platform
+from megatron_most.data.batch import Batch
+from megatron_most.training.loss import LossTable
+
+
+def forward_step(
+    loss_table: LossTable, batches: Iterator[Batch], model: torch.nn.Module
+) -> tuple[torch.Tensor, Callable]:
+    """Run one stage on the next micro-batch; the second value turns the last stage's output into losses."""
+    batch = next(batches)
+    output = model(
+        batch.ids,
+        batch.modality,
+        batch.is_padding,
+        codes=batch.codes,
+        labels=batch.labels,
+        code_labels=batch.code_labels,
+        packed_seq_params=packed_seq_params(batch),
+    )
+    return output, functools.partial(loss_table, batch)
+
+
+def packed_seq_params(batch: Batch) -> PackedSeqParams | None:
+    """Document boundaries of a packed row, None for a padded batch."""
+    if batch.cu_seqlens is None:
+        return None
+    longest = int(batch.cu_seqlens.diff().max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
+def run_microbatches(
+    model_chunks: list[torch.nn.Module], batches: list[Batch], loss_table: LossTable, forward_only: bool = False
+) -> torch.Tensor:
+    """Forward (and backward) all micro-batches of this rank; gradients are summed, reduced and divided by Megatron.
+
+    Returns:
+        The metric table ``[R, 2]`` float64 summed over this rank's micro-batches; zero except on the last pipeline stage
+        of the first tensor rank, so that the sum over all ranks counts every position once.
+    """
+    iterators = [iter(batches) for _ in model_chunks]
+    single = len(model_chunks) == 1
+    tables = get_forward_backward_func()(
+        forward_step_func=functools.partial(forward_step, loss_table),
+        data_iterator=iterators[0] if single else iterators,
+        model=model_chunks[0] if single else model_chunks,
+        num_microbatches=len(batches),
+        seq_length=batches[0].ids.shape[1],
+        micro_batch_size=batches[0].ids.shape[0],
+        forward_only=forward_only,
+    )
+    if tables and parallel_state.get_tensor_model_parallel_rank() == 0:
+        return torch.stack(tables).sum(dim=0)
+    return torch.zeros(len(loss_table.names), 2, dtype=torch.float64, device=platform.device())
+
+
+def sum_over_ranks(table: torch.Tensor) -> list[list[float]]:
+    """Sum a float64 table over all ranks and bring it to the host: the same numbers on every rank."""
+    dist.all_reduce(table)
+    return table.tolist()

@@ -1,0 +1,35 @@
+"""A polite end: SIGTERM or Ctrl-C finish the step and save, instead of losing it."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+
+class StopRequest:
+    """True once the process was asked to stop; install it around the training loop.
+
+    A second Ctrl-C interrupts at once. ``torchrun`` forwards SIGTERM after a Ctrl-C that the ranks saw themselves, so a
+    SIGTERM after a first request changes nothing.
+    """
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        self._previous: dict[int, object] = {}
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal == "SIGINT":
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number).name

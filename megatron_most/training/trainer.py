@@ -1,0 +1,243 @@
+"""The training loop: build, resume, step, look, save."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_most import parallel, platform
+from megatron_most.checkpointing import (
+    CheckpointMetadata,
+    Fingerprint,
+    complete_checkpoints,
+    expert_order,
+    load_checkpoint,
+    load_model_weights,
+    on_rank_zero,
+    read_metadata,
+    save_checkpoint,
+    together,
+)
+from megatron_most.checkpointing.agreement import fail
+from megatron_most.config import RunConfig
+from megatron_most.data.batch import Batch
+from megatron_most.data.loader import train_batches, validation_batches
+from megatron_most.errors import MostError
+from megatron_most.model import build_model
+from megatron_most.moe import collect_routing
+from megatron_most.training.loss import LossTable
+from megatron_most.training.metrics import MetricAccumulator, MetricsWriter
+from megatron_most.training.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    gathered_parameters,
+    learning_rate,
+    wrap_model,
+)
+from megatron_most.training.run_directory import claim, device_name, versions
+from megatron_most.training.step import run_microbatches, sum_over_ranks
+from megatron_most.training.stop import StopRequest
+from megatron_most.training.validation import validate
+
+
+class Trainer:
+    """Trains one model in one run directory, from its newest checkpoint if it has one.
+
+    Every rank runs the same program; rank 0 writes. A run that is killed and started again ends with the weights and
+    metrics of one that was not disturbed, in the same parallel layout bit for bit.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.run_dir = Path(config.run_dir)
+        self.step = 0
+        self.consumed_samples = 0
+        self.consumed_tokens = 0
+        self.loss_table = LossTable(config.vocab, config.model.codebook_weights(config.vocab))
+        self.accumulator = MetricAccumulator(self.loss_table.names)
+        self._seconds = 0.0
+        self._timed_steps = 0
+        self._timed_tokens = 0
+
+    def run(self) -> None:
+        """Train to ``training.steps`` or until the process is asked to stop; either way the last step is saved.
+
+        Raises:
+            MostError: one line for the user, raised on one rank; the others leave with status 1.
+        """
+        platform.install()
+        platform.set_threads(self.config.training.threads_per_rank)
+        parallel.initialize(self.config.parallel, self.config.seed)
+        self.device = platform.device()
+        self._claim_run_directory()
+        resume_from = on_rank_zero(self._find_checkpoint)
+        if resume_from is not None and read_metadata(resume_from).step >= self.config.training.steps:
+            self._say(f"{resume_from}: already trained for training.steps={self.config.training.steps}")
+        else:
+            self._build(resume_from)
+            self._train()
+        dist.barrier()
+        parallel.destroy()
+
+    def _claim_run_directory(self) -> None:
+        def claim_it() -> None:
+            self._lock = claim(self.config, dist.get_world_size(), device_name(self.device))
+
+        on_rank_zero(claim_it)
+        self._fingerprints = on_rank_zero(
+            lambda: (Fingerprint.of_tokenizer(self.config), Fingerprint.of_codec(self.config))
+        )
+
+    def _find_checkpoint(self) -> Path | None:
+        complete, problems = complete_checkpoints(self.run_dir)
+        for problem in problems:
+            print(f"warning: skipped checkpoint {problem}", flush=True)
+        return complete[-1] if complete else None
+
+    def _build(self, resume_from: Path | None) -> None:
+        config = self.config
+        self.model_chunks = build_model(config)
+        if resume_from is None and config.checkpoint.load is not None:
+            # Before the optimizer takes its fp32 copy of the weights.
+            load_model_weights(config.checkpoint.load, config, self.model_chunks)
+            self._say(f"starting from the weights of {config.checkpoint.load}")
+        self.wrapped = wrap_model(config, self.model_chunks)
+        self.optimizer = build_optimizer(config, self.wrapped)
+        if resume_from is not None:
+            metadata = load_checkpoint(resume_from, config, self.model_chunks, self.optimizer)
+            self.step, self.consumed_samples = metadata.step, metadata.consumed_samples
+            self.consumed_tokens = metadata.consumed_tokens
+            self.accumulator.load_state(metadata.pending)
+            self._say(f"resuming from {resume_from}")
+        self.scheduler = build_scheduler(config, self.optimizer, self.step)
+        dp_rank, dp_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        self.num_microbatches = config.num_microbatches(dp_size)
+        self.batches: Iterator[Batch] = together(
+            lambda: train_batches(config, dp_rank=dp_rank, dp_size=dp_size, consumed_samples=self.consumed_samples)
+        )
+        self.validation_sets = together(
+            lambda: self._to_device(validation_batches(config, dp_rank=dp_rank, dp_size=dp_size))
+        ) if config.training.eval_interval else {}
+        self.writer: MetricsWriter | None = None
+
+        def open_writer() -> None:
+            self.writer = MetricsWriter(
+                self.run_dir, config.logging, config.training.steps, self.step, dataclasses.asdict(config)
+            )
+
+        on_rank_zero(open_writer)
+
+    def _to_device(self, datasets: dict[str, list[Batch]]) -> dict[str, list[Batch]]:
+        return {name: [batch.to(self.device) for batch in batches] for name, batches in datasets.items()}
+
+    def _train(self) -> None:
+        training, logging = self.config.training, self.config.logging
+        saved_at = self.step
+        with StopRequest() as stop:
+            while self.step < training.steps:
+                began = time.perf_counter()
+                grad_norm, stopping = self._train_step(stop)
+                self._seconds += time.perf_counter() - began
+                last = self.step == training.steps
+                if self.step == 1 or self.step % logging.interval == 0 or last:
+                    self._log(grad_norm)
+                if training.eval_interval and (self.step % training.eval_interval == 0 or last):
+                    self._validate()
+                if self.step % self.config.checkpoint.interval == 0 or last or stopping:
+                    self._save()
+                    saved_at = self.step
+                if stopping:
+                    break
+        if self.writer is not None:
+            self.writer.close()
+        if self.step < training.steps:
+            self._say(f"stopped by {stop.signal or 'another rank'} after step {saved_at}, saved; run again to continue")
+        else:
+            self._say(f"finished {training.steps} steps in {self.run_dir}")
+
+    def _train_step(self, stop: StopRequest) -> tuple[float, bool]:
+        """One optimizer step. Returns the gradient norm before clipping and whether any rank was asked to stop."""
+        batches = [next(self.batches).to(self.device) for _ in range(self.num_microbatches)]
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        table = run_microbatches(self.wrapped, batches, self.loss_table)
+        # The request to stop rides along, so that all ranks stop after the same step.
+        flag = table.new_tensor([[float(bool(stop)), 0.0]])
+        *sums, (requests, _) = sum_over_ranks(torch.cat([table, flag]))
+        self._require_finite("loss", sums[0][0])
+        self.scheduler.step(1)
+        _, grad_norm, _ = self.optimizer.step()
+        self._require_finite("gradient norm", grad_norm)
+        self.step += 1
+        self.accumulator.add(sums)
+        tokens, samples = (int(value) for value in sums[-1])
+        self.consumed_tokens += tokens
+        self.consumed_samples += samples
+        self._timed_tokens += tokens
+        self._timed_steps += 1
+        return grad_norm, requests > 0
+
+    def _require_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            error = MostError(
+                f"step {self.step + 1}: the {what} is {value}; nothing of this step was saved: lower optimizer.lr, or look"
+                " at the data of this step"
+            )
+            fail(error if dist.get_rank() == 0 else None)
+
+    def _log(self, grad_norm: float) -> None:
+        """Write what was gathered since the last line; loss metrics are sums over targets divided by their number."""
+        self.accumulator.add_routing(collect_routing(self.model_chunks, self.config.model))
+        values: dict[str, Any] = {
+            "step": self.step,
+            "time": time.time(),
+            "consumed_samples": self.consumed_samples,
+            "consumed_tokens": self.consumed_tokens,
+            "lr": learning_rate(self.optimizer),
+            "grad_norm": grad_norm,
+            **self.accumulator.means(),
+            "tokens_per_second": self._timed_tokens / self._seconds,
+            "step_seconds": self._seconds / self._timed_steps,
+        }
+        if self.writer is not None:
+            self.writer.training(values, self.accumulator.routing_layers())
+        self.accumulator.reset()
+        self._seconds, self._timed_steps, self._timed_tokens = 0.0, 0, 0
+
+    def _validate(self) -> None:
+        losses = validate(self.wrapped, self.validation_sets, self.loss_table)
+        if self.writer is not None and losses:
+            self.writer.validation(self.step, losses)
+
+    def _save(self) -> None:
+        self.accumulator.add_routing(collect_routing(self.model_chunks, self.config.model))
+        tokenizer, codec = self._fingerprints
+        metadata = CheckpointMetadata(
+            step=self.step,
+            consumed_samples=self.consumed_samples,
+            consumed_tokens=self.consumed_tokens,
+            config=dataclasses.asdict(self.config),
+            expert_order=expert_order(self.config),
+            tokenizer=tokenizer,
+            codec=codec,
+            world_size=dist.get_world_size(),
+            pending=self.accumulator.state(),
+            versions=versions(),
+        )
+        with gathered_parameters(self.wrapped):
+            save_checkpoint(
+                self.run_dir, metadata, self.model_chunks, self.optimizer, self.config.checkpoint.keep_last
+            )
+
+    def _say(self, line: str) -> None:
+        if dist.get_rank() == 0:
+            print(line, flush=True)

@@ -1,0 +1,47 @@
+"""Losses on the validation sets: forward passes only, nothing of the training state changes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+
+from megatron_most.data.batch import Batch
+from megatron_most.training.loss import LossTable
+from megatron_most.training.metrics import MetricAccumulator
+from megatron_most.training.optimizer import gathered_parameters
+from megatron_most.training.step import run_microbatches, sum_over_ranks
+
+
+def validate(
+    wrapped: list[DistributedDataParallel], datasets: dict[str, list[Batch]], loss_table: LossTable
+) -> dict[str, float]:
+    """Losses of every dataset as ``validation/<dataset>/<name>``, names and reductions as in :class:`LossTable`. Collective.
+
+    Args:
+        datasets: this rank's batches on its device; every data-parallel rank holds the same number of them.
+    """
+    losses = {}
+    for chunk in wrapped:
+        chunk.eval()
+    with gathered_parameters(wrapped), torch.no_grad():
+        for name, batches in datasets.items():
+            sums = MetricAccumulator(loss_table.names)
+            table = run_microbatches(wrapped, _fill_pipeline(batches, len(wrapped)), loss_table, forward_only=True)
+            sums.add(sum_over_ranks(table))
+            losses |= {f"validation/{name}/{metric}": value for metric, value in sums.means().items()}
+    for chunk in wrapped:
+        chunk.train()
+    return losses
+
+
+def _fill_pipeline(batches: list[Batch], num_chunks: int) -> list[Batch]:
+    """Virtual stages need at least one micro-batch per pipeline rank; add ones that hold nothing but padding."""
+    missing = parallel_state.get_pipeline_model_parallel_world_size() - len(batches) if num_chunks > 1 else 0
+    last = batches[-1]
+    empty = dataclasses.replace(
+        last, loss_mask=torch.zeros_like(last.loss_mask), is_padding=torch.ones_like(last.is_padding)
+    )
+    return batches + [empty] * missing

@@ -1,0 +1,124 @@
+"""A run that is killed and started again ends where an undisturbed one does."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from megatron_most.checkpointing import complete_checkpoints, read_metadata
+from megatron_most.config import RunConfig
+from megatron_most.training import trainer as trainer_module
+from tests.distributed.harness import run_ranks
+from tests.integration.tiny_run import assert_same_weights, metric_lines, run_config, train
+
+LAYOUTS = {
+    "one-rank": (1, {}),
+    "expert-parallel": (2, {"parallel__expert_model_parallel_size": 2}),
+    "expert-parallel-plain-optimizer": (
+        2,
+        {"parallel__expert_model_parallel_size": 2, "optimizer__distributed": False, "optimizer__overlap": False},
+    ),
+    "expert-parallel-bf16": (2, {"parallel__expert_model_parallel_size": 2, "training__precision": "bf16"}),
+    "bf16-plain-optimizer": (1, {"training__precision": "bf16", "optimizer__distributed": False}),
+    "virtual-pipeline": (
+        2,
+        {"parallel__pipeline_model_parallel_size": 2, "parallel__virtual_pipeline_model_parallel_size": 2},
+    ),
+    "tensor-parallel": (2, {"parallel__tensor_model_parallel_size": 2}),
+}
+
+
+def train_and_die(config: RunConfig, step: int, moment: str) -> None:
+    """Train, but ``kill -9`` this rank during ``step``: before its update, or with its checkpoint half written."""
+
+    def die(*arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer_class = trainer_module.Trainer
+    if moment == "update":
+        original = trainer_class._train_step
+        trainer_class._train_step = lambda self, stop: die() if self.step + 1 == step else original(self, stop)
+    else:
+        from megatron_most.checkpointing import directory, store
+
+        write = store.save_state
+
+        def write_and_die(path: Path, *arguments: object) -> None:
+            write(path, *arguments)
+            if path.parent.name.endswith(f"{step:08d}"):
+                die()
+
+        store.save_state = write_and_die
+        assert directory.MANIFEST  # the manifest, which makes a checkpoint complete, is written after save_state
+    train(config)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_resumed_run_equals_undisturbed_run(layout: str, tmp_path: Path) -> None:
+    world_size, overrides = LAYOUTS[layout]
+    undisturbed = run_config(tmp_path, "undisturbed", **overrides)
+    weights = run_ranks(world_size, train, undisturbed)
+
+    resumed = run_config(tmp_path, "resumed", **overrides)
+    shutil.copytree(undisturbed.run_dir, resumed.run_dir)
+    shutil.rmtree(Path(resumed.run_dir) / "checkpoints" / "step_00000006")
+
+    assert_same_weights(weights, run_ranks(world_size, train, resumed))
+    assert metric_lines(undisturbed) == metric_lines(resumed)
+    assert metric_lines(undisturbed, "routing.jsonl") == metric_lines(resumed, "routing.jsonl")
+
+
+@pytest.mark.parametrize(("step", "moment"), [(2, "update"), (5, "update"), (6, "save")])
+def test_kill_9_and_rerun(step: int, moment: str, tmp_path: Path) -> None:
+    overrides = {"parallel__expert_model_parallel_size": 2}
+    undisturbed = run_config(tmp_path, "undisturbed", **overrides)
+    weights = run_ranks(2, train, undisturbed)
+
+    killed = run_config(tmp_path, "killed", **overrides)
+    with pytest.raises(RuntimeError, match="died without a word|failed"):
+        run_ranks(2, train_and_die, killed, step, moment)
+    saved = [read_metadata(path).step for path in complete_checkpoints(killed.run_dir)[0]]
+    assert saved == [at for at in (3, 6) if at < step]
+
+    assert_same_weights(weights, run_ranks(2, train, killed))
+    assert metric_lines(undisturbed) == metric_lines(killed)
+    assert not list((Path(killed.run_dir) / "checkpoints").glob(".tmp-*"))
+
+
+def test_finished_run_has_nothing_to_do_and_goes_on_with_more_steps(tmp_path: Path) -> None:
+    config = run_config(tmp_path)
+    run_ranks(1, train, config)
+    before = metric_lines(config)
+    assert run_ranks(1, train, config) == [{}]
+    assert metric_lines(config) == before
+
+    longer = run_config(tmp_path, training__steps=8)
+    assert run_ranks(1, train, longer)[0]
+    assert metric_lines(longer)[: len(before)] == before
+    assert metric_lines(longer)[-1]["step"] == 8
+
+
+def test_sigterm_saves_and_the_rerun_equals_an_undisturbed_run(tmp_path: Path) -> None:
+    undisturbed = run_config(tmp_path, "undisturbed")
+    weights = run_ranks(1, train, undisturbed)
+    stopped = run_config(tmp_path, "stopped")
+    run_ranks(1, train_with_sigterm, stopped, 4)
+    assert read_metadata(stopped.run_dir).step == 4
+    assert_same_weights(weights, run_ranks(1, train, stopped))
+    assert metric_lines(undisturbed) == metric_lines(stopped)
+
+
+def train_with_sigterm(config: RunConfig, step: int) -> None:
+    original = trainer_module.Trainer._train_step
+
+    def signalled(self: trainer_module.Trainer, stop: object) -> tuple[float, bool]:
+        if self.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, stop)
+
+    trainer_module.Trainer._train_step = signalled
+    train(config)
