@@ -1,0 +1,54 @@
+"""What the rest of the project asks of an audio codec.
+
+Shape letters: T samples, C codebooks, F codec frames.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+
+class AudioCodec(Protocol):
+    """A neural codec: waveform <-> one code per codebook and frame."""
+
+    name: str
+    """What a user calls the codec: a pretrained model's name, or a file's stem."""
+
+    fingerprint: str
+    """SHA-256 of the weights file: codes of two codecs mix only when it is equal."""
+
+    num_codebooks: int
+    codebook_size: int
+    sample_rate: int
+    """Samples per second, of what is encoded and of what is decoded."""
+
+    samples_per_frame: int
+
+    @property
+    def frame_rate(self) -> float:
+        """Codec frames per second."""
+        ...
+
+    def encode(self, waveform: np.ndarray) -> np.ndarray:
+        """Waveform ``[T]`` float32 in -1..1 at ``sample_rate`` -> codes ``[C, F]`` int64, ``F = ceil(T / samples_per_frame)``.
+
+        The same waveform gives the same codes whatever was encoded before or beside it.
+        """
+        ...
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """Codes ``[C, F]`` -> waveform ``[F * samples_per_frame]`` float32; DataError for codes outside their codebook."""
+        ...
+
+
+def file_fingerprint(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

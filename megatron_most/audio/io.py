@@ -1,0 +1,67 @@
+"""Audio files <-> float32 mono waveforms ``[T]``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+from megatron_most.errors import DataError
+
+DURATION_TOLERANCE = 0.1
+"""Seconds of audio that may be missing at the end of a segment: manifests round, resamplers trim."""
+
+
+def read_audio(
+    path: str | Path, sample_rate: int, *, offset: float = 0.0, duration: float | None = None
+) -> np.ndarray:
+    """Read WAV, FLAC or Ogg at any rate and channel count as float32 ``[T]`` mono at ``sample_rate``.
+
+    Args:
+        offset: where to start, in seconds.
+        duration: how much to read, in seconds; None reads to the end.
+
+    Raises:
+        DataError: the file is missing, unreadable, empty, shorter than the segment asked for, or holds values that
+            are not numbers.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such audio file")
+    try:
+        with soundfile.SoundFile(path) as file:
+            rate = file.samplerate
+            start = round(offset * rate)
+            if start >= file.frames:
+                raise DataError(f"{path}: holds {file.frames / rate:.2f} s, nothing at offset {offset:.2f} s")
+            file.seek(start)
+            samples = file.read(-1 if duration is None else round(duration * rate), dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise DataError(f"{path}: not readable as audio: {error.error_string}") from None
+    if not len(samples):
+        raise DataError(f"{path}: holds no audio samples")
+    if duration is not None and len(samples) / rate < duration - DURATION_TOLERANCE:
+        raise DataError(f"{path}: holds {len(samples) / rate:.2f} s from {offset:.2f} s on, {duration:.2f} s are expected")
+    if not np.isfinite(samples).all():
+        raise DataError(f"{path}: holds samples that are not finite numbers")
+    waveform = samples.mean(axis=1)
+    if rate != sample_rate:
+        waveform = soxr.resample(waveform, rate, sample_rate)
+        if not len(waveform):
+            raise DataError(f"{path}: too short to resample to {sample_rate} Hz")
+    return np.ascontiguousarray(waveform, dtype=np.float32)
+
+
+def write_wav(path: str | Path, waveform: np.ndarray, sample_rate: int) -> None:
+    """Write ``waveform [T]`` as 16-bit mono WAV; values beyond -1..1 are clipped. Appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        soundfile.write(temporary, np.clip(waveform, -1.0, 1.0), sample_rate, format="WAV", subtype="PCM_16")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,109 @@
+"""Rows of documents -> the tensors of one micro-batch.
+
+Shape letters: b rows, s positions of a row, C codebooks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_most.data.blend import Row
+from megatron_most.vocab import NO_CODE, VocabLayout
+
+PADDING_ID = 0
+"""Any text id does: padding is told by ``is_padding``, never by the id."""
+
+
+@dataclass
+class Batch:
+    """One micro-batch. Position i reads ``ids[:, i]`` and predicts ``labels[:, i]``, the next id of the same document.
+
+    ids, labels: ``[b, s]`` int64.
+    loss_mask: ``[b, s]`` float32, 1 where the label is a target.
+    modality: ``[b, s]`` int64, :class:`~megatron_most.vocab.Modality` of the input id; text on padding.
+    is_padding: ``[b, s]`` bool.
+    task: ``[b, s]`` int64, index into :data:`~megatron_most.data.tasks.TASKS`.
+    position_ids: ``[b, s]`` int64, from 0 in each document.
+    codes: ``[b, s, C]`` int64, codes of the input frame; ``NO_CODE`` where there is none or it is hidden. None in the
+        ``flat`` layout.
+    code_labels: ``[b, s, C]`` int64, codes of the label; ``NO_CODE`` where it is no frame or no target. None in the
+        ``flat`` layout.
+    cu_seqlens: ``[documents + 1]`` int32, where documents begin and end in a packed row (b is 1); padding at its end
+        counts as a document. None when rows hold one document each.
+    """
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+    modality: torch.Tensor
+    is_padding: torch.Tensor
+    task: torch.Tensor
+    position_ids: torch.Tensor
+    codes: torch.Tensor | None
+    code_labels: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        moved = {name: None if value is None else value.to(device, non_blocking=True) for name, value in values.items()}
+        return Batch(**moved)
+
+
+def make_batch(rows: Sequence[Row], vocab: VocabLayout, *, seq_length: int, packing: bool) -> Batch:
+    """Lay ``rows`` out as ``[len(rows), seq_length]``; a row without documents is all padding."""
+    assert len(rows) == 1 or not packing, "a packed batch has one row"
+    shape = (len(rows), seq_length)
+    ids = np.full(shape, PADDING_ID, dtype=np.int64)
+    labels = np.full(shape, PADDING_ID, dtype=np.int64)
+    loss_mask = np.zeros(shape, dtype=np.float32)
+    is_padding = np.ones(shape, dtype=bool)
+    position_ids = np.zeros(shape, dtype=np.int64)
+    task = np.empty(shape, dtype=np.int64)
+    codes = code_labels = None
+    if vocab.codec_layout.uses_side_codes:
+        codes = np.full((*shape, vocab.num_codebooks), NO_CODE, dtype=np.int64)
+        code_labels = np.full((*shape, vocab.num_codebooks), NO_CODE, dtype=np.int64)
+    boundaries = [0]
+    for index, row in enumerate(rows):
+        task[index] = row.task
+        start = 0
+        for place, document in enumerate(row.documents):
+            end = start + len(document) - 1
+            span = (index, slice(start, end))
+            ids[span], labels[span] = document.ids[:-1], document.ids[1:]
+            loss_mask[span] = document.loss_mask[1:]
+            is_padding[span] = False
+            position_ids[span] = np.arange(end - start)
+            if codes is not None:
+                codes[span] = document.codes[:-1]
+                code_labels[span] = np.where(document.loss_mask[1:, None], document.codes[1:], NO_CODE)
+            if row.hidden is not None:
+                hidden = row.hidden[place][:-1]
+                if codes is not None:
+                    codes[span][hidden] = NO_CODE
+                else:
+                    ids[span][hidden] = vocab.frame
+            boundaries.append(end)
+            start = end
+        position_ids[index, start:] = np.arange(seq_length - start)
+        if start < seq_length:
+            boundaries.append(seq_length)
+    as_tensor = torch.from_numpy
+    return Batch(
+        ids=as_tensor(ids),
+        labels=as_tensor(labels),
+        loss_mask=as_tensor(loss_mask),
+        modality=as_tensor(vocab.is_audio(ids).astype(np.int64)),
+        is_padding=as_tensor(is_padding),
+        task=as_tensor(task),
+        position_ids=as_tensor(position_ids),
+        codes=None if codes is None else as_tensor(codes),
+        code_labels=None if code_labels is None else as_tensor(code_labels),
+        cu_seqlens=torch.tensor(boundaries, dtype=torch.int32) if packing else None,
+    )

@@ -1,0 +1,173 @@
+"""An endless, random-access sequence of rows drawn from several datasets.
+
+Row k depends on the seed, the datasets, their weights, ``seq_length``, ``packing`` and k, and on nothing else: any rank
+can compute any row, and a resumed run needs only the number of rows consumed.
+
+* A row holds documents of one dataset; attention and loss stay inside each document, so mixing tasks inside a row
+  would change nothing but the bookkeeping.
+* Weights are shares of **tokens**: datasets with longer rows get fewer of them. The order of datasets is fixed for
+  ``BLOCK`` rows and repeats. Each dataset's rows are spread evenly, with a random jitter, so that every stretch of rows
+  holds about its share and no data-parallel rank always meets the same dataset.
+* In every epoch of a dataset each document appears once. Documents are packed once; an epoch then swaps documents of
+  equal length and shuffles rows. So neighbours change and the number of rows of an epoch does not, which is what makes
+  row k computable without computing the rows before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_most.data.indexed import TokenDataset
+from megatron_most.data.packing import pack
+from megatron_most.data.tasks import TASKS, Document
+from megatron_most.errors import DataError
+
+BLOCK = 1 << 16
+
+# What a random stream is for: part of its seed, so that streams do not share their numbers.
+_PACK, _EPOCH, _BLEND, _DROPOUT = range(4)
+
+
+@dataclass
+class Row:
+    """Documents of one task for one row of a batch.
+
+    hidden: for each document ``[n]`` bool, positions of codec frames to hide from the input; None hides nothing.
+    """
+
+    documents: list[Document]
+    task: int
+    hidden: list[np.ndarray] | None
+
+
+class Rows:
+    """See the module. ``rows[k]`` is a :class:`Row` of at most ``seq_length`` input positions, for any k >= 0.
+
+    Args:
+        weights: shares of tokens, in any unit.
+        packing: several documents in a row; else one.
+        audio_frame_dropout: share of the codec frames with loss that are hidden from the input.
+
+    Raises:
+        DataError: an empty dataset, or documents longer than a row.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[TokenDataset],
+        weights: Sequence[float],
+        *,
+        seq_length: int,
+        packing: bool,
+        seed: int,
+        audio_frame_dropout: float = 0.0,
+    ) -> None:
+        self._seed = seed
+        self._dropout = audio_frame_dropout
+        self._streams = [
+            _DatasetRows(dataset, index, seq_length=seq_length, packing=packing, seed=seed)
+            for index, dataset in enumerate(datasets)
+        ]
+        tokens_per_row = np.array([stream.tokens_per_row for stream in self._streams])
+        self._block, self._rank_in_block, self._per_block = _blend(np.asarray(weights) / tokens_per_row, seed)
+
+    @property
+    def rows_per_epoch(self) -> list[int]:
+        """Rows in which each dataset's documents appear once."""
+        return [stream.num_rows for stream in self._streams]
+
+    def __getitem__(self, k: int) -> Row:
+        block, place = divmod(k, BLOCK)
+        index = int(self._block[place])
+        stream = self._streams[index]
+        documents = stream.row(block * int(self._per_block[index]) + int(self._rank_in_block[place]))
+        hidden = self._hide_frames(documents, stream.dataset, k) if self._dropout else None
+        return Row(documents, TASKS.index(stream.dataset.task), hidden)
+
+    def _hide_frames(self, documents: list[Document], dataset: TokenDataset, k: int) -> list[np.ndarray]:
+        """Whole frames, also where a frame takes several positions; drawn from the seed and k alone."""
+        generator = np.random.default_rng((self._seed, _DROPOUT, k))
+        vocab = dataset.vocab
+        per_frame = vocab.codec_layout.positions_per_frame
+        hidden = []
+        for document in documents:
+            positions = np.flatnonzero((document.ids >= vocab.frame) & document.loss_mask)
+            drawn = generator.random(len(positions) // per_frame) < self._dropout
+            mask = np.zeros(len(document), dtype=bool)
+            mask[positions] = np.repeat(drawn, per_frame)
+            hidden.append(mask)
+        return hidden
+
+
+class _DatasetRows:
+    """The rows of one dataset, epoch after epoch."""
+
+    def __init__(self, dataset: TokenDataset, index: int, *, seq_length: int, packing: bool, seed: int) -> None:
+        self.dataset = dataset
+        self._key = (seed, index)
+        lengths = dataset.lengths.astype(np.int64) - 1  # input positions: the last id is only a label
+        if not len(lengths):
+            raise DataError(f"dataset {dataset.prefix}: holds no documents")
+        too_long = int((lengths > seq_length).sum())
+        if too_long:
+            raise DataError(
+                f"dataset {dataset.prefix}: {too_long} of {len(lengths)} documents do not fit data.seq_length={seq_length}"
+                f" (the longest needs {lengths.max()})"
+            )
+        # Slots: the documents in a random order, packed. An epoch puts each document into a slot of its own length.
+        order = np.random.default_rng((*self._key, _PACK)).permutation(len(lengths))
+        if packing:
+            row_of, by_row = pack(lengths[order], seq_length)
+            order, row_of = order[by_row], row_of[by_row]
+        else:
+            row_of = np.arange(len(lengths))
+        self._row_starts = np.searchsorted(row_of, np.arange(row_of[-1] + 2))
+        self._lengths = lengths
+        self._slots_by_length = np.argsort(lengths[order], kind="stable")
+        self.num_rows = len(self._row_starts) - 1
+        self.tokens_per_row = lengths.sum() / self.num_rows
+        self._epoch = -1
+        self._row_order = self._document_in_slot = np.empty(0, dtype=np.int64)
+
+    def row(self, ordinal: int) -> list[Document]:
+        """The documents of the ``ordinal``-th row that is drawn from this dataset."""
+        epoch, place = divmod(ordinal, self.num_rows)
+        if epoch != self._epoch:
+            self._shuffle(epoch)
+        row = self._row_order[place]
+        slots = self._document_in_slot[self._row_starts[row] : self._row_starts[row + 1]]
+        return [self.dataset.document(int(index)) for index in slots]
+
+    def _shuffle(self, epoch: int) -> None:
+        generator = np.random.default_rng((*self._key, _EPOCH, epoch))
+        documents = generator.permutation(len(self._lengths))
+        documents = documents[np.argsort(self._lengths[documents], kind="stable")]
+        self._document_in_slot = np.empty(len(documents), dtype=np.int64)
+        self._document_in_slot[self._slots_by_length] = documents
+        self._row_order = generator.permutation(self.num_rows)
+        self._epoch = epoch
+
+
+def _blend(row_shares: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The order of datasets in a block.
+
+    Returns:
+        ``[BLOCK]`` dataset of each row; ``[BLOCK]`` how many rows of that dataset come before it in the block; and
+        ``[datasets]`` rows of each dataset in a block (at least one, by largest remainders).
+    """
+    exact = row_shares / row_shares.sum() * BLOCK
+    counts = np.maximum(np.floor(exact).astype(np.int64), 1)
+    missing = BLOCK - int(counts.sum())
+    if missing >= 0:
+        counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
+    else:  # datasets of tiny weight were given their one row; the largest gives it
+        counts[np.argmax(counts)] += missing
+    generator = np.random.default_rng((seed, _BLEND))
+    places = np.concatenate([(np.arange(count) + generator.random(count)) / count for count in counts])
+    order = np.argsort(places, kind="stable")
+    dataset_of = np.repeat(np.arange(len(counts)), counts)[order]
+    rank = np.concatenate([np.arange(count) for count in counts])[order]
+    return dataset_of.astype(np.int32), rank, counts

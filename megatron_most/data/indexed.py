@@ -1,0 +1,228 @@
+"""Datasets on disk: Megatron ``IndexedDataset`` pairs, and a JSON sidecar that says what they hold.
+
+Shape letters: n positions of a document, C codebooks, F codec frames.
+
+A dataset ``<prefix>`` is ``<prefix>.ids``, ``<prefix>.mask`` and, for speech in the ``frame`` layout, ``<prefix>.codes``
+(``.bin`` and ``.idx`` each), and ``<prefix>.json``. The sidecar is written last, so a dataset with a sidecar is complete.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_most.data.tasks import TASKS, Document
+from megatron_most.errors import ConfigError, DataError
+from megatron_most.vocab import NO_CODE, VocabLayout
+
+FORMAT_VERSION = 1
+
+
+@functools.cache
+def _megatron():
+    """Megatron's module, imported on first use: it takes seconds and warns about parts that are not needed here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core.datasets import indexed_dataset
+    return indexed_dataset
+
+
+def smallest_dtype(num_values: int) -> type[np.integer]:
+    """The smallest integer type of Megatron's format that holds ``0 .. num_values - 1``."""
+    for dtype in (np.uint8, np.uint16, np.int32):
+        if num_values - 1 <= np.iinfo(dtype).max:
+            return dtype
+    return np.int64
+
+
+class ArrayWriter:
+    """Writes one ``IndexedDataset`` pair under temporary names; :meth:`commit` gives it its own."""
+
+    def __init__(self, prefix: str, dtype: type[np.integer]) -> None:
+        self._prefix = prefix
+        self._temporary = f"{prefix}.{os.getpid()}.tmp"
+        Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+        self._builder = _megatron().IndexedDatasetBuilder(self._temporary + ".bin", dtype=dtype)
+
+    def add(self, values: np.ndarray) -> None:
+        """Append one document: a 1-D array."""
+        self._builder.add_item(torch.from_numpy(np.ascontiguousarray(values)))
+        self._builder.end_document()
+
+    def add_all(self, prefix: str) -> None:
+        """Append every document of another pair of the same type."""
+        self._builder.add_index(prefix)
+
+    def commit(self) -> None:
+        self._builder.finalize(self._temporary + ".idx")
+        for ending in (".bin", ".idx"):
+            os.replace(self._temporary + ending, self._prefix + ending)
+
+    def discard(self) -> None:
+        """Remove what was written, unless it was committed."""
+        self._builder.data_file.close()
+        for ending in (".bin", ".idx"):
+            Path(self._temporary + ending).unlink(missing_ok=True)
+
+
+class ArrayReader:
+    """Reads one ``IndexedDataset`` pair; ``reader[i]`` is a read-only view of document ``i`` on disk."""
+
+    def __init__(self, prefix: str) -> None:
+        for ending in (".bin", ".idx"):
+            if not Path(prefix + ending).is_file():
+                raise DataError(f"dataset {prefix}: {prefix}{ending} is missing")
+        try:
+            self._data = _megatron().IndexedDataset(prefix)
+        except (AssertionError, ValueError, OSError) as error:
+            raise DataError(f"dataset {prefix}: not readable as a Megatron dataset: {error}") from None
+        expected = int(self.lengths.sum(dtype=np.int64)) * np.dtype(self._data.index.dtype).itemsize
+        actual = Path(prefix + ".bin").stat().st_size
+        if actual != expected:
+            raise DataError(f"dataset {prefix}: {prefix}.bin has {actual} bytes, the index needs {expected}")
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self._data[index]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self._data.sequence_lengths
+
+
+def write_json(path: str | Path, content: dict) -> None:
+    """Write a small JSON file so that it is either absent, old or complete."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_json(path: str | Path, what: str) -> dict:
+    """Read a sidecar; :class:`DataError` naming ``what`` when it is missing or broken."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{what}: {path} is missing (not built, or not finished)") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{what}: {path} is not readable as JSON: {error}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT_VERSION:
+        raise DataError(f"{what}: {path} is not of format {FORMAT_VERSION}")
+    return content
+
+
+def _stores_codes(task: str, vocab: VocabLayout) -> bool:
+    """Whether there is a ``.codes`` pair; text has no codes, and Megatron cannot open an empty ``.bin``."""
+    return vocab.codec_layout.uses_side_codes and task != "text_lm"
+
+
+class DatasetWriter:
+    """Writes a :class:`TokenDataset` document by document. Use as a context: leaving it by an error removes the rest."""
+
+    def __init__(self, prefix: str | Path, task: str, vocab: VocabLayout) -> None:
+        self._prefix, self._task, self._vocab = str(prefix), task, vocab
+        self._arrays = {
+            "ids": ArrayWriter(self._prefix + ".ids", smallest_dtype(vocab.size)),
+            "mask": ArrayWriter(self._prefix + ".mask", np.uint8),
+        }
+        if _stores_codes(task, vocab):
+            self._arrays["codes"] = ArrayWriter(self._prefix + ".codes", smallest_dtype(vocab.codebook_size))
+
+    def __enter__(self) -> DatasetWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for array in self._arrays.values():
+            array.discard()
+
+    def add(self, document: Document) -> None:
+        self._arrays["ids"].add(document.ids)
+        self._arrays["mask"].add(document.loss_mask.astype(np.uint8))
+        if "codes" in self._arrays:
+            self._arrays["codes"].add(document.codes[document.ids == self._vocab.frame].reshape(-1))
+
+    def commit(self, provenance: dict) -> None:
+        """Give the files their names; the sidecar comes last."""
+        Path(self._prefix + ".json").unlink(missing_ok=True)  # from here on an older dataset is gone
+        for array in self._arrays.values():
+            array.commit()
+        sidecar = {"format": FORMAT_VERSION, "task": self._task, "vocab": self._vocab.to_dict(), "provenance": provenance}
+        write_json(self._prefix + ".json", sidecar)
+
+
+class TokenDataset(Sequence[Document]):
+    """A built dataset: documents of one task.
+
+    Attributes:
+        task: one of :data:`TASKS`.
+        vocab: the layout its ids are in.
+        provenance: what it was made from: ``tokenizer`` and ``codec`` with their fingerprints, ``template_version``,
+            ``counts``, ``sources``, ``tool_version``, ``command``.
+        lengths: ``[len(self)]`` int32, positions of each document.
+
+    Raises:
+        DataError: files that are missing, truncated or do not belong together; from :meth:`document`, ids outside the
+            layout.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = str(prefix)
+        sidecar = read_json(self.prefix + ".json", f"dataset {self.prefix}")
+        self.task: str = sidecar.get("task", "")
+        if self.task not in TASKS:
+            raise DataError(f"dataset {self.prefix}: task={self.task!r}: must be one of {', '.join(TASKS)}")
+        try:
+            self.vocab = VocabLayout(**sidecar["vocab"])
+            self.provenance: dict = sidecar["provenance"]
+        except (KeyError, TypeError, ConfigError) as error:
+            raise DataError(f"dataset {self.prefix}: broken sidecar: {error}") from None
+        self._ids = ArrayReader(self.prefix + ".ids")
+        self._mask = ArrayReader(self.prefix + ".mask")
+        self._codes = ArrayReader(self.prefix + ".codes") if _stores_codes(self.task, self.vocab) else None
+        self.lengths = np.array(self._ids.lengths)
+        if not np.array_equal(self.lengths, self._mask.lengths):
+            raise DataError(f"dataset {self.prefix}: ids and mask differ in their lengths")
+        if self._codes is not None and len(self._codes) != len(self):
+            raise DataError(f"dataset {self.prefix}: ids and codes differ in their number of documents")
+
+    @property
+    def name(self) -> str:
+        return Path(self.prefix).name
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Document:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.document(index)
+
+    def document(self, index: int) -> Document:
+        """Document ``index``, checked against the layout."""
+        where = f"dataset {self.prefix}, document {index}"
+        ids = self._ids[index].astype(np.int64)
+        self.vocab.check_ids(ids, where)
+        loss_mask = self._mask[index].astype(bool)
+        if not self.vocab.codec_layout.uses_side_codes:
+            return Document(ids, loss_mask, None)
+        codes = np.full((len(ids), self.vocab.num_codebooks), NO_CODE, dtype=np.int64)
+        if self._codes is None:
+            return Document(ids, loss_mask, codes)
+        is_frame = ids == self.vocab.frame
+        stored = self._codes[index].astype(np.int64)
+        if stored.size != is_frame.sum() * self.vocab.num_codebooks:
+            raise DataError(f"{where}: {stored.size} codes for {is_frame.sum()} frames of {self.vocab.num_codebooks}")
+        if stored.size and (stored.min() < 0 or stored.max() >= self.vocab.codebook_size):
+            self.vocab.check_codes(stored.reshape(-1, self.vocab.num_codebooks).T, where)
+        codes[is_frame] = stored.reshape(-1, self.vocab.num_codebooks)
+        return Document(ids, loss_mask, codes)

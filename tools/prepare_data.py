@@ -1,0 +1,60 @@
+"""Prepare training data: train a text tokenizer, turn audio into codes, build datasets, look into them.
+
+    python tools/prepare_data.py tokenizer --manifest train.jsonl --vocab-size 512 --output tokenizer.model
+    python tools/prepare_data.py tokenize --manifest train.jsonl --codec codec.nemo --output codes/train
+    python tools/prepare_data.py build --task asr --codes codes/train --tokenizer tokenizer.model --output data/train_asr
+    python tools/prepare_data.py inspect --dataset data/train_asr --tokenizer tokenizer.model --document 0
+
+docs/data.md explains manifests, tasks and files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+
+from megatron_most.cli import run
+from megatron_most.data import commands
+from megatron_most.data.tasks import TASKS
+from megatron_most.vocab import CODEC_LAYOUTS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands_of = parser.add_subparsers(dest="command", required=True)
+
+    sub = commands_of.add_parser("tokenizer", help="train a SentencePiece text tokenizer")
+    sub.add_argument("--manifest", nargs="+", required=True, help="JSON-lines manifests whose text is learnt")
+    sub.add_argument("--vocab-size", type=int, required=True, help="ids at most; 256 are bytes, 4 special")
+    sub.add_argument("--output", required=True, help="the .model file to write")
+
+    sub = commands_of.add_parser("tokenize", help="audio -> codec codes")
+    sub.add_argument("--manifest", required=True, help="NeMo JSON-lines manifest")
+    sub.add_argument("--codec", required=True, help=".nemo file or pretrained model's name")
+    sub.add_argument("--output", required=True, help="path prefix of the codes")
+    sub.add_argument("--workers", type=int, help="processes (default: one per core)")
+
+    sub = commands_of.add_parser("build", help="codes or text -> a dataset of one task")
+    sub.add_argument("--task", choices=TASKS, required=True)
+    sub.add_argument("--codes", nargs="+", default=[], help="prefixes of tokenised speech")
+    sub.add_argument("--text", nargs="+", default=[], help="manifests with text, for text_lm")
+    sub.add_argument("--tokenizer", required=True, help="SentencePiece .model or Hugging Face tokenizer.json")
+    sub.add_argument("--layout", choices=CODEC_LAYOUTS, default="frame", help="default: %(default)s")
+    sub.add_argument("--text-vocab-size", type=int, help="text ids of the model (default: the tokenizer's)")
+    sub.add_argument("--num-codebooks", type=int, help="of the model's codec, for text without codes")
+    sub.add_argument("--codebook-size", type=int, help="of the model's codec, for text without codes")
+    sub.add_argument("--output", required=True, help="path prefix of the dataset")
+
+    sub = commands_of.add_parser("inspect", help="what a dataset holds")
+    sub.add_argument("--dataset", required=True, help="path prefix of the dataset")
+    sub.add_argument("--tokenizer", help="to show a document's text")
+    sub.add_argument("--document", type=int, help="which document to show")
+    sub.add_argument("--codec", help="to turn the document's codes into sound")
+    sub.add_argument("--wav", help="the WAV file to write")
+
+    run(parser, lambda arguments: commands.COMMANDS[arguments.command](arguments, shlex.join(sys.argv)))
+
+
+if __name__ == "__main__":
+    main()
