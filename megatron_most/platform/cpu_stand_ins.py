@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +16,6 @@ import torch
 
 _CPU = torch.device("cpu")
 _installed = False
-
-if not torch.cuda.is_available():
-    # jit.py:16 makes jit_fuser torch.compile, which would start a C++ compiler for each fused function. torch reads
-    # this when its compiler is first imported, so it is set here and not in install().
-    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 
 class _InOrderStream:
@@ -47,8 +40,8 @@ def install() -> None:
     if _installed or torch.cuda.is_available():
         return
     _installed = True
-    # Megatron warns at each import that its optional parts are missing; tools/doctor.py says so once.
-    warnings.filterwarnings("ignore", message=r".*(Apex|Transformer Engine).*not installed", category=UserWarning)
+    # jit.py:16 makes jit_fuser torch.compile, which would start a C++ compiler for each fused function.
+    torch.compiler.set_stance("force_eager")
     _replace_torch_cuda()
     _replace_device_literals()
     _replace_collectives()
