@@ -230,6 +230,12 @@ class RunConfig:
             f"must be divisible by {divisor} (tensor parallel size, times twice the context parallel size above 1)",
         )
         require(
+            not (self.data.packing and context > 1),
+            "parallel.context_parallel_size",
+            context,
+            "needs data.packing=false: packed rows cannot be split over context ranks yet",
+        )
+        require(
             not (self.data.packing and self.training.micro_batch_size > 1),
             "training.micro_batch_size",
             self.training.micro_batch_size,

@@ -54,6 +54,14 @@ class Batch:
         moved = {name: None if value is None else value.to(device, non_blocking=True) for name, value in values.items()}
         return Batch(**moved)
 
+    def take_positions(self, positions: torch.Tensor) -> Batch:
+        """The batch with ``positions [k]`` only, along s: the share of a context-parallel rank. Not for packed rows."""
+        assert self.cu_seqlens is None, "a packed row cannot be cut"
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        positions = positions.to(self.ids.device)
+        taken = {name: None if value is None else value.index_select(1, positions) for name, value in values.items()}
+        return Batch(**taken)
+
 
 def make_batch(rows: Sequence[Row], vocab: VocabLayout, *, seq_length: int, packing: bool) -> Batch:
     """Lay ``rows`` out as ``[len(rows), seq_length]``; a row without documents is all padding."""

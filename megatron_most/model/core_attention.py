@@ -14,17 +14,32 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_most.parallel import zigzag_positions
+
 
 class PortableCoreAttention(MegatronModule):
-    """Causal attention over rows, over packed documents, and over a key-value cache."""
+    """Causal attention over rows, over packed documents, and over a key-value cache.
 
-    def __init__(self, config: TransformerConfig, *, softmax_scale: float, **spec_arguments: Any) -> None:
+    Under context parallelism every rank attends from its own queries to the keys and values of all ranks.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        softmax_scale: float,
+        pg_collection: ProcessGroupCollection,
+        **spec_arguments: Any,
+    ) -> None:
         """``spec_arguments`` are what Megatron hands to every core attention and this one reads off its inputs."""
         super().__init__(config=config)
         self.softmax_scale = softmax_scale
+        self.cp_group = pg_collection.cp
 
     def forward(
         self,
@@ -49,18 +64,32 @@ class PortableCoreAttention(MegatronModule):
         """
         if packed_seq_params is not None:
             return self._packed(query, key, value, packed_seq_params)
-        num_queries, num_keys = query.shape[0], key.shape[0]
+        query_at, key_at = self._positions(query.shape[0], key.shape[0], query.device)
+        if self.cp_group.size() > 1:
+            key = gather_from_sequence_parallel_region(key, group=self.cp_group)
+            value = gather_from_sequence_parallel_region(value, group=self.cp_group)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        if attention_mask is None and num_queries == num_keys:
+        if attention_mask is None and torch.equal(query_at, key_at):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
         else:
-            # The queries are the last positions of the keys.
-            position = torch.arange(num_keys, device=query.device)
-            may_attend = position[None, :] <= position[num_keys - num_queries :, None]
+            may_attend = key_at[None, :] <= query_at[:, None]
             if attention_mask is not None:
                 may_attend = may_attend & ~attention_mask
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend, scale=self.softmax_scale)
-        return out.permute(2, 0, 1, 3).reshape(num_queries, query.shape[1], -1)
+        return out.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
+
+    def _positions(self, num_queries: int, num_keys: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the queries ``[s]`` and the keys ``[k]`` stand in the sequence.
+
+        Without context parallelism the queries are the last of the keys. With it, keys are gathered over the context
+        group in rank order, each rank holding its zigzag share.
+        """
+        size = self.cp_group.size()
+        if size == 1:
+            position = torch.arange(num_keys, device=device)
+            return position[num_keys - num_queries :], position
+        shares = [zigzag_positions(num_keys * size, rank, size).to(device) for rank in range(size)]
+        return shares[self.cp_group.rank()], torch.cat(shares)
 
     def _packed(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams

@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_most import platform
 from megatron_most.data.batch import Batch
+from megatron_most.parallel import zigzag_positions
 from megatron_most.training.loss import LossTable
 
 
@@ -24,6 +25,10 @@ def forward_step(
 ) -> tuple[torch.Tensor, Callable]:
     """Run one stage on the next micro-batch; the second value turns the last stage's output into losses."""
     batch = next(batches)
+    context_size = parallel_state.get_context_parallel_world_size()
+    if context_size > 1:
+        rank = parallel_state.get_context_parallel_rank()
+        batch = batch.take_positions(zigzag_positions(batch.ids.shape[1], rank, context_size))
     output = model(
         batch.ids,
         batch.modality,
@@ -71,7 +76,11 @@ def run_microbatches(
         forward_only=forward_only,
     )
     if tables and parallel_state.get_tensor_model_parallel_rank() == 0:
-        return torch.stack(tables).sum(dim=0)
+        table = torch.stack(tables).sum(dim=0)
+        if parallel_state.get_context_parallel_rank() > 0:
+            # Each context rank holds other positions of the same rows: its positions count, its rows do not.
+            table[loss_table.names.index("tokens"), 1] = 0
+        return table
     return torch.zeros(len(loss_table.names), 2, dtype=torch.float64, device=platform.device())
 
 

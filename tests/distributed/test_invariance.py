@@ -27,6 +27,7 @@ GRADIENT_TOLERANCE = 1e-6  # of the largest gradient
 
 TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
 EP, ETP = "parallel__expert_model_parallel_size", "parallel__expert_tensor_parallel_size"
+CP = "parallel__context_parallel_size"
 VPP = "parallel__virtual_pipeline_model_parallel_size"
 RECOMPUTE = "training__recompute"
 UNSHARDED = {"optimizer__distributed": False, "optimizer__overlap": False}
@@ -37,6 +38,7 @@ LAYOUTS = {
     "pp2": (2, {PP: 2}),
     "dp2": (2, {}),
     "pp2-vpp2": (2, {PP: 2, VPP: 2}),
+    "cp2": (2, {CP: 2}),
     "ep2-allgather": (2, {EP: 2, "model__moe__dispatcher": "allgather"}),
     "ep4": (4, {EP: 4}),
     "tp2-pp2": (4, {TP: 2, PP: 2}),
@@ -44,6 +46,8 @@ LAYOUTS = {
     "tp2-ep2-etp2": (4, {TP: 2, EP: 2}),
     "pp2-ep2": (4, {PP: 2, EP: 2}),
     "dp2-ep2": (4, {EP: 2}),
+    "cp2-ep2": (4, {CP: 2, EP: 2}),
+    "tp2-cp2": (4, {TP: 2, CP: 2}),
     "ep2-recompute-moe": (2, {EP: 2, RECOMPUTE: "moe"}),
     "pp2-recompute-moe": (2, {PP: 2, RECOMPUTE: "moe"}),
     "pp2-recompute-full": (2, {PP: 2, RECOMPUTE: "full"}),

@@ -163,6 +163,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         (["parallel.pipeline_model_parallel_size=3"], "must divide model.num_layers, 4"),
         (["parallel.virtual_pipeline_model_parallel_size=2"], "needs pipeline_model_parallel_size of at least 2"),
         (["parallel.context_parallel_size=2", "data.seq_length=34"], "data.seq_length=34: must be divisible by 4"),
+        (["parallel.context_parallel_size=2"], "parallel.context_parallel_size=2: needs data.packing=false"),
         (["training.micro_batch_size=2"], "training.micro_batch_size=2: must be 1 with data.packing"),
         (["optimizer.warmup_steps=1000"], "must be less than training.steps, 1000"),
         (["optimizer.min_lr=1"], "optimizer.min_lr=1.0: must not exceed optimizer.lr"),
