@@ -2,8 +2,8 @@
 
     python tools/prepare_data.py tokenizer --manifest train.jsonl --vocab-size 512 --output tokenizer.model
     python tools/prepare_data.py tokenize --manifest train.jsonl --codec codec.nemo --output codes/train
-    python tools/prepare_data.py build --task asr --codes codes/train --tokenizer tokenizer.model --output data/train_asr
-    python tools/prepare_data.py inspect --dataset data/train_asr --tokenizer tokenizer.model --document 0
+    python tools/prepare_data.py build --task asr --codes codes/train --tokenizer tokenizer.model --output data/asr
+    python tools/prepare_data.py inspect --dataset data/asr --tokenizer tokenizer.model --document 0
 
 docs/data.md explains manifests, tasks and files.
 """

@@ -34,14 +34,17 @@ class AudioCodec(Protocol):
         ...
 
     def encode(self, waveform: np.ndarray) -> np.ndarray:
-        """Waveform ``[T]`` float32 in -1..1 at ``sample_rate`` -> codes ``[C, F]`` int64, ``F = ceil(T / samples_per_frame)``.
+        """Waveform ``[T]`` float32 in -1..1 at ``sample_rate`` -> codes ``[C, F]`` int64.
 
-        The same waveform gives the same codes whatever was encoded before or beside it.
+        F is T / ``samples_per_frame``, rounded up. The same waveform gives the same codes whatever was encoded before.
         """
         ...
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Codes ``[C, F]`` -> waveform ``[F * samples_per_frame]`` float32; DataError for codes outside their codebook."""
+        """Codes ``[C, F]`` -> waveform ``[F * samples_per_frame]`` float32.
+
+        Raises DataError for codes outside their codebook.
+        """
         ...
 
 

@@ -15,9 +15,7 @@ DURATION_TOLERANCE = 0.1
 """Seconds of audio that may be missing at the end of a segment: manifests round, resamplers trim."""
 
 
-def read_audio(
-    path: str | Path, sample_rate: int, *, offset: float = 0.0, duration: float | None = None
-) -> np.ndarray:
+def read_audio(path: str | Path, sample_rate: int, *, offset: float = 0.0, duration: float | None = None) -> np.ndarray:
     """Read WAV, FLAC or Ogg at any rate and channel count as float32 ``[T]`` mono at ``sample_rate``.
 
     Args:
@@ -44,7 +42,8 @@ def read_audio(
     if not len(samples):
         raise DataError(f"{path}: holds no audio samples")
     if duration is not None and len(samples) / rate < duration - DURATION_TOLERANCE:
-        raise DataError(f"{path}: holds {len(samples) / rate:.2f} s from {offset:.2f} s on, {duration:.2f} s are expected")
+        seconds = len(samples) / rate
+        raise DataError(f"{path}: holds {seconds:.2f} s from {offset:.2f} s on, {duration:.2f} s are expected")
     if not np.isfinite(samples).all():
         raise DataError(f"{path}: holds samples that are not finite numbers")
     waveform = samples.mean(axis=1)

@@ -45,7 +45,7 @@ def load_codec(name_or_path: str | Path) -> AudioCodec:
             model = model_class.restore_from(str(path), map_location="cpu")
         except Exception as error:  # NeMo raises whatever its configuration and unpickling happen to trip over
             raise DataError(f"codec {path}: NeMo cannot restore it: {_one_line(error)}") from error
-    _check_weights(model, path)
+        _check_weights(model, path)
     return NemoCodec(model.float().eval(), name=path.stem if is_file else text, fingerprint=file_fingerprint(path))
 
 
@@ -121,7 +121,9 @@ def _download(model_class, name: str) -> Path:
     try:
         return Path(model_class.from_pretrained(name, return_model_file=True))
     except Exception as error:  # network, hub and name errors have no common base class
-        raise ConfigError(f"codec {name}: neither a .nemo file nor a pretrained model within reach: {_one_line(error)}") from error
+        raise ConfigError(
+            f"codec {name}: neither a .nemo file nor a pretrained model within reach: {_one_line(error)}"
+        ) from error
 
 
 @contextlib.contextmanager

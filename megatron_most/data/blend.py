@@ -114,8 +114,8 @@ class _DatasetRows:
         too_long = int((lengths > seq_length).sum())
         if too_long:
             raise DataError(
-                f"dataset {dataset.prefix}: {too_long} of {len(lengths)} documents do not fit data.seq_length={seq_length}"
-                f" (the longest needs {lengths.max()})"
+                f"dataset {dataset.prefix}: {too_long} of {len(lengths)} documents do not fit"
+                f" data.seq_length={seq_length} (the longest needs {lengths.max()})"
             )
         # Slots: the documents in a random order, packed. An epoch puts each document into a slot of its own length.
         order = np.random.default_rng((*self._key, _PACK)).permutation(len(lengths))

@@ -51,7 +51,7 @@ def build_dataset(
     Args:
         codes: prefixes of tokenised speech. For ``text_lm`` their transcripts are the text.
         texts: manifests whose ``text`` is read, for ``text_lm``.
-        text_vocab_size: text ids of the model; None takes the tokenizer's. A base model may have more than its tokenizer.
+        text_vocab_size: text ids of the model, which may be more than its tokenizer's; None takes the tokenizer's.
         num_codebooks, codebook_size: the model's codec, where no ``codes`` say it.
 
     Raises:
@@ -93,7 +93,9 @@ def _common_codec(sources: Iterable[CodesDataset]) -> CodecIdentity | None:
     first: CodesDataset | None = None
     for source in sources:
         if first is not None and source.codec.fingerprint != first.codec.fingerprint:
-            raise DataError(f"codes {first.prefix} are of codec {first.codec.name}, codes {source.prefix} of another, {source.codec.name}")
+            raise DataError(
+                f"codes {first.prefix} and {source.prefix} are of different codecs: {first.codec}, {source.codec}"
+            )
         first = first or source
     return first.codec if first else None
 

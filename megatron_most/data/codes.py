@@ -1,7 +1,8 @@
 """Tokenised audio on disk: one array of codes per utterance, its text beside it, and the codec that made it.
 
-A set ``<prefix>`` is ``<prefix>.codes.{bin,idx}`` (a Megatron ``IndexedDataset``; F * C codes an utterance, frame after
-frame), ``<prefix>.jsonl`` (``id``, ``text``, ``num_frames`` a line, in the same order) and ``<prefix>.json``, written last.
+A set ``<prefix>`` is ``<prefix>.codes.{bin,idx}`` (a Megatron ``IndexedDataset``; F * C codes an utterance, frame
+after frame), ``<prefix>.jsonl`` (``id``, ``text``, ``num_frames`` a line, in the same order) and ``<prefix>.json``,
+written last.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ class CodecIdentity:
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.fingerprint[:12]})"
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,8 @@ def inspect(arguments: argparse.Namespace, command: str) -> None:
         raise ConfigError(f"--document={arguments.document}: must be in 0..{len(dataset) - 1}")
     document = dataset.document(arguments.document)
     if arguments.tokenizer:
-        print(f"document {arguments.document}: {describe(document, dataset.vocab, load_tokenizer(arguments.tokenizer))}")
+        shown = describe(document, dataset.vocab, load_tokenizer(arguments.tokenizer))
+        print(f"document {arguments.document}: {shown}")
     if bool(arguments.codec) != bool(arguments.wav):
         raise ConfigError("--codec and --wav: each needs the other")
     if arguments.codec:
@@ -69,7 +70,8 @@ def inspect(arguments: argparse.Namespace, command: str) -> None:
         codec = load_codec(arguments.codec)
         made_with = dataset.provenance["codec"] or {}
         if made_with.get("fingerprint") != codec.fingerprint:
-            raise ConfigError(f"--codec={arguments.codec}: the dataset was made with another codec, {made_with.get('name')}")
+            name = made_with.get("name")
+            raise ConfigError(f"--codec={arguments.codec}: the dataset was made with another codec, {name}")
         write_wav(arguments.wav, codec.decode(codes), codec.sample_rate)
         print(f"{arguments.wav}: {codes.shape[1] / codec.frame_rate:.2f} s")
 
@@ -90,11 +92,12 @@ def describe(document: Document, vocab: VocabLayout, tokenizer: TextTokenizer) -
     for start, end in itertools.pairwise((0, *edges.tolist(), len(document))):
         if is_audio[start]:
             frames = (document.ids[start:end] >= vocab.frame).sum() // vocab.codec_layout.positions_per_frame
-            part = f"<{frames} frames>"
+            part = f"<{frames} frames>" if frames else ""
         else:
             part = tokenizer.decode(document.ids[start:end].tolist())
-        parts.append(f"[{part}]" if document.loss_mask[start] else part)
-    return " ".join(part for part in parts if part)
+        if part:
+            parts.append(f"[{part}]" if document.loss_mask[start] else part)
+    return " ".join(parts)
 
 
 def _audio(document: Document, vocab: VocabLayout) -> np.ndarray:
@@ -110,5 +113,6 @@ def _summary(dataset: TokenDataset) -> str:
     counts = dataset.provenance["counts"]
     return (
         f"{dataset.prefix}: task {dataset.task}, layout {dataset.vocab.layout}, {counts['documents']} documents,"
-        f" {counts['positions']} positions ({counts['target_positions']} with loss), {counts['audio_frames']} audio frames"
+        f" {counts['positions']} positions ({counts['target_positions']} with loss),"
+        f" {counts['audio_frames']} audio frames"
     )

@@ -2,8 +2,9 @@
 
 Shape letters: n positions of a document, C codebooks, F codec frames.
 
-A dataset ``<prefix>`` is ``<prefix>.ids``, ``<prefix>.mask`` and, for speech in the ``frame`` layout, ``<prefix>.codes``
-(``.bin`` and ``.idx`` each), and ``<prefix>.json``. The sidecar is written last, so a dataset with a sidecar is complete.
+A dataset ``<prefix>`` is ``<prefix>.ids``, ``<prefix>.mask`` and, for speech in the ``frame`` layout,
+``<prefix>.codes`` (``.bin`` and ``.idx`` each), and ``<prefix>.json``. The sidecar is written last, so a dataset with
+a sidecar is complete.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ def _stores_codes(task: str, vocab: VocabLayout) -> bool:
 
 
 class DatasetWriter:
-    """Writes a :class:`TokenDataset` document by document. Use as a context: leaving it by an error removes the rest."""
+    """Writes a :class:`TokenDataset`, document by document. Leaving its context without a commit leaves no file."""
 
     def __init__(self, prefix: str | Path, task: str, vocab: VocabLayout) -> None:
         self._prefix, self._task, self._vocab = str(prefix), task, vocab
@@ -156,8 +157,8 @@ class DatasetWriter:
         Path(self._prefix + ".json").unlink(missing_ok=True)  # from here on an older dataset is gone
         for array in self._arrays.values():
             array.commit()
-        sidecar = {"format": FORMAT_VERSION, "task": self._task, "vocab": self._vocab.to_dict(), "provenance": provenance}
-        write_json(self._prefix + ".json", sidecar)
+        sidecar = {"task": self._task, "vocab": self._vocab.to_dict(), "provenance": provenance}
+        write_json(self._prefix + ".json", {"format": FORMAT_VERSION, **sidecar})
 
 
 class TokenDataset(Sequence[Document]):

@@ -55,8 +55,8 @@ def train_batches(config: RunConfig, *, dp_rank: int, dp_size: int, consumed_sam
 def validation_batches(config: RunConfig, *, dp_rank: int, dp_size: int) -> dict[str, list[Batch]]:
     """For each validation dataset, by its file name, the micro-batches of one data-parallel rank.
 
-    Together the ranks hold the first ``eval_batches * global_batch_size`` rows of the dataset in a fixed random order, or
-    all of it when it is smaller: the same rows at any ``dp_size``, seed and step. Every rank has equally many
+    Together the ranks hold the first ``eval_batches * global_batch_size`` rows of the dataset in a fixed random order,
+    or all of it when it is smaller: the same rows at any ``dp_size``, seed and step. Every rank has equally many
     micro-batches; rows of padding without loss fill the last ones.
     """
     data, training = config.data, config.training
@@ -130,5 +130,6 @@ def _require_same_sources(datasets: Sequence[TokenDataset]) -> None:
             other, expected = seen.setdefault(what, (dataset.prefix, value))
             if value != expected:
                 raise DataError(
-                    f"datasets {other} and {dataset.prefix} were built with different {what}s ({expected[:12]} and {value[:12]})"
+                    f"datasets {other} and {dataset.prefix} were built with different {what}s"
+                    f" ({expected[:12]} and {value[:12]})"
                 )

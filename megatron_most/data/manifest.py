@@ -7,6 +7,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from megatron_most.audio import read_audio
+from megatron_most.audio.io import DURATION_TOLERANCE
 from megatron_most.errors import DataError
 
 
@@ -53,6 +57,22 @@ def read_manifest(path: str | Path, *, needs_audio: bool = True) -> list[Record]
     if not records:
         raise DataError(f"{path}: empty manifest")
     return records
+
+
+def read_waveform(record: Record, sample_rate: int) -> np.ndarray:
+    """The record's audio, float32 ``[T]``: a segment of the file where the manifest has an offset, else all of it.
+
+    Raises:
+        DataError: as :func:`~megatron_most.audio.read_audio`, or the file is shorter than the manifest says.
+    """
+    assert record.audio is not None, f"{record.id} is a text without audio"
+    if record.offset is not None:
+        return read_audio(record.audio, sample_rate, offset=record.offset, duration=record.duration)
+    waveform = read_audio(record.audio, sample_rate)
+    seconds = len(waveform) / sample_rate
+    if record.duration is not None and seconds < record.duration - DURATION_TOLERANCE:
+        raise DataError(f"{record.audio}: holds {seconds:.2f} s, the manifest says {record.duration:.2f} s")
+    return waveform
 
 
 def _parse(line: str, path: Path, number: int, needs_audio: bool) -> Record:

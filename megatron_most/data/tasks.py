@@ -66,7 +66,9 @@ def make_document(
     Raises:
         DataError: empty text, codes that are missing, empty or outside the layout, text ids beyond the text vocabulary.
     """
-    prefix = prompt(task, vocab, tokenizer, text=text if task == "tts" else None, codes=codes if task == "asr" else None, where=where)  # fmt: skip
+    prefix_text = text if task == "tts" else None
+    prefix_codes = codes if task == "asr" else None
+    prefix = prompt(task, vocab, tokenizer, text=prefix_text, codes=prefix_codes, where=where)
     target = _Pieces(vocab, tokenizer, where)
     if task == "tts":
         target.frames(codes)

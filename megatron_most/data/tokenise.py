@@ -18,15 +18,13 @@ from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from megatron_most import __version__
-from megatron_most.audio import AudioCodec, load_codec, read_audio
-from megatron_most.audio.io import DURATION_TOLERANCE
+from megatron_most.audio import AudioCodec, load_codec
 from megatron_most.data.codes import CodecIdentity, CodesDataset
 from megatron_most.data.indexed import FORMAT_VERSION, ArrayWriter, read_json, smallest_dtype, write_json
-from megatron_most.data.manifest import Record, read_manifest
+from megatron_most.data.manifest import Record, read_manifest, read_waveform
 from megatron_most.errors import DataError
 
 SHARD_SIZE = 256
@@ -104,9 +102,10 @@ def _require_same_job(path: str | Path, job: dict) -> None:
     found = read_json(path, "tokenisation")
     if found.get("codec") != job["codec"]:
         name = (found.get("codec") or {}).get("name")
-        raise DataError(f"{path}: was made with another codec ({name}, not {job['codec']['name']}); remove it or choose another output")
+        raise DataError(f"{path}: was made with another codec, {name}; remove it or choose another output")
     if found.get("manifest_sha256") != job["manifest_sha256"]:
-        raise DataError(f"{path}: was made from another state of {found.get('manifest')}; remove it or choose another output")
+        source = found.get("manifest")
+        raise DataError(f"{path}: was made from {source} in another state; remove it or choose another output")
 
 
 @dataclass
@@ -138,7 +137,7 @@ def _encode_shard(shard: _Shard) -> None:
         for record in shard.records:
             if _worker.stop.is_set():
                 return
-            waveform = _read(record, codec.sample_rate)
+            waveform = read_waveform(record, codec.sample_rate)
             codes = codec.encode(waveform)
             writer.add(codes.T.reshape(-1))
             lines.append({"id": record.id, "text": record.text, "num_frames": codes.shape[1]})
@@ -151,17 +150,6 @@ def _encode_shard(shard: _Shard) -> None:
     temporary = Path(f"{shard.prefix}.jsonl.tmp")
     temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     os.replace(temporary, f"{shard.prefix}.jsonl")
-
-
-def _read(record: Record, sample_rate: int) -> np.ndarray:
-    """The utterance's waveform ``[T]``: a segment where the manifest has offsets, else the whole file."""
-    if record.offset is not None:
-        return read_audio(record.audio, sample_rate, offset=record.offset, duration=record.duration)
-    waveform = read_audio(record.audio, sample_rate)
-    seconds = len(waveform) / sample_rate
-    if record.duration is not None and seconds < record.duration - DURATION_TOLERANCE:
-        raise DataError(f"{record.audio}: holds {seconds:.2f} s, the manifest says {record.duration:.2f} s")
-    return waveform
 
 
 def _encode_all(shards: list[_Shard], codec: AudioCodec, workers: int, progress: _Progress) -> None:
@@ -218,7 +206,7 @@ class _Progress:
             return
         self._shown, elapsed = now, now - self._started
         done = self._already_done + files
-        line = f"tokenise: {done}/{self._total} files, {seconds / 3600:.2f} h of audio, {seconds / elapsed:.0f}x real time"
+        line = f"tokenise: {done}/{self._total} files, {seconds / 3600:.2f} h of audio at {seconds / elapsed:.0f}x"
         if files and not last:
             line += f", {(self._total - done) * elapsed / files:.0f} s left"
         if self._report is not None:

@@ -90,7 +90,8 @@ class HuggingFaceTokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
         except Exception as error:  # the library raises bare Exception
-            raise ConfigError(f"tokenizer {path}: not readable as a tokenizer.json: {str(error).splitlines()[0]}") from None
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"tokenizer {path}: not readable as a tokenizer.json: {reason}") from None
         # Text that spells a special token stays text: a transcript must not be able to end its own document.
         self._tokenizer.encode_special_tokens = True
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
@@ -104,7 +105,9 @@ class HuggingFaceTokenizer:
     def _special_id(self, path: Path, special: dict[str, str], role: str) -> int:
         token = special.get(role)
         if not token:
-            raise ConfigError(f"tokenizer {path}: {role} is set in neither tokenizer_config.json nor special_tokens_map.json")
+            raise ConfigError(
+                f"tokenizer {path}: neither tokenizer_config.json nor special_tokens_map.json sets {role}"
+            )
         token_id = self._tokenizer.token_to_id(token)
         if token_id is None:
             raise ConfigError(f"tokenizer {path}: {role} {token!r} is not a single token of the vocabulary")
@@ -186,5 +189,5 @@ def _checked(ids: Sequence[int], vocab_size: int) -> list[int]:
     ids = [int(token_id) for token_id in ids]
     for position, token_id in enumerate(ids):
         if not 0 <= token_id < vocab_size:
-            raise DataError(f"id {token_id} at position {position} is outside the tokenizer's vocabulary (0..{vocab_size - 1})")
+            raise DataError(f"id {token_id} at position {position} is outside the tokenizer (0..{vocab_size - 1})")
     return ids

@@ -1,0 +1,82 @@
+"""Reading and writing audio: any rate and channel count, and one clear line for what cannot be read."""
+
+import numpy as np
+import pytest
+import soundfile
+
+from megatron_most.audio import read_audio, write_wav
+from megatron_most.errors import DataError
+
+
+def tone(rate: int, seconds: float = 1.0, frequency: float = 440.0) -> np.ndarray:
+    return (0.5 * np.sin(2 * np.pi * frequency * np.arange(round(rate * seconds)) / rate)).astype(np.float32)
+
+
+def strongest_frequency(waveform: np.ndarray, rate: int) -> float:
+    return np.argmax(np.abs(np.fft.rfft(waveform))) * rate / len(waveform)
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg"])
+@pytest.mark.parametrize("rate", [8000, 16000, 22050, 48000])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_any_format_rate_and_channel_count(tmp_path, name, rate, channels):
+    soundfile.write(tmp_path / name, np.repeat(tone(rate)[:, None], channels, axis=1), rate)
+    waveform = read_audio(tmp_path / name, 16000)
+    assert waveform.dtype == np.float32 and waveform.ndim == 1
+    assert abs(len(waveform) - 16000) <= 1
+    assert abs(strongest_frequency(waveform, 16000) - 440) <= 1
+    assert abs(np.abs(waveform).max() - 0.5) < 0.05
+
+
+def test_channels_are_averaged(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.stack([tone(16000), -tone(16000)], axis=1), 16000, subtype="FLOAT")
+    assert np.abs(read_audio(tmp_path / "a.wav", 16000)).max() < 1e-6
+
+
+def test_a_segment_is_what_the_whole_file_holds_there(tmp_path):
+    noise = np.random.default_rng(0).uniform(-1, 1, 16000).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", noise, 16000, subtype="FLOAT")
+    segment = read_audio(tmp_path / "a.wav", 16000, offset=0.25, duration=0.5)
+    np.testing.assert_array_equal(segment, noise[4000:12000])
+
+
+def test_a_segment_beyond_the_end_is_refused(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(16000), 16000)
+    with pytest.raises(DataError, match=r"a\.wav: holds 0\.50 s from 0\.50 s on, 2\.00 s are expected"):
+        read_audio(tmp_path / "a.wav", 16000, offset=0.5, duration=2.0)
+    with pytest.raises(DataError, match="nothing at offset 3.00 s"):
+        read_audio(tmp_path / "a.wav", 16000, offset=3.0)
+
+
+def test_missing_corrupt_and_empty_files_are_named(tmp_path):
+    (tmp_path / "corrupt.flac").write_bytes(b"fLaC" + bytes(100))
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0, dtype=np.float32), 16000)
+    not_numbers = tone(16000)
+    not_numbers[77] = np.nan
+    soundfile.write(tmp_path / "nan.wav", not_numbers, 16000, subtype="FLOAT")
+    for name, rule in (
+        ("absent.wav", "no such audio file"),
+        ("corrupt.flac", "not readable as audio"),
+        ("empty.wav", "holds"),
+        ("nan.wav", "not finite"),
+    ):
+        with pytest.raises(DataError, match=rule) as caught:
+            read_audio(tmp_path / name, 16000)
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_is_written_is_read_back_and_clipped(tmp_path):
+    waveform = tone(16000) * 3
+    write_wav(tmp_path / "new" / "a.wav", waveform, 16000)
+    read = read_audio(tmp_path / "new" / "a.wav", 16000)
+    np.testing.assert_allclose(read, np.clip(waveform, -1, 1), atol=1e-4)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.wav"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    write_wav(tmp_path / "a.wav", tone(16000), 16000)
+    before = (tmp_path / "a.wav").read_bytes()
+    with pytest.raises(TypeError):
+        write_wav(tmp_path / "a.wav", tone(16000), "not a rate")
+    assert (tmp_path / "a.wav").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]

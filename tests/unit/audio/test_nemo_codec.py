@@ -1,0 +1,182 @@
+"""The NeMo codec: deterministic, range-checked, and nothing but an intact codec is let in."""
+
+import io
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from megatron_most.audio import file_fingerprint, load_codec
+from megatron_most.errors import ConfigError, DataError
+
+MODULES = "nemo.collections.tts.modules.audio_codec_modules"
+LOSSES = "nemo.collections.tts.losses.audio_codec_loss"
+CONFIG = {
+    "sample_rate": 16000,
+    "samples_per_frame": 640,
+    "mel_loss_l1_scale": 1.0,
+    "mel_loss_l2_scale": 0.0,
+    "stft_loss_scale": 1.0,
+    "time_domain_loss_scale": 0.0,
+    "commit_loss_scale": 0.0,
+    "loss_resolutions": [[512, 128, 512]],
+    "mel_loss_dims": [20],
+    "audio_encoder": {
+        "_target_": f"{MODULES}.CausalHiFiGANEncoder",
+        "encoded_dim": 8,
+        "down_sample_rates": [8, 5, 4, 4],
+        "base_channels": 4,
+        "resblock_kernel_sizes": [3],
+        "resblock_dilation_sizes": [1],
+    },
+    "audio_decoder": {
+        "_target_": f"{MODULES}.CausalHiFiGANDecoder",
+        "input_dim": 8,
+        "up_sample_rates": [8, 5, 4, 4],
+        "base_channels": 32,
+        "resblock_kernel_sizes": [3],
+        "resblock_dilation_sizes": [1],
+    },
+    "vector_quantizer": {
+        "_target_": f"{MODULES}.GroupFiniteScalarQuantizer",
+        "num_groups": 2,
+        "num_levels_per_group": [8, 5, 5, 5],
+    },
+    "generator_loss": {"_target_": f"{LOSSES}.GeneratorSquaredLoss"},
+    "discriminator_loss": {"_target_": f"{LOSSES}.DiscriminatorSquaredLoss"},
+    "optim": {"_target_": "torch.optim.Adam", "lr": 0.001},
+}
+
+
+def write_archive(path: Path, config: object, weights: dict | None = None) -> Path:
+    """A ``.nemo`` file with this configuration and these weights."""
+    buffer = io.BytesIO()
+    torch.save(weights or {}, buffer)
+    members = {"model_config.yaml": yaml.safe_dump(config).encode(), "model_weights.ckpt": buffer.getvalue()}
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(f"./{name}")
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def codec_path(tmp_path_factory) -> Path:
+    """A tiny untrained codec whose codes vary."""
+    models = pytest.importorskip("nemo.collections.tts.models")
+    omegaconf = pytest.importorskip("omegaconf")
+    torch.manual_seed(0)
+    model = models.AudioCodecModel(cfg=omegaconf.OmegaConf.create(CONFIG)).eval()
+    model.audio_encoder.post_conv.conv.parametrizations.weight.original0.data.mul_(300.0)
+    path = tmp_path_factory.mktemp("codec") / "random.nemo"
+    model.save_to(str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def codec(codec_path):
+    return load_codec(codec_path)
+
+
+def noise(num_samples: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(-0.5, 0.5, num_samples).astype(np.float32)
+
+
+def test_what_a_codec_says_of_itself(codec, codec_path):
+    assert (codec.num_codebooks, codec.codebook_size, codec.sample_rate) == (2, 1000, 16000)
+    assert (codec.samples_per_frame, codec.frame_rate, codec.name) == (640, 25.0, "random")
+    assert codec.fingerprint == file_fingerprint(codec_path)
+
+
+@pytest.mark.parametrize(("num_samples", "num_frames"), [(1, 1), (640, 1), (641, 2), (16000, 25), (10001, 16)])
+def test_frames_cover_the_waveform(codec, num_samples, num_frames):
+    codes = codec.encode(noise(num_samples))
+    assert codes.shape == (2, num_frames) and codes.dtype == np.int64
+    assert codec.decode(codes).shape == (num_frames * 640,)
+
+
+def test_codes_do_not_depend_on_what_was_encoded_before(codec):
+    first = codec.encode(noise(9000))
+    codec.encode(noise(20000, seed=1))
+    np.testing.assert_array_equal(codec.encode(noise(9000)), first)
+    assert len(np.unique(first)) > 5
+
+
+def test_a_loaded_copy_gives_the_same_codes_and_sound(codec, codec_path):
+    again = load_codec(codec_path)
+    codes = codec.encode(noise(9000))
+    np.testing.assert_array_equal(again.encode(noise(9000)), codes)
+    np.testing.assert_array_equal(again.decode(codes), codec.decode(codes))
+
+
+def test_codes_outside_the_codebook_are_refused(codec):
+    codes = np.zeros((2, 3), dtype=np.int64)
+    for bad in (-1, 1000):
+        codes[1, 2] = bad
+        with pytest.raises(DataError, match=f"code {bad} of codebook 1, frame 2 is outside 0..999"):
+            codec.decode(codes)
+    with pytest.raises(DataError, match=r"expected \[2, frames\]"):
+        codec.decode(np.zeros((3, 3), dtype=np.int64))
+
+
+def test_no_frames_are_no_sound(codec):
+    assert codec.decode(np.zeros((2, 0), dtype=np.int64)).shape == (0,)
+    with pytest.raises(DataError, match="shape"):
+        codec.encode(np.zeros(0, dtype=np.float32))
+
+
+def test_weights_that_are_incomplete_are_refused(codec_path, tmp_path):
+    with tarfile.open(codec_path) as archive:
+        files = [member for member in archive.getmembers() if member.isfile()]
+        members = {Path(member.name).name: archive.extractfile(member) for member in files}
+        config = yaml.safe_load(members["model_config.yaml"])
+        weights = torch.load(members["model_weights.ckpt"], weights_only=True)
+    dropped = next(name for name in weights if name.startswith("audio_decoder."))
+    del weights[dropped]
+    path = write_archive(tmp_path / "partial.nemo", config, weights)
+    with pytest.raises(DataError, match=r"partial\.nemo"):
+        load_codec(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"absent\.nemo: no such file"):
+        load_codec(tmp_path / "absent.nemo")
+
+
+def test_a_corrupt_file_is_named_in_one_line(tmp_path):
+    (tmp_path / "corrupt.nemo").write_bytes(b"not a tar" * 200)
+    with pytest.raises(DataError, match=r"corrupt\.nemo: not readable as a \.nemo archive") as caught:
+        load_codec(tmp_path / "corrupt.nemo")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    target = {"target": "nemo.collections.tts.models.AudioCodecModel"}
+    whole = write_archive(tmp_path / "whole.nemo", target, {"a": torch.zeros(5000)}).read_bytes()
+    (tmp_path / "cut.nemo").write_bytes(whole[:3000])
+    with pytest.raises(DataError, match=r"cut\.nemo"):
+        load_codec(tmp_path / "cut.nemo")
+
+
+def test_another_model_is_refused(tmp_path):
+    path = write_archive(tmp_path / "asr.nemo", {"target": "nemo.collections.asr.models.EncDecCTCModel"})
+    with pytest.raises(DataError, match="EncDecCTCModel, not an AudioCodecModel"):
+        load_codec(path)
+
+
+def test_classes_from_elsewhere_are_refused(tmp_path):
+    config = {"target": "nemo.collections.tts.models.AudioCodecModel", "parts": [{"_target_": "os.system"}]}
+    with pytest.raises(DataError, match="os.system, which is neither NeMo's nor torch's"):
+        load_codec(write_archive(tmp_path / "evil.nemo", config))
+
+
+def test_without_nemo_the_error_says_how_to_get_it(tmp_path, monkeypatch):
+    path = write_archive(tmp_path / "some.nemo", {"target": "nemo.collections.tts.models.AudioCodecModel"})
+    monkeypatch.setitem(sys.modules, "nemo.collections.tts.models", None)
+    with pytest.raises(ConfigError, match=r"pip install megatron-most\[audio\]"):
+        load_codec(path)
