@@ -73,7 +73,10 @@ def _replace_device_literals() -> None:
         return wrapped
 
     for name in ("zeros", "ones", "tensor", "empty_like"):
-        setattr(torch, name, on_cpu(getattr(torch, name)))
+        stand_in = on_cpu(getattr(torch, name))
+        # TorchScript must still see the operator: NeMo compiles functions with it while it is imported.
+        torch.jit._builtins._register_builtin(stand_in, f"aten::{name}")
+        setattr(torch, name, stand_in)
 
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # models/common/embeddings/rope_utils.py:64
 
