@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import struct
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from megatron_most.errors import ConfigError, DataError
 from megatron_most.vocab import NO_CODE, VocabLayout
 
 FORMAT_VERSION = 1
+
+_INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, type, number of sequences, number of documents + 1
 
 
 @functools.cache
@@ -73,6 +76,20 @@ class ArrayWriter:
             Path(self._temporary + ending).unlink(missing_ok=True)
 
 
+def _check_index(path: str) -> None:
+    """Megatron meets a broken index with assertions, and with noise from the half-built objects they leave."""
+    size = Path(path).stat().st_size
+    with open(path, "rb") as file:
+        header = file.read(_INDEX_HEADER.size)
+    if len(header) == _INDEX_HEADER.size:
+        magic, version, _, num_sequences, num_documents = _INDEX_HEADER.unpack(header)
+        # For each sequence its length (int32) and where it begins (int64); for each document its first sequence.
+        expected = _INDEX_HEADER.size + num_sequences * (4 + 8) + num_documents * 8
+        if magic == b"MMIDIDX\x00\x00" and version == 1 and size == expected:
+            return
+    raise DataError(f"{path}: not readable as the index of a Megatron dataset")
+
+
 class ArrayReader:
     """Reads one ``IndexedDataset`` pair; ``reader[i]`` is a read-only view of document ``i`` on disk."""
 
@@ -80,10 +97,8 @@ class ArrayReader:
         for ending in (".bin", ".idx"):
             if not Path(prefix + ending).is_file():
                 raise DataError(f"dataset {prefix}: {prefix}{ending} is missing")
-        try:
-            self._data = _megatron().IndexedDataset(prefix)
-        except (AssertionError, ValueError, OSError) as error:
-            raise DataError(f"dataset {prefix}: not readable as a Megatron dataset: {error}") from None
+        _check_index(prefix + ".idx")
+        self._data = _megatron().IndexedDataset(prefix)
         expected = int(self.lengths.sum(dtype=np.int64)) * np.dtype(self._data.index.dtype).itemsize
         actual = Path(prefix + ".bin").stat().st_size
         if actual != expected:

@@ -1,0 +1,116 @@
+"""Building datasets: the right documents, their provenance, and refusals that name the source."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_most.data import build as module
+from megatron_most.data import tokenise as tokenise_module
+from megatron_most.data.build import build_dataset
+from megatron_most.data.codes import CodesDataset
+from megatron_most.data.indexed import TokenDataset
+from megatron_most.data.tasks import TEMPLATE_VERSION, make_document
+from megatron_most.errors import ConfigError, DataError
+from megatron_most.vocab import VocabLayout
+from tests.unit.data.tiny import CODEBOOK_SIZE, CODEBOOKS, LAYOUTS, LetterTokenizer, LoudnessCodec, write_wavs
+
+
+@pytest.fixture(autouse=True)
+def letters(monkeypatch):
+    monkeypatch.setattr(module, "load_tokenizer", lambda path: LetterTokenizer())
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("codes")
+    entries = write_wavs(folder / "wav", 6)
+    (folder / "m.jsonl").write_text("".join(json.dumps({**entry, "text": "fox"}) + "\n" for entry in entries))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenise_module, "load_codec", lambda name: LoudnessCodec())
+        tokenise_module.tokenise(folder / "m.jsonl", "codec", folder / "codes", workers=1, report=lambda line: None)
+    return folder / "codes"
+
+
+@pytest.mark.parametrize("layout_name", LAYOUTS)
+@pytest.mark.parametrize("task", ["asr", "tts"])
+def test_every_utterance_becomes_a_document(codes, tmp_path, task, layout_name):
+    dataset = build_dataset(tmp_path / "data", task=task, tokenizer="t", codes=[codes, codes], layout=layout_name)
+    vocab = VocabLayout(LetterTokenizer.vocab_size, CODEBOOKS, CODEBOOK_SIZE, layout_name)
+    assert dataset.vocab == vocab and len(dataset) == 12
+    for index, utterance in enumerate([*CodesDataset(codes)] * 2):
+        expected = make_document(task, vocab, LetterTokenizer(), text="fox", codes=utterance.codes)
+        np.testing.assert_array_equal(dataset.document(index).ids, expected.ids)
+        np.testing.assert_array_equal(dataset.document(index).loss_mask, expected.loss_mask)
+
+
+def test_provenance_says_what_it_was_made_from(codes, tmp_path):
+    build_dataset(tmp_path / "data", task="tts", tokenizer="dir/t.model", codes=[codes], command="build it")
+    provenance = TokenDataset(tmp_path / "data").provenance
+    assert provenance["tokenizer"] == {"name": "t.model", "fingerprint": "letters"}
+    assert provenance["codec"] == CodesDataset(codes).codec.to_dict()
+    assert (provenance["template_version"], provenance["command"]) == (TEMPLATE_VERSION, "build it")
+    assert provenance["sources"] == [str(codes)]
+    documents = list(TokenDataset(tmp_path / "data"))
+    assert provenance["counts"] == {
+        "documents": 6,
+        "positions": sum(len(document) for document in documents),
+        "target_positions": sum(int(document.loss_mask.sum()) for document in documents),
+        "audio_frames": sum(utterance.codes.shape[1] for utterance in CodesDataset(codes)),
+    }
+
+
+def test_text_comes_from_manifests_or_from_transcripts(codes, tmp_path):
+    (tmp_path / "text.jsonl").write_text('{"text": "one dog"}\n{"text": "two"}\n')
+    size = {"num_codebooks": CODEBOOKS, "codebook_size": CODEBOOK_SIZE}
+    plain = build_dataset(tmp_path / "plain", task="text_lm", tokenizer="t", texts=[tmp_path / "text.jsonl"], **size)
+    assert plain.provenance["codec"] is None
+    assert plain.document(0).ids.tolist() == [1, *LetterTokenizer().encode("one dog"), 2]
+    transcripts = build_dataset(tmp_path / "transcripts", task="text_lm", tokenizer="t", codes=[codes])
+    assert len(transcripts) == 6 and transcripts.document(3).ids.tolist() == [1, *LetterTokenizer().encode("fox"), 2]
+    assert transcripts.vocab == plain.vocab
+
+
+def test_a_base_model_may_have_more_text_ids_than_its_tokenizer(codes, tmp_path):
+    dataset = build_dataset(tmp_path / "data", task="asr", tokenizer="t", codes=[codes], text_vocab_size=100)
+    assert dataset.vocab.begin_of_audio == 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        ({"task": "chat"}, "task='chat': must be one of"),
+        ({"task": "asr"}, "needs codes to build from"),
+        ({"task": "text_lm"}, "needs texts or codes"),
+        ({"task": "asr", "texts": ["a.jsonl"]}, "needs tokenised speech"),
+        ({"task": "text_lm", "texts": ["a.jsonl"]}, "num_codebooks and codebook_size: needed"),
+        ({"task": "asr", "codes": True, "text_vocab_size": 10}, "text_vocab_size=10: the tokenizer has 30 ids"),
+        ({"task": "asr", "codes": True, "codebook_size": 9}, "codebook_size=9: codec loudness has 50"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(codes, tmp_path, arguments, rule):
+    if arguments.get("codes"):
+        arguments = {**arguments, "codes": [codes]}
+    with pytest.raises(ConfigError, match=rule):
+        build_dataset(tmp_path / "data", tokenizer="t", **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_codes_of_different_codecs_do_not_mix(codes, tmp_path):
+    for path in codes.parent.glob("codes.*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    sidecar = json.loads((tmp_path / "codes.json").read_text())
+    sidecar["codec"]["fingerprint"] = "f" * 64
+    (tmp_path / "codes.json").write_text(json.dumps(sidecar))
+    with pytest.raises(DataError, match=r"different codecs: loudness \(0+\), loudness \(f+\)"):
+        build_dataset(tmp_path / "data", task="asr", tokenizer="t", codes=[codes, tmp_path / "codes"])
+
+
+def test_a_document_that_does_not_fit_is_named(codes, tmp_path, monkeypatch):
+    tokenizer = LetterTokenizer()
+    tokenizer.encode = lambda text: [77]
+    monkeypatch.setattr(module, "load_tokenizer", lambda path: tokenizer)
+    with pytest.raises(DataError, match="codes, m:1: text id 77 is outside the layout's 30 text ids"):
+        build_dataset(tmp_path / "data", task="asr", tokenizer="t", codes=[codes])
+    assert not list(tmp_path.iterdir())
