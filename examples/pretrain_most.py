@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. training.steps=100")
     parser.add_argument("--dry-run", action="store_true", help="print what would be trained and leave")
-    parser.add_argument("--world-size", type=int, metavar="N", help="ranks --dry-run assumes (default: those started, else as few as fit)")
+    parser.add_argument("--world-size", type=int, metavar="N", help="ranks that --dry-run assumes")
     cli.run(parser, pretrain)
 
 
@@ -55,7 +55,7 @@ def read_config(arguments: argparse.Namespace) -> RunConfig:
         config.num_microbatches(config.parallel.data_parallel_size(int(os.environ.get("WORLD_SIZE", "1"))))
         return config
     except MostError:
-        # Every rank finds the same mistake; rank 0 tells it, unless torchrun has ended it because another was gone first.
+        # Every rank finds the same mistake and rank 0 tells it; torchrun ends all ranks as soon as one is gone.
         if RANK != 0:
             time.sleep(5)
             sys.exit(1)

@@ -1,8 +1,8 @@
 """Checkpoint directories: names, manifests, commit, search, retention.
 
-``RUN_DIR/checkpoints/step_00000100/`` holds ``checkpoint.json`` (what it is), ``state/`` (Megatron's sharded tensors) and
-``manifest.json`` (size and CRC32 of every file). It is written under a ``.tmp-`` name and renamed when whole, so that a
-directory with a ``step_`` name is complete unless the storage lost something, which the manifest shows.
+``RUN_DIR/checkpoints/step_00000100/`` holds ``checkpoint.json`` (what it is), ``state/`` (Megatron's sharded tensors)
+and ``manifest.json`` (size and CRC32 of every file). It is written under a ``.tmp-`` name and renamed when whole, so
+that a directory with a ``step_`` name is complete unless the storage lost something, which the manifest shows.
 """
 
 from __future__ import annotations
@@ -133,7 +133,9 @@ def resolve(path: str | Path) -> Path:
         return path
     complete, problems = complete_checkpoints(path)
     if not complete:
-        raise CheckpointError(f"{path}: holds no complete checkpoint" + (f" ({'; '.join(problems)})" if problems else ""))
+        raise CheckpointError(
+            f"{path}: holds no complete checkpoint" + (f" ({'; '.join(problems)})" if problems else "")
+        )
     return complete[-1]
 
 

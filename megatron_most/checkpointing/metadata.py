@@ -21,6 +21,7 @@ TRAINING_ONLY = frozenset(
     {
         "model.init_std",
         "model.codebook_loss_weights",
+        "model.text_loss_weight",
         "model.moe.balance_loss",
         "model.moe.balance_coeff",
         "model.moe.z_loss_coeff",
@@ -118,7 +119,8 @@ def check_same_model(directory: Path, metadata: CheckpointMetadata, config: RunC
         if difference:
             field, theirs, ours = difference
             raise CheckpointError(
-                f"{directory}: belongs to another model: {field} is {theirs!r} in the checkpoint, {ours!r} in the config"
+                f"{directory}: belongs to another model: {field} is {theirs!r} in the checkpoint,"
+                f" {ours!r} in the config"
             )
     if metadata.expert_order != expert_order(config):
         raise CheckpointError(

@@ -1,8 +1,8 @@
 """The sharded tensors of a checkpoint: Megatron's ``torch_dist`` format, readable in any parallel layout.
 
-Only tensors come from the optimizer's state. Hyper-parameters belong to the configuration and the schedule is a function
-of the step, so that a run may go on with another learning rate or another layout; the one number left, AdamW's
-step count, is set by us.
+Only tensors come from the optimizer's state. Hyper-parameters belong to the configuration and the schedule is a
+function of the step, so that a run may go on with another learning rate or another layout; the one number left,
+AdamW's step count, is set by us.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _sharding_options() -> dict[str, Any]:
 
 
 def _model_state(model_chunks: list[MoSTModel]) -> StateDict:
-    """Sharded weights by chunk. ``_extra_state`` is left out: it differs between Transformer Engine and plain layers."""
+    """Sharded weights by chunk, without ``_extra_state``, which differs between Transformer Engine and plain layers."""
     options = _sharding_options()
     names = ["model"] if len(model_chunks) == 1 else [f"model{i}" for i in range(len(model_chunks))]
     return {

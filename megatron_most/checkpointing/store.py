@@ -85,7 +85,7 @@ def load_checkpoint(
 
 
 def load_model_weights(path: str | Path, config: RunConfig, model_chunks: list[MoSTModel]) -> CheckpointMetadata:
-    """Load only the weights, in whatever layout ``model_chunks`` were built. Arguments and errors as above. Collective."""
+    """Load only the weights, in whatever layout ``model_chunks`` were built. Arguments, errors as above. Collective."""
     directory, metadata = _verified(path, config)
     load_model_state(directory / _STATE, model_chunks)
     return metadata

@@ -1,7 +1,7 @@
 """Losses as (sum, count) pairs: per target, per modality, per task, per codebook.
 
-A rank sums over its own positions and never divides; the division follows the sum over all ranks, so that no mean depends
-on how positions were split over ranks or micro-batches.
+A rank sums over its own positions and never divides; the division follows the sum over all ranks, so that no mean
+depends on how positions were split over ranks or micro-batches.
 
 Shape letters: b rows, s positions, C codebooks, R rows of the metric table.
 """
@@ -18,8 +18,9 @@ from megatron_most.vocab import MODALITY_NAMES, NO_CODE, VocabLayout
 class LossTable:
     """Turns the model's losses into the training loss and the table of metrics.
 
-    A target is a position with loss mask 1; its modality is that of the id it predicts. The loss of a target is the main
-    head's cross entropy plus, where a codec frame is predicted, the weighted sum of the codebooks' (layout ``frame``).
+    A target is a position with loss mask 1; its modality is that of the id it predicts. The loss of a target is the
+    main head's cross entropy plus, where a codec frame is predicted, the weighted sum of the codebooks' (layout
+    ``frame``).
 
     Rows of the table, each reduced as sum over ranks of (sum, count), then sum / count:
 
@@ -31,11 +32,13 @@ class LossTable:
 
     Args:
         weights: loss weight of each codebook.
+        text_weight: weight of a text target in the training loss; the metrics are not weighted by it.
     """
 
-    def __init__(self, vocab: VocabLayout, weights: list[float]) -> None:
+    def __init__(self, vocab: VocabLayout, weights: list[float], text_weight: float = 1.0) -> None:
         self.vocab = vocab
         self.weights = weights
+        self.text_weight = text_weight
         codebooks = [f"codebook_{k}" for k in range(vocab.num_codebooks)]
         self.names = ["loss", *(f"loss/{name}" for name in (*MODALITY_NAMES, *TASKS, *codebooks)), "tokens"]
 
@@ -53,10 +56,10 @@ class LossTable:
         mask = batch.loss_mask.to(slot_losses.dtype)
         main, codebooks = slot_losses[..., 0], slot_losses[..., 1:]
         losses = main + codebooks @ main.new_tensor(self.weights) if codebooks.shape[-1] else main
-        loss_sum = (losses * mask).sum()
+        is_audio = self.vocab.is_audio(batch.labels)
+        loss_sum = (losses * mask.where(is_audio, mask * self.text_weight)).sum()
         count = mask.sum()
         with torch.no_grad():
-            is_audio = self.vocab.is_audio(batch.labels).long()
             selected = [mask]
             selected += [mask * (is_audio == modality) for modality in range(len(MODALITY_NAMES))]
             selected += [mask * (batch.task == task) for task in range(len(TASKS))]

@@ -1,7 +1,7 @@
 """Metrics: gathered between two logged lines, written as JSON lines, to TensorBoard, wandb and the console.
 
-Only rank 0 writes. ``metrics.jsonl`` and ``routing.jsonl`` grow by one flushed line at a time; a resumed run first drops
-the lines after the step it resumes from, so that each step stands there once.
+Only rank 0 writes. ``metrics.jsonl`` and ``routing.jsonl`` grow by one flushed line at a time; a resumed run first
+drops the lines after the step it resumes from, so that each step stands there once.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_most.config import LoggingConfig
 from megatron_most.errors import ConfigError
+from megatron_most.training.run_directory import METRICS, ROUTING
 from megatron_most.vocab import MODALITY_NAMES
 
 
@@ -126,8 +127,8 @@ class MetricsWriter:
         self, run_dir: Path, logging: LoggingConfig, total_steps: int, resume_step: int, run_config: dict[str, Any]
     ) -> None:
         self.total_steps = total_steps
-        self.metrics = JsonLines(run_dir / "metrics.jsonl", resume_step)
-        self.routing = JsonLines(run_dir / "routing.jsonl", resume_step)
+        self.metrics = JsonLines(run_dir / METRICS, resume_step)
+        self.routing = JsonLines(run_dir / ROUTING, resume_step)
         self.tensorboard = _tensorboard(run_dir, resume_step) if logging.tensorboard else None
         self.wandb = _wandb(run_dir, logging.wandb_project, run_config) if logging.wandb_project else None
 

@@ -12,9 +12,7 @@ _GIB = 1 << 30
 
 def smallest_world_size(parallel: ParallelConfig) -> int:
     """The fewest ranks on which both the dense part and the experts fit their layout."""
-    experts = (
-        parallel.expert_tensor_size * parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
-    )
+    experts = parallel.expert_tensor_size * parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
     return math.lcm(parallel.model_parallel_size, experts)
 
 
@@ -46,8 +44,8 @@ def describe_run(config: RunConfig, world_size: int) -> str:
             "",
             f"ranks: {world_size} ({', '.join(f'{name} {size}' for name, size in layout.items())})",
             f"parameters: {counts['total']:,} in total, {counts['active']:,} active for a token ({parts})",
-            f"batch: {training.global_batch_size} rows of {config.data.seq_length} positions = {positions:,} positions a"
-            f" step; micro-batches on each data-parallel rank: {microbatches}",
+            f"batch: {training.global_batch_size} rows of {config.data.seq_length} positions = {positions:,} a step;"
+            f" micro-batches on each data-parallel rank: {microbatches}",
             f"training: {training.steps:,} steps, {training.steps * positions:,} positions at most",
             f"memory per rank, without activations and communication buffers: {sum(memory.values()) / _GIB:.2f} GiB"
             f" ({', '.join(f'{name} {size / _GIB:.2f}' for name, size in memory.items())})",

@@ -15,28 +15,29 @@ from typing import Any, TextIO
 import torch
 import yaml
 
-from megatron_most.checkpointing.directory import remove_leftovers, write_json
+from megatron_most.checkpointing.directory import complete_checkpoints, remove_leftovers, write_json
 from megatron_most.checkpointing.metadata import TRAINING_ONLY, first_difference
 from megatron_most.config import RunConfig, dump_config
 from megatron_most.errors import ConfigError
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
+METRICS = "metrics.jsonl"
+ROUTING = "routing.jsonl"
 _PACKAGES = ("megatron-most", "megatron-core", "torch", "transformer-engine", "nemo-toolkit", "numpy")
 _CHANGEABLE = TRAINING_ONLY | {"data.validation"}
 
 
 def claim(config: RunConfig, world_size: int, device: str) -> TextIO:
-    """Take the run directory for this process: refuse another run's, clean up, record config and environment.
+    """Take the run directory for this process: clean up after an interrupted one, record config and environment.
 
     Returns:
         The open lock file; the directory is held until it is closed or the process ends, however it ends.
 
     Raises:
-        ConfigError: the directory belongs to a run with another model, vocabulary, data or seed, or is in use.
+        ConfigError: the directory cannot be made, or is in use.
     """
     run_dir = Path(config.run_dir)
-    check_same_run(config)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = open(run_dir / ".lock", "a", encoding="utf-8")  # noqa: SIM115 - held as long as the run
@@ -58,9 +59,13 @@ def claim(config: RunConfig, world_size: int, device: str) -> TextIO:
 def check_same_run(config: RunConfig) -> None:
     """Raise :class:`ConfigError` when ``run_dir`` holds a run with another seed, vocabulary, model or data.
 
-    Steps, intervals, optimizer, batch size, loss weights, validation sets, logging and parallel layout may change.
+    Steps, intervals, optimizer, batch size, loss weights, validation sets, logging and parallel layout may change. A
+    directory in which no step was logged belongs to no run yet.
     """
-    path = Path(config.run_dir) / CONFIG
+    run_dir = Path(config.run_dir)
+    path, metrics = run_dir / CONFIG, run_dir / METRICS
+    if not (metrics.is_file() and metrics.stat().st_size) and not complete_checkpoints(run_dir)[0]:
+        return
     try:
         theirs = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

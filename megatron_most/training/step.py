@@ -61,8 +61,8 @@ def run_microbatches(
     """Forward (and backward) all micro-batches of this rank; gradients are summed, reduced and divided by Megatron.
 
     Returns:
-        The metric table ``[R, 2]`` float64 summed over this rank's micro-batches; zero except on the last pipeline stage
-        of the first tensor rank, so that the sum over all ranks counts every position once.
+        The metric table ``[R, 2]`` float64 summed over this rank's micro-batches; zero except on the last pipeline
+        stage of the first tensor rank, so that the sum over all ranks counts every position once.
     """
     iterators = [iter(batches) for _ in model_chunks]
     single = len(model_chunks) == 1

@@ -42,7 +42,7 @@ from megatron_most.training.optimizer import (
     learning_rate,
     wrap_model,
 )
-from megatron_most.training.run_directory import claim, device_name, versions
+from megatron_most.training.run_directory import check_same_run, claim, device_name, versions
 from megatron_most.training.step import run_microbatches, sum_over_ranks
 from megatron_most.training.stop import StopRequest
 from megatron_most.training.validation import validate
@@ -61,7 +61,9 @@ class Trainer:
         self.step = 0
         self.consumed_samples = 0
         self.consumed_tokens = 0
-        self.loss_table = LossTable(config.vocab, config.model.codebook_weights(config.vocab))
+        self.loss_table = LossTable(
+            config.vocab, config.model.codebook_weights(config.vocab), config.model.text_loss_weight
+        )
         self.accumulator = MetricAccumulator(self.loss_table.names)
         self._seconds = 0.0
         self._timed_steps = 0
@@ -77,30 +79,49 @@ class Trainer:
         platform.set_threads(self.config.training.threads_per_rank)
         parallel.initialize(self.config.parallel, self.config.seed)
         self.device = platform.device()
-        self._claim_run_directory()
+        on_rank_zero(lambda: check_same_run(self.config))
         resume_from = on_rank_zero(self._find_checkpoint)
-        if resume_from is not None and read_metadata(resume_from).step >= self.config.training.steps:
+        if resume_from is not None and self._restore_counters(resume_from) >= self.config.training.steps:
             self._say(f"{resume_from}: already trained for training.steps={self.config.training.steps}")
         else:
+            # Whatever can be wrong with the data is found before anything is written.
+            self._open_data()
+            on_rank_zero(self._claim_run_directory)
             self._build(resume_from)
             self._train()
         dist.barrier()
         parallel.destroy()
 
     def _claim_run_directory(self) -> None:
-        def claim_it() -> None:
-            self._lock = claim(self.config, dist.get_world_size(), device_name(self.device))
-
-        on_rank_zero(claim_it)
-        self._fingerprints = on_rank_zero(
-            lambda: (Fingerprint.of_tokenizer(self.config), Fingerprint.of_codec(self.config))
-        )
+        self._lock = claim(self.config, dist.get_world_size(), device_name(self.device))
 
     def _find_checkpoint(self) -> Path | None:
         complete, problems = complete_checkpoints(self.run_dir)
         for problem in problems:
             print(f"warning: skipped checkpoint {problem}", flush=True)
         return complete[-1] if complete else None
+
+    def _restore_counters(self, checkpoint: Path) -> int:
+        metadata = read_metadata(checkpoint)
+        self.step, self.consumed_samples = metadata.step, metadata.consumed_samples
+        self.consumed_tokens = metadata.consumed_tokens
+        self.accumulator.load_state(metadata.pending)
+        return self.step
+
+    def _open_data(self) -> None:
+        config = self.config
+        place = {
+            "dp_rank": parallel_state.get_data_parallel_rank(),
+            "dp_size": parallel_state.get_data_parallel_world_size(),
+        }
+        self.num_microbatches = config.num_microbatches(place["dp_size"])
+        self.batches: Iterator[Batch] = together(
+            lambda: train_batches(config, **place, consumed_samples=self.consumed_samples)
+        )
+        self.validation_sets: dict[str, list[Batch]] = {}
+        if config.training.eval_interval:
+            self.validation_sets = together(lambda: self._to_device(validation_batches(config, **place)))
+        self._fingerprints = on_rank_zero(lambda: (Fingerprint.of_tokenizer(config), Fingerprint.of_codec(config)))
 
     def _build(self, resume_from: Path | None) -> None:
         config = self.config
@@ -112,20 +133,9 @@ class Trainer:
         self.wrapped = wrap_model(config, self.model_chunks)
         self.optimizer = build_optimizer(config, self.wrapped)
         if resume_from is not None:
-            metadata = load_checkpoint(resume_from, config, self.model_chunks, self.optimizer)
-            self.step, self.consumed_samples = metadata.step, metadata.consumed_samples
-            self.consumed_tokens = metadata.consumed_tokens
-            self.accumulator.load_state(metadata.pending)
+            load_checkpoint(resume_from, config, self.model_chunks, self.optimizer)
             self._say(f"resuming from {resume_from}")
         self.scheduler = build_scheduler(config, self.optimizer, self.step)
-        dp_rank, dp_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        self.num_microbatches = config.num_microbatches(dp_size)
-        self.batches: Iterator[Batch] = together(
-            lambda: train_batches(config, dp_rank=dp_rank, dp_size=dp_size, consumed_samples=self.consumed_samples)
-        )
-        self.validation_sets = together(
-            lambda: self._to_device(validation_batches(config, dp_rank=dp_rank, dp_size=dp_size))
-        ) if config.training.eval_interval else {}
         self.writer: MetricsWriter | None = None
 
         def open_writer() -> None:
@@ -189,8 +199,8 @@ class Trainer:
     def _require_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
             error = MostError(
-                f"step {self.step + 1}: the {what} is {value}; nothing of this step was saved: lower optimizer.lr, or look"
-                " at the data of this step"
+                f"step {self.step + 1}: the {what} is {value}; nothing of this step was saved: lower optimizer.lr, or"
+                " look at the data of this step"
             )
             fail(error if dist.get_rank() == 0 else None)
 
@@ -234,9 +244,7 @@ class Trainer:
             versions=versions(),
         )
         with gathered_parameters(self.wrapped):
-            save_checkpoint(
-                self.run_dir, metadata, self.model_chunks, self.optimizer, self.config.checkpoint.keep_last
-            )
+            save_checkpoint(self.run_dir, metadata, self.model_chunks, self.optimizer, self.config.checkpoint.keep_last)
 
     def _say(self, line: str) -> None:
         if dist.get_rank() == 0:

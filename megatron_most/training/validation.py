@@ -18,7 +18,9 @@ from megatron_most.training.step import run_microbatches, sum_over_ranks
 def validate(
     wrapped: list[DistributedDataParallel], datasets: dict[str, list[Batch]], loss_table: LossTable
 ) -> dict[str, float]:
-    """Losses of every dataset as ``validation/<dataset>/<name>``, names and reductions as in :class:`LossTable`. Collective.
+    """Losses of every dataset as ``validation/<dataset>/<name>``. A collective call.
+
+    Names and reductions are those of :class:`LossTable`.
 
     Args:
         datasets: this rank's batches on its device; every data-parallel rank holds the same number of them.

@@ -36,7 +36,7 @@ def write_dataset(prefix: Path, config: RunConfig, task: str, seed: int, num_doc
 
 
 def run_config(directory: Path, run_name: str = "run", **overrides: Any) -> RunConfig:
-    """A six-step run below ``directory`` on datasets that are written there first; ``section__field=value`` overrides."""
+    """A six-step run below ``directory``, where its datasets are written first; ``section__field=value`` overrides."""
     options = {
         "run_dir": directory / run_name,
         "training__steps": 6,

@@ -1,0 +1,118 @@
+"""Commit, search, verification and retention of checkpoint directories."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_most.checkpointing import directory as directories
+from megatron_most.errors import CheckpointError
+
+
+def make_checkpoint(run_dir: Path, step: int, content: bytes = b"weights" * 100) -> Path:
+    target = directories.step_directory(run_dir, step)
+    temporary = directories.temporary_directory(target)
+    (temporary / "state").mkdir(parents=True)
+    (temporary / "state" / "shard").write_bytes(content)
+    directories.write_json(temporary / "checkpoint.json", {"step": step})
+    directories.write_manifest(temporary, directories.checksum(temporary, directories.list_files(temporary)))
+    directories.commit(temporary, target)
+    return target
+
+
+def complete_steps(run_dir: Path) -> list[int | None]:
+    return [directories.step_of(path) for path in directories.complete_checkpoints(run_dir)[0]]
+
+
+def test_committed_checkpoint_is_found_and_verifies(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, 100)
+    assert path.name == "step_00000100"
+    assert set(directories.read_manifest(path)) == {"checkpoint.json", "state/shard"}
+    directories.verify_checksums(path)
+    assert directories.resolve(tmp_path) == directories.resolve(path) == path
+    assert not list(path.parent.glob(".tmp-*"))
+
+
+def test_newest_is_by_step_not_by_time_or_name(tmp_path: Path) -> None:
+    for step in (100_000_000, 20, 3):
+        make_checkpoint(tmp_path, step)
+    assert complete_steps(tmp_path) == [3, 20, 100_000_000]
+    assert directories.resolve(tmp_path).name == "step_100000000"
+
+
+def test_an_interrupted_save_is_not_a_checkpoint_and_is_cleaned(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 1)
+    leftover = directories.temporary_directory(directories.step_directory(tmp_path, 2))
+    (leftover / "state").mkdir(parents=True)
+    assert complete_steps(tmp_path) == [1]
+    directories.remove_leftovers(tmp_path)
+    assert not leftover.exists()
+    assert complete_steps(tmp_path) == [1]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: (path / "state" / "shard").write_bytes(b"short"), "torn: state/shard has 5 bytes"),
+        (lambda path: (path / "state" / "shard").unlink(), "incomplete: state/shard is missing"),
+        (lambda path: (path / "manifest.json").unlink(), "incomplete: manifest.json is missing"),
+        (lambda path: (path / "manifest.json").write_text("{"), "unreadable"),
+        (lambda path: (path / "manifest.json").write_text('{"a": 1}'), "not a checkpoint manifest"),
+    ],
+)
+def test_damage_is_skipped_by_the_search_and_named(tmp_path: Path, damage: object, message: str) -> None:
+    good = make_checkpoint(tmp_path, 1)
+    bad = make_checkpoint(tmp_path, 2)
+    damage(bad)
+    assert directories.resolve(tmp_path) == good
+    [problem] = directories.complete_checkpoints(tmp_path)[1]
+    assert message in problem
+    assert "step_00000002" in problem
+    with pytest.raises(CheckpointError, match="step_00000002"):
+        directories.resolve(bad)
+
+
+def test_a_flipped_bit_is_found_by_content(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, 1)
+    shard = path / "state" / "shard"
+    content = bytearray(shard.read_bytes())
+    content[50] ^= 1
+    shard.write_bytes(content)
+    directories.verify_sizes(path)
+    with pytest.raises(CheckpointError, match="corrupt: the content of state/shard"):
+        directories.verify_checksums(path)
+
+
+def test_shares_of_verification_cover_every_file_once(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, 1)
+    (path / "state" / "shard").write_bytes(b"weights" * 99 + b"weighty")
+    failures = 0
+    for share in range(3):
+        try:
+            directories.verify_checksums(path, share, 3)
+        except CheckpointError:
+            failures += 1
+    assert failures == 1
+
+
+def test_retention_keeps_the_newest_and_never_counts_a_torn_one(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        make_checkpoint(tmp_path, step)
+    (directories.step_directory(tmp_path, 4) / "manifest.json").unlink()
+    directories.keep_newest(tmp_path, 2)
+    assert complete_steps(tmp_path) == [2, 3]
+
+
+def test_saving_a_step_again_replaces_a_torn_directory(tmp_path: Path) -> None:
+    (make_checkpoint(tmp_path, 5) / "manifest.json").unlink()
+    path = make_checkpoint(tmp_path, 5, b"new")
+    assert (path / "state" / "shard").read_bytes() == b"new"
+    assert sorted(entry.name for entry in path.parent.iterdir()) == [path.name]
+
+
+def test_nothing_there_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such checkpoint directory"):
+        directories.resolve(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
+        directories.resolve(tmp_path)

@@ -1,0 +1,101 @@
+"""What a checkpoint says of itself, and which models it fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_most.checkpointing.metadata import (
+    METADATA,
+    CheckpointMetadata,
+    Fingerprint,
+    check_same_model,
+    expert_order,
+    first_difference,
+    read_metadata,
+)
+from megatron_most.config import RunConfig
+from megatron_most.errors import CheckpointError
+from tests.distributed.tiny import tiny_config
+from tests.unit.checkpointing.test_directory import make_checkpoint
+
+
+def metadata_of(config: RunConfig, **fields: Any) -> CheckpointMetadata:
+    values = {
+        "step": 3,
+        "consumed_samples": 24,
+        "consumed_tokens": 500,
+        "config": dataclasses.asdict(config),
+        "expert_order": expert_order(config),
+        "tokenizer": None,
+        "codec": None,
+        "world_size": 2,
+        "pending": {},
+        "versions": {},
+    }
+    return CheckpointMetadata(**{**values, **fields})
+
+
+def test_metadata_survives_json() -> None:
+    metadata = metadata_of(
+        tiny_config(), tokenizer=Fingerprint("t.model", "ab"), codec=Fingerprint("nvidia/codec", None)
+    )
+    read = CheckpointMetadata.from_dict(json.loads(json.dumps(metadata.to_dict())))
+    assert read == metadata
+    assert read.vocab == tiny_config().vocab
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model__hidden_size": 48}, "model.hidden_size is 48 in the checkpoint, 32 in the config"),
+        ({"vocab__layout": "flat"}, "vocab.layout is 'flat' in the checkpoint, 'frame' in the config"),
+        ({"model__moe__expert_order": "contiguous"}, "model.moe.expert_order is 'contiguous' in the checkpoint"),
+        ({"model__attention__rope__base": 5.0}, "model.attention.rope.base is 5.0 in the checkpoint"),
+    ],
+)
+def test_another_model_is_refused_naming_both(overrides: dict, message: str) -> None:
+    with pytest.raises(CheckpointError, match="belongs to another model") as caught:
+        check_same_model(Path("step_00000003"), metadata_of(tiny_config(**overrides)), tiny_config())
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_stored_order_of_experts_is_refused() -> None:
+    metadata = metadata_of(tiny_config(), expert_order=list(range(8)))
+    with pytest.raises(CheckpointError, match="experts are stored in the order"):
+        check_same_model(Path("step_00000003"), metadata, tiny_config())
+
+
+def test_loss_weights_and_layout_may_differ() -> None:
+    other = tiny_config(model__moe__balance_coeff=0.5, parallel__expert_model_parallel_size=2, seed=5)
+    check_same_model(Path("step_00000003"), metadata_of(other), tiny_config())
+
+
+def test_another_codec_is_refused_by_content_not_by_place(tmp_path: Path) -> None:
+    (tmp_path / "codec.nemo").write_bytes(b"weights")
+    config = tiny_config(codec=tmp_path / "codec.nemo")
+    here = Fingerprint.of_codec(config)
+    assert here is not None
+    check_same_model(Path("step"), metadata_of(config, codec=Fingerprint("moved.nemo", here.fingerprint)), config)
+    with pytest.raises(CheckpointError, match="belongs to another codec: other.nemo"):
+        check_same_model(Path("step"), metadata_of(config, codec=Fingerprint("other.nemo", "0" * 64)), config)
+
+
+def test_broken_metadata_is_one_line(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, 3)
+    with pytest.raises(CheckpointError, match="not the metadata of a checkpoint"):
+        read_metadata(path)
+    assert (path / METADATA).is_file()
+
+
+def test_first_difference_walks_in_order_and_skips_what_is_ignored() -> None:
+    theirs, mine = {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 5, "d": 4}}
+    assert first_difference(theirs, mine, "x") == ("x.b.c", 2, 5)
+    assert first_difference(theirs, mine, "x", ignore={"x.b.c"}) == ("x.b.d", 3, 4)
+    assert first_difference(theirs, mine, "x", ignore={"x.b"}) is None
+    assert first_difference({"a": 1, "old": 2}, {"a": 1}, "x") == ("x.old", 2, None)
