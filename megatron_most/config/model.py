@@ -117,7 +117,12 @@ class MoEConfig:
 
 @dataclass
 class ModelConfig:
-    """A MoST model without its vocabulary. The defaults are DeepSeek-V2-Lite's dimensions."""
+    """A MoST model without its vocabulary. The defaults are DeepSeek-V2-Lite's dimensions.
+
+    The training loss of a target is the main head's cross entropy; a frame's adds its codebooks', each weighted by
+    ``codebook_loss_weights`` (1 each when empty), and a text target's is multiplied by ``text_loss_weight``: a
+    transcript has a few targets where its speech has hundreds.
+    """
 
     num_layers: int = 27
     hidden_size: int = 2048
@@ -126,11 +131,16 @@ class ModelConfig:
     norm_epsilon: float = 1e-6
     init_std: float = 0.02
     codebook_loss_weights: list[float] = field(default_factory=list)
+    text_loss_weight: float = 1.0
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
 
     def __post_init__(self) -> None:
-        require_positive("model", self, ("num_layers", "hidden_size", "ffn_hidden_size", "norm_epsilon", "init_std"))
+        require_positive(
+            "model",
+            self,
+            ("num_layers", "hidden_size", "ffn_hidden_size", "norm_epsilon", "init_std", "text_loss_weight"),
+        )
         require(
             0 <= self.num_dense_layers < self.num_layers,
             "model.num_dense_layers",

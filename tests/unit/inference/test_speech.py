@@ -1,0 +1,64 @@
+"""Transcribing and speaking through a tiny random model, a tokenizer of single letters and no codec at all."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from megatron_most import parallel
+from megatron_most.inference import Generator, Sampling, speak, transcribe
+from megatron_most.inference.loading import LoadedModel
+from megatron_most.model import build_model
+from tests.distributed.shards import fill_weights
+from tests.distributed.tiny import tiny_config
+
+
+class Letters:
+    """Ids 3.. are letters; 0 pads, 1 begins, 2 ends."""
+
+    bos_id, eos_id, pad_id = 1, 2, 0
+
+    def encode(self, text: str) -> list[int]:
+        return [3 + ord(letter) % 30 for letter in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(str(token_id) for token_id in ids)
+
+
+@pytest.fixture(scope="module", params=["frame", "flat"])
+def model(request):
+    config = tiny_config(vocab__layout=request.param, data__seq_length=96)
+    parallel.initialize(config.parallel, seed=1)
+    chunks = build_model(config)
+    fill_weights(chunks, std=0.3)
+    codec = SimpleNamespace(frame_rate=10.0)
+    yield LoadedModel(Generator(chunks[0]), Letters(), codec, config, metadata=None)
+    parallel.destroy()
+
+
+def utterances(model, count: int) -> list[np.ndarray]:
+    random, vocab = np.random.default_rng(0), model.config.vocab
+    return [random.integers(0, vocab.codebook_size, (vocab.num_codebooks, 2 + 3 * i)) for i in (2, 0, 3, 1, 2)][:count]
+
+
+def test_transcripts_come_in_the_order_of_the_utterances_whatever_the_batches(model):
+    codes = utterances(model, 5)
+    one_by_one = [transcribe(model, [utterance], max_new=8)[0] for utterance in codes]
+    assert len(set(one_by_one)) > 2
+    assert transcribe(model, codes, max_new=8, batch_size=2) == one_by_one
+    assert transcribe(model, codes, max_new=8, batch_size=5) == one_by_one
+
+
+def test_speech_comes_in_the_order_of_the_texts_and_within_the_time_allowed(model):
+    texts = ["a longer text", "b", "some text"]
+    one_by_one = [speak(model, [text], max_seconds=0.7)[0] for text in texts]
+    for batch_size in (1, 3):
+        together = speak(model, texts, max_seconds=0.7, batch_size=batch_size)
+        assert all(np.array_equal(a, b) for a, b in zip(together, one_by_one, strict=True))
+    assert all(1 <= codes.shape[1] <= 7 for codes in one_by_one)
+
+
+def test_sampled_speech_differs_from_greedy(model):
+    [greedy] = speak(model, ["hello"], max_seconds=0.8)
+    [sampled] = speak(model, ["hello"], max_seconds=0.8, sampling=Sampling(temperature=3.0, seed=1))
+    assert greedy.shape != sampled.shape or (greedy != sampled).any()
