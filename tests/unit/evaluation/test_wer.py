@@ -1,0 +1,64 @@
+"""Word error rate against cases counted by hand."""
+
+import pytest
+
+from megatron_most.errors import DataError
+from megatron_most.evaluation.wer import Edit, normalise_text, word_errors
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The  Red FOX.", "the red fox"),
+        ("  well-known — or not?", "well known or not"),
+        ("isn\u2019t the dogs' 'bone'", "isn't the dogs bone"),
+        ("A_b", "a b"),
+        ("Müller zahlt 3", "müller zahlt 3"),
+        ("...", ""),
+    ],
+)
+def test_normalisation(text, expected):
+    assert normalise_text(text) == expected
+
+
+def test_totals_are_sums_over_utterances():
+    references = ["the red fox sees two birds", "hello world", "a b c", ""]
+    hypotheses = ["the fox sees too birds now", "", "a b c", "x"]
+    errors = word_errors(references, hypotheses)
+    # red deleted, two -> too, now inserted; hello and world deleted; x inserted
+    assert (errors.substitutions, errors.deletions, errors.insertions, errors.hits) == (1, 3, 2, 7)
+    assert errors.num_reference_words == 11
+    assert errors.wer == pytest.approx(6 / 11)
+    assert [utterance.num_errors for utterance in errors.utterances] == [3, 2, 0, 1]
+    assert [utterance.num_reference_words for utterance in errors.utterances] == [6, 2, 3, 0]
+
+
+def test_the_rate_weighs_words_not_utterances_and_can_exceed_one():
+    assert word_errors(["a", "b c d e"], ["x", "b c d e"]).wer == pytest.approx(1 / 5)
+    assert word_errors(["a"], ["b c d"]).wer == pytest.approx(3.0)
+
+
+def test_alignment_names_the_words_of_each_error():
+    (utterance,) = word_errors(["the red fox sees two birds"], ["the fox sees too birds now"]).utterances
+    assert utterance.edits == (
+        Edit("equal", ("the",), ("the",)),
+        Edit("delete", ("red",), ()),
+        Edit("equal", ("fox", "sees"), ("fox", "sees")),
+        Edit("substitute", ("two",), ("too",)),
+        Edit("equal", ("birds",), ("birds",)),
+        Edit("insert", (), ("now",)),
+    )
+
+
+def test_case_and_punctuation_are_no_errors_unless_asked_for():
+    assert word_errors(["The fox."], ["the fox"]).wer == 0
+    assert word_errors(["The fox."], ["the fox"], normalise=str).wer == 1
+
+
+def test_what_cannot_be_scored_is_refused():
+    with pytest.raises(DataError, match="2 references and 1 hypotheses"):
+        word_errors(["a", "b"], ["a"])
+    with pytest.raises(DataError, match="none"):
+        word_errors(["...", ""], ["a", "b"])
+    with pytest.raises(DataError, match="none"):
+        word_errors([], [])
