@@ -1,0 +1,197 @@
+"""Geometry of line charts: values in, coordinates in a fixed drawing area out. The templates draw them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+WIDTH, HEIGHT = 560.0, 250.0
+LEFT, RIGHT, TOP, BOTTOM = 58.0, 14.0, 12.0, 32.0
+MAX_POINTS = 240
+"""More points than this fall on the same pixels; their means are drawn instead."""
+
+_MAX_MARKERS = 40
+
+_LOG_RATIO = 25.0
+"""Positive values that span more than this are drawn on a logarithmic scale."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """A named curve.
+
+    Args:
+        label: its name in the legend.
+        points: (step, value), ascending in step.
+        color: index into the page's palette.
+        dash: whether the line is dashed.
+        marker: shape that marks every point, for few and far points such as validation; empty for none.
+    """
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    color: int
+    dash: bool = False
+    marker: Literal["", "circle", "diamond", "square"] = ""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A series as it is drawn: ``points`` are (step, value, x, y)."""
+
+    series: Series
+    path: str
+    points: list[tuple[float, float, float, float]]
+
+    @property
+    def marker(self) -> str:
+        """Shape at every point; a lone point needs one to be seen, too many would hide the curve."""
+        if len(self.points) == 1:
+            return self.series.marker or "circle"
+        return self.series.marker if len(self.points) <= _MAX_MARKERS else ""
+
+    @property
+    def last(self) -> str:
+        """The last value before any averaging."""
+        return format_number(self.series.points[-1][1])
+
+
+@dataclass(frozen=True)
+class LineChart:
+    """Everything the template needs; coordinates are in a ``WIDTH`` x ``HEIGHT`` view box."""
+
+    title: str
+    unit: str
+    curves: list[Curve]
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    is_log: bool
+    averaged: int
+    note: str = ""
+    width: float = field(default=WIDTH, init=False)
+    height: float = field(default=HEIGHT, init=False)
+    left: float = field(default=LEFT, init=False)
+    right: float = field(default=WIDTH - RIGHT, init=False)
+    top: float = field(default=TOP, init=False)
+    bottom: float = field(default=HEIGHT - BOTTOM, init=False)
+
+    @property
+    def description(self) -> str:
+        """What the chart shows, in words."""
+        parts = []
+        for curve in self.curves:
+            (first, start), (last, end) = curve.series.points[0], curve.series.points[-1]
+            start_text = f"from {format_number(start)} at step {first:g} to " if last > first else ""
+            parts.append(f"{curve.series.label} {start_text}{format_number(end)} at step {last:g}")
+        return f"{self.title}: {'; '.join(parts)}"
+
+    @property
+    def script_data(self) -> dict:
+        """What the page's script needs to answer a pointer: names, colours, and points as (step, text, x, y)."""
+        return {
+            "left": self.left,
+            "right": self.right,
+            "width": self.width,
+            "series": [
+                {
+                    "label": curve.series.label,
+                    "color": curve.series.color,
+                    "points": [[step, format_number(value), x, y] for step, value, x, y in curve.points],
+                }
+                for curve in self.curves
+            ],
+        }
+
+
+def line_chart(
+    title: str, series: Sequence[Series], unit: str = "", from_zero: bool = False, note: str = ""
+) -> LineChart | None:
+    """Lay out a chart over steps; None when no series has a point.
+
+    Args:
+        from_zero: start the value axis at 0, for quantities whose size matters more than their change.
+    """
+    shown = [one for one in series if one.points]
+    if not shown:
+        return None
+    averaged = max(math.ceil(len(one.points) / MAX_POINTS) for one in shown)
+    thinned = [average_points(one.points, MAX_POINTS) for one in shown]
+    steps = [step for points in thinned for step, _ in points]
+    values = [value for points in thinned for _, value in points]
+    low_x, high_x = min(steps), max(steps)
+    if high_x == low_x:
+        low_x, high_x = low_x - 1, high_x + 1
+    is_log = not from_zero and min(values) > 0 and max(values) / min(values) > _LOG_RATIO
+    low_y, high_y, ticks = _log_axis(values) if is_log else _linear_axis(values, from_zero)
+
+    def x_of(step: float) -> float:
+        return round(LEFT + (step - low_x) / (high_x - low_x) * (WIDTH - LEFT - RIGHT), 1)
+
+    def y_of(value: float) -> float:
+        share = math.log(value / low_y) / math.log(high_y / low_y) if is_log else (value - low_y) / (high_y - low_y)
+        return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
+
+    curves = []
+    for one, points in zip(shown, thinned, strict=True):
+        placed = [(step, value, x_of(step), y_of(value)) for step, value in points]
+        path = "M" + "L".join(f"{x:g} {y:g}" for _, _, x, y in placed)
+        curves.append(Curve(one, path, placed))
+    x_ticks = [(x_of(step), _short(step)) for step in nice_ticks(low_x, high_x, 6) if low_x <= step <= high_x]
+    y_ticks = [(y_of(value), format_number(value)) for value in ticks]
+    return LineChart(title, unit, curves, x_ticks, y_ticks, is_log, averaged, note)
+
+
+def average_points(points: Sequence[tuple[float, float]], limit: int) -> list[tuple[float, float]]:
+    """At most ``limit`` points, each the mean value of neighbours at the last one's step."""
+    if len(points) <= limit:
+        return list(points)
+    size = math.ceil(len(points) / limit)
+    buckets = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(bucket[-1][0], sum(value for _, value in bucket) / len(bucket)) for bucket in buckets]
+
+
+def nice_ticks(low: float, high: float, count: int) -> list[float]:
+    """About ``count`` round numbers that enclose ``low .. high`` (which differ)."""
+    rough = (high - low) / count
+    magnitude = 10 ** math.floor(math.log10(rough))
+    step = next(factor * magnitude for factor in (1, 2, 5, 10) if factor * magnitude >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [index * step for index in range(first, last + 1)]
+
+
+def format_number(value: float) -> str:
+    """Three significant digits, with thousands as k, M or G, and powers of ten for the very small."""
+    size = abs(value)
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if size >= limit:
+            return f"{value / (1e3 if suffix == 'k' else limit):.3g}{suffix}"
+    if size >= 1000 or value == int(value):
+        return f"{value:.0f}"
+    return f"{value:.3g}" if size >= 1e-4 else f"{value:.2e}".replace("e-0", "e-").replace(".00e", "e")
+
+
+def _linear_axis(values: Sequence[float], from_zero: bool) -> tuple[float, float, list[float]]:
+    low, high = min(values), max(values)
+    if from_zero:
+        low = min(low, 0.0)
+    if high == low:
+        margin = abs(high) / 2 or 1.0
+        low, high = (low, high + margin) if from_zero else (low - margin, high + margin)
+    ticks = nice_ticks(low, high, 4)
+    return ticks[0], ticks[-1], ticks
+
+
+def _log_axis(values: Sequence[float]) -> tuple[float, float, list[float]]:
+    low, high = min(values) / 1.1, max(values) * 1.1
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    decades = math.log10(high / low)
+    factors = (1, 2, 5) if decades < 2.5 else (1,)
+    every = max(1, round(decades / 5))
+    candidates = [factor * 10.0**power for power in range(first, last + 1, every) for factor in factors]
+    return low, high, [value for value in candidates if low <= value <= high]
+
+
+def _short(step: float) -> str:
+    return f"{step / 1000:g}k" if abs(step) >= 10000 else f"{step:g}"

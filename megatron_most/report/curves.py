@@ -1,0 +1,77 @@
+"""Which curves of ``metrics.jsonl`` go into which chart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from megatron_most.report.charts import LineChart, Series, line_chart
+from megatron_most.report.run_files import number
+from megatron_most.vocab import MODALITY_NAMES
+
+_TASKS = {"asr": "ASR", "tts": "TTS", "text_lm": "text LM"}
+_MARKERS = ("circle", "diamond", "square")
+PALETTE = 8
+"""Colours of the page: 0 and 1 are the modalities', 2 is grey, the tasks' start at 3."""
+_GREY = 2
+
+
+def points_of(metrics: Iterable[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(step, value) wherever ``key`` has a finite value, ascending; of two values at one step the later line counts."""
+    found = {line["step"]: number(line.get(key)) for line in metrics if number(line.get(key)) is not None}
+    return sorted(found.items())
+
+
+def loss_charts(metrics: list[dict[str, Any]]) -> list[LineChart]:
+    """Losses by modality, by task (validation sets in their task's colour, dashed) and by codebook."""
+    keys = dict.fromkeys(key for line in metrics for key in line)
+    modality = [Series("all targets", points_of(metrics, "loss"), _GREY)]
+    modality += [Series(name, points_of(metrics, f"loss/{name}"), color) for color, name in enumerate(MODALITY_NAMES)]
+
+    task_colors = {task: 3 + index for index, task in enumerate(_TASKS)}
+    tasks = [Series(label, points_of(metrics, f"loss/{task}"), task_colors[task]) for task, label in _TASKS.items()]
+    validation: list[Series] = []
+    sets_of: dict[str, int] = {}
+    for key in keys:
+        parts = key.split("/")
+        if len(parts) != 3 or parts[0] != "validation" or parts[2] != "loss":
+            continue
+        task = next((task for task in _TASKS if parts[1] == task or parts[1].endswith(f"_{task}")), "")
+        index = sets_of[task] = sets_of.get(task, -1) + 1
+        color = task_colors.get(task, (6 + index) % PALETTE)
+        label, marker = f"{parts[1]} (validation)", _MARKERS[index % len(_MARKERS)]
+        validation.append(Series(label, points_of(metrics, key), color, dash=True, marker=marker))
+
+    prefix = "loss/codebook_"
+    codebooks = sorted((key for key in keys if key.startswith(prefix)), key=lambda key: (len(key), key))
+    by_codebook = [
+        Series(f"codebook {key.removeprefix(prefix)}", points_of(metrics, key), (5 + index) % PALETTE)
+        for index, key in enumerate(codebooks)
+    ]
+    charts = (
+        line_chart("Loss by modality", modality),
+        line_chart("Loss by task", tasks + validation),
+        line_chart("Cross entropy by codebook", by_codebook),
+    )
+    return [chart for chart in charts if chart]
+
+
+def training_charts(metrics: list[dict[str, Any]]) -> list[LineChart]:
+    """Learning rate, gradient norm, balance loss, throughput."""
+    charts = (
+        line_chart("Learning rate", [Series("learning rate", points_of(metrics, "lr"), 0)], from_zero=True),
+        line_chart("Gradient norm, before clipping", [Series("gradient norm", points_of(metrics, "grad_norm"), 4)]),
+        line_chart(
+            "Throughput",
+            [Series("tokens per second", points_of(metrics, "tokens_per_second"), 3)],
+            unit="tokens/s",
+            from_zero=True,
+        ),
+        line_chart(
+            "Time of a step",
+            [Series("seconds per step", points_of(metrics, "step_seconds"), 5)],
+            unit="s",
+            from_zero=True,
+        ),
+    )
+    return [chart for chart in charts if chart]

@@ -1,0 +1,156 @@
+"""Reading a run directory: whatever is there, with a note for whatever is not or cannot be read."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_most.errors import DataError
+
+
+@dataclass
+class RunFiles:
+    """The contents of a run directory; an absent file is an empty value and a note.
+
+    Args:
+        directory: the run directory.
+        metrics: lines of ``metrics.jsonl``, training and validation, in the order of the file.
+        routing: lines of ``routing.jsonl``.
+        evaluation: contents of ``evaluation/*.json``, by file name.
+        summary, environment, config: contents of ``summary.json``, ``environment.json`` and ``config.yaml``.
+        config_text: ``config.yaml`` as it stands.
+        notes: what is missing or broken, a sentence each.
+    """
+
+    directory: Path
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    routing: list[dict[str, Any]] = field(default_factory=list)
+    evaluation: dict[str, dict[str, Any]] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    config_text: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def groups(self) -> list[tuple[str, int]]:
+        """Modality and size of each expert group, in logical order; empty when the configuration does not say."""
+        try:
+            return [(str(group["modality"]), int(group["size"])) for group in self.config["model"]["moe"]["groups"]]
+        except (KeyError, TypeError, ValueError):
+            return []
+
+    @property
+    def sets(self) -> list[str]:
+        """Names of the evaluated sets, from the easiest (least mean word error rate over its suites) to the hardest."""
+        rates: dict[str, list[float]] = {}
+        for result in self.evaluation.values():
+            known = rates.setdefault(str(result.get("set", "")), [])
+            if (rate := number(result.get("wer"))) is not None:
+                known.append(rate)
+        return sorted(rates, key=lambda name: (sum(rates[name]) / max(1, len(rates[name])), name))
+
+
+def read_run(directory: str | Path) -> RunFiles:
+    """Read what a run directory holds.
+
+    Raises:
+        DataError: no such directory, or none of a run's files is in it.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise DataError(f"{directory}: no such run directory")
+    run = RunFiles(directory)
+    run.metrics = _json_lines(run, "metrics.jsonl", "loss, learning rate and throughput over time")
+    run.routing = _json_lines(run, "routing.jsonl", "which experts the tokens went to")
+    run.summary = _json_object(run, "summary.json", "headline numbers beyond the metrics")
+    run.environment = _json_object(run, "environment.json", "versions and the command")
+    _read_config(run)
+    _read_evaluation(run)
+    if not (run.metrics or run.routing or run.summary or run.environment or run.config_text or run.evaluation):
+        raise DataError(f"{directory}: holds no run (no metrics.jsonl, config.yaml or evaluation/*.json)")
+    return run
+
+
+def number(value: Any) -> float | None:
+    """``value`` as a finite float; None for anything else (a boolean is no measurement)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _text(run: RunFiles, name: str, purpose: str) -> str:
+    path = run.directory / name
+    if not path.is_file():
+        run.notes.append(f"{name} is not there: {purpose}.")
+        return ""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        run.notes.append(f"{name} cannot be read: {error.strerror}.")
+        return ""
+
+
+def _json_lines(run: RunFiles, name: str, purpose: str) -> list[dict[str, Any]]:
+    lines = [line for line in _text(run, name, purpose).splitlines() if line.strip()]
+    values, broken = [], []
+    for index, line in enumerate(lines):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        if isinstance(value, dict) and number(value.get("step")) is not None:
+            values.append(value)
+        else:
+            broken.append(index)
+    if broken == [len(lines) - 1]:
+        run.notes.append(f"The last line of {name} is incomplete and left out (the run was stopped while writing it).")
+    elif broken:
+        run.notes.append(f"{len(broken)} lines of {name} are not readable and left out, the first is {broken[0] + 1}.")
+    return values
+
+
+def _json_object(run: RunFiles, name: str, purpose: str) -> dict[str, Any]:
+    text = _text(run, name, purpose)
+    if not text:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        value, problem = None, str(error)
+    else:
+        problem = "it holds no JSON object"
+    if not isinstance(value, dict):
+        run.notes.append(f"{name} is left out: {problem}.")
+        return {}
+    return value
+
+
+def _read_config(run: RunFiles) -> None:
+    run.config_text = _text(run, "config.yaml", "the configuration and the sizes of the expert groups")
+    try:
+        value = yaml.safe_load(run.config_text) if run.config_text else {}
+    except yaml.YAMLError:
+        value = None
+    if isinstance(value, dict):
+        run.config = value
+    else:
+        run.notes.append("config.yaml is shown as it is, but it is not readable as YAML.")
+
+
+def _read_evaluation(run: RunFiles) -> None:
+    paths = sorted((run.directory / "evaluation").glob("*.json"))
+    if not paths:
+        run.notes.append("evaluation/*.json is not there: word error rates, transcripts and speech samples.")
+    for path in paths:
+        name = f"evaluation/{path.name}"
+        value = _json_object(run, name, "")
+        if value and not isinstance(value.get("items", []), list):
+            run.notes.append(f"{name} is left out: its items are no list.")
+        elif value:
+            run.evaluation[path.stem] = value

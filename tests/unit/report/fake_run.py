@@ -1,0 +1,155 @@
+"""A run directory as training and evaluation leave it, made up: curves that fall, routing that settles, sound."""
+
+import json
+import math
+import random
+import struct
+import wave
+from pathlib import Path
+
+from megatron_most.config import dump_config
+from megatron_most.config.load import build_config
+
+SENTENCES = [
+    "the small boys count seven red stones",
+    "the old farmer sees two green boats",
+    "the young sailors paint five dark doors",
+    "the kind teacher finds nine warm coats",
+    "the tall drivers carry three clean boxes",
+    "the quiet doctor buys four blue plates",
+]
+
+
+def make_run(
+    path: Path, steps: int = 1000, interval: int = 10, layers: int = 3, group: int = 4, top_k: int = 2
+) -> Path:
+    """Write every file of a finished run to ``path``, which must not exist, and return it."""
+    path.mkdir(parents=True)
+    rng = random.Random(0)
+    _config(path, layers, group, top_k)
+    environment = {
+        "versions": {"python": "3.11.7", "megatron-core": "0.16.1", "torch": "2.13.0"},
+        "command": "python examples/pretrain_most.py --config examples/configs/quickstart.yaml",
+        "world_size": 2,
+        "device": "x86_64 CPU, 2 cores",
+    }
+    _json(path / "environment.json", environment)
+    metrics, routing = [], []
+    for step in range(interval, steps + 1, interval):
+        done = step / steps
+        noise = rng.gauss(1, 0.03)
+        text, audio = 4.6 * math.exp(-9 * done) * noise + 0.004, 27.0 * math.exp(-1.6 * done) * noise
+        metrics.append(
+            {
+                "step": step,
+                "time": 1.79e9 + step * 0.3,
+                "consumed_samples": step * 16,
+                "consumed_tokens": step * 1500,
+                "lr": 1.5e-3 * min(1.0, step / 30) * 0.5 * (1 + math.cos(math.pi * done)),
+                "grad_norm": 9 * math.exp(-4 * done) * rng.lognormvariate(0, 0.2) + 0.3,
+                "loss": 0.25 * text + 0.75 * audio,
+                "loss/text": text,
+                "loss/audio": audio,
+                "loss/asr": text,
+                "loss/tts": audio,
+                **{f"loss/codebook_{index}": audio / 4 * (0.8 + 0.15 * index) for index in range(4)},
+                "balance_loss": 1 + 0.4 * math.exp(-5 * done) * noise,
+                "tokens_per_second": 5000 * rng.gauss(1, 0.02),
+                "step_seconds": 0.3 * rng.gauss(1, 0.02),
+            }
+        )
+        if step % (10 * interval) == 0:
+            values = {"heldout_s_asr": text * 1.1, "heldout_p_asr": text * 1.6, "heldout_s_tts": audio * 1.05}
+            metrics.append({"step": step, "time": 1.79e9} | {f"validation/{k}/loss": v for k, v in values.items()})
+        routing.append({"step": step, "layers": [_layer(rng, 2 + i, group, top_k, done) for i in range(layers)]})
+    _lines(path / "metrics.jsonl", metrics)
+    _lines(path / "routing.jsonl", routing)
+    _evaluation(path, rng)
+    summary = {
+        "asr_wer_heldout": 0.0,
+        "asr_wer_heldout_hard": 0.0125,
+        "asr_wer_untrained": 0.985,
+        "tts_wer_heldout": 0.031,
+        "tts_wer_heldout_hard": 0.118,
+        "codec_roundtrip_wer": 0.007,
+        "original_wer": 0.01,
+        "loss_first": {"text": metrics[0]["loss/text"], "audio": metrics[0]["loss/audio"]},
+        "tokens_outside_group": 0,
+        "train_seconds": 301.4,
+        "steps": steps,
+        "tokens_per_second": 4987.2,
+        "parameters_total": 4_512_345,
+        "parameters_active": 3_012_345,
+    }
+    _json(path / "summary.json", summary)
+    return path
+
+
+def _config(path: Path, layers: int, group: int, top_k: int) -> None:
+    groups = [{"modality": name, "size": group, "top_k": top_k} for name in ("text", "audio")]
+    values = {
+        "vocab": {"text_vocab_size": 100, "num_codebooks": 4, "codebook_size": 1000},
+        "model": {"num_layers": layers + 1, "moe": {"groups": groups}},
+    }
+    (path / "config.yaml").write_text(dump_config(build_config("fake", values)))
+
+
+def _layer(rng: random.Random, number: int, group: int, top_k: int, done: float) -> dict:
+    def counts(tokens: int) -> list[int]:
+        shares = [1 + (1.2 - done) * math.sin(number + 2.1 * index) ** 2 + rng.gauss(0, 0.04) for index in range(group)]
+        return [round(tokens * top_k * share / sum(shares)) for share in shares]
+
+    return {
+        "layer": number,
+        "text": counts(4000) + [0] * group,
+        "audio": [0] * group + counts(11000),
+        "outside_group": 0,
+    }
+
+
+def _evaluation(path: Path, rng: random.Random) -> None:
+    wrong = {
+        "asr": {1: "the old farmer sees ten green boats"},
+        "tts": {0: "the small count seven red stones", 3: "the kind teacher finds nine warm coats and", 4: "the"},
+    }
+    for name in ("heldout_s", "heldout_p"):
+        for suite in ("original", "roundtrip", "asr", "tts"):
+            items = []
+            for index, sentence in enumerate(SENTENCES):
+                item = {"id": f"{name}_{index:03d}", "reference": sentence}
+                item["hypothesis"] = wrong.get(suite, {}).get(index, sentence)
+                if suite == "tts" and index < 2:
+                    for kind in ("original", "roundtrip", "generated"):
+                        item[f"{kind}_wav"] = f"samples/{name}_{index}_{kind}.wav"
+                        write_tone(path / item[f"{kind}_wav"], 200 + 60 * index, rng)
+                items.append(item)
+            result = {
+                "suite": suite,
+                "set": name,
+                "num_utterances": len(items),
+                "wer": 0.05 if name == "heldout_s" else 0.08,
+                "items": items,
+            }
+            _json(path / "evaluation" / f"{suite}_{name}.json", result)
+
+
+def write_tone(path: Path, hertz: float, rng: random.Random, seconds: float = 0.8, rate: int = 16000) -> None:
+    """A WAV file that can be told from another by ear."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames = [
+        round(9000 * math.sin(2 * math.pi * hertz * i / rate) + rng.gauss(0, 50)) for i in range(int(seconds * rate))
+    ]
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(struct.pack(f"<{len(frames)}h", *frames))
+
+
+def _json(path: Path, value: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def _lines(path: Path, values: list[dict]) -> None:
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
