@@ -82,7 +82,7 @@ def test_every_section_is_filled(page):
     ):
         assert wanted in page.text, wanted
     assert "absent" not in {attributes.get("class") for attributes in page.all("p")}
-    assert "Not on this page" not in page.text
+    assert "Missing or left out" not in page.text
     assert len(page.all("audio")) == 12
 
 

@@ -1,0 +1,134 @@
+"""The command contract: every command answers --help, exits 0 only on success, and says what is wrong in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.unit.report.fake_run import make_run
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = sorted([*(ROOT / "tools").glob("*.py"), ROOT / "examples" / "pretrain_most.py"])
+
+WRONG = {
+    "doctor.py": [
+        (["--run-dir"], "expected one argument", 2),
+    ],
+    "report.py": [
+        (["{tmp}/absent"], "error: {tmp}/absent: no such run directory", 1),
+        (["{tmp}"], "error: {tmp}: holds no run", 1),
+        ([], "the following arguments are required: run_dir", 2),
+    ],
+    "prepare_data.py": [
+        (
+            ["tokenize", "--manifest", "{tmp}/absent.jsonl", "--codec", "{tmp}/absent.nemo", "--output", "{tmp}/codes"],
+            "absent.",
+            1,
+        ),
+        (["inspect", "--dataset", "{tmp}/absent"], "{tmp}/absent", 1),
+        (["build", "--task", "asr", "--tokenizer", "{tmp}/absent.model", "--output", "{tmp}/data"], "error: ", 1),
+        (["melt"], "invalid choice: 'melt'", 2),
+    ],
+    "generate.py": [
+        (["--checkpoint", "{tmp}/absent", "--task", "asr", "--input", "a.wav"], "{tmp}/absent", 1),
+        (["--checkpoint", "{tmp}/absent", "--task", "tts", "--input", "hello"], "error: --output: ", 1),
+    ],
+    "evaluate.py": [
+        (
+            ["--checkpoint", "{tmp}/a", "--suite", "asr", "--data", "{tmp}/absent.jsonl", "--output", "{tmp}/o.json"],
+            "{tmp}/absent.jsonl",
+            1,
+        ),
+    ],
+    "pretrain_most.py": [
+        (["--config", "{tmp}/absent.yaml"], "error: {tmp}/absent.yaml: no such config file", 1),
+        (["--config", "{config}", "model.num_layer=4"], "unknown key; did you mean 'num_layers'?", 1),
+        (["--config", "{config}", "training.steps=many"], "training.steps='many': must be an integer", 1),
+        (["--config", "{config}", "parallel.expert_model_parallel_size=3"], "must divide the 4 text experts", 1),
+        (["--config", "{config}", "model.moe.groups.0.top_k=5"], "must not exceed the group's size, 4", 1),
+        (["--config", "{config}", "parallel.pipeline_model_parallel_size=2"], "but only 1 were started", 1),
+        (["--config", "{config}"], "error: ", 1),
+    ],
+}
+"""For each command: arguments, what the last line of standard error must hold, and the exit status."""
+
+CONFIG = """
+vocab: {text_vocab_size: 100, num_codebooks: 4, codebook_size: 1000}
+model:
+  num_layers: 2
+  hidden_size: 64
+  ffn_hidden_size: 128
+  moe: {groups: [{modality: text, size: 4, top_k: 2}, {modality: audio, size: 4, top_k: 2}]}
+training: {precision: fp32}
+"""
+
+
+def run(script: Path, *arguments: str) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of a command, run in this warm process."""
+    out, err = io.StringIO(), io.StringIO()
+    before = sys.argv, list(sys.path)
+    sys.argv = [str(script), *arguments]
+    status = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as leaving:
+        status = leaving.code or 0
+    finally:
+        sys.argv, sys.path[:] = before
+    return status, out.getvalue(), err.getvalue()
+
+
+@pytest.mark.parametrize("script", COMMANDS, ids=lambda path: path.name)
+def test_every_command_answers_help(script):
+    status, out, _ = run(script, "--help")
+    assert status == 0
+    assert out.startswith("usage: ")
+    assert "--debug" in out
+
+
+def test_every_command_has_wrong_input_to_answer():
+    assert set(WRONG) == {script.name for script in COMMANDS}
+
+
+@pytest.mark.parametrize(
+    ("script", "case"),
+    [(script, index) for script in COMMANDS for index in range(len(WRONG.get(script.name, [])))],
+    ids=lambda value: value.name if isinstance(value, Path) else str(value),
+)
+def test_wrong_input_is_one_line_and_leaves_nothing(script, case, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(CONFIG + f"run_dir: {tmp_path / 'run'}\n")
+    arguments, message, status = WRONG[script.name][case]
+    places = {"tmp": tmp_path, "config": config}
+    got, out, err = run(script, *(argument.format(**places) for argument in arguments))
+    assert got == status, err
+    assert out == ""
+    assert message.format(**places) in err.splitlines()[-1]
+    assert "Traceback" not in err
+    if status == 1:
+        assert [line for line in err.splitlines() if line.startswith("error: ")] == [err.splitlines()[-1]]
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_the_doctor_starts_by_itself_and_speaks_json():
+    done = subprocess.run(
+        [sys.executable, "tools/doctor.py", "--json"], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["can_train"] is True
+
+
+def test_the_report_prints_where_it_is(tmp_path):
+    run_dir = make_run(tmp_path / "run", steps=40)
+    status, out, err = run(ROOT / "tools" / "report.py", str(run_dir))
+    assert (status, err) == (0, "")
+    assert Path(out.strip()) == run_dir / "report.html"
+    assert (run_dir / "report.html").stat().st_size > 10_000
