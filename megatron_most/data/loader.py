@@ -109,12 +109,12 @@ def _require_same(what: str, dataset: TokenDataset, configured: str, fingerprint
     made_with = dataset.provenance.get(what)
     if made_with is None:  # text needs no codec
         return
-    key, wanted = ("fingerprint", fingerprint) if fingerprint else ("name", configured)
-    if made_with[key] != wanted:
-        raise DataError(
-            f"dataset {dataset.prefix}: was built with {what} {made_with['name']} ({made_with[key][:12]}),"
-            f" the config's is {configured} ({wanted[:12]})"
-        )
+    found, wanted = made_with["name"], configured
+    if fingerprint is not None:
+        found, wanted = f"{found} ({made_with['fingerprint'][:12]})", f"{wanted} ({fingerprint[:12]})"
+    same = made_with["name"] == configured if fingerprint is None else made_with["fingerprint"] == fingerprint
+    if not same:
+        raise DataError(f"dataset {dataset.prefix}: was built with {what} {found}, the config's is {wanted}")
 
 
 def _require_same_sources(datasets: Sequence[TokenDataset]) -> None:

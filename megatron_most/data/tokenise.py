@@ -27,8 +27,11 @@ from megatron_most.data.indexed import FORMAT_VERSION, ArrayWriter, read_json, s
 from megatron_most.data.manifest import Record, read_manifest, read_waveform
 from megatron_most.errors import DataError
 
-SHARD_SIZE = 256
-"""Utterances that are lost at most, per process, when a job is killed."""
+SHARD_SIZES = (32, 1024)
+"""Fewest and most utterances of a shard: what an interruption can cost each process."""
+
+NUM_SHARDS = 64
+"""How many shards to aim at between these sizes, so that all processes have work to the end."""
 
 
 def tokenise(
@@ -62,18 +65,19 @@ def tokenise(
         "manifest_sha256": hashlib.sha256(Path(manifest).read_bytes()).hexdigest(),
         "codec": CodecIdentity.of(loaded).to_dict(),
     }
+    parts = Path(f"{output}.parts")
     if Path(f"{output}.json").is_file():
         _require_same_job(f"{output}.json", job)
+        shutil.rmtree(parts, ignore_errors=True)
         return CodesDataset(output)
-    parts = Path(f"{output}.parts")
     if (parts / "job.json").is_file():
         _require_same_job(parts / "job.json", job)
     else:
         write_json(parts / "job.json", {"format": FORMAT_VERSION, **job})
 
+    size = min(max(len(records) // NUM_SHARDS, SHARD_SIZES[0]), SHARD_SIZES[1])
     shards = [
-        _Shard(parts / f"{start // SHARD_SIZE:06d}", tuple(records[start : start + SHARD_SIZE]))
-        for start in range(0, len(records), SHARD_SIZE)
+        _Shard(parts / f"{start:09d}", tuple(records[start : start + size])) for start in range(0, len(records), size)
     ]
     waiting = [shard for shard in shards if not shard.is_done]
     already_done = len(records) - sum(len(shard.records) for shard in waiting)

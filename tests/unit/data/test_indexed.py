@@ -56,7 +56,8 @@ def test_files_are_megatron_datasets_of_the_smallest_type(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("values", "dtype"), [(256, np.uint8), (257, np.uint16), (65536, np.uint16), (65537, np.int32), (2**31 + 1, np.int64)]
+    ("values", "dtype"),
+    [(256, np.uint8), (257, np.uint16), (65536, np.uint16), (65537, np.int32), (2**31 + 1, np.int64)],
 )
 def test_the_smallest_type_holds_every_value(values, dtype):
     assert smallest_dtype(values) == dtype

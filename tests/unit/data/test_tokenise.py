@@ -18,7 +18,7 @@ from tests.unit.data.tiny import LoudnessCodec, write_wavs
 @pytest.fixture(autouse=True)
 def small_shards_and_no_nemo(monkeypatch):
     monkeypatch.setattr(module, "load_codec", lambda name: LoudnessCodec())
-    monkeypatch.setattr(module, "SHARD_SIZE", 4)
+    monkeypatch.setattr(module, "SHARD_SIZES", (4, 4))
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_finished_shards_survive_a_failure(manifest, tmp_path, monkeypatch):
     with pytest.raises(DataError, match="wav/4.wav: no such codec frame"):
         run(manifest, tmp_path / "cut" / "codes", workers=1)
     assert not (tmp_path / "cut" / "codes.json").exists()
-    assert [path.name for path in (tmp_path / "cut" / "codes.parts").glob("*.jsonl")] == ["000000.jsonl"]
+    assert [path.name for path in (tmp_path / "cut" / "codes.parts").glob("*.jsonl")] == ["000000000.jsonl"]
     encoded = []
     monkeypatch.setattr(module, "load_codec", lambda name: LoudnessCodec())
     original = module._encode_all

@@ -27,7 +27,9 @@ class LetterTokenizer:
     vocab_size, bos_id, eos_id, pad_id, fingerprint = 30, 1, 2, 0, "letters"
 
     def encode(self, text: str) -> list[int]:
-        return [29 if letter == " " else ord(letter) - 94 for letter in text.lower() if letter == " " or letter.isalpha()]
+        return [
+            29 if letter == " " else ord(letter) - 94 for letter in text.lower() if letter == " " or letter.isalpha()
+        ]
 
     def decode(self, ids) -> str:
         return "".join(" " if token == 29 else chr(token + 94) for token in ids if token > 2)
@@ -75,7 +77,9 @@ def write_wavs(folder: Path, num_files: int, seconds: float = 0.2) -> list[dict]
     for index in range(num_files):
         samples = np.random.default_rng(index).uniform(-0.9, 0.9, round(8000 * seconds) + 37 * (index % 5))
         soundfile.write(folder / f"{index}.wav", samples, 8000)
-        entries.append({"audio_filepath": f"{folder.name}/{index}.wav", "duration": len(samples) / 8000, "text": f"w{index}"})
+        entries.append(
+            {"audio_filepath": f"{folder.name}/{index}.wav", "duration": len(samples) / 8000, "text": f"w{index}"}
+        )
     return entries
 
 

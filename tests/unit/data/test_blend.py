@@ -1,0 +1,143 @@
+"""Rows: each document once an epoch, weights as shares of tokens, and row k a function of k alone."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from megatron_most.data.blend import BLOCK, Rows
+from megatron_most.data.tasks import TASKS
+from megatron_most.errors import DataError
+from tests.unit.data.tiny import LAYOUTS, write_dataset
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("blend")
+    write_dataset(folder / "asr", "asr", 60, seed=1)
+    write_dataset(folder / "tts", "tts", 37, seed=2)
+    write_dataset(folder / "text", "text_lm", 80, seed=3)
+    write_dataset(folder / "tts_flat", "tts", 37, layout_name="flat", seed=2)
+    return folder
+
+
+def open_rows(folder, names, weights, **options) -> Rows:
+    from megatron_most.data.indexed import TokenDataset
+
+    settings = {"seq_length": 96, "packing": True, "seed": 5} | options
+    return Rows([TokenDataset(folder / name) for name in names], weights, **settings)
+
+
+def content(row) -> list[bytes]:
+    return [document.ids.tobytes() for document in row.documents]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_each_document_appears_once_an_epoch(folder, packing):
+    rows = open_rows(folder, ["asr"], [1.0], packing=packing)
+    per_epoch = rows.rows_per_epoch[0]
+    assert per_epoch == 60 if not packing else per_epoch < 40
+    epochs = [[part for k in range(e * per_epoch, (e + 1) * per_epoch) for part in content(rows[k])] for e in range(3)]
+    assert len(set(epochs[0])) == 60
+    for epoch in epochs:
+        assert sorted(epoch) == sorted(epochs[0])
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_rows_never_exceed_their_length(folder):
+    rows = open_rows(folder, ["asr", "tts", "text"], [1.0, 1.0, 1.0])
+    assert all(sum(len(document) - 1 for document in rows[k].documents) <= 96 for k in range(300))
+
+
+def test_neighbours_change_between_epochs(folder):
+    rows = open_rows(folder, ["text"], [1.0])
+    per_epoch = rows.rows_per_epoch[0]
+    first = {frozenset(content(rows[k])) for k in range(per_epoch)}
+    second = {frozenset(content(rows[k])) for k in range(per_epoch, 2 * per_epoch)}
+    assert not first & second
+
+
+def test_a_row_depends_on_its_number_alone(folder):
+    def open_it(**options):
+        return open_rows(folder, ["asr", "tts", "text"], [2.0, 1.0, 1.0], audio_frame_dropout=0.5, **options)
+
+    in_order = open_it()
+    expected = {k: in_order[k] for k in range(200)}
+    shuffled = open_it()
+    for k in np.random.default_rng(0).permutation(200):
+        row = shuffled[int(k)]
+        assert content(row) == content(expected[k]) and row.task == expected[k].task
+        assert all(np.array_equal(*pair) for pair in zip(row.hidden, expected[k].hidden, strict=True))
+    other_seed = open_it(seed=6)
+    assert sum(content(other_seed[k]) == content(expected[k]) for k in range(200)) < 20
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_weights_are_shares_of_tokens(folder, packing):
+    rows = open_rows(folder, ["asr", "tts", "text"], [5.0, 3.0, 2.0], packing=packing)
+    tokens = Counter()
+    for k in range(1500):
+        tokens[TASKS[rows[k].task]] += sum(len(document) - 1 for document in rows[k].documents)
+    shares = [tokens[task] / tokens.total() for task in ("asr", "tts", "text_lm")]
+    np.testing.assert_allclose(shares, [0.5, 0.3, 0.2], atol=0.01)
+
+
+def test_every_stretch_holds_about_its_share(folder):
+    rows = open_rows(folder, ["asr", "tts"], [1.0, 1.0], packing=False)
+    tasks = np.array([rows[k].task for k in range(400)])
+    share = tasks.mean()
+    ahead = np.cumsum(tasks - share)
+    assert np.abs(ahead).max() < 2.5
+    # ... and no data-parallel rank always meets the same dataset.
+    assert 0.2 < tasks[::2].mean() < 0.8
+
+
+def test_the_order_goes_on_after_a_block(folder):
+    rows = open_rows(folder, ["asr", "text"], [0.99, 0.01], packing=False)
+    before, after = [rows[k] for k in (BLOCK - 1, BLOCK)]
+    assert before.documents and after.documents
+    # The epoch of the larger dataset goes on across the border: no document is skipped or repeated.
+    around = [rows[k] for k in range(BLOCK - 150, BLOCK + 150)]
+    seen = Counter(content(row)[0] for row in around if row.task == 0)
+    assert set(seen.values()) <= {4, 5, 6}
+
+
+def test_a_dataset_of_tiny_weight_is_not_lost(folder):
+    rows = open_rows(folder, ["asr", "text"], [1.0, 1e-9])
+    assert (rows._block == 1).sum() == 1 and len(rows._block) == BLOCK
+
+
+def test_documents_that_do_not_fit_are_counted(folder):
+    with pytest.raises(
+        DataError, match=r"asr: \d+ of 60 documents do not fit data.seq_length=20 \(the longest needs 2\d\)"
+    ):
+        open_rows(folder, ["asr"], [1.0], seq_length=20)
+
+
+@pytest.mark.parametrize("name", ["tts", "tts_flat"])
+def test_hidden_frames_are_whole_random_and_of_the_right_share(folder, name):
+    rows = open_rows(folder, [name], [1.0], seq_length=200, audio_frame_dropout=0.4)
+    per_frame = 3 if name == "tts_flat" else 1
+    hidden = frames = 0
+    for k in range(150):
+        row = rows[k]
+        for document, mask in zip(row.documents, row.hidden, strict=True):
+            audio = document.ids >= 42  # from `frame` on
+            assert not mask[~audio].any()
+            by_frame = mask[audio].reshape(-1, per_frame)
+            assert (by_frame.all(axis=1) == by_frame.any(axis=1)).all()
+            hidden, frames = hidden + by_frame[:, 0].sum(), frames + len(by_frame)
+    assert abs(hidden / frames - 0.4) < 0.03
+
+
+def test_frames_without_loss_are_never_hidden(folder):
+    rows = open_rows(folder, ["asr"], [1.0], audio_frame_dropout=0.9)
+    assert not any(mask.any() for k in range(20) for mask in rows[k].hidden)
+
+
+@pytest.mark.parametrize("layout_name", LAYOUTS)
+def test_an_empty_dataset_is_refused(tmp_path, layout_name, monkeypatch):
+    dataset = write_dataset(tmp_path / "data", "asr", 1, layout_name=layout_name)
+    dataset.lengths = dataset.lengths[:0]
+    with pytest.raises(DataError, match="data: holds no documents"):
+        Rows([dataset], [1.0], seq_length=96, packing=True, seed=0)

@@ -1,0 +1,86 @@
+"""``tools/prepare_data.py`` from manifest to inspected document, as a user runs it."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+
+from megatron_most.data import commands
+from megatron_most.data import tokenise as tokenise_module
+from tests.unit.data.tiny import LoudnessCodec, write_wavs
+from tools import prepare_data
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs a command line in this process; returns exit status, standard output and standard error."""
+    monkeypatch.setattr(tokenise_module, "load_codec", lambda name: LoudnessCodec())
+    monkeypatch.setattr(commands, "load_codec", lambda name: LoudnessCodec())
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tools/prepare_data.py", *map(str, arguments)])
+        status = 0
+        try:
+            prepare_data.main()
+        except SystemExit as leaving:
+            status = leaving.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def manifest(tmp_path) -> Path:
+    path = tmp_path / "m.jsonl"
+    entries = [{**entry, "text": f"the fox sees {entry['text']}"} for entry in write_wavs(tmp_path / "wav", 3)]
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+@pytest.mark.parametrize("layout", ["frame", "flat"])
+def test_from_manifest_to_an_inspected_document(call, manifest, tmp_path, layout):
+    tokenizer, codes, data = tmp_path / "t.model", tmp_path / "codes", tmp_path / "data"
+    status, out, _ = call("tokenizer", "--manifest", manifest, "--vocab-size", 320, "--output", tokenizer)
+    assert status == 0 and "ids from 3 texts" in out
+    status, out, _ = call("tokenize", "--manifest", manifest, "--codec", "c.nemo", "--output", codes, "--workers", 1)
+    assert status == 0 and "3 utterances, 0.00 h, codec loudness" in out
+    build = ("build", "--task", "tts", "--codes", codes, "--tokenizer", tokenizer, "--output", data, "--layout", layout)
+    status, out, _ = call(*build)
+    assert status == 0 and f"task tts, layout {layout}, 3 documents" in out
+    wav = tmp_path / "x.wav"
+    shown = ("--document", 2, "--tokenizer", tokenizer, "--codec", "c.nemo", "--wav", wav)
+    status, out, _ = call("inspect", "--dataset", data, *shown)
+    assert status == 0 and "document 2: Say: the fox sees w2 [<17 frames>]" in out
+    assert "prepare_data.py build --task tts" in out  # the command that made it
+    assert soundfile.info(wav).frames == 1700
+
+
+def test_errors_are_one_line_and_a_status(call, manifest, tmp_path):
+    status, _, err = call("tokenize", "--manifest", tmp_path / "none.jsonl", "--codec", "c", "--output", tmp_path / "o")
+    assert status == 1 and err == f"error: {tmp_path}/none.jsonl: no such manifest\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        (("--document", 9), "--document=9: must be in 0..2"),
+        (("--codec", "c"), "need --document"),
+        (("--document", 0, "--wav", "x.wav"), "each needs the other"),
+        (("--document", 0, "--codec", "c", "--wav", "x.wav"), "the document holds no audio"),
+    ],
+)
+def test_inspecting_what_is_not_there_is_refused(call, manifest, tmp_path, arguments, rule):
+    tokenizer, data = tmp_path / "t.model", tmp_path / "data"
+    call("tokenizer", "--manifest", manifest, "--vocab-size", 320, "--output", tokenizer)
+    size = ("--num-codebooks", 3, "--codebook-size", 50)
+    call("build", "--task", "text_lm", "--text", manifest, "--tokenizer", tokenizer, "--output", data, *size)
+    status, _, err = call("inspect", "--dataset", data, *arguments)
+    assert status == 1 and rule in err and not Path("x.wav").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "tokenize", "build", "inspect"])
+def test_every_command_has_help(call, name):
+    status, out, _ = call(name, "--help")
+    assert status == 0 and ("--dataset" if name == "inspect" else "--output") in out
