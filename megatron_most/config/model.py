@@ -70,7 +70,7 @@ def _text_and_audio() -> list[ExpertGroupConfig]:
 
 @dataclass
 class MoEConfig:
-    """The modality-aware mixture of experts; see docs/routing.md for every option.
+    """The modality-aware mixture of experts; see docs/model.md for every option.
 
     ``balance_coeff`` weighs the load-balancing loss of each group, per routed token, as Megatron's
     ``moe_aux_loss_coeff`` does with a per-token loss.

@@ -1,0 +1,57 @@
+"""What README and documents point at exists, and the README's file tree names every package."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")])
+
+
+def tree_paths(readme: str) -> list[str]:
+    """Paths of the file tree: the code block after the heading "The files", two spaces a level."""
+    block = readme.split("## The files")[1].split("```")[1]
+    paths, folders = [], [""]
+    for line in filter(None, block.splitlines()):
+        depth = (len(line) - len(line.lstrip())) // 2
+        name = line.split()[0]
+        folders[depth + 1 :] = [folders[depth] + name]
+        paths.append(folders[depth + 1])
+    return paths
+
+
+def test_the_file_tree_names_only_what_exists():
+    paths = tree_paths((ROOT / "README.md").read_text())
+    assert len(paths) > 20
+    missing = [path for path in paths if not (ROOT / path).exists() or path.endswith("/") != (ROOT / path).is_dir()]
+    assert not missing
+
+
+def test_the_file_tree_names_every_package_and_module_of_the_top():
+    paths = tree_paths((ROOT / "README.md").read_text())
+    package = ROOT / "megatron_most"
+    packages = {f"megatron_most/{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    modules = {f"megatron_most/{path.name}" for path in package.glob("*.py") if path.name != "__init__.py"}
+    assert packages | modules <= set(paths)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_of_a_document_lead_somewhere(document):
+    targets = re.findall(r"\]\(([^)#\s]+)", document.read_text())
+    missing = [target for target in targets if "://" not in target and not (document.parent / target).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_scripts_and_configurations_that_a_document_names_exist(document):
+    named = re.findall(r"(?:tools|examples|docs)/[\w/.-]+\.(?:py|yaml|md|nemo)", document.read_text())
+    missing = sorted(name for name in set(named) if "NAME" not in name and not (ROOT / name).exists())
+    assert not missing
+
+
+def test_documents_that_the_code_names_exist():
+    sources = [path for folder in ("megatron_most", "tools", "examples") for path in (ROOT / folder).rglob("*.py")]
+    named = {name for path in sources for name in re.findall(r"docs/[\w-]+\.md", path.read_text())}
+    assert named
+    assert not sorted(name for name in named if not (ROOT / name).exists())
