@@ -31,6 +31,10 @@ class Transcript:
     edits: tuple[Edit, ...]
     num_errors: int
 
+    @property
+    def reference(self) -> str:
+        return " ".join(word for edit in self.edits for word in edit.reference)
+
 
 @dataclass(frozen=True)
 class TranscriptTable:
