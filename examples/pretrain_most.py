@@ -57,7 +57,7 @@ def read_config(arguments: argparse.Namespace) -> RunConfig:
     except MostError:
         # Every rank finds the same mistake and rank 0 tells it; torchrun ends all ranks as soon as one is gone.
         if RANK != 0:
-            time.sleep(5)
+            time.sleep(3)
             sys.exit(1)
         raise
 

@@ -3,13 +3,14 @@
 from megatron_most.checkpointing.agreement import on_rank_zero, together
 from megatron_most.checkpointing.directory import complete_checkpoints, remove_leftovers, resolve
 from megatron_most.checkpointing.metadata import CheckpointMetadata, Fingerprint, expert_order, read_metadata
-from megatron_most.checkpointing.store import load_checkpoint, load_model_weights, save_checkpoint
+from megatron_most.checkpointing.store import find_checkpoint, load_checkpoint, load_model_weights, save_checkpoint
 
 __all__ = [
     "CheckpointMetadata",
     "Fingerprint",
     "complete_checkpoints",
     "expert_order",
+    "find_checkpoint",
     "load_checkpoint",
     "load_model_weights",
     "on_rank_zero",

@@ -65,6 +65,21 @@ def save_checkpoint(
     return directory
 
 
+def find_checkpoint(path: str | Path, config: RunConfig) -> tuple[Path, CheckpointMetadata]:
+    """A checkpoint that is complete and of ``config``'s model; the content of its tensors is not read.
+
+    Args:
+        path: a checkpoint directory, or a run directory for its newest complete one.
+
+    Raises:
+        CheckpointError: missing, torn, or of another model.
+    """
+    directory = directories.resolve(path)
+    metadata = read_metadata(directory)
+    check_same_model(directory, metadata, config)
+    return directory, metadata
+
+
 def load_checkpoint(
     path: str | Path, config: RunConfig, model_chunks: list[MoSTModel], optimizer: MegatronOptimizer
 ) -> CheckpointMetadata:
@@ -92,14 +107,7 @@ def load_model_weights(path: str | Path, config: RunConfig, model_chunks: list[M
 
 
 def _verified(path: str | Path, config: RunConfig) -> tuple[Path, CheckpointMetadata]:
-    """Find and check a checkpoint: sizes, model, then the content of every file, each read by one rank."""
-
-    def find() -> tuple[Path, CheckpointMetadata]:
-        directory = directories.resolve(path)
-        metadata = read_metadata(directory)
-        check_same_model(directory, metadata, config)
-        return directory, metadata
-
-    directory, metadata = on_rank_zero(find)
+    """Find and check a checkpoint, the content of every file included, each read by one rank."""
+    directory, metadata = on_rank_zero(lambda: find_checkpoint(path, config))
     together(lambda: directories.verify_checksums(directory, dist.get_rank(), dist.get_world_size()))
     return directory, metadata

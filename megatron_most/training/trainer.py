@@ -19,6 +19,7 @@ from megatron_most.checkpointing import (
     Fingerprint,
     complete_checkpoints,
     expert_order,
+    find_checkpoint,
     load_checkpoint,
     load_model_weights,
     on_rank_zero,
@@ -84,8 +85,10 @@ class Trainer:
         if resume_from is not None and self._restore_counters(resume_from) >= self.config.training.steps:
             self._say(f"{resume_from}: already trained for training.steps={self.config.training.steps}")
         else:
-            # Whatever can be wrong with the data is found before anything is written.
+            # Whatever can be wrong with what the run reads is found before anything is written.
             self._open_data()
+            if resume_from is None and self.config.checkpoint.load is not None:
+                on_rank_zero(lambda: find_checkpoint(self.config.checkpoint.load, self.config))
             on_rank_zero(self._claim_run_directory)
             self._build(resume_from)
             self._train()

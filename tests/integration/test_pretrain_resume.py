@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_most.checkpointing import complete_checkpoints, read_metadata
 from megatron_most.config import RunConfig
@@ -71,21 +72,50 @@ def test_resumed_run_equals_undisturbed_run(layout: str, tmp_path: Path) -> None
     assert metric_lines(undisturbed, "routing.jsonl") == metric_lines(resumed, "routing.jsonl")
 
 
-@pytest.mark.parametrize(("step", "moment"), [(2, "update"), (5, "update"), (6, "save")])
-def test_kill_9_and_rerun(step: int, moment: str, tmp_path: Path) -> None:
-    overrides = {"parallel__expert_model_parallel_size": 2}
-    undisturbed = run_config(tmp_path, "undisturbed", **overrides)
-    weights = run_ranks(2, train, undisturbed)
+EXPERT_PARALLEL = {"parallel__expert_model_parallel_size": 2}
 
-    killed = run_config(tmp_path, "killed", **overrides)
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunConfig, list[dict[str, torch.Tensor]]]:
+    """Where a run went to its end on two ranks, its configuration, and each rank's weights."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    config = run_config(directory, "undisturbed", **EXPERT_PARALLEL)
+    return directory, config, run_ranks(2, train, config)
+
+
+@pytest.mark.parametrize(("step", "moment"), [(2, "update"), (5, "update"), (6, "save")])
+def test_kill_9_and_rerun(step: int, moment: str, undisturbed: tuple) -> None:
+    directory, config, weights = undisturbed
+    killed = run_config(directory, f"killed-{step}-{moment}", **EXPERT_PARALLEL)
     with pytest.raises(RuntimeError, match="died without a word|failed"):
         run_ranks(2, train_and_die, killed, step, moment)
     saved = [read_metadata(path).step for path in complete_checkpoints(killed.run_dir)[0]]
     assert saved == [at for at in (3, 6) if at < step]
 
     assert_same_weights(weights, run_ranks(2, train, killed))
-    assert metric_lines(undisturbed) == metric_lines(killed)
+    assert metric_lines(config) == metric_lines(killed)
     assert not list((Path(killed.run_dir) / "checkpoints").glob(".tmp-*"))
+
+
+def test_sigterm_on_one_rank_saves_and_the_rerun_equals_an_undisturbed_run(undisturbed: tuple) -> None:
+    directory, config, weights = undisturbed
+    stopped = run_config(directory, "stopped", **EXPERT_PARALLEL)
+    run_ranks(2, train_with_sigterm, stopped, 4)
+    assert read_metadata(stopped.run_dir).step == 4
+    assert_same_weights(weights, run_ranks(2, train, stopped))
+    assert metric_lines(config) == metric_lines(stopped)
+
+
+def train_with_sigterm(config: RunConfig, step: int) -> None:
+    original = trainer_module.Trainer._train_step
+
+    def signalled(self: trainer_module.Trainer, stop: object) -> tuple[float, bool]:
+        if self.step + 1 == step and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, stop)
+
+    trainer_module.Trainer._train_step = signalled
+    train(config)
 
 
 def test_finished_run_has_nothing_to_do_and_goes_on_with_more_steps(tmp_path: Path) -> None:
@@ -99,25 +129,3 @@ def test_finished_run_has_nothing_to_do_and_goes_on_with_more_steps(tmp_path: Pa
     assert run_ranks(1, train, longer)[0]
     assert metric_lines(longer)[: len(before)] == before
     assert metric_lines(longer)[-1]["step"] == 8
-
-
-def test_sigterm_saves_and_the_rerun_equals_an_undisturbed_run(tmp_path: Path) -> None:
-    undisturbed = run_config(tmp_path, "undisturbed")
-    weights = run_ranks(1, train, undisturbed)
-    stopped = run_config(tmp_path, "stopped")
-    run_ranks(1, train_with_sigterm, stopped, 4)
-    assert read_metadata(stopped.run_dir).step == 4
-    assert_same_weights(weights, run_ranks(1, train, stopped))
-    assert metric_lines(undisturbed) == metric_lines(stopped)
-
-
-def train_with_sigterm(config: RunConfig, step: int) -> None:
-    original = trainer_module.Trainer._train_step
-
-    def signalled(self: trainer_module.Trainer, stop: object) -> tuple[float, bool]:
-        if self.step + 1 == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, stop)
-
-    trainer_module.Trainer._train_step = signalled
-    train(config)

@@ -1,0 +1,126 @@
+"""examples/pretrain_most.py as a user meets it: what it prints, how it leaves, what it leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_most.config import RunConfig, dump_config
+from tests.distributed.harness import run_ranks
+from tests.integration.tiny_run import metric_lines, run_config
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "pretrain_most.py"
+
+
+def command(*arguments: str) -> tuple[object, str, str]:
+    """Exit status, standard output and standard error of the script on this rank."""
+    sys.argv = [str(SCRIPT), *arguments]
+    status: object = 0
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as leaving:
+            status = leaving.code
+    return status, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    return run_config(tmp_path)
+
+
+@pytest.fixture
+def config_file(config: RunConfig, tmp_path: Path) -> str:
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    return str(path)
+
+
+def one_error_line(results: list[tuple[object, str, str]]) -> str:
+    """The one line that all ranks together print; all of them must have failed."""
+    assert all(status == 1 for status, _, _ in results)
+    lines = [line for _, _, err in results for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_training_prints_progress_and_leaves_a_run(config: RunConfig, config_file: str) -> None:
+    [(status, out, _)] = run_ranks(1, command, "--config", config_file, "training.steps=4")
+    assert status == 0
+    assert "step 4/4  loss" in out
+    assert "finished 4 steps" in out
+    assert [line["step"] for line in metric_lines(config) if "loss" in line] == [1, 2, 4]
+    run_dir = Path(config.run_dir)
+    assert {"config.yaml", "environment.json", "metrics.jsonl", "routing.jsonl", "checkpoints"} <= {
+        path.name for path in run_dir.iterdir()
+    }
+    routing = metric_lines(config, "routing.jsonl")
+    assert [line["step"] for line in routing] == [1, 2, 4]
+    assert all(layer["outside_group"] == 0 for line in routing for layer in line["layers"])
+
+
+def test_dry_run_writes_nothing(config: RunConfig, config_file: str) -> None:
+    [(status, out, _)] = run_ranks(1, command, "--config", config_file, "--dry-run", "--world-size", "2")
+    assert status == 0
+    assert "ranks: 2" in out
+    assert not Path(config.run_dir).exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["parallel.expert_model_parallel_size=4"], "= 4 ranks, but only 2 were started"),
+        (["training.global_batch_size=3"], "training.global_batch_size=3: must be divisible by"),
+        (["model.hidden_sise=3"], "did you mean 'hidden_size'"),
+        (["data.train=[{path: /nowhere/asr}]"], "dataset /nowhere/asr: /nowhere/asr.json is missing"),
+        (["checkpoint.load=/nowhere"], "/nowhere: no such checkpoint directory"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(
+    overrides: list[str], message: str, config: RunConfig, config_file: str
+) -> None:
+    assert message in one_error_line(run_ranks(2, command, "--config", config_file, *overrides))
+    assert not Path(config.run_dir).exists()
+
+
+def test_run_directory_and_checkpoints_of_another_model_are_refused(config: RunConfig, config_file: str) -> None:
+    run_ranks(1, command, "--config", config_file, "training.steps=3")
+    before = sorted(Path(config.run_dir).rglob("*"))
+
+    other = [(*run_ranks(1, command, "--config", config_file, "model.hidden_size=48")[0],)]
+    assert "belongs to another run: model.hidden_size is 32 there, 48 in this config" in one_error_line(other)
+
+    load = ["model.hidden_size=48", f"run_dir={config.run_dir}-2", f"checkpoint.load={config.run_dir}"]
+    other = run_ranks(2, command, "--config", config_file, *load)
+    assert "belongs to another model: model.hidden_size is 32 in the checkpoint, 48" in one_error_line(other)
+    assert sorted(Path(config.run_dir).rglob("*")) == before
+
+
+def test_a_corrupt_checkpoint_is_refused_and_a_torn_one_is_skipped(config: RunConfig, config_file: str) -> None:
+    run_ranks(1, command, "--config", config_file)
+    checkpoints = Path(config.run_dir) / "checkpoints"
+    shard = next((checkpoints / "step_00000006" / "state").glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    more = ("--config", config_file, "training.steps=8")
+    line = one_error_line(run_ranks(2, command, *more))
+    assert f"corrupt: the content of state/{shard.name} does not match its checksum" in line
+
+    shard.write_bytes(content[:-1])
+    [(status, out, _)] = run_ranks(1, command, *more)
+    assert status == 0
+    assert "warning: skipped checkpoint" in out
+    assert "resuming from" in out
+    assert "step_00000003" in out
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(config: RunConfig, config_file: str) -> None:
+    results = run_ranks(2, command, "--config", config_file, "optimizer.lr=1e30", "optimizer.clip_grad=0")
+    assert "the loss is nan" in (line := one_error_line(results)) or "gradient norm is" in line
+    assert not list((Path(config.run_dir) / "checkpoints").glob("step_*"))
