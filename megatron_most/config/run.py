@@ -259,4 +259,13 @@ class RunConfig:
             "must be divisible by micro_batch_size x data parallel size"
             f" ({self.training.micro_batch_size} x {data_parallel_size})",
         )
-        return self.training.global_batch_size // per_pass
+        count = self.training.global_batch_size // per_pass
+        if self.parallel.virtual_pipeline_model_parallel_size is not None:
+            pipeline = self.parallel.pipeline_model_parallel_size
+            require(
+                count >= pipeline,
+                "training.global_batch_size",
+                self.training.global_batch_size,
+                f"gives {count} micro-batches on each rank; virtual pipeline stages need at least {pipeline}",
+            )
+        return count
