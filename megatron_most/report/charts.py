@@ -69,7 +69,6 @@ class LineChart:
     y_ticks: list[tuple[float, str]]
     is_log: bool
     averaged: int
-    note: str = ""
     width: float = field(default=WIDTH, init=False)
     height: float = field(default=HEIGHT, init=False)
     left: float = field(default=LEFT, init=False)
@@ -105,9 +104,7 @@ class LineChart:
         }
 
 
-def line_chart(
-    title: str, series: Sequence[Series], unit: str = "", from_zero: bool = False, note: str = ""
-) -> LineChart | None:
+def line_chart(title: str, series: Sequence[Series], unit: str = "", from_zero: bool = False) -> LineChart | None:
     """Lay out a chart over steps; None when no series has a point.
 
     Args:
@@ -140,7 +137,7 @@ def line_chart(
         curves.append(Curve(one, path, placed))
     x_ticks = [(x_of(step), _short(step)) for step in nice_ticks(low_x, high_x, 6) if low_x <= step <= high_x]
     y_ticks = [(y_of(value), format_number(value)) for value in ticks]
-    return LineChart(title, unit, curves, x_ticks, y_ticks, is_log, averaged, note)
+    return LineChart(title, unit, curves, x_ticks, y_ticks, is_log, averaged)
 
 
 def average_points(points: Sequence[tuple[float, float]], limit: int) -> list[tuple[float, float]]:
