@@ -50,6 +50,11 @@ def destroy() -> None:
         dist.destroy_process_group()
 
 
+def data_parallel_place() -> tuple[int, int]:
+    """(rank, size) among the replicas that read different data; context ranks share theirs."""
+    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
+
 def is_rank_zero() -> bool:
     """True on global rank 0, and before torch.distributed is started."""
     return not dist.is_initialized() or dist.get_rank() == 0

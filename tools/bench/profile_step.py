@@ -1,0 +1,79 @@
+#!/usr/bin/env python
+"""Where the time of a training step goes: share of matrix products, attention and everything else.
+
+    python tools/bench/profile_step.py --config examples/configs/quickstart.yaml parallel.expert_model_parallel_size=1
+
+Runs on the data and model of a configuration without writing to its run directory. Times are of this process alone
+(self time of torch's operators); under torchrun, rank 0 speaks for itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from torch.profiler import ProfilerActivity, profile
+
+from megatron_most import cli, parallel, platform
+from megatron_most.config import load_config
+from megatron_most.data.loader import train_batches
+from megatron_most.model import build_model
+from megatron_most.training.loss import LossTable
+from megatron_most.training.optimizer import build_optimizer, wrap_model
+from megatron_most.training.step import run_microbatches
+
+MATRIX_PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::_grouped_mm")
+ATTENTION = ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention")
+WARM_UP_STEPS, STEPS = 5, 10
+
+
+def profile_step(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config, arguments.overrides)
+    platform.install()
+    threads = platform.set_threads(config.training.threads_per_rank)
+    parallel.initialize(config.parallel, config.seed)
+    chunks = build_model(config)
+    wrapped = wrap_model(config, chunks)
+    optimizer = build_optimizer(config, wrapped)
+    loss_table = LossTable(config.vocab, config.model.codebook_weights(config.vocab), config.model.text_loss_weight)
+    dp_rank, dp_size = parallel.data_parallel_place()
+    batches = train_batches(config, dp_rank=dp_rank, dp_size=dp_size, consumed_samples=0)
+
+    def step() -> None:
+        micro = [next(batches).to(platform.device()) for _ in range(config.num_microbatches(dp_size))]
+        for chunk in wrapped:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        run_microbatches(wrapped, micro, loss_table)
+        optimizer.step()
+
+    for _ in range(WARM_UP_STEPS):
+        step()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        for _ in range(STEPS):
+            step()
+    if parallel.is_rank_zero():
+        report(profiler, threads)
+    parallel.destroy()
+
+
+def report(profiler: profile, threads: int) -> None:
+    """Print shares of self time and the operators that take most of it."""
+    times: dict[str, float] = {}
+    for event in profiler.key_averages():
+        # Host time on a CPU, kernel time on a GPU.
+        microseconds = event.self_device_time_total or event.self_cpu_time_total
+        times[event.key] = times.get(event.key, 0) + microseconds
+    total = sum(times.values())
+    products = sum(time for key, time in times.items() if key in MATRIX_PRODUCTS)
+    attention = sum(time for key, time in times.items() if key.startswith(ATTENTION))
+    print(f"operator time a step: {total / STEPS / 1e3:.1f} ms with {threads} thread(s)")
+    print(f"matrix products {products / total:.1%}, attention kernels {attention / total:.1%}")
+    for key, time in sorted(times.items(), key=lambda item: -item[1])[:15]:
+        print(f"  {time / total:6.1%}  {time / STEPS / 1e3:8.2f} ms  {key}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="profile a training step")
+    parser.add_argument("--config", required=True, metavar="FILE")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    cli.run(parser, profile_step)
