@@ -91,7 +91,7 @@ def _replace_device_literals() -> None:
 
 
 def _replace_collectives() -> None:
-    """gloo gathers equal shapes only; tensor_parallel/mappings.py:150 has unequal ones with expert tensor parallelism."""
+    """gloo gathers equal shapes only; tensor_parallel/mappings.py:150 has unequal ones (expert tensor parallelism)."""
     original = torch.distributed.all_gather
 
     @functools.wraps(original)

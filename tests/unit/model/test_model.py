@@ -60,7 +60,7 @@ def test_parameter_count_is_the_built_models(overrides):
 
 
 def test_deepseek_v2_lite_is_counted_as_published():
-    """15.706 B parameters: its 64 experts as two groups of 32, and its 102400 ids (ours add three, padded to 102528)."""
+    """15.706 B parameters: 64 experts as two groups of 32, and 102400 ids (ours add three, padded to 102528)."""
     config = tiny_config()
     lite = type(config.model)()
     config = dataclasses.replace(config, model=lite, vocab=dataclasses.replace(config.vocab, text_vocab_size=102400))
