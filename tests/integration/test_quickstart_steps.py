@@ -1,0 +1,89 @@
+"""The quickstart's runner: steps run once, again when something they depend on changed, and not after a failure."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_most.errors import MostError
+
+PATH = Path(__file__).parents[2] / "examples" / "quickstart" / "run.py"
+
+
+@pytest.fixture(scope="module")
+def run():
+    spec = importlib.util.spec_from_file_location("quickstart_run", PATH)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def counting(run, tmp_path):
+    """Steps ``first`` and ``second`` that leave a line in a file each time they run."""
+    source = tmp_path / "input.txt"
+    source.write_text("a")
+
+    def steps(second_argument: str = "x"):
+        script = "import sys; open(sys.argv[1], 'a').write(sys.argv[2] + '\\n')"
+        command = [sys.executable, "-c", script, str(tmp_path / "ran.txt")]
+        return [
+            run.Step("first", "first step", [*command, "first"], [source]),
+            run.Step("second", "second step", [*command, f"second {second_argument}"]),
+        ]
+
+    def ran() -> list[str]:
+        lines = (tmp_path / "ran.txt").read_text().splitlines()
+        (tmp_path / "ran.txt").write_text("")
+        return lines
+
+    return source, steps, ran
+
+
+def test_complete_steps_are_skipped(run, counting, tmp_path):
+    _, steps, ran = counting
+    run.run_steps(steps(), tmp_path)
+    assert ran() == ["first", "second x"]
+    run.run_steps(steps(), tmp_path)
+    assert ran() == []
+
+
+def test_a_changed_command_runs_again_without_those_before_it(run, counting, tmp_path):
+    _, steps, ran = counting
+    run.run_steps(steps(), tmp_path)
+    ran()
+    run.run_steps(steps("y"), tmp_path)
+    assert ran() == ["second y"]
+
+
+def test_a_changed_input_runs_everything_after_it_again(run, counting, tmp_path):
+    source, steps, ran = counting
+    run.run_steps(steps(), tmp_path)
+    ran()
+    source.write_text("b")
+    run.run_steps(steps(), tmp_path)
+    assert ran() == ["first", "second x"]
+
+
+def test_a_failed_step_stops_the_run_and_is_tried_again(run, counting, tmp_path):
+    _, steps, ran = counting
+    failing = steps()
+    failing[0].command = [sys.executable, "-c", "raise SystemExit(3)"]
+    with pytest.raises(MostError, match="step first failed with status 3"):
+        run.run_steps(failing, tmp_path)
+    assert not (tmp_path / "ran.txt").exists()
+    run.run_steps(steps(), tmp_path)
+    assert ran() == ["first", "second x"]
+
+
+def test_the_steps_name_files_that_exist(run):
+    root = PATH.parents[2]
+    for step in run.make_steps(Path("runs/quickstart"), []):
+        scripts = [part for part in step.command if part.endswith(".py")]
+        assert scripts, step.name
+        for path in [*scripts, *step.inputs]:
+            assert (root / path).is_file(), f"{step.name}: {path}"
