@@ -13,12 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import (
-    CheckpointingException,
-    ShardedObject,
-    ShardedTensor,
-    ShardedTensorFactory,
-)
+from megatron.core.dist_checkpointing.mapping import CheckpointingException, ShardedObject
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
@@ -31,10 +26,10 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed import checkpoint as torch_checkpoint
 
+from megatron_most.checkpointing.optimizer_state import OptimizerState
 from megatron_most.errors import CheckpointError
 from megatron_most.model import MoSTModel
 
@@ -71,7 +66,7 @@ def save_state(directory: Path, model_chunks: list[MoSTModel], optimizer: Megatr
         CheckpointError: the storage refused.
     """
     state = _model_state(model_chunks)
-    state |= {"optimizer": dict(enumerate(_optimizer_state(optimizer, state, loading=False))), "rng": _rng_state()}
+    state |= {"optimizer": OptimizerState(optimizer, state, loading=False).tensors, "rng": _rng_state()}
     strategy = FullyParallelSaveStrategyWrapper(InProcessSave(), _replica_group())
     try:
         dist_checkpointing.save(state, str(directory), strategy)
@@ -87,24 +82,14 @@ def load_state(
     ``optimizer`` must not have taken a step yet; it goes on from ``step``.
     """
     state = _model_state(model_chunks)
-    wanted = _optimizer_state(optimizer, state, loading=True)
-    destinations = [
-        {} if isinstance(part, DistributedOptimizer) else {path: sharded.data for path, sharded in tensors.items()}
-        for part, tensors in zip(_parts(optimizer), wanted, strict=True)
-    ]
-    state["optimizer"] = dict(enumerate(wanted))
+    optimizer_state = OptimizerState(optimizer, state, loading=True)
+    state["optimizer"] = optimizer_state.tensors
     if same_layout:
         state["rng"] = _rng_state()
     loaded = _load(directory, state)
     _set_model_state(model_chunks, loaded)
-    for index, part in enumerate(_parts(optimizer)):
-        tensors = loaded["optimizer"].get(index, {})
-        if isinstance(part, DistributedOptimizer):
-            part.load_parameter_state_from_fully_reshardable(tensors)
-        else:
-            for path, destination in destinations[index].items():
-                destination.copy_(tensors[path])
-        _set_step(part.optimizer, step)
+    # A rank without a tensor of its own gets no dictionary back.
+    optimizer_state.apply(loaded.get("optimizer", {}), step)
     if same_layout:
         _set_rng_state(loaded["rng"])
 
@@ -126,18 +111,9 @@ def _replica_group() -> dist.ProcessGroup:
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
-def _sharding_options() -> dict[str, Any]:
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "chained_optim_avoid_prefix": True,
-        "singleton_local_shards": False,
-        "dp_cp_group": _replica_group(),
-    }
-
-
 def _model_state(model_chunks: list[MoSTModel]) -> StateDict:
     """Sharded weights by chunk, without ``_extra_state``, which differs between Transformer Engine and plain layers."""
-    options = _sharding_options()
+    options = {"singleton_local_shards": False, "dp_cp_group": _replica_group()}
     names = ["model"] if len(model_chunks) == 1 else [f"model{i}" for i in range(len(model_chunks))]
     return {
         name: {
@@ -156,51 +132,6 @@ def _set_model_state(model_chunks: list[MoSTModel], loaded: StateDict) -> None:
         missing = [key for key in missing if not key.endswith("_extra_state")]
         if missing or unexpected:
             raise CheckpointError(f"checkpoint lacks weights {missing} and has unknown ones {unexpected}")
-
-
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """Dense and expert parameters have an optimizer each when experts are spread over ranks, else share one."""
-    return [part for part in optimizer.chained_optimizers if part.optimizer is not None]
-
-
-def _optimizer_state(optimizer: MegatronOptimizer, model_state: StateDict, loading: bool) -> list[StateDict]:
-    """Sharded tensors of every part; their keys name parameters, not parts, so that any layout finds its own.
-
-    When ``loading``, the state is allocated first, for it does not exist before the first step, and without torch
-    AdamW's "step", which 0.16.1 would look for among the loaded tensors.
-    """
-    options = _sharding_options()
-    states = []
-    for part in _parts(optimizer):
-        if loading:
-            part.init_state_fn(part.optimizer, part.config)
-        if isinstance(part, DistributedOptimizer):
-            states.append(part.sharded_param_state_fully_reshardable(model_state, loading, options))
-        else:
-            states.append(_flat_tensors(part.sharded_state_dict(model_state, loading, options)))
-    return states
-
-
-def _flat_tensors(structure: object, path: str = "") -> dict[str, ShardedTensor | ShardedTensorFactory]:
-    """The sharded tensors of a nested structure, by their path in it."""
-    if isinstance(structure, ShardedTensor | ShardedTensorFactory):
-        return {path: structure}
-    flat = {}
-    if isinstance(structure, dict | list):
-        items = structure.items() if isinstance(structure, dict) else enumerate(structure)
-        for key, value in items:
-            flat |= _flat_tensors(value, f"{path}/{key}")
-    return flat
-
-
-def _set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """torch counts the steps of each parameter, in a tensor of its own; the fused optimizers count per group."""
-    if isinstance(optimizer, torch.optim.Adam):  # AdamW is a kind of it
-        for state in optimizer.state.values():
-            state["step"] = torch.tensor(float(step))
-    else:
-        for group in optimizer.param_groups:
-            group["step"] = step
 
 
 def _rng_state() -> ShardedObject:

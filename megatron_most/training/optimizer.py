@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
@@ -23,7 +20,9 @@ def wrap_model(config: RunConfig, model_chunks: list[MoSTModel]) -> list[Distrib
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=options.overlap,
-        overlap_param_gather=options.overlap and options.distributed,
+        # Not for parameters: a module would have to be called before its parameters are used, and in the order of their
+        # registration, which codebook tables are not.
+        overlap_param_gather=False,
         use_distributed_optimizer=options.distributed,
     )
     wrapped = []
@@ -52,7 +51,6 @@ def build_optimizer(config: RunConfig, wrapped: list[DistributedDataParallel]) -
         bf16=config.training.precision == "bf16",
         params_dtype=torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
         use_distributed_optimizer=options.distributed,
-        overlap_param_gather=options.overlap and options.distributed,
     )
     optimizer = get_megatron_optimizer(megatron_config, wrapped)
     megatron = wrapped[0].config
@@ -91,17 +89,3 @@ def build_scheduler(config: RunConfig, optimizer: MegatronOptimizer, step: int) 
 
 def learning_rate(optimizer: MegatronOptimizer) -> float:
     return optimizer.param_groups[0]["lr"]
-
-
-@contextlib.contextmanager
-def gathered_parameters(wrapped: list[DistributedDataParallel]) -> Iterator[None]:
-    """Inside, every rank holds the current parameters in full.
-
-    With overlapped parameter gathering they are otherwise brought up to date by the next training forward only.
-    """
-    overlapped = [chunk for chunk in wrapped if chunk.use_forward_hook]
-    for chunk in overlapped:
-        chunk.disable_forward_pre_hook()
-    yield
-    for chunk in overlapped:
-        chunk.enable_forward_pre_hook()

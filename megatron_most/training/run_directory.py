@@ -25,6 +25,7 @@ ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
 ROUTING = "routing.jsonl"
 _PACKAGES = ("megatron-most", "megatron-core", "torch", "transformer-engine", "nemo-toolkit", "numpy")
+_IDENTITY = ("seed", "vocab", "model", "data", "training.precision")
 _CHANGEABLE = TRAINING_ONLY | {"data.validation"}
 
 
@@ -57,7 +58,7 @@ def claim(config: RunConfig, world_size: int, device: str) -> TextIO:
 
 
 def check_same_run(config: RunConfig) -> None:
-    """Raise :class:`ConfigError` when ``run_dir`` holds a run with another seed, vocabulary, model or data.
+    """Raise :class:`ConfigError` when ``run_dir`` holds a run with another seed, vocabulary, model, data or precision.
 
     Steps, intervals, optimizer, batch size, loss weights, validation sets, logging and parallel layout may change. A
     directory in which no step was logged belongs to no run yet.
@@ -73,14 +74,21 @@ def check_same_run(config: RunConfig) -> None:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot tell whose run this is: {' '.join(str(error).split())}") from None
     mine = dataclasses.asdict(config)
-    for section in ("seed", "vocab", "model", "data"):
-        difference = first_difference((theirs or {}).get(section), mine[section], section, ignore=_CHANGEABLE)
+    for section in _IDENTITY:
+        difference = first_difference(_field(theirs, section), _field(mine, section), section, ignore=_CHANGEABLE)
         if difference:
             field, there, here = difference
             raise ConfigError(
                 f"run_dir={config.run_dir!r}: belongs to another run: {field} is {there!r} there, {here!r} in this"
                 " config; choose another run_dir"
             )
+
+
+def _field(config: Any, dotted: str) -> Any:
+    """A field of a nested dict by its dotted name, None where there is none."""
+    for key in dotted.split("."):
+        config = config.get(key) if isinstance(config, dict) else None
+    return config
 
 
 def versions() -> dict[str, str]:

@@ -39,7 +39,6 @@ from megatron_most.training.metrics import MetricAccumulator, MetricsWriter
 from megatron_most.training.optimizer import (
     build_optimizer,
     build_scheduler,
-    gathered_parameters,
     learning_rate,
     wrap_model,
 )
@@ -246,8 +245,7 @@ class Trainer:
             pending=self.accumulator.state(),
             versions=versions(),
         )
-        with gathered_parameters(self.wrapped):
-            save_checkpoint(self.run_dir, metadata, self.model_chunks, self.optimizer, self.config.checkpoint.keep_last)
+        save_checkpoint(self.run_dir, metadata, self.model_chunks, self.optimizer, self.config.checkpoint.keep_last)
 
     def _say(self, line: str) -> None:
         if dist.get_rank() == 0:

@@ -11,7 +11,6 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron_most.data.batch import Batch
 from megatron_most.training.loss import LossTable
 from megatron_most.training.metrics import MetricAccumulator
-from megatron_most.training.optimizer import gathered_parameters
 from megatron_most.training.step import run_microbatches, sum_over_ranks
 
 
@@ -28,7 +27,7 @@ def validate(
     losses = {}
     for chunk in wrapped:
         chunk.eval()
-    with gathered_parameters(wrapped), torch.no_grad():
+    with torch.no_grad():
         for name, batches in datasets.items():
             sums = MetricAccumulator(loss_table.names)
             table = run_microbatches(wrapped, _fill_pipeline(batches, len(wrapped)), loss_table, forward_only=True)

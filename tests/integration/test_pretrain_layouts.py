@@ -38,7 +38,7 @@ def continue_run(source: RunConfig, target: RunConfig, world_size: int) -> list[
     return [line for line in metric_lines(target) if line["step"] > 3]
 
 
-@pytest.mark.parametrize("saved_in", ["one rank", "expert"])
+@pytest.mark.parametrize("saved_in", ["one rank, plain optimizer", "expert"])
 def test_training_goes_on_in_another_layout(saved_in: str, tmp_path: Path) -> None:
     world_size, overrides = LAYOUTS[saved_in]
     source = run_config(tmp_path, "source", **overrides)

@@ -12,6 +12,7 @@ import torch
 
 from megatron_most.checkpointing import complete_checkpoints, read_metadata
 from megatron_most.config import RunConfig
+from megatron_most.training import optimizer as optimizer_module
 from megatron_most.training import trainer as trainer_module
 from tests.distributed.harness import run_ranks
 from tests.integration.tiny_run import assert_same_weights, metric_lines, run_config, train
@@ -104,6 +105,25 @@ def test_sigterm_on_one_rank_saves_and_the_rerun_equals_an_undisturbed_run(undis
     assert read_metadata(stopped.run_dir).step == 4
     assert_same_weights(weights, run_ranks(2, train, stopped))
     assert metric_lines(config) == metric_lines(stopped)
+
+
+def train_with_many_buckets(config: RunConfig) -> dict[str, torch.Tensor]:
+    """As models of real size do: gradient buffers of several buckets, with padding between them."""
+    original = optimizer_module.DistributedDataParallelConfig
+    optimizer_module.DistributedDataParallelConfig = lambda **options: original(bucket_size=2000, **options)
+    return train(config)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resumed_run_equals_undisturbed_run_with_many_gradient_buckets(precision: str, tmp_path: Path) -> None:
+    # A rank of 10 leaves parameters whose sizes are no multiple of Megatron's padding.
+    overrides = {"training__precision": precision, "model__attention__kv_lora_rank": 10}
+    whole = run_config(tmp_path, "whole", **overrides)
+    weights = run_ranks(2, train_with_many_buckets, whole)
+    resumed = run_config(tmp_path, "resumed", **overrides)
+    shutil.copytree(whole.run_dir, resumed.run_dir)
+    shutil.rmtree(Path(resumed.run_dir) / "checkpoints" / "step_00000006")
+    assert_same_weights(weights, run_ranks(2, train_with_many_buckets, resumed))
 
 
 def train_with_sigterm(config: RunConfig, step: int) -> None:

@@ -1,0 +1,129 @@
+"""AdamW's states as sharded tensors in the shape of the parameters they belong to.
+
+Keys name parameters (``optimizer.state.exp_avg.<parameter>``), whether the state is split over data-parallel ranks or
+not, so that any parallel layout and either kind of optimizer finds its own. Megatron's own ``fully_reshardable`` format
+has the same aim; in 0.16.1 it mixes up parameters as soon as a gradient buffer has several buckets with padding
+between them (optimizer/distrib_optimizer.py:1501 cuts a buffer without padding at positions of one that has it).
+
+Shape letters: n elements of a bucket, d data-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+Sharded = ShardedTensor | ShardedTensorFactory
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_MASTER = "fp32_param"
+
+
+class OptimizerState:
+    """The states of an optimizer to save, or to load and then :meth:`apply`.
+
+    Args:
+        model_state: the sharded state dict of the model whose parameters are optimized.
+        loading: allocate the state, which does not exist before the first step, and name what is wanted.
+    """
+
+    def __init__(self, optimizer: MegatronOptimizer, model_state: dict[str, Any], loading: bool) -> None:
+        # Dense and expert parameters have an optimizer each when experts are spread over ranks, else share one.
+        self.parts = [part for part in optimizer.chained_optimizers if part.optimizer is not None]
+        self.tensors: dict[str, Sharded] = {}
+        self._destinations: dict[str, tuple[torch.Tensor, slice]] = {}
+        metadata = {sharded.data: sharded for sharded in nested_values(model_state) if isinstance(sharded, Sharded)}
+        for index, part in enumerate(self.parts):
+            if loading:
+                part.init_state_fn(part.optimizer, part.config)
+            if isinstance(part, DistributedOptimizer):
+                items = _split_state(part, metadata, loading)
+            else:
+                items = _whole_state(part, model_state)
+            for place, (sharded, destination) in enumerate(items):
+                # Keys of sharded tensors are no names: the experts of a layer share one.
+                self.tensors[f"{index}/{place}"] = sharded
+                self._destinations[f"{index}/{place}"] = destination
+
+    @torch.no_grad()
+    def apply(self, loaded: dict[str, torch.Tensor], step: int) -> None:
+        """Copy loaded tensors, named as in :attr:`tensors`, into the optimizer and go on from ``step``."""
+        for name, (destination, part_of_parameter) in self._destinations.items():
+            destination.view(-1).copy_(loaded[name].reshape(-1)[part_of_parameter])
+        for part in self.parts:
+            _set_step(part.optimizer, step)
+
+
+Item = tuple[Sharded, tuple[torch.Tensor, slice]]
+
+
+def _split_state(part: DistributedOptimizer, metadata: dict[torch.Tensor, Sharded], loading: bool) -> Iterator[Item]:
+    """States of which this rank holds a slice of each bucket; the slices are gathered to save them."""
+    for buffer, ranges in zip(part.buffers, part.gbuf_ranges, strict=True):
+        (bucket_ranges,) = ranges.values()
+        for bucket, bucket_range in zip(buffer.buckets, bucket_ranges, strict=True):
+            param_ranges = bucket_range["param_map"]
+            mine = {param: _own_state(part, param) for param in param_ranges}
+            for key in (*_MOMENTS, _MASTER):
+                holders = [param for param in bucket.params_list if key != _MASTER or param.dtype != torch.float32]
+                if not holders:
+                    continue
+                gathered = None if loading else _gather(part, bucket, param_ranges, {p: mine[p][key] for p in mine})
+                for param in holders:
+                    start, end, _ = buffer.param_index_map[param]
+                    if gathered is None:
+                        whole = torch.empty(param.shape, dtype=torch.float32)
+                    else:
+                        whole = gathered[start - bucket.offset : end - bucket.offset].view(param.shape)
+                    sharded = make_sharded_optimizer_tensor(metadata[param], whole, prefix=f"optimizer.state.{key}")
+                    destination = (torch.empty(0), slice(0, 0))
+                    if param in mine:
+                        own = param_ranges[param]["param"]
+                        destination = (mine[param][key], slice(own.start, own.end))
+                    yield sharded, destination
+
+
+def _own_state(part: DistributedOptimizer, param: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+    """This rank's slices: the moments, and the fp32 copy (of an fp32 parameter it is a view of the parameter)."""
+    group, place = part.model_param_group_index_map[param]
+    main = part.optimizer.param_groups[group]["params"][place]
+    return {**{key: part.optimizer.state[main][key] for key in _MOMENTS}, _MASTER: main}
+
+
+def _gather(
+    part: DistributedOptimizer, bucket: Any, param_ranges: dict, slices: dict[torch.nn.Parameter, torch.Tensor]
+) -> torch.Tensor:
+    """``[n]`` on the CPU: a bucket's state from the ``[n / d]`` that each data-parallel rank holds."""
+    group = part.data_parallel_group
+    size = bucket.grad_data.numel()
+    local = torch.zeros(size // group.size(), dtype=torch.float32, device=bucket.grad_data.device)
+    for param, values in slices.items():
+        place = param_ranges[param]["gbuf_local"]
+        local[place.start : place.end] = values.detach()
+    whole = torch.empty(size, dtype=torch.float32, device=local.device)
+    dist.all_gather_into_tensor(whole, local, group=group)
+    return whole.cpu()
+
+
+def _whole_state(part: MegatronOptimizer, model_state: dict[str, Any]) -> Iterator[Item]:
+    """States that every data-parallel rank holds in full."""
+    for sharded in nested_values(part.sharded_state_dict(model_state)):
+        if isinstance(sharded, Sharded):
+            yield sharded, (sharded.data, slice(None))
+
+
+def _set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """torch counts the steps of each parameter, in a tensor of its own; the fused optimizers count per group."""
+    if isinstance(optimizer, torch.optim.Adam):  # AdamW is a kind of it
+        for state in optimizer.state.values():
+            state["step"] = torch.tensor(float(step))
+    else:
+        for group in optimizer.param_groups:
+            group["step"] = step
