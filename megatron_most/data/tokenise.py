@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from megatron_most import __version__
-from megatron_most.audio import AudioCodec, load_codec
+from megatron_most.audio import AudioCodec, file_fingerprint, load_codec
 from megatron_most.data.codes import CodecIdentity, CodesDataset
 from megatron_most.data.indexed import FORMAT_VERSION, ArrayWriter, read_json, smallest_dtype, write_json
 from megatron_most.data.manifest import Record, read_manifest, read_waveform
@@ -57,21 +57,20 @@ def tokenise(
     Raises:
         DataError: a broken manifest or audio file, or an output made from another manifest or codec.
     """
-    output = Path(output)
+    output, parts = Path(output), Path(f"{output}.parts")
     records = read_manifest(manifest)
-    loaded = load_codec(codec)
-    job = {
-        "manifest": str(manifest),
-        "manifest_sha256": hashlib.sha256(Path(manifest).read_bytes()).hexdigest(),
-        "codec": CodecIdentity.of(loaded).to_dict(),
-    }
-    parts = Path(f"{output}.parts")
+    manifest_sha256 = hashlib.sha256(Path(manifest).read_bytes()).hexdigest()
     if Path(f"{output}.json").is_file():
-        _require_same_job(f"{output}.json", job)
+        # Loading a codec takes seconds; the fingerprint of a file is enough to see that there is nothing to do.
+        path = Path(codec)
+        fingerprint = file_fingerprint(path) if path.is_file() else load_codec(codec).fingerprint
+        _require_same_job(f"{output}.json", manifest_sha256, fingerprint)
         shutil.rmtree(parts, ignore_errors=True)
         return CodesDataset(output)
+    loaded = load_codec(codec)
+    job = {"manifest": str(manifest), "manifest_sha256": manifest_sha256, "codec": CodecIdentity.of(loaded).to_dict()}
     if (parts / "job.json").is_file():
-        _require_same_job(parts / "job.json", job)
+        _require_same_job(parts / "job.json", manifest_sha256, loaded.fingerprint)
     else:
         write_json(parts / "job.json", {"format": FORMAT_VERSION, **job})
 
@@ -102,12 +101,13 @@ class _Shard:
         return Path(f"{self.prefix}.jsonl").is_file()
 
 
-def _require_same_job(path: str | Path, job: dict) -> None:
+def _require_same_job(path: str | Path, manifest_sha256: str, fingerprint: str) -> None:
     found = read_json(path, "tokenisation")
-    if found.get("codec") != job["codec"]:
-        name = (found.get("codec") or {}).get("name")
+    codec = found.get("codec") or {}
+    if codec.get("fingerprint") != fingerprint:
+        name = codec.get("name")
         raise DataError(f"{path}: was made with another codec, {name}; remove it or choose another output")
-    if found.get("manifest_sha256") != job["manifest_sha256"]:
+    if found.get("manifest_sha256") != manifest_sha256:
         source = found.get("manifest")
         raise DataError(f"{path}: was made from {source} in another state; remove it or choose another output")
 
