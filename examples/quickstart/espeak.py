@@ -2,10 +2,10 @@
 
 The library and its data come from the PyPI package ``espeakng-loader``; this module drives them through ctypes.
 
-espeak-ng keeps hidden state from one utterance to the next (oscillator phase, flutter), which no call of its interface
-resets: the same sentence comes out a little different the second time. So that a sentence always gives the same
-samples, whatever was spoken before, every utterance is spoken by a forked child of a process whose engine is still
-fresh; the fork costs about a millisecond.
+espeak-ng keeps hidden state from one utterance and one voice to the next (oscillator phase, flutter, voice data), which
+no call of its interface resets: the same sentence comes out a little different the second time. So that a sentence
+always gives the same samples, every utterance is spoken by a forked child of a process whose engine has never spoken;
+that costs a few milliseconds.
 """
 
 from __future__ import annotations
@@ -25,23 +25,22 @@ CHARS_UTF8 = 1
 PARAMETER_RATE, PARAMETER_PITCH = 1, 3
 EE_OK = 0
 
+UNKNOWN_VOICE = 3  # exit status of a child that was asked for one
+
 _SynthCallback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 
 
 class Espeak:
-    """One espeak-ng engine with one voice.
-
-    Args:
-        voice: espeak-ng voice name, with an optional variant: ``en-us``, ``en-gb+f2``.
+    """An espeak-ng engine.
 
     Attributes:
         sample_rate: samples per second of what :meth:`synthesise` returns (22050 for every English voice).
 
     Raises:
-        ConfigError: the package ``espeakng-loader`` is missing, its library does not load, or the voice is unknown.
+        ConfigError: the package ``espeakng-loader`` is missing, or its library does not load or start.
     """
 
-    def __init__(self, voice: str = "en-us"):
+    def __init__(self) -> None:
         try:
             import espeakng_loader
         except ImportError as error:
@@ -58,28 +57,24 @@ class Espeak:
         self._chunks: list[bytes] = []
         self._callback = _SynthCallback(self._collect)  # kept alive here: the library only holds its address
         self._library.espeak_SetSynthCallback(self._callback)
-        self.set_voice(voice)
-
-    def set_voice(self, voice: str) -> None:
-        """Switch to another voice; see the class for names and errors."""
-        if self._library.espeak_SetVoiceByName(voice.encode()) != EE_OK:
-            raise ConfigError(f"espeak-ng has no voice {voice!r}")
 
     def _collect(self, samples, num_samples: int, _events) -> int:
         if num_samples > 0:
             self._chunks.append(ctypes.string_at(samples, num_samples * ctypes.sizeof(ctypes.c_short)))
         return 0  # 0 lets the synthesis go on
 
-    def synthesise(self, text: str, *, speed: int = 175, pitch: int = 50) -> np.ndarray:
+    def synthesise(self, text: str, *, voice: str = "en-us", speed: int = 175, pitch: int = 50) -> np.ndarray:
         """Speak ``text``: float32 ``[num_samples]`` in [-1, 1] at :attr:`sample_rate`.
 
-        The same voice, text, speed and pitch give the same samples.
+        The same arguments give the same samples.
 
         Args:
+            voice: an espeak-ng voice, with an optional variant: ``en-us``, ``en-gb-x-rp+f2``.
             speed: words per minute, 80 to 450.
             pitch: 0 to 99, 50 is the voice's own.
 
         Raises:
+            ConfigError: espeak-ng has no such voice.
             DataError: espeak-ng refuses the text or says nothing.
         """
         read_end, write_end = os.pipe()
@@ -87,6 +82,8 @@ class Espeak:
         if child == 0:  # leaves by os._exit: nothing of the parent's is flushed or cleaned up twice
             try:
                 os.close(read_end)
+                if self._library.espeak_SetVoiceByName(voice.encode()) != EE_OK:
+                    os._exit(UNKNOWN_VOICE)
                 with os.fdopen(write_end, "wb") as pipe:
                     pipe.write(self._speak(text, speed, pitch))
             finally:
@@ -94,7 +91,9 @@ class Espeak:
         os.close(write_end)
         with os.fdopen(read_end, "rb") as pipe:
             samples = np.frombuffer(pipe.read(), dtype=np.int16)
-        os.waitpid(child, 0)
+        _, status = os.waitpid(child, 0)
+        if os.waitstatus_to_exitcode(status) == UNKNOWN_VOICE:
+            raise ConfigError(f"espeak-ng has no voice {voice!r}")
         if not samples.size:
             raise DataError(f"espeak-ng cannot speak {text!r}")
         return samples.astype(np.float32) / 32768.0

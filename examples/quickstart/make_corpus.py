@@ -38,8 +38,12 @@ _engine: Espeak | None = None  # one per worker process
 
 
 def render(engine: Espeak, row: dict) -> np.ndarray:
-    """Speak one corpus row: float32 ``[num_samples]`` at 16 kHz, peak 0.7, trimmed, shifted by the row's offset."""
-    speech = engine.synthesise(row["text"], speed=row["speed"], pitch=row["pitch"])
+    """Speak one corpus row: float32 ``[num_samples]`` at 16 kHz, peak 0.7, trimmed, shifted by the row's offset.
+
+    ``row`` holds text, speed, pitch and offset, and may name another voice than ``en-us``.
+    """
+    voice = row.get("voice", "en-us")
+    speech = engine.synthesise(row["text"], voice=voice, speed=row["speed"], pitch=row["pitch"])
     speech = soxr.resample(speech, engine.sample_rate, SAMPLE_RATE)
     speech *= PEAK / np.abs(speech).max()
     loud = np.flatnonzero(np.abs(speech) > SILENCE_THRESHOLD)
@@ -102,7 +106,14 @@ def make_split(split: str, output: Path, workers: int, limit: int | None = None)
     if jobs:
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
             spoken = pool.imap_unordered(_write_audio, jobs, chunksize=16)
-            for _ in tqdm(spoken, total=len(rows), initial=len(rows) - len(jobs), desc=split, unit="sentence"):
+            for _ in tqdm(
+                spoken,
+                total=len(rows),
+                initial=len(rows) - len(jobs),
+                desc=split,
+                unit="sentence",
+                mininterval=1 if sys.stderr.isatty() else 5,
+            ):
                 pass
 
     lines = []

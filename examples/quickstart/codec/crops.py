@@ -27,11 +27,7 @@ def template_waveforms(corpus: Path) -> list[np.ndarray]:
 def broad_waveforms(count: int, seed: int) -> list[np.ndarray]:
     """``count`` utterances of varied text in varied voices: float32 waveforms at 16 kHz."""
     engine = Espeak()
-    waveforms = []
-    for row in broad_rows(count, seed):
-        engine.set_voice(row["voice"])
-        waveforms.append(render(engine, row))
-    return waveforms
+    return [render(engine, row) for row in broad_rows(count, seed)]
 
 
 class CropSampler:

@@ -86,8 +86,7 @@ def test_speech_does_not_depend_on_what_was_spoken_before(text):
     engine = Espeak()
     first = engine.synthesise(text, speed=170, pitch=45)
     engine.synthesise("something else", speed=190, pitch=60)
-    engine.set_voice("en-us+f3")
-    engine.set_voice("en-us")
+    engine.synthesise("another voice", voice="en-us+f3")
     np.testing.assert_array_equal(engine.synthesise(text, speed=170, pitch=45), first)
     assert first.dtype == np.float32 and 1.0 < len(first) / engine.sample_rate < 4.0
 
@@ -130,7 +129,7 @@ def test_audio_of_another_corpus_version_is_spoken_again(tmp_path, monkeypatch):
 
 def test_errors_are_one_line_and_say_what_to_do(monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="no voice 'en-nowhere'"):
-        Espeak("en-nowhere")
+        Espeak().synthesise("the red fox", voice="en-nowhere")
     monkeypatch.setattr(make_corpus, "CORPUS_DIR", tmp_path)
     with pytest.raises(DataError, match="train.jsonl"):
         make_corpus.read_rows("train")
