@@ -1,0 +1,53 @@
+"""What the quickstart's summary takes from a run's own files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_most.model import count_parameters
+from tests.distributed.tiny import tiny_config
+
+QUICKSTART = Path(__file__).parents[3] / "examples" / "quickstart"
+
+
+@pytest.fixture(scope="module")
+def evaluate():
+    sys.path.insert(0, str(QUICKSTART))
+    spec = importlib.util.spec_from_file_location("quickstart_evaluate", QUICKSTART / "evaluate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path.remove(str(QUICKSTART))
+    return module
+
+
+def test_training_summary_adds_up_the_intervals(evaluate, tmp_path):
+    metrics = [
+        {"step": 1, "loss": 9.0, "loss/text": 6.0, "loss/audio": 12.0, "step_seconds": 3.0, "consumed_tokens": 100},
+        {"step": 10, "validation/x/loss": 5.0},
+        {"step": 11, "loss": 4.0, "loss/text": 2.0, "loss/audio": 5.0, "step_seconds": 0.5, "consumed_tokens": 1100},
+        {"step": 15, "loss": 3.0, "loss/text": 1.0, "loss/audio": 4.0, "step_seconds": 1.0, "consumed_tokens": 1500},
+    ]
+    routing = [{"step": 11, "layers": [{"outside_group": 2}, {"outside_group": 1}]}, {"step": 15, "layers": []}]
+    for name, lines in (("metrics", metrics), ("routing", routing)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "environment.json").write_text(json.dumps({"versions": {"torch": "2"}}))
+    config = tiny_config()
+    model = SimpleNamespace(
+        config=config, metadata=SimpleNamespace(config={"parallel": {"expert_model_parallel_size": 2}}, world_size=2)
+    )
+
+    summary = evaluate._training_summary(tmp_path, model)
+
+    assert summary["train_seconds"] == pytest.approx(3.0 + 10 * 0.5 + 4 * 1.0)
+    assert summary["tokens_per_second"] == pytest.approx(1500 / 12)
+    assert (summary["steps"], summary["tokens_outside_group"]) == (15, 3)
+    assert summary["loss_first"] == {"text": 6.0, "audio": 12.0}
+    assert summary["loss_last"] == {"text": 1.0, "audio": 4.0}
+    assert summary["parameters_total"] == count_parameters(config)["total"]
+    assert summary["layout"] == {"expert_model_parallel_size": 2, "world_size": 2}
