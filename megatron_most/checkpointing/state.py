@@ -7,6 +7,9 @@ AdamW's step count, is set by us.
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +72,8 @@ def save_state(directory: Path, model_chunks: list[MoSTModel], optimizer: Megatr
     state |= {"optimizer": OptimizerState(optimizer, state, loading=False).tensors, "rng": _rng_state()}
     strategy = FullyParallelSaveStrategyWrapper(InProcessSave(), _replica_group())
     try:
-        dist_checkpointing.save(state, str(directory), strategy)
+        with _without_deprecations():
+            dist_checkpointing.save(state, str(directory), strategy)
     except (OSError, CheckpointingException, torch_checkpoint.CheckpointException) as error:
         raise CheckpointError(f"{directory}: cannot be written: {_one_line(error)}") from error
 
@@ -102,9 +106,18 @@ def load_model_state(directory: Path, model_chunks: list[MoSTModel]) -> None:
 def _load(directory: Path, state: StateDict) -> StateDict:
     strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), _replica_group())
     try:
-        return dist_checkpointing.load(state, str(directory), strategy)
+        with _without_deprecations():
+            return dist_checkpointing.load(state, str(directory), strategy)
     except (OSError, CheckpointingException, torch_checkpoint.CheckpointException) as error:
         raise CheckpointError(f"{directory}: cannot be loaded: {_one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _without_deprecations() -> Iterator[None]:
+    """torch announces the end of interfaces that Megatron-Core 0.16.1 uses; users can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _replica_group() -> dist.ProcessGroup:
