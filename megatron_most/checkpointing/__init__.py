@@ -1,6 +1,5 @@
 """Native sharded checkpoints: commit, verify, find, reshard."""
 
-from megatron_most.checkpointing.agreement import on_rank_zero, together
 from megatron_most.checkpointing.directory import complete_checkpoints, remove_leftovers, resolve
 from megatron_most.checkpointing.metadata import CheckpointMetadata, Fingerprint, expert_order, read_metadata
 from megatron_most.checkpointing.store import find_checkpoint, load_checkpoint, load_model_weights, save_checkpoint
@@ -13,10 +12,8 @@ __all__ = [
     "find_checkpoint",
     "load_checkpoint",
     "load_model_weights",
-    "on_rank_zero",
     "read_metadata",
     "remove_leftovers",
     "resolve",
     "save_checkpoint",
-    "together",
 ]

@@ -9,12 +9,12 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_most.checkpointing import directory as directories
-from megatron_most.checkpointing.agreement import on_rank_zero, together
 from megatron_most.checkpointing.metadata import METADATA, CheckpointMetadata, check_same_model, read_metadata
 from megatron_most.checkpointing.state import load_model_state, load_state, save_state
 from megatron_most.config import RunConfig
 from megatron_most.errors import CheckpointError
 from megatron_most.model import MoSTModel
+from megatron_most.parallel import on_rank_zero, together
 
 _STATE = "state"
 

@@ -1,6 +1,16 @@
-"""Process groups, seeds and what every rank has to know about its place."""
+"""Process groups, seeds, what every rank has to know about its place, and errors that all ranks share."""
 
+from megatron_most.parallel.agreement import fail, on_rank_zero, together
 from megatron_most.parallel.context import zigzag_positions
 from megatron_most.parallel.groups import data_parallel_place, destroy, initialize, is_rank_zero
 
-__all__ = ["data_parallel_place", "destroy", "initialize", "is_rank_zero", "zigzag_positions"]
+__all__ = [
+    "data_parallel_place",
+    "destroy",
+    "fail",
+    "initialize",
+    "is_rank_zero",
+    "on_rank_zero",
+    "together",
+    "zigzag_positions",
+]

@@ -1,13 +1,16 @@
-"""A polite end: SIGTERM or Ctrl-C finish the step and save, instead of losing it."""
+"""A polite end: SIGTERM, Ctrl-C or the loss of the launcher finish the step and save, instead of losing it."""
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType
 
 
 class StopRequest:
-    """True once the process was asked to stop; install it around the training loop.
+    """True once the process was asked to stop or its parent has died; install it around the training loop.
+
+    A ``torchrun`` that is killed cannot end its ranks: they would train on, unseen, and keep the run directory.
 
     A second Ctrl-C interrupts at once. ``torchrun`` forwards SIGTERM after a Ctrl-C that the ranks saw themselves, so a
     SIGTERM after a first request changes nothing.
@@ -16,8 +19,11 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: str | None = None
         self._previous: dict[int, object] = {}
+        self._parent = os.getppid()
 
     def __bool__(self) -> bool:
+        if self.signal is None and os.getppid() != self._parent:
+            self.signal = "the loss of its launcher"
         return self.signal is not None
 
     def __enter__(self) -> StopRequest:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_most import parallel, platform
 from megatron_most.checkpointing import (
@@ -22,18 +21,16 @@ from megatron_most.checkpointing import (
     find_checkpoint,
     load_checkpoint,
     load_model_weights,
-    on_rank_zero,
     read_metadata,
     save_checkpoint,
-    together,
 )
-from megatron_most.checkpointing.agreement import fail
 from megatron_most.config import RunConfig
 from megatron_most.data.batch import Batch
 from megatron_most.data.loader import train_batches, validation_batches
 from megatron_most.errors import MostError
 from megatron_most.model import build_model
 from megatron_most.moe import collect_routing
+from megatron_most.parallel import fail, on_rank_zero, together
 from megatron_most.training.loss import LossTable
 from megatron_most.training.metrics import MetricAccumulator, MetricsWriter
 from megatron_most.training.optimizer import (
@@ -112,17 +109,16 @@ class Trainer:
 
     def _open_data(self) -> None:
         config = self.config
-        place = {
-            "dp_rank": parallel_state.get_data_parallel_rank(),
-            "dp_size": parallel_state.get_data_parallel_world_size(),
-        }
-        self.num_microbatches = config.num_microbatches(place["dp_size"])
+        dp_rank, dp_size = parallel.data_parallel_place()
+        self.num_microbatches = config.num_microbatches(dp_size)
         self.batches: Iterator[Batch] = together(
-            lambda: train_batches(config, **place, consumed_samples=self.consumed_samples)
+            lambda: train_batches(config, dp_rank=dp_rank, dp_size=dp_size, consumed_samples=self.consumed_samples)
         )
         self.validation_sets: dict[str, list[Batch]] = {}
         if config.training.eval_interval:
-            self.validation_sets = together(lambda: self._to_device(validation_batches(config, **place)))
+            self.validation_sets = together(
+                lambda: self._to_device(validation_batches(config, dp_rank=dp_rank, dp_size=dp_size))
+            )
         self._fingerprints = on_rank_zero(lambda: (Fingerprint.of_tokenizer(config), Fingerprint.of_codec(config)))
 
     def _build(self, resume_from: Path | None) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from megatron_most import parallel
-from megatron_most.checkpointing.agreement import on_rank_zero, together
 from megatron_most.errors import DataError
+from megatron_most.parallel import on_rank_zero, together
 from tests.distributed.harness import run_ranks
 from tests.distributed.tiny import tiny_config
 
