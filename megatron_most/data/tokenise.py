@@ -128,8 +128,16 @@ _worker: _Worker | None = None  # set once in each worker process
 def _start_worker(worker: _Worker) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent asks to stop
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
     _worker = worker
+
+
+def _end_with_parent(parent: int) -> None:
+    """A parent that was killed cannot stop its workers, and they would wait for its next shard for ever."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _encode_shard(shard: _Shard) -> None:

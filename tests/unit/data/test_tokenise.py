@@ -1,7 +1,10 @@
 """Tokenisation: the same codes from any number of workers, and nothing lost or left over by an interruption."""
 
 import json
+import multiprocessing
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +100,40 @@ def test_a_killed_worker_is_an_error_and_not_a_hang(manifest, tmp_path, monkeypa
     monkeypatch.setattr(module, "load_codec", lambda name: DyingCodec())
     with pytest.raises(DataError, match="a worker process was killed"):
         run(manifest, tmp_path / "codes")
+
+
+class StallingCodec(LoudnessCodec):
+    """Says which process encodes, and never comes to an end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def encode(self, waveform):
+        (self.folder / f"worker-{os.getpid()}").touch()
+        time.sleep(60)
+
+
+def test_workers_end_when_their_parent_is_killed(manifest, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "load_codec", lambda name: StallingCodec(tmp_path))
+    parent = multiprocessing.get_context("fork").Process(target=run, args=(manifest, tmp_path / "codes"))
+    parent.start()
+    wait_until(lambda: len(list(tmp_path.glob("worker-*"))) == 2)
+    parent.kill()
+    parent.join()
+    workers = [int(path.name.split("-")[1]) for path in tmp_path.glob("worker-*")]
+    wait_until(lambda: not any(is_running(worker) for worker in workers))
+
+
+def is_running(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
 
 
 def test_corrupt_audio_is_named(manifest, tmp_path):
