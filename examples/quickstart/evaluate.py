@@ -28,6 +28,7 @@ from megatron_most.model import count_parameters
 SETS = {"heldout_s": "heldout", "heldout_p": "heldout_hard"}
 NUM_SAMPLES = 4
 MAX_SECONDS = 4.0
+MAX_NEW_TEXT = 16  # twice a sentence's ids: an untrained model never ends one
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -41,7 +42,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
     summary: dict[str, Any] = {}
     first = next(iter(SETS))
     result = _timed(
-        "ASR of the untrained model", evaluate_asr, untrained, first, _of(manifests, codes, first), codes[first]
+        "ASR of the untrained model",
+        evaluate_asr,
+        untrained,
+        first,
+        _of(manifests, codes, first),
+        codes[first],
+        MAX_NEW_TEXT,
     )
     summary["asr_wer_untrained"] = result["wer"]
     model = load_for_generation(run_dir)
@@ -62,7 +69,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
                 codes[name],
                 **sound,
             ),
-            "asr": _timed(f"ASR of {name}", evaluate_asr, model, name, records, codes[name]),
+            "asr": _timed(f"ASR of {name}", evaluate_asr, model, name, records, codes[name], MAX_NEW_TEXT),
             "tts": _timed(
                 f"TTS of {name}", evaluate_tts, model, name, records, recogniser, max_seconds=MAX_SECONDS, **sound
             ),

@@ -29,14 +29,23 @@ def encode_records(codec: AudioCodec, records: Sequence[Record]) -> list[np.ndar
 
 
 def evaluate_asr(
-    model: LoadedModel, set_name: str, records: Sequence[Record], codes: Sequence[np.ndarray] | None = None
+    model: LoadedModel,
+    set_name: str,
+    records: Sequence[Record],
+    codes: Sequence[np.ndarray] | None = None,
+    max_new: int = MAX_NEW_TEXT,
 ) -> dict[str, Any]:
-    """Transcribe greedily and compare with the manifest's text. ``codes`` saves encoding the audio again."""
+    """Transcribe greedily and compare with the manifest's text.
+
+    Args:
+        codes: the records' codes, where they are known, to save encoding the audio again.
+        max_new: longest transcript in text ids; the model's sequence length bounds it too.
+    """
     codes = encode_records(model.codec, records) if codes is None else codes
     layout = model.config.vocab.codec_layout
     longest = max(utterance.shape[1] for utterance in codes) * layout.positions_per_frame
     room = model.config.data.seq_length - longest - 16  # the prompt's other ids
-    hypotheses = transcribe(model, codes, max_new=max(1, min(MAX_NEW_TEXT, room)))
+    hypotheses = transcribe(model, codes, max_new=max(1, min(max_new, room)))
     return _result("asr", set_name, records, hypotheses)
 
 
