@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import threading
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
