@@ -10,7 +10,6 @@ import shutil
 import signal
 import sys
 import threading
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
