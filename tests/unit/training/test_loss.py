@@ -107,3 +107,15 @@ def test_sums_do_not_depend_on_the_split(pieces: int) -> None:
         parts.append(table(dataclasses.replace(batch, **values), slots[rows]))
     for index in range(3):
         torch.testing.assert_close(sum(part[index] for part in parts), whole[index])
+
+
+def test_text_weight_scales_text_targets_of_the_training_loss_and_no_metric() -> None:
+    none = [NO_CODE, NO_CODE]
+    batch = make_batch(
+        labels=[3, FRAME.frame, 5], mask=[1, 1, 0], tasks=["tts", "tts", "tts"], codes=[none, [1, 2], none]
+    )
+    slots = [[1.0, 0, 0], [2.0, 10.0, 20.0], [100.0, 0, 0]]
+    plain_sum, count, plain_rows = reduce(LossTable(FRAME, [1.0, 1.0]), batch, slots)
+    weighted_sum, weighted_count, rows = reduce(LossTable(FRAME, [1.0, 1.0], text_weight=3.0), batch, slots)
+    assert (plain_sum, weighted_sum) == (1 + 32, 3 + 32)
+    assert (count, plain_rows) == (weighted_count, rows)
