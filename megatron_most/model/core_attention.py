@@ -64,14 +64,14 @@ class PortableCoreAttention(MegatronModule):
         """
         if packed_seq_params is not None:
             return self._packed(query, key, value, packed_seq_params)
-        query_at, key_at = self._positions(query.shape[0], key.shape[0], query.device)
         if self.cp_group.size() > 1:
             key = gather_from_sequence_parallel_region(key, group=self.cp_group)
             value = gather_from_sequence_parallel_region(value, group=self.cp_group)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        if attention_mask is None and torch.equal(query_at, key_at):
+        if attention_mask is None and query.shape[0] == key.shape[0]:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
         else:
+            query_at, key_at = self._positions(query.shape[0], key.shape[0], query.device)
             may_attend = key_at[None, :] <= query_at[:, None]
             if attention_mask is not None:
                 may_attend = may_attend & ~attention_mask
@@ -81,14 +81,14 @@ class PortableCoreAttention(MegatronModule):
     def _positions(self, num_queries: int, num_keys: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the queries ``[s]`` and the keys ``[k]`` stand in the sequence.
 
-        Without context parallelism the queries are the last of the keys. With it, keys are gathered over the context
-        group in rank order, each rank holding its zigzag share.
+        Without context parallelism the queries are the last of the keys. With it, the keys are those of all ranks in
+        rank order, and each rank holds its zigzag share.
         """
         size = self.cp_group.size()
         if size == 1:
             position = torch.arange(num_keys, device=device)
             return position[num_keys - num_queries :], position
-        shares = [zigzag_positions(num_keys * size, rank, size).to(device) for rank in range(size)]
+        shares = [zigzag_positions(num_keys, rank, size).to(device) for rank in range(size)]
         return shares[self.cp_group.rank()], torch.cat(shares)
 
     def _packed(
@@ -102,4 +102,7 @@ class PortableCoreAttention(MegatronModule):
         positions = (starts[:, None] + offset[None, :]).masked_fill(~is_position, 0)
         q, k, v = (x[positions].transpose(1, 2) for x in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
-        return out.transpose(1, 2)[is_position].flatten(1)
+        num_positions = query.shape[0]
+        document = torch.repeat_interleave(lengths, output_size=num_positions)
+        place = torch.arange(num_positions, device=query.device) - starts[document]
+        return out.transpose(1, 2)[document, place].flatten(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -28,6 +29,8 @@ def initialize(layout: ParallelConfig, seed: int) -> None:
             os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
             os.environ.setdefault("MASTER_PORT", str(_free_port()))
         device = platform.device()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # Megatron allocates on the current device
         dist.init_process_group(platform.backend(), device_id=device if device.type == "cuda" else None)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
@@ -39,7 +42,17 @@ def initialize(layout: ParallelConfig, seed: int) -> None:
         expert_model_parallel_size=layout.expert_model_parallel_size,
         expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
     )
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    _seed_everything(seed)
+
+
+def _seed_everything(seed: int) -> None:
+    """Equal generators on the ranks that hold copies of a weight, different ones on pipeline stages and shards.
+
+    Routers are initialised on the CPU, so torch's CPU generator counts too.
+    """
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(stage_seed)
+    model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
 
 
 def destroy() -> None:
