@@ -27,7 +27,7 @@ CONFIG = Path("examples/configs/quickstart.yaml")
 CODEC = QUICKSTART / "codec" / "tiny_codec.nemo"
 SPLITS = ("train", "heldout_s", "heldout_p")
 SPEECH_DATASETS = (("train", "asr"), ("train", "tts"), ("heldout_s", "asr"), ("heldout_s", "tts"))
-TEXT_VOCAB_SIZE = 384
+TEXT_VOCAB_SIZE = 448
 
 
 @dataclass

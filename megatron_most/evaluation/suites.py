@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_most.audio import AudioCodec, read_audio, write_wav
-from megatron_most.data.manifest import Record
+from megatron_most.audio import AudioCodec, write_wav
+from megatron_most.data.manifest import Record, read_waveform
 from megatron_most.evaluation.recogniser import Recogniser
 from megatron_most.evaluation.wer import word_errors
 from megatron_most.inference import LoadedModel, Sampling, speak, transcribe
@@ -25,7 +25,7 @@ MAX_SPEECH_SECONDS = 30.0
 
 def encode_records(codec: AudioCodec, records: Sequence[Record]) -> list[np.ndarray]:
     """Codes ``[C, F]`` of each record's audio."""
-    return [codec.encode(_waveform(codec, record)) for record in records]
+    return [codec.encode(read_waveform(record, codec.sample_rate)) for record in records]
 
 
 def evaluate_asr(
@@ -86,7 +86,7 @@ def evaluate_reference_audio(
     It bounds what :func:`evaluate_tts` can reach.
     """
     if codes is None:
-        kind, waveforms = "original", [_waveform(codec, record) for record in records]
+        kind, waveforms = "original", [read_waveform(record, codec.sample_rate) for record in records]
     else:
         kind, waveforms = "roundtrip", [codec.decode(utterance) for utterance in codes]
     return _recognised(kind, set_name, records, waveforms, codec.sample_rate, recogniser, kind, samples, num_samples)
@@ -125,7 +125,3 @@ def _result(suite: str, set_name: str, records: Sequence[Record], hypotheses: Se
             for record, hypothesis in zip(records, hypotheses, strict=True)
         ],
     }
-
-
-def _waveform(codec: AudioCodec, record: Record) -> np.ndarray:
-    return read_audio(record.audio, codec.sample_rate, offset=record.offset or 0.0, duration=record.duration)
