@@ -27,8 +27,8 @@ from megatron_most.errors import DataError
 
 BLOCK = 1 << 16
 
-# What a random stream is for: part of its seed, so that streams do not share their numbers.
-_PACK, _EPOCH, _BLEND, _DROPOUT = range(4)
+# What a random stream is for.
+_PACK, _EPOCH, _BLEND, _DROPOUT = range(1, 5)
 
 
 @dataclass
@@ -89,7 +89,7 @@ class Rows:
 
     def _hide_frames(self, documents: list[Document], dataset: TokenDataset, k: int) -> list[np.ndarray]:
         """Whole frames, also where a frame takes several positions; drawn from the seed and k alone."""
-        generator = np.random.default_rng((self._seed, _DROPOUT, k))
+        generator = _stream(self._seed, _DROPOUT, k)
         vocab = dataset.vocab
         per_frame = vocab.codec_layout.positions_per_frame
         hidden = []
@@ -107,7 +107,7 @@ class _DatasetRows:
 
     def __init__(self, dataset: TokenDataset, index: int, *, seq_length: int, packing: bool, seed: int) -> None:
         self.dataset = dataset
-        self._key = (seed, index)
+        self._seed, self._index = seed, index
         lengths = dataset.lengths.astype(np.int64) - 1  # input positions: the last id is only a label
         if not len(lengths):
             raise DataError(f"dataset {dataset.prefix}: holds no documents")
@@ -118,7 +118,7 @@ class _DatasetRows:
                 f" data.seq_length={seq_length} (the longest needs {lengths.max()})"
             )
         # Slots: the documents in a random order, packed. An epoch puts each document into a slot of its own length.
-        order = np.random.default_rng((*self._key, _PACK)).permutation(len(lengths))
+        order = _stream(seed, _PACK, index).permutation(len(lengths))
         if packing:
             row_of, by_row = pack(lengths[order], seq_length)
             order, row_of = order[by_row], row_of[by_row]
@@ -142,13 +142,18 @@ class _DatasetRows:
         return [self.dataset.document(int(index)) for index in slots]
 
     def _shuffle(self, epoch: int) -> None:
-        generator = np.random.default_rng((*self._key, _EPOCH, epoch))
+        generator = _stream(self._seed, _EPOCH, self._index, epoch)
         documents = generator.permutation(len(self._lengths))
         documents = documents[np.argsort(self._lengths[documents], kind="stable")]
         self._document_in_slot = np.empty(len(documents), dtype=np.int64)
         self._document_in_slot[self._slots_by_length] = documents
         self._row_order = generator.permutation(self.num_rows)
         self._epoch = epoch
+
+
+def _stream(seed: int, purpose: int, *place: int) -> np.random.Generator:
+    """Random numbers for one purpose at one place; the purpose comes first, so that no two purposes share a stream."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(purpose, *place)))
 
 
 def _blend(row_shares: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -165,7 +170,7 @@ def _blend(row_shares: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, n
         counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
     else:  # datasets of tiny weight were given their one row; the largest gives it
         counts[np.argmax(counts)] += missing
-    generator = np.random.default_rng((seed, _BLEND))
+    generator = _stream(seed, _BLEND)
     places = np.concatenate([(np.arange(count) + generator.random(count)) / count for count in counts])
     order = np.argsort(places, kind="stable")
     dataset_of = np.repeat(np.arange(len(counts)), counts)[order]
