@@ -2,14 +2,13 @@
 """Evaluate a trained model: word error rate of its transcripts (asr) or of its speech, read by a recogniser (tts)."""
 
 import argparse
-import json
-import os
 from pathlib import Path
 
 from megatron_most import cli
 from megatron_most.data.manifest import read_manifest
 from megatron_most.evaluation.recogniser import PocketsphinxRecogniser
 from megatron_most.evaluation.suites import evaluate_asr, evaluate_tts
+from megatron_most.files import write_json
 from megatron_most.inference import Sampling, load_for_generation
 
 
@@ -45,11 +44,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     else:
         sampling = Sampling(arguments.temperature)
         result = evaluate_tts(model, name, records, recogniser, sampling, arguments.max_seconds)
-    output = Path(arguments.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, output)
+    write_json(arguments.output, result)
     print(f"{arguments.suite} {name}: WER {result['wer']:.2%} on {result['num_utterances']} utterances")
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from megatron_most import cli
 from megatron_most.data.manifest import Record, read_manifest
 from megatron_most.evaluation.recogniser import PocketsphinxRecogniser
 from megatron_most.evaluation.suites import encode_records, evaluate_asr, evaluate_reference_audio, evaluate_tts
+from megatron_most.files import write_json
 from megatron_most.inference import LoadedModel, load_for_generation
 from megatron_most.model import count_parameters
 
@@ -79,13 +79,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
                 if f"{kind}_wav" in source:
                     item[f"{kind}_wav"] = source[f"{kind}_wav"]
         for suite, result in results.items():
-            _write_json(run_dir / "evaluation" / f"{suite}_{name}.json", result)
+            write_json(run_dir / "evaluation" / f"{suite}_{name}.json", result)
         suffix = key.removeprefix("heldout")
         summary[f"asr_wer_{key}"] = results["asr"]["wer"]
         summary[f"tts_wer_{key}"] = results["tts"]["wer"]
         summary[f"original_wer{suffix}"] = results["original"]["wer"]
         summary[f"codec_roundtrip_wer{suffix}"] = results["roundtrip"]["wer"]
-    _write_json(run_dir / "summary.json", summary | _training_summary(run_dir, model))
+    write_json(run_dir / "summary.json", summary | _training_summary(run_dir, model))
 
 
 def _training_summary(run_dir: Path, model: LoadedModel) -> dict[str, Any]:
@@ -125,13 +125,6 @@ def _timed(label: str, function: Any, *args: Any, **kwargs: Any) -> dict[str, An
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

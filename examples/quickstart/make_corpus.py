@@ -27,6 +27,7 @@ from examples.quickstart.espeak import Espeak  # noqa: E402
 from examples.quickstart.sentences import CORPUS_DIR, SPLIT_SIZES  # noqa: E402
 from megatron_most.cli import run  # noqa: E402
 from megatron_most.errors import DataError  # noqa: E402
+from megatron_most.files import replacing, write_text  # noqa: E402
 
 SAMPLE_RATE = 16000
 PEAK = 0.7
@@ -64,21 +65,13 @@ def fingerprint(rows: list[dict]) -> str:
     return hashlib.sha256(json.dumps([RENDER_VERSION, rows]).encode()).hexdigest()
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file so that it is either absent, old or complete."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def _write_audio(job: tuple[dict, Path]) -> None:
     global _engine
     if _engine is None:
         _engine = Espeak()
     row, path = job
-    temporary = path.with_suffix(".tmp")
-    soundfile.write(temporary, render(_engine, row), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        soundfile.write(temporary, render(_engine, row), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
 
 
 def make_split(split: str, output: Path, workers: int, limit: int | None = None) -> Path:
@@ -99,7 +92,7 @@ def make_split(split: str, output: Path, workers: int, limit: int | None = None)
         manifest.unlink(missing_ok=True)
         for stale in audio_dir.glob("*.flac"):
             stale.unlink()
-        replace_text(source, fingerprint(all_rows))
+        write_text(source, fingerprint(all_rows))
 
     paths = [audio_dir / f"{row['id']}.flac" for row in rows]
     jobs = [(row, path) for row, path in zip(rows, paths, strict=True) if not path.exists()]
@@ -120,7 +113,7 @@ def make_split(split: str, output: Path, workers: int, limit: int | None = None)
     for row, path in zip(rows, paths, strict=True):
         entry = {"audio_filepath": str(path.resolve()), "duration": soundfile.info(path).duration}
         lines.append(json.dumps(entry | {"text": row["text"], "id": row["id"]}) + "\n")
-    replace_text(manifest, "".join(lines))
+    write_text(manifest, "".join(lines))
     return manifest
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import soundfile
 import soxr
 
 from megatron_most.errors import DataError
+from megatron_most.files import replacing
 
 DURATION_TOLERANCE = 0.1
 """Seconds of audio that may be missing at the end of a segment: manifests round, resamplers trim."""
@@ -56,11 +56,5 @@ def read_audio(path: str | Path, sample_rate: int, *, offset: float = 0.0, durat
 
 def write_wav(path: str | Path, waveform: np.ndarray, sample_rate: int) -> None:
     """Write ``waveform [T]`` as 16-bit mono WAV; values beyond -1..1 are clipped. Appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         soundfile.write(temporary, np.clip(waveform, -1.0, 1.0), sample_rate, format="WAV", subtype="PCM_16")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -22,6 +22,7 @@ import torch
 
 from megatron_most.data.tasks import TASKS, Document
 from megatron_most.errors import ConfigError, DataError
+from megatron_most.files import write_json
 from megatron_most.vocab import NO_CODE, VocabLayout
 
 FORMAT_VERSION = 1
@@ -113,15 +114,6 @@ class ArrayReader:
     @property
     def lengths(self) -> np.ndarray:
         return self._data.sequence_lengths
-
-
-def write_json(path: str | Path, content: dict) -> None:
-    """Write a small JSON file so that it is either absent, old or complete."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def read_json(path: str | Path, what: str) -> dict:

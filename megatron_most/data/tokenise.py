@@ -24,9 +24,10 @@ import torch
 from megatron_most import __version__
 from megatron_most.audio import AudioCodec, file_fingerprint, load_codec
 from megatron_most.data.codes import CodecIdentity, CodesDataset
-from megatron_most.data.indexed import FORMAT_VERSION, ArrayWriter, read_json, smallest_dtype, write_json
+from megatron_most.data.indexed import FORMAT_VERSION, ArrayWriter, read_json, smallest_dtype
 from megatron_most.data.manifest import Record, read_manifest, read_waveform
 from megatron_most.errors import DataError
+from megatron_most.files import write_json, write_text
 
 SHARD_SIZES = (32, 1024)
 """Fewest and most utterances of a shard: what an interruption can cost each process."""
@@ -160,9 +161,7 @@ def _encode_shard(shard: _Shard) -> None:
         writer.commit()
     finally:
         writer.discard()
-    temporary = Path(f"{shard.prefix}.jsonl.tmp")
-    temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    os.replace(temporary, f"{shard.prefix}.jsonl")
+    write_text(f"{shard.prefix}.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def _encode_all(shards: list[_Shard], codec: AudioCodec, workers: int, progress: _Progress) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import jinja2
 
 from megatron_most import __version__
-from megatron_most.errors import ConfigError
+from megatron_most.files import write_text
 from megatron_most.report.charts import format_number
 from megatron_most.report.curves import loss_charts, points_of, training_charts
 from megatron_most.report.routing import routing_view
@@ -47,15 +46,7 @@ def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
     """
     run = read_run(run_dir)
     output = Path(output) if output is not None else run.directory / "report.html"
-    html = render(run)
-    temporary = output.with_name(f".{output.name}.tmp")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(html, encoding="utf-8")
-        os.replace(temporary, output)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ConfigError(f"{output}: the report cannot be written there: {error.strerror}") from None
+    write_text(output, render(run))
     return output
 
 

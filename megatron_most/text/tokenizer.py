@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +13,7 @@ import sentencepiece
 import tokenizers
 
 from megatron_most.errors import ConfigError, DataError
+from megatron_most.files import replacing
 
 
 class TextTokenizer(Protocol):
@@ -158,10 +158,8 @@ def train_sentencepiece(texts: Iterable[str], path: str | Path, vocab_size: int)
         num_threads=1,
         minloglevel=2,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(model.getvalue())
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(model.getvalue())
     return load_tokenizer(path)
 
 
