@@ -1,7 +1,8 @@
-"""What lets Megatron-Core 0.16.1 run on a CPU build of torch with gloo.
+"""What lets Megatron-Core 0.16.1 run on a CPU build of torch with gloo, and anywhere without Transformer Engine.
 
-:func:`install` does nothing where CUDA is there, so one program serves both. Every stand-in names the Megatron file and
-line that needs it (paths below ``megatron/core``). Call it before anything of Megatron is built.
+The stand-ins for a device are installed only where CUDA is missing, so one program serves both. Where Transformer
+Engine is missing, with CUDA or without, two names that Megatron then leaves wrong are set right. Each change names the
+Megatron file and line that needs it (paths below ``megatron/core``).
 """
 
 from __future__ import annotations
@@ -35,11 +36,20 @@ class _InOrderStream:
 
 
 def install() -> None:
-    """Install the stand-ins once; no-op where CUDA is available."""
+    """Prepare Megatron for this machine, once; call it before anything of Megatron is built.
+
+    With CUDA it only sets right what a missing Transformer Engine leaves wrong; with both it changes nothing.
+    """
     global _installed
-    if _installed or torch.cuda.is_available():
+    if _installed:
         return
     _installed = True
+    if not torch.cuda.is_available():
+        _stand_in_for_cuda()
+    _mend_missing_transformer_engine()
+
+
+def _stand_in_for_cuda() -> None:
     # jit.py:16 makes jit_fuser torch.compile, which would start a C++ compiler for each fused function.
     torch.compiler.set_stance("force_eager")
     _replace_torch_cuda()
@@ -113,11 +123,8 @@ def _replace_collectives() -> None:
 
 
 def _replace_megatron_functions() -> None:
-    import megatron.core.extensions.transformer_engine as te
     import megatron.core.tensor_parallel.random as random
-    import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
-    import megatron.core.transformer.multi_latent_attention as mla
 
     # tensor_parallel/random.py:41 and :72 reach into torch.cuda's generators.
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
@@ -130,6 +137,13 @@ def _replace_megatron_functions() -> None:
 
     # transformer/moe/moe_utils.py:1093 makes split sizes NumPy only when they come from a CUDA device.
     token_dispatcher.maybe_move_tensor_to_cpu = split_sizes_to_numpy
+
+
+def _mend_missing_transformer_engine() -> None:
+    """Without it Megatron's first forward pass fails, on a GPU as well."""
+    import megatron.core.extensions.transformer_engine as te
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.multi_latent_attention as mla
 
     # transformer/multi_latent_attention.py:57 takes an importable module for an installed Transformer Engine.
     mla.HAVE_TE = te.HAVE_TE
