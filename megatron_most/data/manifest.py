@@ -39,7 +39,8 @@ def read_manifest(path: str | Path, *, needs_audio: bool = True) -> list[Record]
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): JSON text may hold separators such as U+2028 as they are. read_text makes "\r\n" a "\n".
+        lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise DataError(f"{path}: no such manifest") from None
     except (OSError, UnicodeDecodeError) as error:

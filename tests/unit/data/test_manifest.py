@@ -53,6 +53,15 @@ def test_a_bad_line_is_named_by_its_number(tmp_path, bad, rule):
     assert rule in str(caught.value) and str(tmp_path / "m.jsonl") in str(caught.value)
 
 
+def test_only_a_newline_ends_a_line(tmp_path):
+    texts = [f"before{separator}after" for separator in ("\u2028", "\u2029", "\x85")]
+    lines = [json.dumps({**GOOD, "text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "m.jsonl").write_bytes("\r\n".join([*lines, ""]).encode())
+    records = read_manifest(tmp_path / "m.jsonl")
+    assert [record.text for record in records] == texts
+    assert [record.id for record in records] == ["m:1", "m:2", "m:3"]
+
+
 def test_ids_must_differ(tmp_path):
     with pytest.raises(DataError, match="line 2: id 'x' is already that of line 1"):
         read_manifest(write(tmp_path / "m.jsonl", {**GOOD, "id": "x"}, {**GOOD, "id": "x"}))
