@@ -263,9 +263,9 @@ class RunConfig:
         if self.parallel.virtual_pipeline_model_parallel_size is not None:
             pipeline = self.parallel.pipeline_model_parallel_size
             require(
-                count >= pipeline,
+                count % pipeline == 0,
                 "training.global_batch_size",
                 self.training.global_batch_size,
-                f"gives {count} micro-batches on each rank; virtual pipeline stages need at least {pipeline}",
+                f"gives {count} micro-batches on each rank; virtual pipeline stages need a multiple of {pipeline}",
             )
         return count

@@ -39,8 +39,8 @@ def validate(
 
 
 def _fill_pipeline(batches: list[Batch], num_chunks: int) -> list[Batch]:
-    """Virtual stages need at least one micro-batch per pipeline rank; add ones that hold nothing but padding."""
-    missing = parallel_state.get_pipeline_model_parallel_world_size() - len(batches) if num_chunks > 1 else 0
+    """Virtual stages need a multiple of the pipeline size; add micro-batches that hold nothing but padding."""
+    missing = -len(batches) % parallel_state.get_pipeline_model_parallel_world_size() if num_chunks > 1 else 0
     last = batches[-1]
     empty = dataclasses.replace(
         last, loss_mask=torch.zeros_like(last.loss_mask), is_padding=torch.ones_like(last.is_padding)

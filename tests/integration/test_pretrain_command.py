@@ -78,11 +78,11 @@ def test_dry_run_writes_nothing(config: RunConfig, config_file: str) -> None:
         (["training.global_batch_size=3"], "training.global_batch_size=3: must be divisible by"),
         (
             [
-                "training.global_batch_size=1",
+                "training.global_batch_size=3",
                 "parallel.pipeline_model_parallel_size=2",
                 "parallel.virtual_pipeline_model_parallel_size=2",
             ],
-            "gives 1 micro-batches on each rank; virtual pipeline stages need at least 2",
+            "gives 3 micro-batches on each rank; virtual pipeline stages need a multiple of 2",
         ),
         (["model.hidden_sise=3"], "did you mean 'hidden_size'"),
         (["data.train=[{path: /nowhere/asr}]"], "dataset /nowhere/asr: /nowhere/asr.json is missing"),

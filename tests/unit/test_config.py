@@ -191,6 +191,13 @@ def test_a_batch_that_does_not_fit_the_ranks_is_refused(load):
         config.num_microbatches(4)
 
 
+def test_virtual_stages_need_a_multiple_of_the_pipeline_size(load):
+    stages = ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"]
+    assert load("training.global_batch_size=4", *stages).num_microbatches(1) == 4
+    with pytest.raises(ConfigError, match="gives 3 micro-batches on each rank; .* need a multiple of 2"):
+        load("training.global_batch_size=3", *stages).num_microbatches(1)
+
+
 def test_values_may_come_from_a_program():
     config = build_config("here", {"vocab": {"text_vocab_size": 1, "num_codebooks": 1, "codebook_size": 2}})
     assert config.vocab.size == 4
