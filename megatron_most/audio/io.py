@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,9 @@ from megatron_most.files import replacing
 DURATION_TOLERANCE = 0.1
 """Seconds of audio that may be missing at the end of a segment: manifests round, resamplers trim."""
 
+_STREAMED = 0x7FFF0000
+"""Programs that write WAV to a pipe cannot go back to fill in the size of the data and leave one from here on."""
+
 
 def read_audio(path: str | Path, sample_rate: int, *, offset: float = 0.0, duration: float | None = None) -> np.ndarray:
     """Read WAV, FLAC or Ogg at any rate and channel count as float32 ``[T]`` mono at ``sample_rate``.
@@ -23,13 +27,14 @@ def read_audio(path: str | Path, sample_rate: int, *, offset: float = 0.0, durat
         duration: how much to read, in seconds; None reads to the end.
 
     Raises:
-        DataError: the file is missing, unreadable, empty, shorter than the segment asked for, or holds values that
-            are not numbers.
+        DataError: the file is missing, unreadable, cut off (a cut Ogg file cannot be told from a whole one), empty,
+            shorter than the segment asked for, or holds values that are not numbers.
     """
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such audio file")
     try:
+        _check_wav_is_whole(path)
         with soundfile.SoundFile(path) as file:
             rate = file.samplerate
             start = round(offset * rate)
@@ -38,7 +43,10 @@ def read_audio(path: str | Path, sample_rate: int, *, offset: float = 0.0, durat
             file.seek(start)
             samples = file.read(-1 if duration is None else round(duration * rate), dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
-        raise DataError(f"{path}: not readable as audio: {error.error_string}") from None
+        reason = error.error_string.strip() or "broken or cut off"  # libsndfile does not always know
+        raise DataError(f"{path}: not readable as audio: {reason}") from None
+    except OSError as error:
+        raise DataError(f"{path}: not readable: {error.strerror}") from None
     if not len(samples):
         raise DataError(f"{path}: holds no audio samples")
     if duration is not None and len(samples) / rate < duration - DURATION_TOLERANCE:
@@ -52,6 +60,23 @@ def read_audio(path: str | Path, sample_rate: int, *, offset: float = 0.0, durat
         if not len(waveform):
             raise DataError(f"{path}: too short to resample to {sample_rate} Hz")
     return np.ascontiguousarray(waveform, dtype=np.float32)
+
+
+def _check_wav_is_whole(path: Path) -> None:
+    """libsndfile reads a WAV file that was cut off as a shorter one; its header knows how long it was to be."""
+    with open(path, "rb") as file:
+        form = file.read(12)
+        if form[:4] != b"RIFF" or form[8:] != b"WAVE":
+            return
+        size_on_disk = os.fstat(file.fileno()).st_size
+        while len(header := file.read(8)) == 8:
+            name, size = header[:4], int.from_bytes(header[4:], "little")
+            if name == b"data":
+                missing = file.tell() + size - size_on_disk
+                if missing > 0 and size < _STREAMED:
+                    raise DataError(f"{path}: cut off: {missing} of {size} bytes of audio are missing")
+                return
+            file.seek(size + size % 2, os.SEEK_CUR)
 
 
 def write_wav(path: str | Path, waveform: np.ndarray, sample_rate: int) -> None:

@@ -65,6 +65,35 @@ def test_missing_corrupt_and_empty_files_are_named(tmp_path):
         assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
+@pytest.mark.parametrize("name", ["a.wav", "a.flac"])
+def test_a_file_that_was_cut_off_is_refused(tmp_path, name, share):
+    soundfile.write(tmp_path / name, np.random.default_rng(0).uniform(-0.5, 0.5, 40000), 16000)
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(DataError, match=rf"{name}: .*\w\.?$"):
+        read_audio(tmp_path / name, 16000)
+
+
+def test_an_error_that_libsndfile_cannot_name_still_says_something(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "a.flac", tone(16000), 16000)
+    error = soundfile.LibsndfileError(158)
+    monkeypatch.setattr(type(error), "error_string", property(lambda self: ""))
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda *_, **__: (_ for _ in ()).throw(error))
+    with pytest.raises(DataError, match=r"a\.flac: not readable as audio: broken or cut off$"):
+        read_audio(tmp_path / "a.flac", 16000)
+
+
+@pytest.mark.parametrize("size", [0x7FFFF000, 0xFFFFFFFF])
+def test_wav_from_a_pipe_does_not_know_its_size(tmp_path, size):
+    soundfile.write(tmp_path / "a.wav", tone(16000), 16000)
+    content = bytearray((tmp_path / "a.wav").read_bytes())
+    at = content.index(b"data") + 4
+    content[at : at + 4] = size.to_bytes(4, "little")
+    (tmp_path / "a.wav").write_bytes(content)
+    assert len(read_audio(tmp_path / "a.wav", 16000)) == 16000
+
+
 def test_what_is_written_is_read_back_and_clipped(tmp_path):
     waveform = tone(16000) * 3
     write_wav(tmp_path / "new" / "a.wav", waveform, 16000)
