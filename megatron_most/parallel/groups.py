@@ -13,6 +13,10 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_most import platform
 from megatron_most.config import ParallelConfig
 
+_STAGE_STRIDE = 1 << 20
+"""Between the seeds of two pipeline stages: more than Megatron adds for tensor and expert ranks (100 for each expert
+rank, random.py:428), and inside the 32 bits of a seed that torch's CPU generator uses."""
+
 
 def initialize(layout: ParallelConfig, seed: int) -> None:
     """Start torch.distributed from ``torchrun``'s environment (or alone), build the groups and seed every tracker.
@@ -50,7 +54,7 @@ def _seed_everything(seed: int) -> None:
 
     Routers are initialised on the CPU, so torch's CPU generator counts too.
     """
-    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    stage_seed = seed + _STAGE_STRIDE * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(stage_seed)
     model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
 
