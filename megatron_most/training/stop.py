@@ -8,9 +8,10 @@ from types import FrameType
 
 
 class StopRequest:
-    """True once the process was asked to stop or its parent has died; install it around the training loop.
+    """True once the process was asked to stop or its ``torchrun`` has died; install it around the training loop.
 
-    A ``torchrun`` that is killed cannot end its ranks: they would train on, unseen, and keep the run directory.
+    A ``torchrun`` that is killed cannot end its ranks: they would train on, unseen, and keep the run directory. A
+    process that was started without one may outlive its parent: a shell, with ``nohup``.
 
     A second Ctrl-C interrupts at once. ``torchrun`` forwards SIGTERM after a Ctrl-C that the ranks saw themselves, so a
     SIGTERM after a first request changes nothing.
@@ -19,10 +20,10 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: str | None = None
         self._previous: dict[int, object] = {}
-        self._parent = os.getppid()
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def __bool__(self) -> bool:
-        if self.signal is None and os.getppid() != self._parent:
+        if self.signal is None and self._launcher not in (None, os.getppid()):
             self.signal = "the loss of its launcher"
         return self.signal is not None
 

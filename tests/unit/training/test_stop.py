@@ -32,20 +32,28 @@ def test_second_interrupt_ends_at_once_but_a_forwarded_sigterm_does_not() -> Non
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_rank_whose_launcher_was_killed_stops() -> None:
+@pytest.mark.parametrize(("under_torchrun", "expected"), [(True, "the loss of its launcher"), (False, "trains on")])
+def test_the_death_of_the_parent_stops_a_rank_of_torchrun_only(
+    under_torchrun: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if under_torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    else:
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     reader, writer = os.pipe()
-    launcher = os.fork()
-    if launcher == 0:
+    parent = os.fork()
+    if parent == 0:
+        parent = os.getpid()
         if os.fork() == 0:
             stop = StopRequest()
-            os.write(writer, b"started " if not stop else b"too early ")
-            while not stop:
+            os.write(writer, b"started, " if not stop else b"too early, ")
+            while os.getppid() == parent:
                 time.sleep(0.01)
-            os.write(writer, (stop.signal or "").encode())
+            os.write(writer, (stop.signal or "").encode() if stop else b"trains on")
         else:
             time.sleep(0.5)
         os._exit(0)
     os.close(writer)
-    os.waitpid(launcher, 0)
+    os.waitpid(parent, 0)
     with os.fdopen(reader) as pipe:
-        assert pipe.read() == "started the loss of its launcher"
+        assert pipe.read() == f"started, {expected}"
