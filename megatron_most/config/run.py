@@ -80,7 +80,7 @@ class DatasetConfig:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        require(self.weight > 0, "data.train.weight", self.weight, f"must be greater than 0 ({self.path})")
+        require(self.weight > 0, f"data: weight of {self.path}", self.weight, "must be greater than 0")
 
 
 @dataclass

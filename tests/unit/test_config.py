@@ -168,7 +168,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         (["optimizer.warmup_steps=1000"], "must be less than training.steps, 1000"),
         (["optimizer.min_lr=1"], "optimizer.min_lr=1.0: must not exceed optimizer.lr"),
         (["data.audio_frame_dropout=1"], "data.audio_frame_dropout=1.0: must be in [0, 1)"),
-        (["data.train.0.weight=0"], "must be greater than 0 (data/asr)"),
+        (["data.train.0.weight=0"], "data: weight of data/asr=0.0: must be greater than 0"),
+        (["data.validation=[{path: data/dev, weight: 0}]"], "data: weight of data/dev=0.0: must be greater than 0"),
     ],
 )
 def test_a_broken_rule_names_field_value_and_rule(error, overrides, message):
