@@ -117,6 +117,19 @@ class FlatLayout(CodecLayout):
         return range(start, start + self.codebook_size), codebook == 0
 
 
+def check_codes(codes: np.ndarray, num_codebooks: int, codebook_size: int, where: str) -> None:
+    """Raise :class:`DataError` unless ``codes`` is ``[C, F]`` with every value inside its codebook."""
+    if codes.ndim != 2 or codes.shape[0] != num_codebooks:
+        raise DataError(f"{where}: codes have shape {list(codes.shape)}, expected [{num_codebooks}, frames]")
+    wrong = np.argwhere((codes < 0) | (codes >= codebook_size))
+    if wrong.size:
+        codebook, frame = wrong[0]
+        raise DataError(
+            f"{where}: code {codes[codebook, frame]} of codebook {codebook}, frame {frame}"
+            f" is outside 0..{codebook_size - 1}"
+        )
+
+
 CODEC_LAYOUTS: dict[str, type[CodecLayout]] = {"frame": FrameLayout, "flat": FlatLayout}
 
 
@@ -170,16 +183,8 @@ class VocabLayout:
         return ids >= self.text_vocab_size
 
     def check_codes(self, codes: np.ndarray, where: str) -> None:
-        """Raise :class:`DataError` unless ``codes`` is ``[C, F]`` with every value inside its codebook."""
-        if codes.ndim != 2 or codes.shape[0] != self.num_codebooks:
-            raise DataError(f"{where}: codes have shape {codes.shape}, expected [{self.num_codebooks}, frames]")
-        wrong = np.argwhere((codes < 0) | (codes >= self.codebook_size))
-        if wrong.size:
-            codebook, frame = wrong[0]
-            raise DataError(
-                f"{where}: code {codes[codebook, frame]} of codebook {codebook}, frame {frame}"
-                f" is outside 0..{self.codebook_size - 1}"
-            )
+        """:func:`check_codes` with this layout's codebooks."""
+        check_codes(codes, self.num_codebooks, self.codebook_size, where)
 
     def check_ids(self, ids: np.ndarray, where: str) -> None:
         """Raise :class:`DataError` when an id lies outside the layout; ``where`` names dataset and document."""

@@ -11,6 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
+from megatron_most.errors import ConfigError
+
 
 class AudioCodec(Protocol):
     """A neural codec: waveform <-> one code per codebook and frame."""
@@ -46,6 +48,20 @@ class AudioCodec(Protocol):
         Raises DataError for codes outside their codebook.
         """
         ...
+
+
+def codec_file(name_or_path: str | Path) -> Path | None:
+    """The file that is meant by what a user gives as a codec; None when it is the name of a pretrained model.
+
+    Raises:
+        ConfigError: a file is meant, but there is none.
+    """
+    text = str(name_or_path)
+    if not text.endswith(".nemo"):
+        return None
+    if not Path(text).is_file():
+        raise ConfigError(f"codec {text}: no such file")
+    return Path(text)
 
 
 def file_fingerprint(path: str | Path) -> str:

@@ -17,8 +17,9 @@ import soxr
 import torch
 import yaml
 
-from megatron_most.audio.codec import AudioCodec, file_fingerprint
+from megatron_most.audio.codec import AudioCodec, codec_file, file_fingerprint
 from megatron_most.errors import ConfigError, DataError
+from megatron_most.vocab import check_codes
 
 _TRUSTED_PACKAGES = ("nemo.", "torch.")
 
@@ -30,23 +31,21 @@ def load_codec(name_or_path: str | Path) -> AudioCodec:
         ConfigError: NeMo is not installed, or there is neither a file nor a pretrained model of that name.
         DataError: the file is no intact NeMo codec.
     """
-    text = str(name_or_path)
-    is_file = text.endswith(".nemo")
-    if is_file and not Path(text).is_file():
-        raise ConfigError(f"codec {text}: no such file")
-    if is_file:
-        _check_archive(Path(text))
+    file = codec_file(name_or_path)
+    if file:
+        _check_archive(file)
     with _quiet_nemo():
         model_class = _import_nemo()
-        path = Path(text) if is_file else _download(model_class, text)
-        if not is_file:
+        path = file or _download(model_class, str(name_or_path))
+        if not file:
             _check_archive(path)
         try:
             model = model_class.restore_from(str(path), map_location="cpu")
         except Exception as error:  # NeMo raises whatever its configuration and unpickling happen to trip over
             raise DataError(f"codec {path}: NeMo cannot restore it: {_one_line(error)}") from error
         _check_weights(model, path)
-    return NemoCodec(model.float().eval(), name=path.stem if is_file else text, fingerprint=file_fingerprint(path))
+    name = file.stem if file else str(name_or_path)
+    return NemoCodec(model.float().eval(), name=name, fingerprint=file_fingerprint(path))
 
 
 class NemoCodec:
@@ -93,17 +92,7 @@ class NemoCodec:
 
     def _check_range(self, codes: np.ndarray) -> None:
         """NeMo itself turns codes that are too large into some other sound without a word."""
-        if codes.ndim != 2 or codes.shape[0] != self.num_codebooks:
-            raise DataError(
-                f"codec {self.name}: codes have shape {list(codes.shape)}, expected [{self.num_codebooks}, frames]"
-            )
-        wrong = np.argwhere((codes < 0) | (codes >= self.codebook_size))
-        if wrong.size:
-            codebook, frame = wrong[0]
-            raise DataError(
-                f"codec {self.name}: code {codes[codebook, frame]} of codebook {codebook}, frame {frame}"
-                f" is outside 0..{self.codebook_size - 1}"
-            )
+        check_codes(codes, self.num_codebooks, self.codebook_size, f"codec {self.name}")
 
 
 def _import_nemo():

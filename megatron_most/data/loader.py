@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_most.audio import file_fingerprint
+from megatron_most.audio import codec_file, file_fingerprint
 from megatron_most.config import DatasetConfig, RunConfig
 from megatron_most.data.batch import Batch, make_batch
 from megatron_most.data.blend import Row, Rows
@@ -95,10 +95,8 @@ def open_datasets(config: RunConfig, entries: Sequence[DatasetConfig]) -> list[T
             _require_same("tokenizer", dataset, config.tokenizer, fingerprint)
     if config.codec is not None:
         # A pretrained model's weights may be out of reach of the training machine; then its name has to do.
-        is_file = config.codec.endswith(".nemo")
-        if is_file and not Path(config.codec).is_file():
-            raise ConfigError(f"codec={config.codec!r}: no such file")
-        fingerprint = file_fingerprint(config.codec) if is_file else None
+        file = codec_file(config.codec)
+        fingerprint = file_fingerprint(file) if file else None
         for dataset in datasets:
             _require_same("codec", dataset, config.codec, fingerprint)
     _require_same_sources(datasets)

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from megatron_most import __version__
-from megatron_most.audio import AudioCodec, file_fingerprint, load_codec
+from megatron_most.audio import AudioCodec, codec_file, file_fingerprint, load_codec
 from megatron_most.data.codes import CodecIdentity, CodesDataset
 from megatron_most.data.indexed import FORMAT_VERSION, ArrayWriter, read_json, smallest_dtype
 from megatron_most.data.manifest import Record, read_manifest, read_waveform
@@ -64,8 +64,8 @@ def tokenise(
     manifest_sha256 = hashlib.sha256(Path(manifest).read_bytes()).hexdigest()
     if Path(f"{output}.json").is_file():
         # Loading a codec takes seconds; the fingerprint of a file is enough to see that there is nothing to do.
-        path = Path(codec)
-        fingerprint = file_fingerprint(path) if path.is_file() else load_codec(codec).fingerprint
+        file = codec_file(codec)
+        fingerprint = file_fingerprint(file) if file else load_codec(codec).fingerprint
         _require_same_job(f"{output}.json", manifest_sha256, fingerprint)
         shutil.rmtree(parts, ignore_errors=True)
         return CodesDataset(output)

@@ -82,7 +82,7 @@ def test_ids_that_are_no_frames_are_refused(vocab, ids, message):
 @pytest.mark.parametrize(
     ("codes", "message"),
     [
-        (np.zeros((2, 5)), r"a.wav: codes have shape \(2, 5\), expected \[3, frames\]"),
+        (np.zeros((2, 5)), r"a.wav: codes have shape \[2, 5\], expected \[3, frames\]"),
         (np.zeros(5), "a.wav: codes have shape"),
         (np.array([[0, 1], [2, 10], [0, 0]]), r"a.wav: code 10 of codebook 1, frame 1 is outside 0\.\.9"),
         (np.array([[0, 1], [2, 3], [-1, 0]]), "a.wav: code -1 of codebook 2, frame 0"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from megatron_most.audio import file_fingerprint, load_codec
+from megatron_most.audio import codec_file, file_fingerprint, load_codec
 from megatron_most.errors import ConfigError, DataError
 
 MODULES = "nemo.collections.tts.modules.audio_codec_modules"
@@ -180,3 +180,13 @@ def test_without_nemo_the_error_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "nemo.collections.tts.models", None)
     with pytest.raises(ConfigError, match=r"pip install megatron-most\[audio\]"):
         load_codec(path)
+
+
+def test_a_name_that_ends_in_nemo_is_a_file_and_any_other_a_pretrained_model(tmp_path, monkeypatch):
+    path = write_archive(tmp_path / "some.nemo", {})
+    assert codec_file(path) == codec_file(str(path)) == path
+    (tmp_path / "nano-codec").touch()
+    monkeypatch.chdir(tmp_path)
+    assert codec_file("nano-codec") is None
+    with pytest.raises(ConfigError, match=r"absent\.nemo: no such file"):
+        codec_file("absent.nemo")

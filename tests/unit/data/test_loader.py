@@ -165,7 +165,7 @@ def test_another_codec_is_refused_naming_both(tmp_path):
 
 def test_a_codec_file_that_is_gone_is_named(tmp_path):
     write_dataset(tmp_path / "data", "tts", 2, provenance=provenance())
-    with pytest.raises(ConfigError, match="codec='gone.nemo': no such file"):
+    with pytest.raises(ConfigError, match="codec gone.nemo: no such file"):
         train_batches(
             run_config([(tmp_path / "data", 1.0)], codec="gone.nemo"), dp_rank=0, dp_size=1, consumed_samples=0
         )
