@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from megatron_most.config.rules import require, require_not_negative, require_one_of, require_positive
 from megatron_most.vocab import MODALITY_NAMES, VocabLayout
 
+VOCAB_MULTIPLE = 128
+"""Ids and codes are padded to this multiple, whatever the tensor-parallel size, so that layouts can be exchanged."""
+
 
 @dataclass
 class RopeConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_most.config.model import ModelConfig
+from megatron_most.config.model import VOCAB_MULTIPLE, ModelConfig
 from megatron_most.config.rules import require, require_not_negative, require_one_of, require_positive
 from megatron_most.errors import ConfigError
 from megatron_most.vocab import VocabLayout
@@ -201,11 +201,19 @@ class RunConfig:
         )
         require(self.seed >= 0, "seed", self.seed, "must not be negative")
         tensor = parallel.tensor_model_parallel_size
+        split = {
+            "model.attention.num_heads": model.attention.num_heads,
+            "model.ffn_hidden_size": model.ffn_hidden_size if model.num_dense_layers else 0,
+            "model.moe.shared_ffn_hidden_size": model.moe.shared_ffn_hidden_size,
+            "the multiple to which ids and codes are padded": VOCAB_MULTIPLE,
+        }
+        for what, size in split.items():
+            require(size % tensor == 0, "parallel.tensor_model_parallel_size", tensor, f"must divide {what}, {size}")
         require(
-            model.attention.num_heads % tensor == 0,
-            "parallel.tensor_model_parallel_size",
-            tensor,
-            f"must divide model.attention.num_heads, {model.attention.num_heads}",
+            model.moe.ffn_hidden_size % parallel.expert_tensor_size == 0,
+            "parallel.expert_tensor_parallel_size",
+            parallel.expert_tensor_size,
+            f"must divide model.moe.ffn_hidden_size, {model.moe.ffn_hidden_size}",
         )
         expert = parallel.expert_model_parallel_size
         for group in model.moe.groups:

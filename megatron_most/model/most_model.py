@@ -12,16 +12,14 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_most.config.model import VOCAB_MULTIPLE
 from megatron_most.model.codebooks import CodebookEmbeddings, CodebookHeads
 from megatron_most.moe.token_planes import pack_planes
 from megatron_most.vocab import VocabLayout
 
-VOCAB_MULTIPLE = 128
-"""Ids and codes are padded to this multiple, whatever the tensor-parallel size, so that layouts can be exchanged."""
-
 
 def padded(size: int) -> int:
-    """``size`` rounded up to :data:`VOCAB_MULTIPLE`."""
+    """``size`` rounded up to :data:`~megatron_most.config.model.VOCAB_MULTIPLE`."""
     return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 

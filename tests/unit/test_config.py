@@ -18,6 +18,15 @@ data:
   train: [{path: data/asr, weight: 0.4}]
 """
 
+# Everything but what the test is about can be split in three.
+TENSOR_3 = [
+    "parallel.tensor_model_parallel_size=3",
+    "model.attention.num_heads=12",
+    "model.ffn_hidden_size=96",
+    "model.moe.shared_ffn_hidden_size=96",
+    "data.seq_length=96",
+]
+
 
 @pytest.fixture
 def load(tmp_path):
@@ -160,6 +169,17 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         (["model.codebook_loss_weights=[1, 2]"], "needs one weight for each of the 4 codebooks"),
         (["parallel.expert_model_parallel_size=3"], "must divide the 4 text experts"),
         (["parallel.tensor_model_parallel_size=3"], "must divide model.attention.num_heads, 16"),
+        (
+            [*TENSOR_3, "model.ffn_hidden_size=64"],
+            "tensor_model_parallel_size=3: must divide model.ffn_hidden_size, 64",
+        ),
+        ([*TENSOR_3, "model.moe.shared_ffn_hidden_size=64"], "must divide model.moe.shared_ffn_hidden_size, 64"),
+        ([*TENSOR_3, "model.num_dense_layers=0"], "must divide the multiple to which ids and codes are padded, 128"),
+        (
+            ["parallel.tensor_model_parallel_size=2", "model.moe.ffn_hidden_size=65"],
+            "parallel.expert_tensor_parallel_size=2: must divide model.moe.ffn_hidden_size, 65",
+        ),
+        (["parallel.expert_tensor_parallel_size=3"], "must divide model.moe.ffn_hidden_size, 1408"),
         (["parallel.pipeline_model_parallel_size=3"], "must divide model.num_layers, 4"),
         (["parallel.virtual_pipeline_model_parallel_size=2"], "needs pipeline_model_parallel_size of at least 2"),
         (["parallel.context_parallel_size=2", "data.seq_length=34"], "data.seq_length=34: must be divisible by 4"),
@@ -190,6 +210,11 @@ def test_a_batch_that_does_not_fit_the_ranks_is_refused(load):
     assert config.num_microbatches(3) == 2
     with pytest.raises(ConfigError, match="training.global_batch_size=6: must be divisible"):
         config.num_microbatches(4)
+
+
+def test_what_no_layer_has_need_not_be_divisible(load):
+    none = ["model.num_dense_layers=0", "model.ffn_hidden_size=63", "model.moe.shared_ffn_hidden_size=0"]
+    assert load("parallel.tensor_model_parallel_size=2", *none).parallel.tensor_model_parallel_size == 2
 
 
 def test_virtual_stages_need_a_multiple_of_the_pipeline_size(load):
