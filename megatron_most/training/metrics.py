@@ -6,6 +6,7 @@ drops the lines after the step it resumes from, so that each step stands there o
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -110,17 +111,28 @@ class JsonLines:
         self.stream.close()
 
 
+def require_installed(logging: LoggingConfig) -> None:
+    """Raise :class:`ConfigError` when TensorBoard or wandb is asked for and not installed."""
+    asked = (
+        (logging.tensorboard, "torch.utils.tensorboard", "logging.tensorboard=True: tensorboard"),
+        (logging.wandb_project, "wandb", f"logging.wandb_project={logging.wandb_project!r}: wandb"),
+    )
+    for wanted, module, what in asked:
+        if wanted:
+            try:
+                importlib.import_module(module)
+            except ImportError:
+                raise ConfigError(f"{what} is not installed (pip install {what.split()[-1]})") from None
+
+
 class MetricsWriter:
-    """Everything rank 0 writes about a run's progress.
+    """Everything rank 0 writes about a run's progress; :func:`require_installed` comes first.
 
     Args:
         run_dir: receives ``metrics.jsonl``, ``routing.jsonl`` and ``tensorboard/``.
         total_steps: the run's last step, for the time left.
         resume_step: the step the run starts from.
         run_config: what wandb is told of the run.
-
-    Raises:
-        ConfigError: wandb or TensorBoard is asked for and not installed.
     """
 
     def __init__(
@@ -198,18 +210,14 @@ def _step(line: str) -> float:
 
 
 def _tensorboard(run_dir: Path, resume_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ConfigError("logging.tensorboard=True: tensorboard is not installed (pip install tensorboard)") from None
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
 
 
 def _wandb(run_dir: Path, project: str, run_config: dict[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise ConfigError(f"logging.wandb_project={project!r}: wandb is not installed (pip install wandb)") from None
+    import wandb
+
     # A resumed run goes on in the same wandb run.
     identity = run_dir / ".wandb_id"
     if not identity.exists():

@@ -32,7 +32,7 @@ from megatron_most.model import build_model
 from megatron_most.moe import collect_routing
 from megatron_most.parallel import fail, on_rank_zero, together
 from megatron_most.training.loss import LossTable
-from megatron_most.training.metrics import MetricAccumulator, MetricsWriter
+from megatron_most.training.metrics import MetricAccumulator, MetricsWriter, require_installed
 from megatron_most.training.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -82,6 +82,7 @@ class Trainer:
             self._say(f"{resume_from}: already trained for training.steps={self.config.training.steps}")
         else:
             # Whatever can be wrong with what the run reads is found before anything is written.
+            on_rank_zero(lambda: require_installed(self.config.logging))
             self._open_data()
             if resume_from is None and self.config.checkpoint.load is not None:
                 on_rank_zero(lambda: find_checkpoint(self.config.checkpoint.load, self.config))

@@ -96,6 +96,13 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert not Path(config.run_dir).exists()
 
 
+def test_a_missing_tracker_leaves_nothing(config: RunConfig, config_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    results = run_ranks(2, command, "--config", config_file, "logging.wandb_project=most")
+    assert "wandb is not installed" in one_error_line(results)
+    assert not Path(config.run_dir).exists()
+
+
 def test_run_directory_and_checkpoints_of_another_model_are_refused(config: RunConfig, config_file: str) -> None:
     run_ranks(1, command, "--config", config_file, "training.steps=3")
     before = sorted(Path(config.run_dir).rglob("*"))

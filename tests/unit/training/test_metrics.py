@@ -10,7 +10,13 @@ import pytest
 
 from megatron_most.config import LoggingConfig
 from megatron_most.errors import ConfigError
-from megatron_most.training.metrics import JsonLines, MetricAccumulator, MetricsWriter, console_line
+from megatron_most.training.metrics import (
+    JsonLines,
+    MetricAccumulator,
+    MetricsWriter,
+    console_line,
+    require_installed,
+)
 
 NAMES = ["loss", "loss/text", "loss/audio", "tokens"]
 
@@ -105,7 +111,11 @@ def test_writer_writes_lines_tensorboard_and_console(tmp_path: Path, capsys: pyt
     writer.close()
 
 
-def test_missing_wandb_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_tracker_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match="wandb is not installed"):
-        MetricsWriter(tmp_path, LoggingConfig(tensorboard=False, wandb_project="most"), 1, 0, {})
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    require_installed(LoggingConfig(tensorboard=False))
+    with pytest.raises(ConfigError, match="logging.wandb_project='most': wandb is not installed"):
+        require_installed(LoggingConfig(tensorboard=False, wandb_project="most"))
+    with pytest.raises(ConfigError, match="logging.tensorboard=True: tensorboard is not installed"):
+        require_installed(LoggingConfig(tensorboard=True))
