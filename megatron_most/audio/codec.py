@@ -38,14 +38,15 @@ class AudioCodec(Protocol):
     def encode(self, waveform: np.ndarray) -> np.ndarray:
         """Waveform ``[T]`` float32 in -1..1 at ``sample_rate`` -> codes ``[C, F]`` int64.
 
-        F is T / ``samples_per_frame``, rounded up. The same waveform gives the same codes whatever was encoded before.
+        F is T / ``samples_per_frame``, rounded up; DataError when the codec gives another number. The same waveform
+        gives the same codes whatever was encoded before.
         """
         ...
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Codes ``[C, F]`` -> waveform ``[F * samples_per_frame]`` float32.
 
-        Raises DataError for codes outside their codebook.
+        Raises DataError for codes outside their codebook, and when the codec gives too few samples.
         """
         ...
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import tarfile
 import warnings
 from collections.abc import Iterator
@@ -73,6 +74,12 @@ class NemoCodec:
         tokens, num_frames = self._model.encode(audio=audio, audio_len=torch.tensor([audio.shape[1]]))
         codes = tokens[0, :, : int(num_frames[0])].numpy().astype(np.int64)
         self._check_range(codes)
+        expected = math.ceil(waveform.size / self.samples_per_frame)  # NeMo pads every codec's input to whole frames
+        if codes.shape[1] != expected:
+            raise DataError(
+                f"codec {self.name}: gave {codes.shape[1]} frames for {waveform.size} samples, {expected} are expected"
+                f" at {self.samples_per_frame} samples a frame"
+            )
         return codes
 
     @torch.inference_mode()
@@ -87,8 +94,13 @@ class NemoCodec:
         rate = int(self._model.output_sample_rate)
         if rate != self.sample_rate:  # some codecs raise the rate while decoding
             waveform = soxr.resample(waveform, rate, self.sample_rate)
+        expected = num_frames * self.samples_per_frame
+        if len(waveform) < expected:
+            raise DataError(
+                f"codec {self.name}: gave {len(waveform)} samples for {num_frames} frames, {expected} are expected"
+            )
         # Codecs on mel frames return one frame more than they were given.
-        return np.ascontiguousarray(waveform[: num_frames * self.samples_per_frame], dtype=np.float32)
+        return np.ascontiguousarray(waveform[:expected], dtype=np.float32)
 
     def _check_range(self, codes: np.ndarray) -> None:
         """NeMo itself turns codes that are too large into some other sound without a word."""

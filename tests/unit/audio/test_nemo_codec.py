@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from megatron_most.audio import codec_file, file_fingerprint, load_codec
+from megatron_most.audio.nemo_codec import NemoCodec
 from megatron_most.errors import ConfigError, DataError
 
 MODULES = "nemo.collections.tts.modules.audio_codec_modules"
@@ -81,6 +82,12 @@ def codec_path(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def codec(codec_path):
     return load_codec(codec_path)
+
+
+@pytest.fixture(scope="module")
+def shipped_codec():
+    pytest.importorskip("nemo.collections.tts.models")
+    return load_codec(Path(__file__).parents[3] / "examples" / "quickstart" / "codec" / "tiny_codec.nemo")
 
 
 def noise(num_samples: int, seed: int = 0) -> np.ndarray:
@@ -190,3 +197,31 @@ def test_a_name_that_ends_in_nemo_is_a_file_and_any_other_a_pretrained_model(tmp
     assert codec_file("nano-codec") is None
     with pytest.raises(ConfigError, match=r"absent\.nemo: no such file"):
         codec_file("absent.nemo")
+
+
+class WrongLengths:
+    """Stands for a NeMo model: one frame too many for a waveform, one sample too few for some codes."""
+
+    num_codebooks, codebook_size, sample_rate, output_sample_rate, samples_per_frame = 2, 1000, 16000, 16000, 640
+
+    def encode(self, audio, audio_len):
+        frames = audio.shape[1] // 640 + 2
+        return torch.zeros(1, 2, frames, dtype=torch.long), torch.tensor([frames])
+
+    def decode(self, tokens, tokens_len):
+        return torch.zeros(1, 640 * tokens.shape[2] - 1), None
+
+
+def test_a_codec_that_does_not_keep_the_length_is_refused():
+    codec = NemoCodec(WrongLengths(), name="wrong", fingerprint="")
+    with pytest.raises(DataError, match="codec wrong: gave 3 frames for 1000 samples, 2 are expected"):
+        codec.encode(noise(1000))
+    with pytest.raises(DataError, match="codec wrong: gave 1919 samples for 3 frames, 1920 are expected"):
+        codec.decode(np.zeros((2, 3), dtype=np.int64))
+
+
+@pytest.mark.parametrize(("num_samples", "num_frames"), [(1, 1), (639, 1), (640, 1), (641, 2), (35123, 55)])
+def test_the_shipped_codec_keeps_the_length(shipped_codec, num_samples, num_frames):
+    codes = shipped_codec.encode(noise(num_samples))
+    assert codes.shape == (4, num_frames)
+    assert shipped_codec.decode(codes).shape == (num_frames * 640,)
