@@ -35,10 +35,23 @@ class Generator:
         self.device = next(model.parameters()).device
 
     def text(
-        self, prompts: Sequence[Prompt], end: int, max_new: int, sampling: Sampling, forbidden: tuple[int, ...] = ()
+        self,
+        prompts: Sequence[Prompt],
+        end: int,
+        max_new: int,
+        sampling: Sampling,
+        *,
+        num_text_ids: int | None = None,
+        forbidden: tuple[int, ...] = (),
     ) -> list[list[int]]:
-        """Text ids for each prompt, without ``end``; at most ``max_new`` of them."""
-        ids, _ = self._continue(prompts, TextGrammar(self.vocab, end, forbidden), max_new, sampling)
+        """Text ids for each prompt, without ``end``; at most ``max_new`` of them.
+
+        Args:
+            num_text_ids: the tokenizer's ids, where the model has more; None allows all text ids of the model.
+            forbidden: text ids that are never chosen.
+        """
+        grammar = TextGrammar(num_text_ids or self.vocab.text_vocab_size, end, forbidden)
+        ids, _ = self._continue(prompts, grammar, max_new, sampling)
         return [row.tolist() for row in ids]
 
     def speech(self, prompts: Sequence[Prompt], max_frames: int, sampling: Sampling) -> list[np.ndarray]:

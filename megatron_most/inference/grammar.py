@@ -20,15 +20,18 @@ class Grammar(Protocol):
 
 
 class TextGrammar:
-    """Ids of the text tokenizer, ended by ``end``; ``forbidden`` are its markers that never stand inside text."""
+    """Ids of the text tokenizer, ended by ``end``; ``forbidden`` are its markers that never stand inside text.
 
-    def __init__(self, vocab: VocabLayout, end: int, forbidden: tuple[int, ...] = ()) -> None:
-        self.vocab = vocab
+    num_text_ids: the tokenizer's; the model may have more, which no tokenizer could turn into text.
+    """
+
+    def __init__(self, num_text_ids: int, end: int, forbidden: tuple[int, ...] = ()) -> None:
+        self.num_text_ids = num_text_ids
         self.end = end
         self.forbidden = [marker for marker in forbidden if marker != end]
 
     def allowed(self, position: int, num_ids: int, device: torch.device) -> torch.Tensor:
-        allowed = torch.arange(num_ids, device=device) < self.vocab.text_vocab_size
+        allowed = torch.arange(num_ids, device=device) < self.num_text_ids
         allowed[self.forbidden] = False
         return allowed
 

@@ -25,7 +25,12 @@ def transcribe(
     texts: list[str] = [""] * len(prompts)
     for batch in _batches_of_similar_length([len(item.ids) for item in prompts], batch_size):
         generated = model.generator.text(
-            [prompts[index] for index in batch], tokenizer.eos_id, max_new, sampling or Sampling(), markers
+            [prompts[index] for index in batch],
+            tokenizer.eos_id,
+            max_new,
+            sampling or Sampling(),
+            num_text_ids=tokenizer.vocab_size,
+            forbidden=markers,
         )
         for index, ids in zip(batch, generated, strict=True):
             texts[index] = tokenizer.decode(ids)

@@ -14,9 +14,9 @@ from tests.distributed.tiny import tiny_config
 
 
 class Letters:
-    """Ids 3.. are letters; 0 pads, 1 begins, 2 ends."""
+    """Ids 3.. are letters; 0 pads, 1 begins, 2 ends. The model has 7 text ids more."""
 
-    bos_id, eos_id, pad_id = 1, 2, 0
+    bos_id, eos_id, pad_id, vocab_size = 1, 2, 0, 33
 
     def encode(self, text: str) -> list[int]:
         return [3 + ord(letter) % 30 for letter in text]
@@ -56,6 +56,15 @@ def test_speech_comes_in_the_order_of_the_texts_and_within_the_time_allowed(mode
         together = speak(model, texts, max_seconds=0.7, batch_size=batch_size)
         assert all(np.array_equal(a, b) for a, b in zip(together, one_by_one, strict=True))
     assert all(1 <= codes.shape[1] <= 7 for codes in one_by_one)
+
+
+def test_transcripts_hold_only_ids_that_the_tokenizer_has(model):
+    assert model.config.vocab.text_vocab_size > Letters.vocab_size
+    codes = utterances(model, 5) * 4
+    sampled = " ".join(transcribe(model, codes, max_new=12, sampling=Sampling(temperature=5.0)))
+    ids = [int(token_id) for token_id in sampled.split()]
+    assert len(ids) > 100
+    assert set(ids) <= set(range(3, Letters.vocab_size))
 
 
 def test_sampled_speech_differs_from_greedy(model):
