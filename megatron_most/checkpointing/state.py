@@ -11,7 +11,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,7 @@ from torch.distributed import checkpoint as torch_checkpoint
 from megatron_most.checkpointing.optimizer_state import OptimizerState
 from megatron_most.errors import CheckpointError
 from megatron_most.model import MoSTModel
+from megatron_most.parallel import fail
 
 StateDict = dict[str, Any]
 
@@ -66,7 +67,7 @@ def save_state(directory: Path, model_chunks: list[MoSTModel], optimizer: Megatr
     """Write model, optimizer and random states into the empty ``directory``. A collective call.
 
     Raises:
-        CheckpointError: the storage refused.
+        CheckpointError: the storage refused; raised on one rank, the others leave with status 1.
     """
     state = _model_state(model_chunks)
     state |= {"optimizer": OptimizerState(optimizer, state, loading=False).tensors, "rng": _rng_state()}
@@ -74,8 +75,10 @@ def save_state(directory: Path, model_chunks: list[MoSTModel], optimizer: Megatr
     try:
         with _without_deprecations():
             dist_checkpointing.save(state, str(directory), strategy)
-    except (OSError, CheckpointingException, torch_checkpoint.CheckpointException) as error:
+    except (OSError, CheckpointingException) as error:
         raise CheckpointError(f"{directory}: cannot be written: {_one_line(error)}") from error
+    except torch_checkpoint.CheckpointException as error:
+        _fail_once(f"{directory}: cannot be written", error)
 
 
 def load_state(
@@ -108,8 +111,10 @@ def _load(directory: Path, state: StateDict) -> StateDict:
     try:
         with _without_deprecations():
             return dist_checkpointing.load(state, str(directory), strategy)
-    except (OSError, CheckpointingException, torch_checkpoint.CheckpointException) as error:
+    except (OSError, CheckpointingException) as error:
         raise CheckpointError(f"{directory}: cannot be loaded: {_one_line(error)}") from error
+    except torch_checkpoint.CheckpointException as error:
+        _fail_once(f"{directory}: cannot be loaded", error)
 
 
 @contextlib.contextmanager
@@ -160,6 +165,12 @@ def _set_rng_state(state: dict[str, Any]) -> None:
     get_cuda_rng_tracker().set_states(state["tracker"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _fail_once(what: str, error: torch_checkpoint.CheckpointException) -> NoReturn:
+    """torch raises on every rank when one has failed, with the errors of those that did: the first is told, once."""
+    rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
+    fail(CheckpointError(f"{what}: {_one_line(cause)} (rank {rank})") if dist.get_rank() == 0 else None)
 
 
 def _one_line(error: BaseException) -> str:

@@ -2,13 +2,14 @@
 
 from megatron_most.parallel.agreement import fail, on_rank_zero, together
 from megatron_most.parallel.context import zigzag_positions
-from megatron_most.parallel.groups import data_parallel_place, destroy, initialize, is_rank_zero
+from megatron_most.parallel.groups import data_parallel_place, destroy, initialize, is_first_of_replica, is_rank_zero
 
 __all__ = [
     "data_parallel_place",
     "destroy",
     "fail",
     "initialize",
+    "is_first_of_replica",
     "is_rank_zero",
     "on_rank_zero",
     "together",

@@ -72,6 +72,15 @@ def data_parallel_place() -> tuple[int, int]:
     return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
 
 
+def is_first_of_replica() -> bool:
+    """True on one of the ranks that read the same data: the first of its tensor, pipeline and context groups."""
+    return (
+        parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.get_pipeline_model_parallel_rank() == 0
+        and parallel_state.get_context_parallel_rank() == 0
+    )
+
+
 def is_rank_zero() -> bool:
     """True on global rank 0, and before torch.distributed is started."""
     return not dist.is_initialized() or dist.get_rank() == 0

@@ -27,7 +27,7 @@ from megatron_most.checkpointing import (
 from megatron_most.config import RunConfig
 from megatron_most.data.batch import Batch
 from megatron_most.data.loader import train_batches, validation_batches
-from megatron_most.errors import MostError
+from megatron_most.errors import DataError, MostError
 from megatron_most.model import build_model
 from megatron_most.moe import collect_routing
 from megatron_most.parallel import fail, on_rank_zero, together
@@ -102,7 +102,7 @@ class Trainer:
         return complete[-1] if complete else None
 
     def _restore_counters(self, checkpoint: Path) -> int:
-        metadata = read_metadata(checkpoint)
+        metadata = on_rank_zero(lambda: read_metadata(checkpoint))
         self.step, self.consumed_samples = metadata.step, metadata.consumed_samples
         self.consumed_tokens = metadata.consumed_tokens
         self.accumulator.load_state(metadata.pending)
@@ -174,7 +174,7 @@ class Trainer:
 
     def _train_step(self, stop: StopRequest) -> tuple[float, bool]:
         """One optimizer step. Returns the gradient norm before clipping and whether any rank was asked to stop."""
-        batches = [next(self.batches).to(self.device) for _ in range(self.num_microbatches)]
+        batches = self._read_batches()
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -194,6 +194,13 @@ class Trainer:
         self._timed_tokens += tokens
         self._timed_steps += 1
         return grad_norm, requests > 0
+
+    def _read_batches(self) -> list[Batch]:
+        """The micro-batches of this step; of the ranks that share broken rows, one tells it and all leave."""
+        try:
+            return [next(self.batches).to(self.device) for _ in range(self.num_microbatches)]
+        except DataError as error:
+            fail(error if parallel.is_first_of_replica() else None)
 
     def _require_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):

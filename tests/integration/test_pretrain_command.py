@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
+import os
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.checkpoint import FileSystemWriter
 
 from megatron_most.config import RunConfig, dump_config
 from tests.distributed.harness import run_ranks
@@ -133,6 +136,42 @@ def test_a_corrupt_checkpoint_is_refused_and_a_torn_one_is_skipped(config: RunCo
     assert "warning: skipped checkpoint" in out
     assert "resuming from" in out
     assert "step_00000003" in out
+
+
+def test_broken_checkpoint_metadata_is_told_once(config: RunConfig, config_file: str) -> None:
+    run_ranks(1, command, "--config", config_file, "training.steps=3")
+    path = Path(config.run_dir) / "checkpoints" / "step_00000003" / "checkpoint.json"
+    path.write_bytes(b"{" * path.stat().st_size)  # of its old size, so that the checkpoint counts as complete
+    line = one_error_line(run_ranks(2, command, "--config", config_file))
+    assert f"{path}: unreadable: " in line
+
+
+@pytest.mark.parametrize("dimension", ["tensor", "pipeline"])
+def test_broken_data_found_in_a_step_is_told_by_one_of_the_ranks_that_read_it(
+    dimension: str, config: RunConfig, config_file: str
+) -> None:
+    ids = Path(f"{config.data.train[1].path}.ids.bin")
+    ids.write_bytes(b"\x7f" * ids.stat().st_size)
+    line = one_error_line(run_ranks(2, command, "--config", config_file, f"parallel.{dimension}_model_parallel_size=2"))
+    assert f"dataset {config.data.train[1].path}, document" in line
+    assert "is outside the layout" in line
+
+
+def command_on_a_full_disk(full_on_rank: str, *arguments: str) -> tuple[object, str, str]:
+    def no_space(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if os.environ["RANK"] == full_on_rank:
+        FileSystemWriter.write_data = no_space
+    return command(*arguments)
+
+
+@pytest.mark.parametrize("full_on_rank", ["0", "1"])
+def test_a_full_disk_is_told_once(full_on_rank: str, config: RunConfig, config_file: str) -> None:
+    results = run_ranks(2, command_on_a_full_disk, full_on_rank, "--config", config_file)
+    line = one_error_line(results)
+    assert f"state: cannot be written: [Errno 28] No space left on device (rank {full_on_rank})" in line
+    assert not list((Path(config.run_dir) / "checkpoints").glob("step_*"))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(config: RunConfig, config_file: str) -> None:
