@@ -6,6 +6,7 @@ with ``id``, ``reference`` and ``hypothesis``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 
 from megatron_most.audio import AudioCodec, write_wav
 from megatron_most.data.manifest import Record, read_waveform
+from megatron_most.data.tasks import prompt
 from megatron_most.evaluation.recogniser import Recogniser
 from megatron_most.evaluation.wer import word_errors
 from megatron_most.inference import LoadedModel, Sampling, speak, transcribe
@@ -42,9 +44,9 @@ def evaluate_asr(
         max_new: longest transcript in text ids; the model's sequence length bounds it too.
     """
     codes = encode_records(model.codec, records) if codes is None else codes
-    layout = model.config.vocab.codec_layout
-    longest = max(utterance.shape[1] for utterance in codes) * layout.positions_per_frame
-    room = model.config.data.seq_length - longest - 16  # the prompt's other ids
+    vocab, tokenizer = model.config.vocab, model.tokenizer
+    longest = max(codes, key=lambda utterance: utterance.shape[1])
+    room = model.config.data.seq_length - len(prompt("asr", vocab, tokenizer, codes=longest).ids)
     hypotheses = transcribe(model, codes, max_new=max(1, min(max_new, room)))
     return _result("asr", set_name, records, hypotheses)
 
@@ -62,8 +64,8 @@ def evaluate_tts(
     """Speak each text and let an independent recogniser read it back; the WER is the recogniser's.
 
     Args:
-        samples: folder for the WAV files of the first ``num_samples`` utterances, named ``<set>_<id>_generated.wav``;
-            items then carry their path under ``generated_wav``, relative to the folder's parent.
+        samples: folder for the WAV files of the first ``num_samples`` utterances, named ``<set>_<id>_generated.wav``
+            (``_`` for what is no letter, digit, dot or hyphen); items then carry their path under ``generated_wav``, relative to the folder's parent.
     """
     spoken = speak(model, [record.text for record in records], max_seconds, sampling)
     waveforms = [model.codec.decode(codes) for codes in spoken]
@@ -107,7 +109,8 @@ def _recognised(
     result = _result(suite, set_name, records, hypotheses)
     if samples is not None:
         for item, waveform in list(zip(result["items"], waveforms, strict=True))[:num_samples]:
-            path = samples / f"{set_name}_{item['id']}_{kind}.wav"
+            # Ids may hold anything, slashes and dots too.
+            path = samples / re.sub(r"[^\w.-]", "_", f"{set_name}_{item['id']}_{kind}.wav")
             write_wav(path, waveform, sample_rate)
             item[f"{kind}_wav"] = f"{samples.name}/{path.name}"
     return result
