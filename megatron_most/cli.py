@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 
-from megatron_most.errors import MostError
+from megatron_most.errors import ConfigError, MostError
+
+
+_DEBUG_HELP = "show the traceback of an error"
 
 
 def run(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], None]) -> None:
     """Parse ``sys.argv`` with ``parser``, call ``command`` and leave the process with its status.
 
-    A :class:`MostError` becomes one line on stderr and exit status 1; ``--debug`` lets it propagate instead.
+    A :class:`MostError` becomes one line on stderr and exit status 1; ``--debug``, before or after a subcommand, lets
+    it propagate instead.
     Ctrl-C exits with 130, as shells expect.
     """
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    arguments = parser.parse_args()
+    subparsers = _subparsers(parser)
+    parser.add_argument("--debug", action="store_true", help=_DEBUG_HELP)
+    for subparser in subparsers:
+        # Suppressed: the default of a subparser would undo a --debug that stands before the subcommand.
+        subparser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=_DEBUG_HELP)
+    # Intermixed, so that options may stand between positional arguments; argparse cannot do both.
+    arguments = parser.parse_args() if subparsers else parser.parse_intermixed_args()
     try:
         command(arguments)
     except MostError as error:
@@ -27,3 +37,17 @@ def run(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace],
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def require_positive(arguments: argparse.Namespace, *names: str) -> None:
+    """Raise :class:`ConfigError` for the first of these options that is given and not a finite number above 0."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"--{name.replace('_', '-')}={value}: must be greater than 0")
+
+
+def _subparsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """The parsers of the subcommands; argparse shows them only as the choices of an action."""
+    actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return [subparser for action in actions for subparser in dict.fromkeys(action.choices.values())]

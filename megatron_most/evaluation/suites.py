@@ -65,7 +65,8 @@ def evaluate_tts(
 
     Args:
         samples: folder for the WAV files of the first ``num_samples`` utterances, named ``<set>_<id>_generated.wav``
-            (``_`` for what is no letter, digit, dot or hyphen); items then carry their path under ``generated_wav``, relative to the folder's parent.
+            (``_`` for what is no letter, digit, dot or hyphen); items then carry their path under ``generated_wav``,
+            relative to the folder's parent.
     """
     spoken = speak(model, [record.text for record in records], max_seconds, sampling)
     waveforms = [model.codec.decode(codes) for codes in spoken]

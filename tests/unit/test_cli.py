@@ -5,7 +5,7 @@ import argparse
 import pytest
 
 from megatron_most import cli
-from megatron_most.errors import DataError
+from megatron_most.errors import ConfigError, DataError
 
 
 def raise_data_error(arguments):
@@ -64,3 +64,36 @@ def test_wrong_usage_is_status_2(run, capsys):
         run(raise_data_error)
     assert left.value.code == 2
     assert "usage: tool" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv", [("--debug", "build", "a.jsonl"), ("build", "a.jsonl", "--debug"), ("build", "a.jsonl")]
+)
+def test_debug_may_stand_before_or_after_a_subcommand(monkeypatch, argv):
+    parser = argparse.ArgumentParser(prog="tool")
+    parser.add_subparsers(required=True).add_parser("build").add_argument("path")
+    monkeypatch.setattr("sys.argv", ["tool", *argv])
+    with pytest.raises(DataError if "--debug" in argv else SystemExit):
+        cli.run(parser, raise_data_error)
+
+
+def test_options_may_stand_between_positional_arguments(monkeypatch):
+    seen = []
+    for argv in (["a=1", "--config", "c", "b=2"], ["--config", "c", "a=1", "b=2"], ["--config", "c"]):
+        parser = argparse.ArgumentParser(prog="tool")
+        parser.add_argument("--config", required=True)
+        parser.add_argument("overrides", nargs="*")
+        monkeypatch.setattr("sys.argv", ["tool", *argv])
+        cli.run(parser, seen.append)
+    assert [(arguments.config, arguments.overrides) for arguments in seen] == [
+        ("c", ["a=1", "b=2"]),
+        ("c", ["a=1", "b=2"]),
+        ("c", []),
+    ]
+
+
+@pytest.mark.parametrize("value", [0, -1, float("inf"), float("nan")])
+def test_options_that_must_be_positive_are_named(value):
+    cli.require_positive(argparse.Namespace(workers=None, max_seconds=0.5), "workers", "max_seconds")
+    with pytest.raises(ConfigError, match=f"^--max-seconds={value}: must be greater than 0"):
+        cli.require_positive(argparse.Namespace(workers=1, max_seconds=value), "workers", "max_seconds")
