@@ -8,7 +8,7 @@ from megatron_most import cli
 from megatron_most.data.manifest import read_manifest
 from megatron_most.evaluation.recogniser import PocketsphinxRecogniser
 from megatron_most.evaluation.suites import evaluate_asr, evaluate_tts
-from megatron_most.files import write_json
+from megatron_most.files import require_writable, write_json
 from megatron_most.inference import Sampling, load_for_generation
 
 
@@ -32,17 +32,19 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
+    cli.require_positive(arguments, "limit", "max_seconds")
+    sampling = Sampling(arguments.temperature)
     name = Path(arguments.data).stem
     records = read_manifest(arguments.data, needs_audio=arguments.suite == "asr")[: arguments.limit]
     if arguments.suite == "tts":
         manifests = arguments.vocabulary or [arguments.data]
         sentences = [record.text for path in manifests for record in read_manifest(path, needs_audio=False)]
         recogniser = PocketsphinxRecogniser(sentences)
+    require_writable(arguments.output)
     model = load_for_generation(arguments.checkpoint, arguments.tokenizer, arguments.codec)
     if arguments.suite == "asr":
         result = evaluate_asr(model, name, records)
     else:
-        sampling = Sampling(arguments.temperature)
         result = evaluate_tts(model, name, records, recogniser, sampling, arguments.max_seconds)
     write_json(arguments.output, result)
     print(f"{arguments.suite} {name}: WER {result['wer']:.2%} on {result['num_utterances']} utterances")

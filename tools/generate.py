@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_most import cli
 from megatron_most.audio import read_audio, write_wav
 from megatron_most.errors import ConfigError, DataError
+from megatron_most.files import require_writable, write_text
 from megatron_most.inference import Sampling, load_for_generation, speak, transcribe
 
 
@@ -32,17 +33,21 @@ def make_parser() -> argparse.ArgumentParser:
 def generate(arguments: argparse.Namespace) -> None:
     if arguments.task == "tts" and not arguments.output:
         raise ConfigError("--output: tts needs the WAV file to write")
+    cli.require_positive(arguments, "max_new_tokens", "max_seconds")
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    text = _text(arguments.input) if arguments.task == "tts" else ""
+    if arguments.output:
+        require_writable(arguments.output)
     model = load_for_generation(arguments.checkpoint, arguments.tokenizer, arguments.codec)
     if arguments.task == "asr":
         codes = [model.codec.encode(read_audio(path, model.codec.sample_rate)) for path in arguments.input]
         text = "\n".join(transcribe(model, codes, arguments.max_new_tokens, sampling))
         if arguments.output:
-            Path(arguments.output).write_text(text + "\n", encoding="utf-8")
+            write_text(arguments.output, text + "\n")
         else:
             print(text)
     else:
-        [codes] = speak(model, [_text(arguments.input)], arguments.max_seconds, sampling)
+        [codes] = speak(model, [text], arguments.max_seconds, sampling)
         write_wav(arguments.output, model.codec.decode(codes), model.codec.sample_rate)
 
 
@@ -54,6 +59,8 @@ def _text(words: list[str]) -> str:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: must be UTF-8 text") from None
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ MAX_NEW_TEXT = 16  # twice a sentence's ids: an untrained model never ends one
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
+    cli.require_positive(arguments, "limit")
     run_dir, corpus = arguments.run_dir, arguments.corpus
     samples = run_dir / "samples"
     manifests = {name: read_manifest(corpus / f"{name}.jsonl") for name in SETS}

@@ -25,7 +25,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from examples.quickstart.espeak import Espeak  # noqa: E402
 from examples.quickstart.sentences import CORPUS_DIR, SPLIT_SIZES  # noqa: E402
-from megatron_most.cli import run  # noqa: E402
+from megatron_most.cli import require_positive, run  # noqa: E402
 from megatron_most.errors import DataError  # noqa: E402
 from megatron_most.files import replacing, write_text  # noqa: E402
 
@@ -118,6 +118,7 @@ def make_split(split: str, output: Path, workers: int, limit: int | None = None)
 
 
 def main(arguments: argparse.Namespace) -> None:
+    require_positive(arguments, "workers", "limit")
     Espeak()  # fail here, in one line, and not in every worker
     for split in arguments.splits:
         manifest = make_split(split, arguments.output, arguments.workers, arguments.limit)

@@ -9,28 +9,35 @@ from collections.abc import Callable
 import numpy as np
 
 from megatron_most.audio import load_codec, write_wav
+from megatron_most.cli import require_positive
 from megatron_most.data.build import build_dataset
 from megatron_most.data.indexed import TokenDataset
 from megatron_most.data.manifest import read_manifest
 from megatron_most.data.tasks import INSTRUCTIONS, Document
 from megatron_most.data.tokenise import tokenise
 from megatron_most.errors import ConfigError
+from megatron_most.files import require_writable
 from megatron_most.text import TextTokenizer, load_tokenizer, train_sentencepiece
 from megatron_most.vocab import VocabLayout
 
 
 def train_tokenizer(arguments: argparse.Namespace, command: str) -> None:
+    require_writable(arguments.output)
     texts = [record.text for path in arguments.manifest for record in read_manifest(path, needs_audio=False)]
     tokenizer = train_sentencepiece(itertools.chain(texts, INSTRUCTIONS), arguments.output, arguments.vocab_size)
     print(f"{arguments.output}: {tokenizer.vocab_size} ids from {len(texts)} texts")
 
 
 def tokenize(arguments: argparse.Namespace, command: str) -> None:
+    require_positive(arguments, "workers")
+    require_writable(f"{arguments.output}.json")
     codes = tokenise(arguments.manifest, arguments.codec, arguments.output, workers=arguments.workers, command=command)
     print(f"{arguments.output}: {len(codes)} utterances, {codes.seconds / 3600:.2f} h, codec {codes.codec.name}")
 
 
 def build(arguments: argparse.Namespace, command: str) -> None:
+    require_positive(arguments, "text_vocab_size", "num_codebooks", "codebook_size")
+    require_writable(f"{arguments.output}.json")
     dataset = build_dataset(
         arguments.output,
         task=arguments.task,
@@ -66,6 +73,7 @@ def inspect(arguments: argparse.Namespace, command: str) -> None:
     if bool(arguments.codec) != bool(arguments.wav):
         raise ConfigError("--codec and --wav: each needs the other")
     if arguments.codec:
+        require_writable(arguments.wav)
         codes = _audio(document, dataset.vocab)
         codec = load_codec(arguments.codec)
         made_with = dataset.provenance["codec"] or {}

@@ -17,6 +17,9 @@ from tests.unit.report.fake_run import make_run
 ROOT = Path(__file__).parents[2]
 COMMANDS = sorted([*(ROOT / "tools").glob("*.py"), ROOT / "examples" / "pretrain_most.py"])
 
+TTS = ["--checkpoint", "c", "--task", "tts", "--input", "hello"]
+EVALUATE = ["--checkpoint", "c", "--suite", "asr", "--data", "{manifest}"]
+
 WRONG = {
     "doctor.py": [
         (["--run-dir"], "expected one argument", 2),
@@ -34,11 +37,44 @@ WRONG = {
         ),
         (["inspect", "--dataset", "{tmp}/absent"], "{tmp}/absent", 1),
         (["build", "--task", "asr", "--tokenizer", "{tmp}/absent.model", "--output", "{tmp}/data"], "error: ", 1),
+        (
+            ["tokenize", "--manifest", "m", "--codec", "c", "--output", "{tmp}/codes", "--workers", "-1"],
+            "error: --workers=-1: must be greater than 0",
+            1,
+        ),
+        (
+            ["tokenize", "--manifest", "m", "--codec", "c", "--output", "{config}/codes"],
+            "error: {config}/codes.json: cannot be written: ",
+            1,
+        ),
+        (
+            ["build", "--task", "asr", "--tokenizer", "t", "--codes", "c", "--output", "{config}/asr"],
+            "error: {config}/asr.json: cannot be written: ",
+            1,
+        ),
+        (
+            ["tokenizer", "--manifest", "m", "--vocab-size", "300", "--output", "{config}/t.model"],
+            "error: {config}/t.model: cannot be written: ",
+            1,
+        ),
         (["melt"], "invalid choice: 'melt'", 2),
     ],
     "generate.py": [
         (["--checkpoint", "{tmp}/absent", "--task", "asr", "--input", "a.wav"], "{tmp}/absent", 1),
         (["--checkpoint", "{tmp}/absent", "--task", "tts", "--input", "hello"], "error: --output: ", 1),
+        ([*TTS, "--output", "{config}/a.wav"], "error: {config}/a.wav: cannot be written: ", 1),
+        ([*TTS, "--output", "{tmp}"], "error: {tmp}: is a folder", 1),
+        ([*TTS, "--output", "{tmp}/a.wav", "--max-seconds", "-1"], "error: --max-seconds=-1.0: must be greater", 1),
+        (
+            ["--checkpoint", "c", "--task", "asr", "--input", "a.wav", "--max-new-tokens", "0"],
+            "error: --max-new-tokens=0: must be greater than 0",
+            1,
+        ),
+        (
+            ["--checkpoint", "c", "--task", "tts", "--input", "{latin}", "--output", "{tmp}/a.wav"],
+            "error: {latin}: must be UTF-8 text",
+            1,
+        ),
     ],
     "evaluate.py": [
         (
@@ -46,6 +82,8 @@ WRONG = {
             "{tmp}/absent.jsonl",
             1,
         ),
+        ([*EVALUATE, "--output", "{tmp}/o.json", "--limit", "0"], "error: --limit=0: must be greater than 0", 1),
+        ([*EVALUATE, "--output", "{config}/o.json"], "error: {config}/o.json: cannot be written: ", 1),
     ],
     "pretrain_most.py": [
         (["--config", "{tmp}/absent.yaml"], "error: {tmp}/absent.yaml: no such config file", 1),
@@ -107,7 +145,10 @@ def test_wrong_input_is_one_line_and_leaves_nothing(script, case, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(CONFIG + f"run_dir: {tmp_path / 'run'}\n")
     arguments, message, status = WRONG[script.name][case]
-    places = {"tmp": tmp_path, "config": config}
+    (tmp_path / "latin.txt").write_bytes("Käse".encode("latin-1"))
+    (tmp_path / "m.jsonl").write_text('{"audio_filepath": "a.wav", "text": "a"}')
+    given = {"tmp": tmp_path, "config": config, "latin": tmp_path / "latin.txt", "manifest": tmp_path / "m.jsonl"}
+    places = {name: str(path) for name, path in given.items()}
     got, out, err = run(script, *(argument.format(**places) for argument in arguments))
     assert got == status, err
     assert out == ""
@@ -115,7 +156,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(script, case, tmp_path):
     assert "Traceback" not in err
     if status == 1:
         assert [line for line in err.splitlines() if line.startswith("error: ")] == [err.splitlines()[-1]]
-    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latin.txt", "m.jsonl", "run.yaml"]
 
 
 def test_the_doctor_starts_by_itself_and_speaks_json():
