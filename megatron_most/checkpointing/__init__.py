@@ -1,12 +1,19 @@
 """Native sharded checkpoints: commit, verify, find, reshard."""
 
 from megatron_most.checkpointing.directory import complete_checkpoints, remove_leftovers, resolve
-from megatron_most.checkpointing.metadata import CheckpointMetadata, Fingerprint, expert_order, read_metadata
+from megatron_most.checkpointing.metadata import (
+    CheckpointMetadata,
+    Fingerprint,
+    check_same_data,
+    expert_order,
+    read_metadata,
+)
 from megatron_most.checkpointing.store import find_checkpoint, load_checkpoint, load_model_weights, save_checkpoint
 
 __all__ = [
     "CheckpointMetadata",
     "Fingerprint",
+    "check_same_data",
     "complete_checkpoints",
     "expert_order",
     "find_checkpoint",

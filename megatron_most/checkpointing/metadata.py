@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 from megatron_most.audio import file_fingerprint
 from megatron_most.checkpointing.directory import read_json, resolve
 from megatron_most.config import RunConfig
+from megatron_most.data.indexed import read_json as read_sidecar
 from megatron_most.errors import CheckpointError
 from megatron_most.moe import ExpertGroups
 from megatron_most.text import load_tokenizer
@@ -33,7 +36,10 @@ TRAINING_ONLY = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:
-    """Which tokenizer or codec: its name as configured, and its content's fingerprint (None for a pretrained name)."""
+    """Which tokenizer, codec or dataset: its name as configured, and its content's fingerprint.
+
+    None stands for what is not known: a codec of a pretrained name.
+    """
 
     name: str
     fingerprint: str | None
@@ -50,6 +56,22 @@ class Fingerprint:
             return None
         return cls(config.codec, file_fingerprint(config.codec) if Path(config.codec).is_file() else None)
 
+    @classmethod
+    def of_dataset(cls, path: str) -> Fingerprint:
+        """Of a built dataset, from its sidecar and the sizes of its files: cheap, and blind to a bit that flipped.
+
+        The command and the version of the tool that built it do not count: the same data may be built again.
+
+        Raises:
+            DataError: it is missing or unreadable.
+        """
+        sidecar = read_sidecar(f"{path}.json", f"dataset {path}")
+        built = {key: value for key, value in sidecar["provenance"].items() if key not in ("command", "tool_version")}
+        files = [Path(f"{path}.{part}.{kind}") for part in ("ids", "mask", "codes") for kind in ("bin", "idx")]
+        sizes = [file.stat().st_size if file.is_file() else None for file in files]
+        content = json.dumps([{**sidecar, "provenance": built}, sizes], sort_keys=True)
+        return cls(path, hashlib.sha256(content.encode()).hexdigest())
+
 
 @dataclasses.dataclass
 class CheckpointMetadata:
@@ -65,6 +87,7 @@ class CheckpointMetadata:
         world_size: ranks that wrote it.
         pending: metrics gathered since the last logged line, so that a resumed run logs what an undisturbed one does.
         versions: packages that wrote it.
+        datasets: fingerprints of the training datasets.
     """
 
     step: int
@@ -77,6 +100,7 @@ class CheckpointMetadata:
     world_size: int
     pending: dict[str, Any]
     versions: dict[str, str]
+    datasets: list[Fingerprint]
 
     @property
     def vocab(self) -> VocabLayout:
@@ -90,7 +114,8 @@ class CheckpointMetadata:
         fingerprints = {
             name: None if values[name] is None else Fingerprint(**values[name]) for name in ("tokenizer", "codec")
         }
-        return cls(**{**values, **fingerprints})
+        datasets = [Fingerprint(**entry) for entry in values.get("datasets", [])]  # older checkpoints name none
+        return cls(**{**values, **fingerprints, "datasets": datasets})
 
 
 def read_metadata(path: str | Path) -> CheckpointMetadata:
@@ -136,6 +161,20 @@ def check_same_model(directory: Path, metadata: CheckpointMetadata, config: RunC
             raise CheckpointError(
                 f"{directory}: belongs to another {what}: {theirs.name} ({theirs.fingerprint[:12]}) in the checkpoint,"
                 f" {ours.name} ({ours.fingerprint[:12]}) in the config"
+            )
+
+
+def check_same_data(directory: Path, metadata: CheckpointMetadata, datasets: list[Fingerprint]) -> None:
+    """Raise :class:`CheckpointError` naming the first dataset that is not what the checkpoint was trained on.
+
+    Datasets are compared by name: which ones a run takes is a matter of its configuration.
+    """
+    theirs = {dataset.name: dataset.fingerprint for dataset in metadata.datasets}
+    for dataset in datasets:
+        if theirs.get(dataset.name, dataset.fingerprint) != dataset.fingerprint:
+            raise CheckpointError(
+                f"{directory}: dataset {dataset.name} was built anew, with other content, since this checkpoint was"
+                " trained on it; bring the old one back, or choose another run_dir"
             )
 
 

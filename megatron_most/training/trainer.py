@@ -16,6 +16,7 @@ from megatron_most import parallel, platform
 from megatron_most.checkpointing import (
     CheckpointMetadata,
     Fingerprint,
+    check_same_data,
     complete_checkpoints,
     expert_order,
     find_checkpoint,
@@ -83,7 +84,7 @@ class Trainer:
         else:
             # Whatever can be wrong with what the run reads is found before anything is written.
             on_rank_zero(lambda: require_installed(self.config.logging))
-            self._open_data()
+            self._open_data(resume_from)
             if resume_from is None and self.config.checkpoint.load is not None:
                 on_rank_zero(lambda: find_checkpoint(self.config.checkpoint.load, self.config))
             on_rank_zero(self._claim_run_directory)
@@ -108,7 +109,7 @@ class Trainer:
         self.accumulator.load_state(metadata.pending)
         return self.step
 
-    def _open_data(self) -> None:
+    def _open_data(self, resume_from: Path | None) -> None:
         config = self.config
         dp_rank, dp_size = parallel.data_parallel_place()
         self.num_microbatches = config.num_microbatches(dp_size)
@@ -121,6 +122,9 @@ class Trainer:
                 lambda: self._to_device(validation_batches(config, dp_rank=dp_rank, dp_size=dp_size))
             )
         self._fingerprints = on_rank_zero(lambda: (Fingerprint.of_tokenizer(config), Fingerprint.of_codec(config)))
+        self._datasets = on_rank_zero(lambda: [Fingerprint.of_dataset(entry.path) for entry in config.data.train])
+        if resume_from is not None:
+            on_rank_zero(lambda: check_same_data(resume_from, read_metadata(resume_from), self._datasets))
 
     def _build(self, resume_from: Path | None) -> None:
         config = self.config
@@ -248,6 +252,7 @@ class Trainer:
             world_size=dist.get_world_size(),
             pending=self.accumulator.state(),
             versions=versions(),
+            datasets=self._datasets,
         )
         save_checkpoint(self.run_dir, metadata, self.model_chunks, self.optimizer, self.config.checkpoint.keep_last)
 

@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from megatron_most.config import RunConfig, dump_config
 from tests.distributed.harness import run_ranks
-from tests.integration.tiny_run import metric_lines, run_config
+from tests.integration.tiny_run import metric_lines, run_config, write_dataset
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "pretrain_most.py"
 
@@ -136,6 +137,19 @@ def test_a_corrupt_checkpoint_is_refused_and_a_torn_one_is_skipped(config: RunCo
     assert "warning: skipped checkpoint" in out
     assert "resuming from" in out
     assert "step_00000003" in out
+
+
+def test_a_dataset_built_anew_is_refused_where_there_is_a_checkpoint(config: RunConfig, config_file: str) -> None:
+    asr = config.data.train[0].path
+    run_ranks(1, command, "--config", config_file, "training.steps=3")
+    write_dataset(Path(asr), config, "asr", seed=1, num_documents=25)
+    line = one_error_line(run_ranks(2, command, "--config", config_file))
+    assert f"step_00000003: dataset {asr} was built anew, with other content" in line
+
+    shutil.rmtree(Path(config.run_dir) / "checkpoints")
+    [(status, out, _)] = run_ranks(1, command, "--config", config_file, "training.steps=3")
+    assert status == 0
+    assert "finished 3 steps" in out
 
 
 def test_broken_checkpoint_metadata_is_told_once(config: RunConfig, config_file: str) -> None:

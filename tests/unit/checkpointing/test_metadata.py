@@ -7,19 +7,24 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_most.checkpointing.metadata import (
     METADATA,
     CheckpointMetadata,
     Fingerprint,
+    check_same_data,
     check_same_model,
     expert_order,
     first_difference,
     read_metadata,
 )
 from megatron_most.config import RunConfig
+from megatron_most.data.indexed import DatasetWriter
+from megatron_most.data.tasks import Document
 from megatron_most.errors import CheckpointError
+from megatron_most.vocab import NO_CODE
 from tests.distributed.tiny import tiny_config
 from tests.unit.checkpointing.test_directory import make_checkpoint
 
@@ -36,13 +41,17 @@ def metadata_of(config: RunConfig, **fields: Any) -> CheckpointMetadata:
         "world_size": 2,
         "pending": {},
         "versions": {},
+        "datasets": [],
     }
     return CheckpointMetadata(**{**values, **fields})
 
 
 def test_metadata_survives_json() -> None:
     metadata = metadata_of(
-        tiny_config(), tokenizer=Fingerprint("t.model", "ab"), codec=Fingerprint("nvidia/codec", None)
+        tiny_config(),
+        tokenizer=Fingerprint("t.model", "ab"),
+        codec=Fingerprint("nvidia/codec", None),
+        datasets=[Fingerprint("data/asr", "cd")],
     )
     read = CheckpointMetadata.from_dict(json.loads(json.dumps(metadata.to_dict())))
     assert read == metadata
@@ -84,6 +93,32 @@ def test_another_codec_is_refused_by_content_not_by_place(tmp_path: Path) -> Non
     check_same_model(Path("step"), metadata_of(config, codec=Fingerprint("moved.nemo", here.fingerprint)), config)
     with pytest.raises(CheckpointError, match="belongs to another codec: other.nemo"):
         check_same_model(Path("step"), metadata_of(config, codec=Fingerprint("other.nemo", "0" * 64)), config)
+
+
+def built_dataset(directory: Path, num_documents: int = 2, **provenance: Any) -> Fingerprint:
+    vocab = tiny_config().vocab
+    with DatasetWriter(directory / "notes", "text_lm", vocab) as writer:
+        for _ in range(num_documents):
+            ids = np.arange(1, 9)
+            writer.add(Document(ids, np.ones(8, dtype=bool), np.full((8, vocab.num_codebooks), NO_CODE)))
+        writer.commit({"tokenizer": "t", "command": "build", "tool_version": "1", **provenance})
+    (directory / "notes.more.ids.bin").write_bytes(b"of another dataset")
+    return Fingerprint.of_dataset(str(directory / "notes"))
+
+
+def test_a_dataset_is_known_by_what_it_was_built_from_and_its_sizes(tmp_path: Path) -> None:
+    first = built_dataset(tmp_path)
+    assert built_dataset(tmp_path) == first
+    assert built_dataset(tmp_path, command="build again", tool_version="2") == first
+    assert built_dataset(tmp_path, tokenizer="u") != first
+    assert built_dataset(tmp_path, num_documents=3) != first
+
+
+def test_a_dataset_with_other_content_is_refused_and_one_of_another_name_is_not() -> None:
+    metadata = metadata_of(tiny_config(), datasets=[Fingerprint("data/asr", "ab"), Fingerprint("data/tts", "cd")])
+    check_same_data(Path("step"), metadata, [Fingerprint("data/tts", "cd"), Fingerprint("data/new", "ef")])
+    with pytest.raises(CheckpointError, match="step: dataset data/tts was built anew, with other content"):
+        check_same_data(Path("step"), metadata, [Fingerprint("data/asr", "ab"), Fingerprint("data/tts", "00")])
 
 
 def test_broken_metadata_is_one_line(tmp_path: Path) -> None:
