@@ -56,10 +56,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "frame": {},
     "flat": {"vocab__layout": "flat"},
     "packed": {"data__packing": True, "training__micro_batch_size": 1},
+    "q-lora": {"model__attention__q_lora_rank": 20},
     "score-all": {"model__moe__score_rule": "all", "model__moe__expert_order": "contiguous"},
 }
 CASES = [(layout, "frame") for layout in LAYOUTS]
 CASES += [(layout, variant) for variant in ("flat", "packed", "score-all") for layout in ("tp2", "ep2", "pp2-vpp2")]
+CASES += [("tp2", "q-lora")]
 
 
 def one_step(overrides: dict[str, Any]) -> tuple[list[list[float]], list[dict], float, list[Piece]]:
@@ -117,6 +119,52 @@ def test_layout_equals_one_process(layout, variant):
         assert difference <= GRADIENT_TOLERANCE, f"{name}: gradient differs by {difference:.1e} of the largest"
 
 
-def test_every_weight_has_a_gradient():
-    *_, gradients = one_process("frame")
+@pytest.mark.parametrize("variant", ["frame", "q-lora"])
+def test_every_weight_has_a_gradient(variant):
+    *_, gradients = one_process(variant)
     assert {name for name, gradient in gradients.items() if not gradient.any()} == set()
+
+
+def copies(chunks: list[torch.nn.Module]) -> list[Piece]:
+    return [(key, shape, at, view.detach().clone()) for key, shape, at, view in local_pieces(chunks)]
+
+
+def one_update(overrides: dict[str, Any]) -> tuple[float, list[Piece], list[Piece]]:
+    """Gradient norm, and this rank's pieces of every weight before and after one update of the default optimizer."""
+    # AdamW's first step is lr * g / (|g| + eps): this eps keeps rounding of tiny gradients from becoming whole steps.
+    config = tiny_config(optimizer__lr=1e-2, optimizer__eps=1e-3, **overrides)
+    parallel.initialize(config.parallel, seed=1)
+    chunks = build_model(config)
+    fill_weights(chunks)
+    before = copies(chunks)
+    wrapped = wrap_model(config, chunks)
+    optimizer = build_optimizer(config, wrapped)
+    for chunk in wrapped:
+        chunk.zero_grad_buffer()
+    dp_rank, dp_size = parallel.data_parallel_place()
+    batches = [tiny_batch(config, seed) for seed in range(NUM_MICROBATCHES) if seed % dp_size == dp_rank]
+    run_microbatches(wrapped, batches, LossTable(config.vocab, config.model.codebook_weights(config.vocab)))
+    _, grad_norm, _ = optimizer.step()
+    return grad_norm, before, copies(chunks)
+
+
+@functools.cache
+def one_process_update() -> tuple[float, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Gradient norm, and weights before and after the update, without a distributed optimizer."""
+    [(grad_norm, before, after)] = run_ranks(1, one_update, UNSHARDED)
+    return grad_norm, assemble([before]), assemble([after])
+
+
+@pytest.mark.parametrize("layout", ["dp2", "tp2", "dp2-ep2", "pp2-vpp2"])
+def test_distributed_optimizer_updates_as_one_process_does(layout):
+    world_size, overrides = LAYOUTS[layout]
+    ranks = run_ranks(world_size, one_update, overrides)
+    expected_norm, before, expected = one_process_update()
+    for grad_norm, *_ in ranks:
+        assert grad_norm == pytest.approx(expected_norm, rel=1e-5)
+    updated = assemble(pieces for *_, pieces in ranks)
+    assert updated.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert not torch.equal(weight, before[name]), name
+        difference = (updated[name] - weight).abs().max()
+        assert difference <= 1e-6, f"{name}: differs by {difference:.1e} after an update"
