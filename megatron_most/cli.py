@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 from megatron_most.errors import ConfigError, MostError
 
-
 _DEBUG_HELP = "show the traceback of an error"
 
 

@@ -3,7 +3,8 @@
     make quickstart                # or: python examples/quickstart/run.py [--run-dir DIR] [key=value ...]
 
 Each step is the command a user would type; it is printed before it runs. A complete step is skipped, so that Ctrl-C and
-run again continues where it was. A step runs again when its command or one of the files it names has changed.
+run again continues where it was. A step runs again when its command or one of the files it names has changed;
+training does not go on from the checkpoints of another configuration or other data, but says so.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from pathlib import Path
 
 from megatron_most import cli
 from megatron_most.audio import file_fingerprint
+from megatron_most.checkpointing.directory import checkpoints_directory
+from megatron_most.config import load_config
 from megatron_most.errors import MostError
+from megatron_most.files import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = Path("examples/quickstart")
@@ -27,31 +31,35 @@ CONFIG = Path("examples/configs/quickstart.yaml")
 CODEC = QUICKSTART / "codec" / "tiny_codec.nemo"
 SPLITS = ("train", "heldout_s", "heldout_p")
 SPEECH_DATASETS = (("train", "asr"), ("train", "tts"), ("heldout_s", "asr"), ("heldout_s", "tts"))
-TEXT_VOCAB_SIZE = 448
 
 
 @dataclass
 class Step:
-    """One command and the files it depends on beside earlier steps."""
+    """One command and the files it depends on beside earlier steps.
+
+    continues: folder of unfinished work that the command goes on with; none where it starts afresh.
+    """
 
     name: str
     what: str
     command: list[str]
     inputs: list[Path] = field(default_factory=list)
+    continues: Path | None = None
 
 
 def make_steps(run_dir: Path, overrides: list[str]) -> list[Step]:
     """The commands in order; each builds on those before it."""
+    vocab = load_config(ROOT / CONFIG, [f"run_dir={run_dir}", *overrides]).vocab
     python, prepare = sys.executable, "tools/prepare_data.py"
     corpus, data = run_dir / "corpus", run_dir / "data"
     build = [python, prepare, "build", "--tokenizer", f"{data}/tokenizer.model"]
-    build += ["--text-vocab-size", str(TEXT_VOCAB_SIZE)]
+    build += ["--text-vocab-size", str(vocab.text_vocab_size)]
     transcripts = [QUICKSTART / "corpus" / f"{split}.jsonl" for split in SPLITS]
 
     speak = [python, f"{QUICKSTART}/make_corpus.py", "--output", str(corpus)]
     steps = [Step("corpus", "speak 4,400 sentences with espeak-ng", speak, transcripts)]
     learn = [python, prepare, "tokenizer", "--manifest", f"{corpus}/train.jsonl"]
-    learn += ["--vocab-size", str(TEXT_VOCAB_SIZE), "--output", f"{data}/tokenizer.model"]
+    learn += ["--vocab-size", str(vocab.text_vocab_size), "--output", f"{data}/tokenizer.model"]
     steps.append(Step("tokenizer", "learn a text tokenizer from the transcripts", learn))
     for split in ("train", "heldout_s"):
         encode = [python, prepare, "tokenize", "--manifest", f"{corpus}/{split}.jsonl", "--codec", str(CODEC)]
@@ -62,12 +70,13 @@ def make_steps(run_dir: Path, overrides: list[str]) -> list[Step]:
         command = [*build, "--task", task, "--codes", f"{data}/codes/{split}", "--output", f"{data}/{name}"]
         steps.append(Step(name, f"build the dataset {name}", command))
     text = [*build, "--task", "text_lm", "--text", f"{corpus}/train.jsonl", "--output", f"{data}/train_text"]
-    text += ["--num-codebooks", "4", "--codebook-size", "1000"]
+    text += ["--num-codebooks", str(vocab.num_codebooks), "--codebook-size", str(vocab.codebook_size)]
     steps.append(Step("train_text", "build the dataset train_text", text))
 
     train = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     train += ["examples/pretrain_most.py", "--config", str(CONFIG), f"run_dir={run_dir}", *overrides]
-    steps.append(Step("train", "train on 2 ranks with expert parallelism", train, [CONFIG]))
+    what = "train on 2 ranks with expert parallelism"
+    steps.append(Step("train", what, train, [CONFIG], continues=checkpoints_directory(run_dir)))
     evaluate = [python, f"{QUICKSTART}/evaluate.py", "--run-dir", str(run_dir), "--corpus", str(corpus)]
     steps.append(Step("evaluate", "transcribe and speak held-out sentences", evaluate))
     steps.append(Step("report", "draw the report", [python, "tools/report.py", str(run_dir)]))
@@ -78,7 +87,7 @@ def run_steps(steps: list[Step], run_dir: Path) -> None:
     """Run what is not done yet.
 
     Raises:
-        MostError: a step failed; what it printed stands above.
+        MostError: a step failed (what it printed stands above), or would go on with work that others began.
     """
     stamps = run_dir / "steps"
     stamps.mkdir(parents=True, exist_ok=True)
@@ -90,13 +99,25 @@ def run_steps(steps: list[Step], run_dir: Path) -> None:
         if stamp.is_file() and stamp.read_text() == identity:
             print(f"{label}: done already", flush=True)
             continue
+        if step.continues is not None:
+            _claim(step.continues, stamps / f"{step.name}.started", identity)
         print(f"{label}\n    {' '.join(_shown(part) for part in step.command)}", flush=True)
         start = time.monotonic()
         status = subprocess.run(step.command, cwd=ROOT, env=_environment(), check=False).returncode
         if status:
             raise MostError(f"step {step.name} failed with status {status}; mend what it says above and run again")
-        stamp.write_text(identity)
+        write_text(stamp, identity)
         print(f"{label}: {time.monotonic() - start:.0f} s", flush=True)
+
+
+def _claim(folder: Path, started: Path, identity: str) -> None:
+    """Note who works in ``folder``; refuse when it holds the work of a step of another identity."""
+    folder = ROOT / folder
+    if started.is_file() and started.read_text() != identity and folder.is_dir() and any(folder.iterdir()):
+        raise MostError(
+            f"{folder.parent} was trained with another configuration or other data: remove it or use --run-dir"
+        )
+    write_text(started, identity)
 
 
 def _identity(previous: str, step: Step) -> str:

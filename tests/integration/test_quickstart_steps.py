@@ -80,6 +80,59 @@ def test_a_failed_step_stops_the_run_and_is_tried_again(run, counting, tmp_path)
     assert ran() == ["first", "second x"]
 
 
+@pytest.fixture
+def training(run, tmp_path):
+    """Makes a step that leaves a checkpoint, then fails as long as the file ``interrupt`` is there."""
+    script = (
+        "import pathlib, sys; run_dir = pathlib.Path(sys.argv[1]);"
+        "(run_dir / 'checkpoints' / 'step_1').mkdir(parents=True, exist_ok=True);"
+        "open(run_dir / 'ran.txt', 'a').write(sys.argv[2] + '\\n');"
+        "sys.exit((run_dir / 'interrupt').exists())"
+    )
+
+    def make(configuration: str):
+        command = [sys.executable, "-c", script, str(tmp_path), configuration]
+        return [run.Step("train", "train", command, continues=tmp_path / "checkpoints")]
+
+    return make
+
+
+def test_the_work_of_another_configuration_is_refused_and_not_stamped(run, training, tmp_path):
+    run.run_steps(training("first"), tmp_path)
+    for _ in range(2):
+        with pytest.raises(MostError, match=f"^{tmp_path} was trained with another configuration or other data: "):
+            run.run_steps(training("second"), tmp_path)
+    run.run_steps(training("first"), tmp_path)  # is complete as before
+    assert (tmp_path / "ran.txt").read_text() == "first\n"
+
+
+def test_an_interrupted_training_continues_but_not_with_another_configuration(run, training, tmp_path):
+    (tmp_path / "interrupt").touch()
+    with pytest.raises(MostError, match="step train failed"):
+        run.run_steps(training("first"), tmp_path)
+    (tmp_path / "interrupt").unlink()
+    with pytest.raises(MostError, match="another configuration"):
+        run.run_steps(training("second"), tmp_path)
+    run.run_steps(training("first"), tmp_path)
+    assert (tmp_path / "ran.txt").read_text() == "first\n" * 2
+
+
+def test_without_a_checkpoint_another_configuration_may_start(run, training, tmp_path):
+    (tmp_path / "steps").mkdir()
+    (tmp_path / "steps" / "train.started").write_text("another identity")
+    (tmp_path / "checkpoints").mkdir()
+    run.run_steps(training("second"), tmp_path)
+    assert (tmp_path / "ran.txt").read_text() == "second\n"
+
+
+def test_the_layout_of_the_data_is_that_of_the_configuration(run, tmp_path):
+    overrides = ["vocab.text_vocab_size=460", "vocab.codebook_size=900", f"run_dir={tmp_path}"]
+    commands = {step.name: " ".join(step.command) for step in run.make_steps(tmp_path, overrides)}
+    assert "--vocab-size 460" in commands["tokenizer"]
+    assert "--text-vocab-size 460" in commands["train_asr"]
+    assert "--num-codebooks 4 --codebook-size 900" in commands["train_text"]
+
+
 def test_the_steps_name_files_that_exist(run):
     root = PATH.parents[2]
     for step in run.make_steps(Path("runs/quickstart"), []):
