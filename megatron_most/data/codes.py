@@ -57,7 +57,6 @@ class CodesDataset:
 
     Attributes:
         codec: the codec that made the codes.
-        manifest: path of the manifest, as it was given.
 
     Raises:
         DataError: files that are missing, unfinished or do not belong together.
@@ -68,7 +67,6 @@ class CodesDataset:
         sidecar = read_json(self.prefix + ".json", f"codes {self.prefix}")
         try:
             self.codec = CodecIdentity(**sidecar["codec"])
-            self.manifest: str = sidecar["manifest"]
         except (KeyError, TypeError) as error:
             raise DataError(f"codes {self.prefix}: broken sidecar: {error}") from None
         self._codes = ArrayReader(self.prefix + ".codes")

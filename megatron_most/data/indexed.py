@@ -203,10 +203,6 @@ class TokenDataset(Sequence[Document]):
         if self._codes is not None and len(self._codes) != len(self):
             raise DataError(f"dataset {self.prefix}: ids and codes differ in their number of documents")
 
-    @property
-    def name(self) -> str:
-        return Path(self.prefix).name
-
     def __len__(self) -> int:
         return len(self.lengths)
 

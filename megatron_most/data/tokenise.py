@@ -11,7 +11,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -43,7 +42,6 @@ def tokenise(
     *,
     workers: int | None = None,
     command: str = "",
-    report: Callable[[str], None] | None = None,
 ) -> CodesDataset:
     """Encode every utterance of ``manifest`` with ``codec`` into ``<output>.{codes.bin,codes.idx,jsonl,json}``.
 
@@ -54,7 +52,6 @@ def tokenise(
         codec: as :func:`~megatron_most.audio.load_codec` takes it.
         workers: processes; None takes one per CPU core this process may use.
         command: the command line, kept in the sidecar.
-        report: called with each progress line; None prints to stderr.
 
     Raises:
         DataError: a broken manifest or audio file, or an output made from another manifest or codec.
@@ -82,7 +79,7 @@ def tokenise(
     ]
     waiting = [shard for shard in shards if not shard.is_done]
     already_done = len(records) - sum(len(shard.records) for shard in waiting)
-    progress = _Progress(len(records), already_done, report)
+    progress = _Progress(len(records), already_done)
     if waiting:
         _encode_all(waiting, loaded, workers or len(os.sched_getaffinity(0)), progress)
     _merge(shards, output, loaded.codebook_size)
@@ -205,9 +202,9 @@ def _merge(shards: list[_Shard], output: Path, codebook_size: int) -> None:
 class _Progress:
     """One line with files, hours and time left: rewritten every second on a terminal, printed every 5 s elsewhere."""
 
-    def __init__(self, total: int, already_done: int, report: Callable[[str], None] | None) -> None:
-        self._total, self._already_done, self._report = total, already_done, report
-        self._terminal = report is None and sys.stderr.isatty()
+    def __init__(self, total: int, already_done: int) -> None:
+        self._total, self._already_done = total, already_done
+        self._terminal = sys.stderr.isatty()
         self.interval = 1.0 if self._terminal else 5.0
         self._started = self._shown = time.monotonic()
 
@@ -221,9 +218,7 @@ class _Progress:
         line = f"tokenise: {done}/{self._total} files, {seconds / 3600:.2f} h of audio at {seconds / elapsed:.0f}x"
         if files and not last:
             line += f", {(self._total - done) * elapsed / files:.0f} s left"
-        if self._report is not None:
-            self._report(line)
-        elif self._terminal:
+        if self._terminal:
             print(f"\r\x1b[K{line}", end="\n" if last else "", file=sys.stderr, flush=True)
         else:
             print(line, file=sys.stderr, flush=True)

@@ -29,7 +29,7 @@ def codes(tmp_path_factory) -> Path:
     (folder / "m.jsonl").write_text("".join(json.dumps({**entry, "text": "fox"}) + "\n" for entry in entries))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenise_module, "load_codec", lambda name: LoudnessCodec())
-        tokenise_module.tokenise(folder / "m.jsonl", "codec", folder / "codes", workers=1, report=lambda line: None)
+        tokenise_module.tokenise(folder / "m.jsonl", "codec", folder / "codes", workers=1)
     return folder / "codes"
 
 
