@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 
 from megatron_most.config.rules import require, require_not_negative, require_one_of, require_positive
@@ -75,8 +74,8 @@ def _text_and_audio() -> list[ExpertGroupConfig]:
 class MoEConfig:
     """The modality-aware mixture of experts; see docs/model.md for every option.
 
-    ``balance_coeff`` weighs the load-balancing loss of each group, per routed token, as Megatron's
-    ``moe_aux_loss_coeff`` does with a per-token loss.
+    ``balance_coeff`` weighs the load-balancing loss of each group as Megatron's ``moe_aux_loss_coeff`` does with a
+    per-token loss: the sum over routed positions is divided by the number of targets.
     """
 
     groups: list[ExpertGroupConfig] = field(default_factory=_text_and_audio)
@@ -156,6 +155,3 @@ class ModelConfig:
     def codebook_weights(self, vocab: VocabLayout) -> list[float]:
         """One loss weight per codebook; 1.0 each unless set."""
         return self.codebook_loss_weights or [1.0] * vocab.num_codebooks
-
-    def to_dict(self) -> dict:
-        return dataclasses.asdict(self)

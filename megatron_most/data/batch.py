@@ -28,7 +28,6 @@ class Batch:
     modality: ``[b, s]`` int64, :class:`~megatron_most.vocab.Modality` of the input id; text on padding.
     is_padding: ``[b, s]`` bool.
     task: ``[b, s]`` int64, index into :data:`~megatron_most.data.tasks.TASKS`.
-    position_ids: ``[b, s]`` int64, from 0 in each document.
     codes: ``[b, s, C]`` int64, codes of the input frame; ``NO_CODE`` where there is none or it is hidden. None in the
         ``flat`` layout.
     code_labels: ``[b, s, C]`` int64, codes of the label; ``NO_CODE`` where it is no frame or no target. None in the
@@ -43,7 +42,6 @@ class Batch:
     modality: torch.Tensor
     is_padding: torch.Tensor
     task: torch.Tensor
-    position_ids: torch.Tensor
     codes: torch.Tensor | None
     code_labels: torch.Tensor | None
     cu_seqlens: torch.Tensor | None
@@ -71,7 +69,6 @@ def make_batch(rows: Sequence[Row], vocab: VocabLayout, *, seq_length: int, pack
     labels = np.full(shape, PADDING_ID, dtype=np.int64)
     loss_mask = np.zeros(shape, dtype=np.float32)
     is_padding = np.ones(shape, dtype=bool)
-    position_ids = np.zeros(shape, dtype=np.int64)
     task = np.empty(shape, dtype=np.int64)
     codes = code_labels = None
     if vocab.codec_layout.uses_side_codes:
@@ -87,7 +84,6 @@ def make_batch(rows: Sequence[Row], vocab: VocabLayout, *, seq_length: int, pack
             ids[span], labels[span] = document.ids[:-1], document.ids[1:]
             loss_mask[span] = document.loss_mask[1:]
             is_padding[span] = False
-            position_ids[span] = np.arange(end - start)
             if codes is not None:
                 codes[span] = document.codes[:-1]
                 code_labels[span] = np.where(document.loss_mask[1:, None], document.codes[1:], NO_CODE)
@@ -99,7 +95,6 @@ def make_batch(rows: Sequence[Row], vocab: VocabLayout, *, seq_length: int, pack
                     ids[span][hidden] = vocab.frame
             boundaries.append(end)
             start = end
-        position_ids[index, start:] = np.arange(seq_length - start)
         if start < seq_length:
             boundaries.append(seq_length)
     as_tensor = torch.from_numpy
@@ -110,7 +105,6 @@ def make_batch(rows: Sequence[Row], vocab: VocabLayout, *, seq_length: int, pack
         modality=as_tensor(vocab.is_audio(ids).astype(np.int64)),
         is_padding=as_tensor(is_padding),
         task=as_tensor(task),
-        position_ids=as_tensor(position_ids),
         codes=None if codes is None else as_tensor(codes),
         code_labels=None if code_labels is None else as_tensor(code_labels),
         cu_seqlens=torch.tensor(boundaries, dtype=torch.int32) if packing else None,

@@ -19,6 +19,7 @@ from megatron_most.checkpointing.directory import complete_checkpoints, remove_l
 from megatron_most.checkpointing.metadata import TRAINING_ONLY, first_difference
 from megatron_most.config import RunConfig, dump_config
 from megatron_most.errors import ConfigError
+from megatron_most.files import write_text
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
@@ -50,9 +51,7 @@ def claim(config: RunConfig, world_size: int, device: str) -> TextIO:
         lock.close()
         raise ConfigError(f"run_dir={config.run_dir!r}: another process is training there") from None
     remove_leftovers(run_dir)
-    temporary = run_dir / f".tmp-{CONFIG}"
-    temporary.write_text(dump_config(config), encoding="utf-8")
-    os.replace(temporary, run_dir / CONFIG)
+    write_text(run_dir / CONFIG, dump_config(config))
     write_json(run_dir / ENVIRONMENT, environment(world_size, device))
     return lock
 

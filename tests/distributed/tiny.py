@@ -78,7 +78,6 @@ def tiny_batch(config: RunConfig, seed: int, audio_share: float = 0.4) -> Batch:
         modality=vocab.is_audio(ids[:, :-1]).long(),
         is_padding=is_padding,
         task=torch.randint(0, len(TASKS), (rows, length), generator=generator),
-        position_ids=torch.arange(length).expand(rows, -1).contiguous(),
         codes=codes[:, :-1].contiguous() if layout.uses_side_codes else None,
         code_labels=code_labels if layout.uses_side_codes else None,
         cu_seqlens=boundaries if config.data.packing else None,

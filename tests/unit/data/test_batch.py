@@ -44,7 +44,6 @@ def test_every_position_is_what_its_document_says(datasets, task, layout_name, p
             assert batch.labels[0, position] == document.ids[i + 1]
             assert batch.loss_mask[0, position] == float(document.loss_mask[i + 1])
             assert batch.modality[0, position] == (Modality.AUDIO if shown >= vocab.begin_of_audio else Modality.TEXT)
-            assert batch.position_ids[0, position] == i
             assert not batch.is_padding[0, position]
             if layout_name == "frame":
                 codes = [NO_CODE] * CODEBOOKS if hidden[i] else document.codes[i].tolist()
@@ -55,7 +54,6 @@ def test_every_position_is_what_its_document_says(datasets, task, layout_name, p
             position += 1
     assert batch.is_padding[0, position:].all() and not batch.loss_mask[0, position:].any()
     assert (batch.modality[0, position:] == Modality.TEXT).all()
-    assert batch.position_ids[0, position:].tolist() == list(range(80 - position))
     assert (batch.task == TASKS.index(task)).all()
     if packing:
         ends = np.cumsum([0, *(len(document) - 1 for document in row.documents)]).tolist()
@@ -102,7 +100,7 @@ def test_types_and_shapes(datasets):
     rows = [one_row(datasets["tts", "frame"], False), one_row(datasets["asr", "frame"], False)]
     batch = make_batch(rows, layout(), seq_length=80, packing=False).to("cpu")
     assert isinstance(batch, Batch) and batch.cu_seqlens is None
-    for name in ("ids", "labels", "modality", "task", "position_ids"):
+    for name in ("ids", "labels", "modality", "task"):
         assert getattr(batch, name).shape == (2, 80) and getattr(batch, name).dtype == torch.int64
     assert batch.loss_mask.dtype == torch.float32 and batch.is_padding.dtype == torch.bool
     assert batch.codes.shape == batch.code_labels.shape == (2, 80, CODEBOOKS)

@@ -82,7 +82,7 @@ def test_the_global_batch_size_may_change_between_runs(folder):
 def test_validation_covers_the_dataset_once_with_equally_many_batches_on_every_rank(folder, packing):
     config = config_of(folder, packing=packing, micro_batch_size=1 if packing else 2)
     whole = validation_batches(config, dp_rank=0, dp_size=1)["held"]
-    documents = sum(int(((batch.position_ids == 0) & ~batch.is_padding).sum()) for batch in whole)
+    documents = sum(int(((batch.ids == LetterTokenizer.bos_id) & ~batch.is_padding).sum()) for batch in whole)
     assert documents == 11
     ranks = [validation_batches(config, dp_rank=rank, dp_size=4)["held"] for rank in range(4)]
     assert len({len(batches) for batches in ranks}) == 1
