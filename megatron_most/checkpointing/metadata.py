@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron_most.audio import file_fingerprint
+from megatron_most.audio import codec_file, file_fingerprint
 from megatron_most.checkpointing.directory import read_json, resolve
 from megatron_most.config import RunConfig
 from megatron_most.data.indexed import read_json as read_sidecar
@@ -54,7 +54,8 @@ class Fingerprint:
         """Of the run's codec, None when it names none."""
         if config.codec is None:
             return None
-        return cls(config.codec, file_fingerprint(config.codec) if Path(config.codec).is_file() else None)
+        path = codec_file(config.codec)
+        return cls(config.codec, None if path is None else file_fingerprint(path))
 
     @classmethod
     def of_dataset(cls, path: str) -> Fingerprint:
