@@ -30,6 +30,7 @@ def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 
         RuntimeError: with the traceback of the first rank that failed.
         TimeoutError: when a rank has not finished after ``timeout`` seconds; all ranks are killed then.
     """
+    assert not torch.distributed.is_initialized(), "ranks cannot be forked from a process that is a rank itself"
     context = multiprocessing.get_context("fork")
     port = _free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(world_size)]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.harness import run_ranks
 from tests.unit.report.fake_run import make_run
 
 ROOT = Path(__file__).parents[2]
@@ -109,18 +110,20 @@ training: {precision: fp32}
 
 
 def run(script: Path, *arguments: str) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error of a command, run in this warm process."""
+    """Exit status, standard output and standard error of a command, run in a fork of this warm process."""
+    [result] = run_ranks(1, _run_here, script, arguments)
+    return result
+
+
+def _run_here(script: Path, arguments: tuple[str, ...]) -> tuple[int, str, str]:
     out, err = io.StringIO(), io.StringIO()
-    before = sys.argv, list(sys.path)
     sys.argv = [str(script), *arguments]
     status = 0
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
             runpy.run_path(str(script), run_name="__main__")
-    except SystemExit as leaving:
-        status = leaving.code or 0
-    finally:
-        sys.argv, sys.path[:] = before
+        except SystemExit as leaving:
+            status = leaving.code or 0
     return status, out.getvalue(), err.getvalue()
 
 

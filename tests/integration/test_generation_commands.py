@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import soundfile
 
-from megatron_most import parallel
 from megatron_most.config import DatasetConfig
 from megatron_most.data.tasks import prompt
 from megatron_most.text import load_tokenizer
@@ -23,12 +22,6 @@ CODEC = ROOT / "examples" / "quickstart" / "codec" / "tiny_codec.nemo"
 VOCAB = VocabLayout(text_vocab_size=300, num_codebooks=4, codebook_size=1000)
 SEQ_LENGTH = 64
 SENTENCES = ("the red fox", "the black dog", "the little king")
-
-
-@pytest.fixture(autouse=True)
-def _no_groups_left():
-    yield
-    parallel.destroy()
 
 
 def call(tool: str, *arguments: object) -> str:

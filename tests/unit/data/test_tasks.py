@@ -86,7 +86,7 @@ def test_a_text_prompt_may_be_continued():
         ("tts", {"text": "fox", "codes": np.zeros((CODEBOOKS, 0), dtype=np.int64)}, "at least one codec frame"),
         ("tts", {"text": "  ", "codes": random_codes(2)}, "text is empty"),
         ("asr", {"text": "fox", "codes": np.full((CODEBOOKS, 2), CODEBOOK_SIZE)}, "code 50 of codebook 0, frame 0"),
-        ("asr", {"text": "fox", "codes": np.zeros((2, 2), dtype=np.int64)}, r"shape \(2, 2\)"),
+        ("asr", {"text": "fox", "codes": np.zeros((2, 2), dtype=np.int64)}, r"shape \[2, 2\]"),
         ("text_lm", {"text": "fox", "codes": random_codes(2)}, "takes no codes"),
         ("chat", {"text": "fox"}, "unknown task 'chat'"),
     ],
