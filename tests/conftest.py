@@ -10,6 +10,15 @@ from megatron_most import platform
 platform.install()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that fork ranks come first.
+
+    Ranks are forked from this process, and gloo's device thread does not survive a fork: once a test has opened process
+    groups here, ranks forked later would wait for ever.
+    """
+    items.sort(key=lambda item: not hasattr(item.module, "run_ranks"))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _no_process_groups_left() -> Iterator[None]:
     """Ranks are forked from this process and must not find groups whose peers they are not."""
