@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from megatron_most.errors import ConfigError, DataError
 
 
 class Modality(IntEnum):
-    """What a position holds; the value indexes expert groups and per-modality metrics."""
+    """What a position holds; the value indexes expert groups and per-modality metrics. Others may follow these two."""
 
     TEXT = 0
     AUDIO = 1
@@ -134,6 +135,15 @@ CODEC_LAYOUTS: dict[str, type[CodecLayout]] = {"frame": FrameLayout, "flat": Fla
 
 
 @dataclasses.dataclass
+class ModalityRange:
+    """A further modality: the text ids ``start .. stop - 1`` belong to it (image or code tokens, for example)."""
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass
 class VocabLayout:
     """The id space of a model and its data; stored with every dataset and checkpoint.
 
@@ -142,19 +152,34 @@ class VocabLayout:
         num_codebooks: C, codes per codec frame.
         codebook_size: values a code can take, the same for every codebook.
         layout: ``frame`` (one position per codec frame) or ``flat`` (one position per code).
+        further_modalities: ranges of text ids that are modalities of their own; none by default.
     """
 
     text_vocab_size: int
     num_codebooks: int
     codebook_size: int
     layout: str = "frame"
+    further_modalities: list[ModalityRange] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.further_modalities = [
+            entry if isinstance(entry, ModalityRange) else ModalityRange(**entry) for entry in self.further_modalities
+        ]
         for field in ("text_vocab_size", "num_codebooks", "codebook_size"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"vocab.{field}={getattr(self, field)}: must be at least 1")
         if self.layout not in CODEC_LAYOUTS:
             raise ConfigError(f"vocab.layout={self.layout!r}: must be one of {', '.join(CODEC_LAYOUTS)}")
+        end = 0
+        for entry in sorted(self.further_modalities, key=lambda entry: entry.start):
+            where = f"vocab.further_modalities[{entry.name}]={entry.start}..{entry.stop}"
+            if not 0 <= entry.start < entry.stop <= self.text_vocab_size:
+                raise ConfigError(f"{where}: must be a range of the {self.text_vocab_size} text ids")
+            if entry.start < end:
+                raise ConfigError(f"{where}: overlaps another modality's range")
+            end = entry.stop
+        if len(set(self.modality_names)) < len(self.modality_names):
+            raise ConfigError(f"vocab.further_modalities: names must differ, got {', '.join(self.modality_names)}")
 
     @property
     def begin_of_audio(self) -> int:
@@ -178,6 +203,18 @@ class VocabLayout:
         """Number of ids, without padding."""
         return self.text_vocab_size + _NUM_SPECIAL + self.codec_layout.num_ids
 
+    @property
+    def modality_names(self) -> tuple[str, ...]:
+        """Name of each modality; the place in this tuple is the modality's index everywhere."""
+        return ("text", "audio", *(entry.name for entry in self.further_modalities))
+
+    def modality_of(self, ids):
+        """Modality index of each id, int64. Works on NumPy arrays and torch tensors alike."""
+        modality = self.is_audio(ids) * Modality.AUDIO.value
+        for index, entry in enumerate(self.further_modalities, start=len(Modality)):
+            modality = modality + ((ids >= entry.start) & (ids < entry.stop)) * index
+        return modality
+
     def is_audio(self, ids):
         """Boolean array or tensor, True where the id is audio. Works on NumPy arrays and torch tensors alike."""
         return ids >= self.text_vocab_size
@@ -194,7 +231,7 @@ class VocabLayout:
                 f"{where}, offset {wrong[0]}: id {ids[wrong[0]]} is outside the layout (0..{self.size - 1})"
             )
 
-    def to_dict(self) -> dict[str, int | str]:
+    def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     def describe_difference(self, other: VocabLayout) -> str | None:

@@ -134,7 +134,9 @@ def read_metadata(path: str | Path) -> CheckpointMetadata:
 
 
 def expert_order(config: RunConfig) -> list[int]:
-    return list(ExpertGroups.from_config(config.model.moe).physical_to_logical)
+    return list(
+        ExpertGroups.from_config(config.model.moe, config.parallel.expert_model_parallel_size).physical_to_logical
+    )
 
 
 def check_same_model(directory: Path, metadata: CheckpointMetadata, config: RunConfig) -> None:

@@ -1,12 +1,20 @@
 """Typed configuration: dataclasses with their rules, and how YAML and overrides become one."""
 
 from megatron_most.config.load import dump_config, load_config
-from megatron_most.config.model import AttentionConfig, ExpertGroupConfig, ModelConfig, MoEConfig, RopeConfig
+from megatron_most.config.model import (
+    AttentionConfig,
+    CommonExpertsConfig,
+    ExpertGroupConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeConfig,
+)
 from megatron_most.config.run import (
     CheckpointConfig,
     DataConfig,
     DatasetConfig,
     LoggingConfig,
+    LrScaleConfig,
     OptimizerConfig,
     ParallelConfig,
     RunConfig,
@@ -16,10 +24,12 @@ from megatron_most.config.run import (
 __all__ = [
     "AttentionConfig",
     "CheckpointConfig",
+    "CommonExpertsConfig",
     "DataConfig",
     "DatasetConfig",
     "ExpertGroupConfig",
     "LoggingConfig",
+    "LrScaleConfig",
     "ModelConfig",
     "MoEConfig",
     "OptimizerConfig",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_most.config.rules import require, require_not_negative, require_one_of, require_positive
-from megatron_most.vocab import MODALITY_NAMES, VocabLayout
+from megatron_most.vocab import VocabLayout
 
 VOCAB_MULTIPLE = 128
 """Ids and codes are padded to this multiple, whatever the tensor-parallel size, so that layouts can be exchanged."""
@@ -13,7 +13,11 @@ VOCAB_MULTIPLE = 128
 
 @dataclass
 class RopeConfig:
-    """Rotary position embedding. The YaRN fields are read only when ``type`` is ``yarn``."""
+    """Rotary position embedding.
+
+    ``yarn`` (arXiv 2309.00071) reads every field; ``llama3`` (the rescaling of Llama 3.1 and later) reads ``base`` and
+    ``scaling_factor``; ``rope`` reads ``base`` alone.
+    """
 
     type: str = "rope"
     base: float = 10000.0
@@ -25,45 +29,109 @@ class RopeConfig:
     mscale_all_dim: float = 0.707
 
     def __post_init__(self) -> None:
-        require_one_of("model.attention.rope.type", self.type, ("rope", "yarn"))
+        require_one_of("model.attention.rope.type", self.type, ("rope", "yarn", "llama3"))
         require_positive("model.attention.rope", self, ("base", "scaling_factor", "original_max_position"))
 
 
 @dataclass
 class AttentionConfig:
-    """Multi-latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1). Head sizes are per head."""
+    """Multi-latent attention (``mla``: DeepSeek-V2, arXiv 2405.04434, section 2.1) or grouped-query (``gqa``: Llama).
 
+    Head sizes are per head. ``kv_lora_rank``, ``q_lora_rank``, ``qk_*`` and ``v_head_dim`` are read by ``mla`` only,
+    ``num_query_groups`` (key-value heads) and ``head_dim`` by ``gqa`` only.
+    """
+
+    type: str = "mla"
     num_heads: int = 16
     kv_lora_rank: int = 512
     q_lora_rank: int | None = None
     qk_nope_head_dim: int = 128
     qk_rope_head_dim: int = 64
     v_head_dim: int = 128
+    num_query_groups: int = 8
+    head_dim: int = 128
     rope: RopeConfig = field(default_factory=RopeConfig)
 
     def __post_init__(self) -> None:
         section = "model.attention"
-        require_positive(
-            section, self, ("num_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-        )
+        require_one_of(f"{section}.type", self.type, ("mla", "gqa"))
+        require_positive(section, self, ("num_heads",))
+        if self.type == "gqa":
+            require_positive(section, self, ("num_query_groups", "head_dim"))
+            require(self.head_dim % 2 == 0, f"{section}.head_dim", self.head_dim, "must be even")
+            require(
+                self.num_heads % self.num_query_groups == 0,
+                f"{section}.num_query_groups",
+                self.num_query_groups,
+                f"must divide {section}.num_heads, {self.num_heads}",
+            )
+            return
+        require_positive(section, self, ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
         require(self.qk_rope_head_dim % 2 == 0, f"{section}.qk_rope_head_dim", self.qk_rope_head_dim, "must be even")
+        require(self.rope.type != "llama3", f"{section}.rope.type", self.rope.type, f"needs {section}.type=gqa")
         if self.q_lora_rank is not None:
             require_positive(section, self, ("q_lora_rank",))
 
 
 @dataclass
 class ExpertGroupConfig:
-    """The experts one modality may choose from: ``size`` experts, ``top_k`` of them per token."""
+    """The experts of one modality, of which each of its tokens chooses ``top_k``.
+
+    A group is given by its ``size`` or by a list of ``experts`` (indices in the base model); all groups the same way.
+    Its tokens choose among these and the common experts that are open to the modality. ``n_group`` and ``topk_group``
+    are DeepSeek's group-limited routing inside that choice: it is cut into ``n_group`` runs of equal length, and only
+    the best ``topk_group`` of them may be chosen from. The coefficients override the layer's for this modality.
+    """
 
     modality: str
-    size: int
-    top_k: int
+    size: int = 0
+    top_k: int = 6
+    experts: list[int] = field(default_factory=list)
+    n_group: int = 1
+    topk_group: int = 1
+    balance_coeff: float | None = None
+    z_loss_coeff: float | None = None
 
     def __post_init__(self) -> None:
         where = f"model.moe.groups[{self.modality}]"
-        require_one_of("model.moe.groups.modality", self.modality, MODALITY_NAMES)
-        require_positive(where, self, ("size", "top_k"))
-        require(self.top_k <= self.size, f"{where}.top_k", self.top_k, f"must not exceed the group's size, {self.size}")
+        require_positive(where, self, ("top_k", "n_group", "topk_group"))
+        self.size = _size_of(where, self.size, self.experts)
+        require(
+            self.topk_group <= self.n_group,
+            f"{where}.topk_group",
+            self.topk_group,
+            f"must not exceed n_group, {self.n_group}",
+        )
+        for name in ("balance_coeff", "z_loss_coeff"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"{where}.{name}", value, "must not be negative")
+
+
+@dataclass
+class CommonExpertsConfig:
+    """Routed experts that several modalities may choose, beside those of their own group; none by default.
+
+    ``modalities`` names who may choose them, everyone when empty.
+    """
+
+    size: int = 0
+    experts: list[int] = field(default_factory=list)
+    modalities: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.size = _size_of("model.moe.common", self.size, self.experts)
+
+
+def _size_of(where: str, size: int, experts: list[int]) -> int:
+    require(size >= 0, f"{where}.size", size, "must not be negative")
+    require(len(set(experts)) == len(experts), f"{where}.experts", experts, "names an expert twice")
+    require(
+        not experts or size in (0, len(experts)),
+        f"{where}.size",
+        size,
+        f"must be left out or equal the length of experts, {len(experts)}",
+    )
+    return len(experts) or size
 
 
 def _text_and_audio() -> list[ExpertGroupConfig]:
@@ -72,49 +140,127 @@ def _text_and_audio() -> list[ExpertGroupConfig]:
 
 @dataclass
 class MoEConfig:
-    """The modality-aware mixture of experts; see docs/model.md for every option.
+    """The modality-aware mixture of experts; docs/routing.md describes every option.
 
     ``balance_coeff`` weighs the load-balancing loss of each group as Megatron's ``moe_aux_loss_coeff`` does with a
-    per-token loss: the sum over routed positions is divided by the number of targets.
+    per-token loss: the sum over routed positions is divided by the number of targets; so do ``z_loss_coeff`` and
+    ``orthogonality_coeff``.
     """
 
     groups: list[ExpertGroupConfig] = field(default_factory=_text_and_audio)
+    common: CommonExpertsConfig = field(default_factory=CommonExpertsConfig)
     ffn_hidden_size: int = 1408
     shared_ffn_hidden_size: int = 2816
+    score_function: str = "softmax"
     score_rule: str = "group"
     normalize_top_k: bool = False
     routed_scaling_factor: float = 1.0
+    router_weights: str = "shared"
     expert_order: str = "interleaved"
     balance_loss: str = "seq_aux_loss"
     balance_coeff: float = 1e-3
     z_loss_coeff: float = 0.0
+    orthogonality_coeff: float = 0.0
+    expert_bias_update_rate: float = 0.0
+    expert_backend: str = "grouped"
     dispatcher: str = "alltoall"
+    shared_expert_overlap: bool = False
 
     def __post_init__(self) -> None:
         section = "model.moe"
-        names = [group.modality for group in self.groups]
+        require_positive(section, self, ("ffn_hidden_size", "routed_scaling_factor"))
+        require_not_negative(
+            section,
+            self,
+            (
+                "shared_ffn_hidden_size",
+                "balance_coeff",
+                "z_loss_coeff",
+                "orthogonality_coeff",
+                "expert_bias_update_rate",
+            ),
+        )
+        choices = {
+            "score_function": ("softmax", "sigmoid"),
+            "score_rule": ("group", "all"),
+            "router_weights": ("shared", "per_modality"),
+            "expert_order": ("interleaved", "contiguous"),
+            "balance_loss": ("none", "aux_loss", "seq_aux_loss", "global_aux_loss"),
+            "expert_backend": ("grouped", "sequential", "transformer_engine"),
+            "dispatcher": ("alltoall", "allgather", "deepep", "hybridep"),
+        }
+        for name, valid in choices.items():
+            require_one_of(f"{section}.{name}", getattr(self, name), valid)
         require(
-            sorted(names) == sorted(MODALITY_NAMES),
+            self.score_function == "softmax" or self.score_rule == "group",
+            f"{section}.score_rule",
+            self.score_rule,
+            "sigmoid scores are taken expert by expert; only group makes sense with score_function=sigmoid",
+        )
+        require(
+            not self.shared_expert_overlap or (self.shared_ffn_hidden_size > 0 and self.dispatcher == "alltoall"),
+            f"{section}.shared_expert_overlap",
+            self.shared_expert_overlap,
+            "needs shared experts (shared_ffn_hidden_size) and dispatcher=alltoall",
+        )
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        section = "model.moe"
+        names = [group.modality for group in self.groups]
+        require(bool(names), f"{section}.groups", names, "needs a group for each modality")
+        require(len(set(names)) == len(names), f"{section}.groups", names, "names a modality twice")
+        unknown = [name for name in self.common.modalities if name not in names]
+        require(not unknown, f"{section}.common.modalities", unknown, f"must be among {', '.join(names)}")
+        pools = [*self.groups, *([self.common] if self.common.size else [])]
+        listed = [bool(pool.experts) for pool in pools if pool.size]
+        require(
+            all(listed) or not any(listed),
             f"{section}.groups",
             names,
-            f"needs exactly one group for each modality ({', '.join(MODALITY_NAMES)})",
+            "give every group (and the common experts) by size, or every one by its list of experts",
         )
-        top_ks = [group.top_k for group in self.groups]
-        require(len(set(top_ks)) == 1, f"{section}.groups.top_k", top_ks, "must be the same in every group")
-        require_positive(section, self, ("ffn_hidden_size", "routed_scaling_factor"))
-        require_not_negative(section, self, ("shared_ffn_hidden_size", "balance_coeff", "z_loss_coeff"))
-        require_one_of(f"{section}.score_rule", self.score_rule, ("group", "all"))
-        require_one_of(f"{section}.expert_order", self.expert_order, ("interleaved", "contiguous"))
-        require_one_of(f"{section}.balance_loss", self.balance_loss, ("none", "aux_loss", "seq_aux_loss"))
-        require_one_of(f"{section}.dispatcher", self.dispatcher, ("alltoall", "allgather"))
+        if any(listed):
+            experts = sorted(expert for pool in pools for expert in pool.experts)
+            require(
+                experts == list(range(len(experts))),
+                f"{section}.groups.experts",
+                experts,
+                f"must name each expert from 0 to {len(experts) - 1} exactly once over all groups",
+            )
+        for group in self.groups:
+            where = f"{section}.groups[{group.modality}]"
+            choice = group.size + self.num_common(group.modality)
+            require(
+                group.top_k <= choice,
+                f"{where}.top_k",
+                group.top_k,
+                f"must not exceed the {choice} experts its tokens may choose",
+            )
+            require(
+                choice % group.n_group == 0,
+                f"{where}.n_group",
+                group.n_group,
+                f"must divide the {choice} experts its tokens may choose",
+            )
+            require(
+                group.top_k <= choice // group.n_group * group.topk_group,
+                f"{where}.topk_group",
+                group.topk_group,
+                f"leaves {choice // group.n_group * group.topk_group} experts for top_k={group.top_k}",
+            )
+
+    def num_common(self, modality: str) -> int:
+        """Common experts that tokens of ``modality`` may choose."""
+        return self.common.size if modality in (self.common.modalities or [modality]) else 0
 
     @property
     def num_experts(self) -> int:
-        return sum(group.size for group in self.groups)
+        return sum(group.size for group in self.groups) + self.common.size
 
     @property
-    def top_k(self) -> int:
-        return self.groups[0].top_k
+    def max_top_k(self) -> int:
+        return max(group.top_k for group in self.groups)
 
 
 @dataclass

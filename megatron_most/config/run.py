@@ -89,6 +89,9 @@ class DataConfig:
 
     ``audio_frame_dropout`` hides that share of the codec frames of speech that is to be generated (loss on audio)
     from the input, so that the model cannot live on continuing audio and must read the text.
+
+    ``document_multiple`` pads each packed document to a multiple of that many positions, which context parallelism
+    needs; being an option of its own, the rows are the same in every parallel layout.
     """
 
     train: list[DatasetConfig] = field(default_factory=list)
@@ -96,12 +99,34 @@ class DataConfig:
     seq_length: int = 4096
     packing: bool = True
     audio_frame_dropout: float = 0.0
+    document_multiple: int = 1
 
     def __post_init__(self) -> None:
-        require_positive("data", self, ("seq_length",))
+        require_positive("data", self, ("seq_length", "document_multiple"))
+        require(
+            self.seq_length % self.document_multiple == 0,
+            "data.document_multiple",
+            self.document_multiple,
+            f"must divide data.seq_length, {self.seq_length}",
+        )
         require(
             0 <= self.audio_frame_dropout < 1, "data.audio_frame_dropout", self.audio_frame_dropout, "must be in [0, 1)"
         )
+
+
+@dataclass
+class LrScaleConfig:
+    """Multiplies the learning rate of one part of the model; 0 freezes it (no gradient, no optimizer state).
+
+    Parts: ``experts.<modality>``, ``experts.common``, ``shared_experts``, ``routers``, ``dense_ffn``, ``attention``,
+    ``norms``, ``embeddings`` (ids and codes, in), ``heads`` (ids and codes, out); ``rest`` is every part not named.
+    """
+
+    part: str
+    scale: float
+
+    def __post_init__(self) -> None:
+        require(self.scale >= 0, f"optimizer.lr_scales[{self.part}].scale", self.scale, "must not be negative")
 
 
 @dataclass
@@ -119,6 +144,7 @@ class OptimizerConfig:
     decay_style: str = "cosine"
     distributed: bool = True
     overlap: bool = True
+    lr_scales: list[LrScaleConfig] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         require_positive("optimizer", self, ("lr", "eps"))
@@ -127,6 +153,8 @@ class OptimizerConfig:
         require_one_of("optimizer.decay_style", self.decay_style, ("cosine", "linear", "constant"))
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must be in [0, 1)")
+        parts = [entry.part for entry in self.lr_scales]
+        require(len(set(parts)) == len(parts), "optimizer.lr_scales", parts, "names a part twice")
 
 
 @dataclass
@@ -199,10 +227,19 @@ class RunConfig:
             weights,
             f"needs one weight for each of the {self.vocab.num_codebooks} codebooks, or none",
         )
+        require(
+            [group.modality for group in model.moe.groups] == list(self.vocab.modality_names),
+            "model.moe.groups",
+            [group.modality for group in model.moe.groups],
+            f"needs one group for each modality, in this order: {', '.join(self.vocab.modality_names)}",
+        )
         require(self.seed >= 0, "seed", self.seed, "must not be negative")
         tensor = parallel.tensor_model_parallel_size
         split = {
             "model.attention.num_heads": model.attention.num_heads,
+            "model.attention.num_query_groups": model.attention.num_query_groups
+            if model.attention.type == "gqa"
+            else 0,
             "model.ffn_hidden_size": model.ffn_hidden_size if model.num_dense_layers else 0,
             "model.moe.shared_ffn_hidden_size": model.moe.shared_ffn_hidden_size,
             "the multiple to which ids and codes are padded": VOCAB_MULTIPLE,
@@ -216,13 +253,12 @@ class RunConfig:
             f"must divide model.moe.ffn_hidden_size, {model.moe.ffn_hidden_size}",
         )
         expert = parallel.expert_model_parallel_size
-        for group in model.moe.groups:
-            require(
-                group.size % expert == 0,
-                "parallel.expert_model_parallel_size",
-                expert,
-                f"must divide the {group.size} {group.modality} experts",
-            )
+        require(
+            model.moe.num_experts % expert == 0,
+            "parallel.expert_model_parallel_size",
+            expert,
+            f"must divide the {model.moe.num_experts} experts",
+        )
         require(
             model.num_layers % parallel.num_stages == 0,
             "parallel.pipeline_model_parallel_size",
@@ -238,10 +274,11 @@ class RunConfig:
             f"must be divisible by {divisor} (tensor parallel size, times twice the context parallel size above 1)",
         )
         require(
-            not (self.data.packing and context > 1),
-            "parallel.context_parallel_size",
-            context,
-            "needs data.packing=false: packed rows cannot be split over context ranks yet",
+            not (self.data.packing and context > 1) or self.data.document_multiple % (2 * context) == 0,
+            "data.document_multiple",
+            self.data.document_multiple,
+            f"must be divisible by {2 * context}, twice the context parallel size: each rank holds a share of every"
+            " packed document",
         )
         require(
             not (self.data.packing and self.training.micro_batch_size > 1),
@@ -249,12 +286,32 @@ class RunConfig:
             self.training.micro_batch_size,
             "must be 1 with data.packing; raise data.seq_length instead",
         )
+        parts = self.part_names
+        for entry in self.optimizer.lr_scales:
+            require_one_of("optimizer.lr_scales.part", entry.part, (*parts, "rest"))
         warmup = self.optimizer.warmup_steps
         require(
             warmup < self.training.steps,
             "optimizer.warmup_steps",
             warmup,
             f"must be less than training.steps, {self.training.steps}",
+        )
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """The parts of the model that ``optimizer.lr_scales`` and the gradient norms tell apart."""
+        moe = self.model.moe
+        experts = [f"experts.{group.modality}" for group in moe.groups if group.size]
+        return (
+            *experts,
+            *(["experts.common"] if moe.common.size else []),
+            *(["shared_experts"] if moe.shared_ffn_hidden_size else []),
+            "routers",
+            *(["dense_ffn"] if self.model.num_dense_layers else []),
+            "attention",
+            "norms",
+            "embeddings",
+            "heads",
         )
 
     def num_microbatches(self, data_parallel_size: int) -> int:

@@ -102,7 +102,7 @@ def make_batch(rows: Sequence[Row], vocab: VocabLayout, *, seq_length: int, pack
         ids=as_tensor(ids),
         labels=as_tensor(labels),
         loss_mask=as_tensor(loss_mask),
-        modality=as_tensor(vocab.is_audio(ids).astype(np.int64)),
+        modality=as_tensor(vocab.modality_of(ids).astype(np.int64)),
         is_padding=as_tensor(is_padding),
         task=as_tensor(task),
         codes=None if codes is None else as_tensor(codes),

@@ -119,7 +119,7 @@ class Generator:
         forbidden = key_is_padding[:, None, None, :num_keys] & (query[:, None] != key[None, :])
         logits, code_logits = self.model(
             ids,
-            self.vocab.is_audio(ids).long(),
+            self.vocab.modality_of(ids),
             is_padding,
             codes=codes,
             attention_mask=forbidden,

@@ -68,7 +68,7 @@ def count_parameters(config: RunConfig) -> dict[str, int]:
     trunk = model.num_layers * (attention_size + norms) + hidden + shared + routers + dense
     frames = vocab.num_codebooks if vocab.codec_layout.uses_side_codes else 0
     table = hidden * (padded(vocab.size) + frames * padded(vocab.codebook_size))
-    active = trunk + num_moe_layers * moe.top_k * expert + hidden * (1 + frames) + table
+    active = trunk + num_moe_layers * moe.max_top_k * expert + hidden * (1 + frames) + table
     return {
         "total": trunk + sum(groups.values()) + 2 * table,
         "active": active,

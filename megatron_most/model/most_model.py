@@ -115,7 +115,7 @@ class MoSTModel(GPTModel):
 
     def _local_planes(self, modality: torch.Tensor, is_padding: torch.Tensor) -> torch.Tensor:
         """Each stage shards the planes itself; Megatron would do so on the first stage only."""
-        planes = pack_planes(modality, is_padding)
+        planes = pack_planes(modality, is_padding, len(self.vocab.modality_names))
         if self.config.sequence_parallel:
             tensor_group = self.pg_collection.tp
             planes = planes.chunk(tensor_group.size(), dim=1)[tensor_group.rank()].contiguous()

@@ -49,7 +49,7 @@ def transformer_config(config: RunConfig) -> MLATransformerConfig:
         apply_rope_fusion=False,
         # Experts. The router is ours (model/specs.py); it reads its own options and attaches its own balance loss.
         num_moe_experts=moe.num_experts,
-        moe_router_topk=moe.top_k,
+        moe_router_topk=moe.max_top_k,
         moe_ffn_hidden_size=moe.ffn_hidden_size,
         moe_shared_expert_intermediate_size=moe.shared_ffn_hidden_size or None,
         moe_layer_freq=[0] * model.num_dense_layers + [1] * (model.num_layers - model.num_dense_layers),

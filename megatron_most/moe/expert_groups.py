@@ -1,9 +1,11 @@
-"""Which experts belong to which modality, and in which order they are stored.
+"""Which experts a modality may choose, and where each expert is stored.
 
-Logical order lists the groups one after another (all text experts, then all audio experts); it is what statistics and
-reports use. Physical order is the order of router rows and expert weights; expert-parallel rank r holds the r-th
-contiguous slice of it. ``interleaved`` spreads every group evenly over that order, so that each rank holds an equal
-share of each group whatever the mix of modalities; ``contiguous`` keeps the logical order.
+Experts come in pools: one for each modality, and one of common experts that several modalities may choose. Logical
+order is the base model's numbering, or, where groups are given by size, the pools one after another; weights,
+checkpoints, statistics and reports use it. Physical order is a matter of the running job alone: expert-parallel rank r
+computes the r-th slice of it. ``interleaved`` gives every rank an equal share of every pool, whatever the mix of
+modalities; ``contiguous`` gives it a slice of the logical order. Either way a rank's experts are sorted by pool, so
+that each pool is one run of tokens for the grouped matrix products.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from dataclasses import dataclass
 import torch
 
 from megatron_most.config import MoEConfig
-from megatron_most.vocab import Modality
+
+COMMON = "common"
+"""Name of the pool of common experts."""
 
 
 @dataclass(frozen=True)
@@ -21,39 +25,45 @@ class ExpertGroups:
     """The experts of every modality.
 
     Args:
-        sizes: experts per group, indexed by :class:`Modality`.
-        top_k: experts each token is sent to.
-        physical_to_logical: for each physical position, the logical expert stored there.
+        pools: name -> logical experts, a partition: each modality's own, in the order of modalities, then
+            ``common``. Empty pools are left out.
+        choices: for each modality, the logical experts its tokens may choose: its own, then the common ones.
+        top_k: for each modality, the experts each of its tokens is sent to.
+        physical_to_logical: for each physical position, the logical expert computed there.
+        expert_parallel_size: ranks over which the physical order is cut.
     """
 
-    sizes: tuple[int, ...]
-    top_k: int
+    pools: dict[str, tuple[int, ...]]
+    choices: tuple[tuple[int, ...], ...]
+    top_k: tuple[int, ...]
     physical_to_logical: tuple[int, ...]
+    expert_parallel_size: int
 
     @classmethod
-    def from_config(cls, config: MoEConfig) -> ExpertGroups:
-        by_modality = {group.modality: group for group in config.groups}
-        sizes = tuple(by_modality[modality.name.lower()].size for modality in Modality)
-        order = _interleaved(sizes) if config.expert_order == "interleaved" else tuple(range(sum(sizes)))
-        return cls(sizes=sizes, top_k=config.top_k, physical_to_logical=order)
+    def from_config(cls, config: MoEConfig, expert_parallel_size: int = 1) -> ExpertGroups:
+        pools = _pools(config)
+        common = pools.get(COMMON, ())
+        return cls(
+            pools=pools,
+            choices=tuple(
+                pools.get(group.modality, ()) + (common if config.num_common(group.modality) else ())
+                for group in config.groups
+            ),
+            top_k=tuple(group.top_k for group in config.groups),
+            physical_to_logical=_physical_order(list(pools.values()), config.expert_order, expert_parallel_size),
+            expert_parallel_size=expert_parallel_size,
+        )
 
     @property
     def num_experts(self) -> int:
-        return sum(self.sizes)
-
-    def logical_range(self, modality: int) -> range:
-        """Logical experts of one group."""
-        start = sum(self.sizes[:modality])
-        return range(start, start + self.sizes[modality])
+        return len(self.physical_to_logical)
 
     def allowed(self) -> torch.Tensor:
         """``[modalities, experts]`` bool in physical order: may a token of that modality choose that expert."""
-        logical = torch.tensor(self.physical_to_logical)
-        rows = [
-            (logical >= self.logical_range(modality).start) & (logical < self.logical_range(modality).stop)
-            for modality in range(len(self.sizes))
-        ]
-        return torch.stack(rows)
+        logical = torch.zeros(len(self.choices), self.num_experts, dtype=torch.bool)
+        for modality, experts in enumerate(self.choices):
+            logical[modality, list(experts)] = True
+        return logical[:, list(self.physical_to_logical)]
 
     def to_logical(self, per_expert: torch.Tensor) -> torch.Tensor:
         """Reorder the last dimension from physical to logical order."""
@@ -61,16 +71,37 @@ class ExpertGroups:
         logical[..., torch.tensor(self.physical_to_logical)] = per_expert
         return logical
 
+    def local_experts(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """Pool -> logical experts that expert-parallel ``rank`` computes, in physical order; pools may be empty."""
+        size = self.num_experts // self.expert_parallel_size
+        mine = self.physical_to_logical[rank * size : (rank + 1) * size]
+        return {name: tuple(expert for expert in mine if expert in pool) for name, pool in self.pools.items()}
 
-def _interleaved(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Logical experts in an order in which every group is spread evenly.
 
-    Expert i of a group of size n sits at fraction (i + 1/2) / n of the order; equal fractions keep the groups' order.
-    Every aligned slice that an expert-parallel size dividing all group sizes cuts out holds the same share of each.
-    """
-    placed = []
+def _pools(config: MoEConfig) -> dict[str, tuple[int, ...]]:
+    entries = [*((group.modality, group) for group in config.groups), (COMMON, config.common)]
+    pools = {}
     start = 0
-    for group, size in enumerate(sizes):
-        placed += [((2 * i + 1) / (2 * size), group, start + i) for i in range(size)]
-        start += size
-    return tuple(logical for _, _, logical in sorted(placed))
+    for name, entry in entries:
+        if entry.size:
+            pools[name] = tuple(entry.experts) or tuple(range(start, start + entry.size))
+            start += entry.size
+    return pools
+
+
+def _physical_order(pools: list[tuple[int, ...]], order: str, expert_parallel_size: int) -> tuple[int, ...]:
+    """Deal the experts out to the ranks, then sort each rank's share by pool.
+
+    ``interleaved`` deals from an order in which expert i of a pool of size n sits at fraction (i + 1/2) / n: every
+    aligned slice of it that a rank takes holds the same share of each pool as far as the sizes divide.
+    """
+    place = {expert: (pool, i) for pool, experts in enumerate(pools) for i, expert in enumerate(experts)}
+    if order == "interleaved":
+        dealt = sorted(
+            place, key=lambda expert: ((2 * place[expert][1] + 1) / len(pools[place[expert][0]]), place[expert])
+        )
+    else:
+        dealt = sorted(place)
+    size = len(dealt) // expert_parallel_size
+    slices = [dealt[rank * size : (rank + 1) * size] for rank in range(expert_parallel_size)]
+    return tuple(expert for share in slices for expert in sorted(share, key=lambda expert: place[expert]))

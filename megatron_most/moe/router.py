@@ -35,11 +35,13 @@ class ModalityAwareRouter(TopKRouter):
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.moe = moe
-        self.groups = ExpertGroups.from_config(moe)
+        self.groups = ExpertGroups.from_config(moe, config.expert_model_parallel_size)
         device = torch.device(torch.cuda.current_device())
         self.register_buffer("allowed", self.groups.allowed().to(device), persistent=False)
-        self.register_buffer("group_sizes", torch.tensor(self.groups.sizes, device=device), persistent=False)
-        self.statistics = RoutingStatistics(len(self.groups.sizes), self.groups.num_experts, device)
+        self.register_buffer(
+            "group_sizes", torch.tensor([len(c) for c in self.groups.choices], device=device), persistent=False
+        )
+        self.statistics = RoutingStatistics(len(self.groups.choices), self.groups.num_experts, device)
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
@@ -47,7 +49,7 @@ class ModalityAwareRouter(TopKRouter):
         """``logits [s, b, E]`` and planes ``[s, 2b]`` -> probs ``[n, E]`` and routing map ``[n, E]`` bool."""
         if padding_mask is None:
             raise RuntimeError(f"layer {self.layer_number}: no modality reached the router")
-        modality, is_padding = unpack_planes(padding_mask)
+        modality, is_padding = unpack_planes(padding_mask, len(self.groups.choices))
         if modality.shape != logits.shape[:2]:
             raise RuntimeError(
                 f"layer {self.layer_number}: modality of shape {tuple(modality.shape)} for tokens of shape"
@@ -65,7 +67,7 @@ class ModalityAwareRouter(TopKRouter):
         group_probs = torch.softmax(group_logits, dim=-1, dtype=torch.float32)
         scores = group_probs if self.moe.score_rule == "group" else torch.softmax(logits, dim=-1, dtype=torch.float32)
 
-        chosen = group_logits.topk(self.groups.top_k, dim=-1).indices
+        chosen = group_logits.topk(max(self.groups.top_k), dim=-1).indices
         routing_map = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, chosen, True)
         routing_map &= is_valid[:, None]
         probs = scores * routing_map
@@ -100,7 +102,7 @@ class ModalityAwareRouter(TopKRouter):
             is_valid=is_valid,
             group_sizes=self.group_sizes,
             num_sequences=num_sequences if per_sequence else 1,
-            top_k=self.groups.top_k,
+            top_k=max(self.groups.top_k),
             reduce_group=self.tp_cp_group,
         )
         self.statistics.balance += loss.detach()

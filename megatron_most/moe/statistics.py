@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megatron_most import platform
 from megatron_most.config import ModelConfig
 from megatron_most.moe.expert_groups import ExpertGroups
-from megatron_most.vocab import MODALITY_NAMES
 
 
 class RoutingStatistics:
@@ -56,8 +56,9 @@ def collect_routing(chunks: Iterable[torch.nn.Module], config: ModelConfig) -> l
         the pairs per logical expert, ``tokens`` per modality, ``outside_group`` (pairs whose expert is not in the
         token's group) and ``balance_loss`` (mean over valid tokens; 1 when even).
     """
-    groups = ExpertGroups.from_config(config.moe)
-    num_modalities, num_experts = len(groups.sizes), groups.num_experts
+    groups = ExpertGroups.from_config(config.moe, parallel_state.get_expert_model_parallel_world_size())
+    names = [group.modality for group in config.moe.groups]
+    num_modalities, num_experts = len(names), groups.num_experts
     width = num_modalities * num_experts + num_modalities + 1
     table = torch.zeros(config.num_layers, width, dtype=torch.float64, device=platform.device())
     for chunk in chunks:
@@ -75,14 +76,12 @@ def collect_routing(chunks: Iterable[torch.nn.Module], config: ModelConfig) -> l
         if not tokens.any():
             continue
         routed = groups.to_logical(row[: num_modalities * num_experts].view(num_modalities, num_experts))
-        inside = sum(
-            routed[m, groups.logical_range(m).start : groups.logical_range(m).stop].sum() for m in range(num_modalities)
-        )
+        inside = sum(routed[m, list(groups.choices[m])].sum() for m in range(num_modalities))
         layers.append(
             {
                 "layer": index + 1,
-                **{name: routed[m].long().tolist() for m, name in enumerate(MODALITY_NAMES)},
-                "tokens": {name: int(tokens[m]) for m, name in enumerate(MODALITY_NAMES)},
+                **{name: routed[m].long().tolist() for m, name in enumerate(names)},
+                "tokens": {name: int(tokens[m]) for m, name in enumerate(names)},
                 "outside_group": int(routed.sum() - inside),
                 "balance_loss": float(row[-1] / tokens.sum()),
             }

@@ -12,7 +12,7 @@ import torch
 
 from megatron_most.data.batch import Batch
 from megatron_most.data.tasks import TASKS
-from megatron_most.vocab import MODALITY_NAMES, NO_CODE, VocabLayout
+from megatron_most.vocab import NO_CODE, Modality, VocabLayout
 
 
 class LossTable:
@@ -40,7 +40,7 @@ class LossTable:
         self.weights = weights
         self.text_weight = text_weight
         codebooks = [f"codebook_{k}" for k in range(vocab.num_codebooks)]
-        self.names = ["loss", *(f"loss/{name}" for name in (*MODALITY_NAMES, *TASKS, *codebooks)), "tokens"]
+        self.names = ["loss", *(f"loss/{name}" for name in (*vocab.modality_names, *TASKS, *codebooks)), "tokens"]
 
     def __call__(self, batch: Batch, slot_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Reduce one micro-batch on this rank.
@@ -56,12 +56,12 @@ class LossTable:
         mask = batch.loss_mask.to(slot_losses.dtype)
         main, codebooks = slot_losses[..., 0], slot_losses[..., 1:]
         losses = main + codebooks @ main.new_tensor(self.weights) if codebooks.shape[-1] else main
-        is_audio = self.vocab.is_audio(batch.labels)
-        loss_sum = (losses * mask.where(is_audio, mask * self.text_weight)).sum()
+        modality = self.vocab.modality_of(batch.labels)
+        loss_sum = (losses * mask.where(modality != Modality.TEXT, mask * self.text_weight)).sum()
         count = mask.sum()
         with torch.no_grad():
             selected = [mask]
-            selected += [mask * (is_audio == modality) for modality in range(len(MODALITY_NAMES))]
+            selected += [mask * (modality == index) for index in range(len(self.vocab.modality_names))]
             selected += [mask * (batch.task == task) for task in range(len(TASKS))]
             rows = torch.stack(selected).double()
             table = torch.stack([(rows * losses).sum(dim=(1, 2)), rows.sum(dim=(1, 2))], dim=1)
