@@ -289,6 +289,12 @@ class RunConfig:
         parts = self.part_names
         for entry in self.optimizer.lr_scales:
             require_one_of("optimizer.lr_scales.part", entry.part, (*parts, "rest"))
+        require(
+            any(self.lr_scale(part) > 0 for part in parts),
+            "optimizer.lr_scales",
+            {entry.part: entry.scale for entry in self.optimizer.lr_scales},
+            "freezes every part of the model: nothing is left to train",
+        )
         warmup = self.optimizer.warmup_steps
         require(
             warmup < self.training.steps,
@@ -313,6 +319,11 @@ class RunConfig:
             "embeddings",
             "heads",
         )
+
+    def lr_scale(self, part: str) -> float:
+        """What the learning rate of ``part`` is multiplied by; 0 when it is frozen."""
+        scales = {entry.part: entry.scale for entry in self.optimizer.lr_scales}
+        return scales.get(part, scales.get("rest", 1.0))
 
     def num_microbatches(self, data_parallel_size: int) -> int:
         """Micro-batches each data-parallel rank runs per step."""

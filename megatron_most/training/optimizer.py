@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
 from megatron_most.config import RunConfig
 from megatron_most.model import MoSTModel
+from megatron_most.training.parts import freeze, group_overrides
 
 
 def wrap_model(config: RunConfig, model_chunks: list[MoSTModel]) -> list[DistributedDataParallel]:
-    """Wrap each chunk for mixed precision and gradient reduction. Gradients are kept and reduced in fp32."""
+    """Freeze what is not to learn, and wrap each chunk for mixed precision and gradient reduction.
+
+    Gradients are kept and reduced in fp32; what is frozen has none.
+    """
+    freeze(config, model_chunks)
     megatron = model_chunks[0].config
     options = config.optimizer
     ddp_config = DistributedDataParallelConfig(
@@ -36,6 +45,8 @@ def wrap_model(config: RunConfig, model_chunks: list[MoSTModel]) -> list[Distrib
 def build_optimizer(config: RunConfig, wrapped: list[DistributedDataParallel]) -> MegatronOptimizer:
     """AdamW over fp32 master weights, and the hooks by which Megatron's schedules reach it.
 
+    Each part of the model has parameter groups of its own, with the part's learning rate.
+
     Megatron takes the fused kernel of Transformer Engine or Apex where one is installed, torch's AdamW elsewhere.
     """
     options = config.optimizer
@@ -52,7 +63,8 @@ def build_optimizer(config: RunConfig, wrapped: list[DistributedDataParallel]) -
         params_dtype=torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
         use_distributed_optimizer=options.distributed,
     )
-    optimizer = get_megatron_optimizer(megatron_config, wrapped)
+    overrides = {**get_standard_config_overrides(megatron_config), **group_overrides(config, wrapped)}
+    optimizer = get_megatron_optimizer(megatron_config, wrapped, overrides)
     megatron = wrapped[0].config
     megatron.finalize_model_grads_func = finalize_model_grads
     megatron.grad_scale_func = optimizer.scale_loss
@@ -87,5 +99,6 @@ def build_scheduler(config: RunConfig, optimizer: MegatronOptimizer, step: int) 
     return scheduler
 
 
-def learning_rate(optimizer: MegatronOptimizer) -> float:
-    return optimizer.param_groups[0]["lr"]
+def learning_rate(scheduler: OptimizerParamScheduler) -> float:
+    """The rate of the parts that are not scaled."""
+    return scheduler.get_lr({})

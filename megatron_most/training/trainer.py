@@ -40,6 +40,7 @@ from megatron_most.training.optimizer import (
     learning_rate,
     wrap_model,
 )
+from megatron_most.training.parts import part_grad_norms
 from megatron_most.training.run_directory import check_same_run, claim, device_name, versions
 from megatron_most.training.step import run_microbatches, sum_over_ranks
 from megatron_most.training.stop import StopRequest
@@ -157,11 +158,12 @@ class Trainer:
         with StopRequest() as stop:
             while self.step < training.steps:
                 began = time.perf_counter()
-                grad_norm, stopping = self._train_step(stop)
+                last = self.step + 1 == training.steps
+                is_logged = self.step == 0 or (self.step + 1) % logging.interval == 0 or last
+                grad_norm, part_norms, stopping = self._train_step(stop, is_logged)
                 self._seconds += time.perf_counter() - began
-                last = self.step == training.steps
-                if self.step == 1 or self.step % logging.interval == 0 or last:
-                    self._log(grad_norm)
+                if is_logged:
+                    self._log(grad_norm, part_norms)
                 if training.eval_interval and (self.step % training.eval_interval == 0 or last):
                     self._validate()
                 if self.step % self.config.checkpoint.interval == 0 or last or stopping:
@@ -176,8 +178,13 @@ class Trainer:
         else:
             self._say(f"finished {training.steps} steps in {self.run_dir}")
 
-    def _train_step(self, stop: StopRequest) -> tuple[float, bool]:
-        """One optimizer step. Returns the gradient norm before clipping and whether any rank was asked to stop."""
+    def _train_step(self, stop: StopRequest, is_logged: bool) -> tuple[float, dict[str, float], bool]:
+        """One optimizer step.
+
+        Returns:
+            The gradient norm before clipping; that of each part, in a step that is logged; whether any rank was asked
+            to stop.
+        """
         batches = self._read_batches()
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
@@ -193,11 +200,12 @@ class Trainer:
         self.step += 1
         self.accumulator.add(sums)
         tokens, samples = (int(value) for value in sums[-1])
+        part_norms = part_grad_norms(self.config, self.optimizer) if is_logged else {}
         self.consumed_tokens += tokens
         self.consumed_samples += samples
         self._timed_tokens += tokens
         self._timed_steps += 1
-        return grad_norm, requests > 0
+        return grad_norm, part_norms, requests > 0
 
     def _read_batches(self) -> list[Batch]:
         """The micro-batches of this step; of the ranks that share broken rows, one tells it and all leave."""
@@ -214,7 +222,7 @@ class Trainer:
             )
             fail(error if dist.get_rank() == 0 else None)
 
-    def _log(self, grad_norm: float) -> None:
+    def _log(self, grad_norm: float, part_norms: dict[str, float]) -> None:
         """Write what was gathered since the last line; loss metrics are sums over targets divided by their number."""
         self.accumulator.add_routing(collect_routing(self.model_chunks, self.config.model))
         values: dict[str, Any] = {
@@ -222,13 +230,14 @@ class Trainer:
             "time": time.time(),
             "consumed_samples": self.consumed_samples,
             "consumed_tokens": self.consumed_tokens,
-            "lr": learning_rate(self.optimizer),
+            "lr": learning_rate(self.scheduler),
             "grad_norm": grad_norm,
             **self.accumulator.means(),
             "tokens_per_second": self._timed_tokens / self._seconds,
             "step_seconds": self._seconds / self._timed_steps,
         }
         if self.writer is not None:
+            **{f"grad_norm/{part}": norm for part, norm in part_norms.items()},
             self.writer.training(values, self.accumulator.routing_layers())
         self.accumulator.reset()
         self._seconds, self._timed_steps, self._timed_tokens = 0.0, 0, 0

@@ -1,0 +1,118 @@
+"""The parts of a model that may learn at rates of their own: which weight is whose, freezing, gradient norms.
+
+A part is one of :attr:`megatron_most.config.RunConfig.part_names`. The optimizer keeps each part in parameter groups of
+its own, marked ``part``, so that rates and norms need no second list of parameters.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.optimizer import MegatronOptimizer, ParamGroupOverride, ParamKey
+from megatron.core.optimizer.optimizer_config import ParamPredicate
+from megatron.core.transformer.module import param_is_not_shared
+
+from megatron_most import platform
+from megatron_most.config import RunConfig
+from megatron_most.moe import ExpertGroups
+
+_RULES = (
+    # First, because Transformer Engine keeps some norms in the linear layer that follows them.
+    ("norms", re.compile(r"norm")),
+    ("routers", re.compile(r"\.mlp\.router\.")),
+    ("shared_experts", re.compile(r"\.mlp\.shared_experts\.")),
+    ("dense_ffn", re.compile(r"\.mlp\.linear_fc[12]\.")),
+    ("attention", re.compile(r"\.self_attention\.")),
+    ("embeddings", re.compile(r"(^|\.)(embedding|codebook_embeddings)\.")),
+    ("heads", re.compile(r"(^|\.)(output_layer|codebook_heads)\.")),
+)
+_EXPERTS = re.compile(r"\.mlp\.experts\.")
+_EXPERT_INDEX = re.compile(r"\.local_experts\.(\d+)\.|\.linear_fc[12]\.(?:weight|bias)(\d+)$")
+"""A rank's expert by number: Megatron's ``SequentialMLP``, and Transformer Engine's grouped linear layers."""
+
+
+def named_parts(config: RunConfig, chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter, str]]:
+    """(name, parameter, part) of every parameter of this rank's model chunks, wrapped or not."""
+    expert = config.parallel.expert_model_parallel_size
+    groups = ExpertGroups.from_config(config.model.moe, expert)
+    local = groups.local_experts(parallel_state.get_expert_model_parallel_rank())
+    pools = [pool for pool, experts in local.items() for _ in experts]
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            yield name, parameter, part_of(name, pools)
+
+
+def part_of(name: str, pools: list[str]) -> str:
+    """The part of the parameter called ``name``; ``pools`` names the pool of each expert that this rank computes."""
+    if _EXPERTS.search(name):
+        return f"experts.{_pool_of(name, pools)}"
+    for part, pattern in _RULES:
+        if pattern.search(name):
+            return part
+    raise RuntimeError(f"{name}: belongs to no part of the model")
+
+
+def _pool_of(name: str, pools: list[str]) -> str:
+    if match := _EXPERT_INDEX.search(name):
+        return pools[int(match[1] or match[2])]
+    # One weight for each pool, which is a component of its name.
+    (pool,) = set(name.split(".")) & set(pools)
+    return pool
+
+
+def freeze(config: RunConfig, chunks: Iterable[torch.nn.Module]) -> None:
+    """Take the parts whose learning rate is scaled by 0 out of training: no gradients, no optimizer state."""
+    for _, parameter, part in named_parts(config, chunks):
+        if config.lr_scale(part) == 0:
+            parameter.requires_grad_(False)
+
+
+def group_overrides(config: RunConfig, chunks: Iterable[torch.nn.Module]) -> dict[ParamKey, ParamGroupOverride]:
+    """What Megatron's optimizer sets for the parameter groups of each part: its name and its range of rates."""
+    options = config.optimizer
+    members: dict[str, set[torch.nn.Parameter]] = {part: set() for part in config.part_names}
+    for _, parameter, part in named_parts(config, chunks):
+        members[part].add(parameter)
+    overrides = {}
+    for part, parameters in members.items():
+        override = {"part": part}
+        scale = config.lr_scale(part)
+        if scale != 1:
+            override |= {"max_lr": options.lr * scale, "min_lr": options.min_lr * scale}
+        overrides[ParamKey(predicate=ParamPredicate(part, parameters.__contains__))] = override
+    return overrides
+
+
+@torch.no_grad()
+def part_grad_norms(config: RunConfig, optimizer: MegatronOptimizer) -> dict[str, float]:
+    """L2 norm of the gradient of each part that learns, before clipping; the same on every rank. A collective call.
+
+    Call it after the backward pass and before ``optimizer.step()``. It reads the gradients where they are, as the norm
+    of all does: a distributed optimizer's ranks each have a share of them, other optimizers' ranks whole ones.
+    """
+    parts = [part for part in config.part_names if config.lr_scale(part) > 0]
+    optimizer.prepare_grads()
+    total = torch.zeros(len(parts), dtype=torch.float64, device=platform.device())
+    for member in optimizer.chained_optimizers:
+        squares = torch.zeros_like(total)
+        for group in member.param_groups:
+            for parameter in group["params"]:
+                if _counts(parameter, member.tp_group):
+                    squares[parts.index(group["part"])] += torch.linalg.vector_norm(parameter.grad).double().square()
+        dist.all_reduce(squares, group=member.get_grad_stats_parallel_group())
+        total += squares
+    return {part: math.sqrt(square) for part, square in zip(parts, total.tolist(), strict=True)}
+
+
+def _counts(parameter: torch.nn.Parameter, tensor_group: dist.ProcessGroup) -> bool:
+    """Whether this rank adds the parameter to a sum over ranks: one of those that hold copies does."""
+    return (
+        parameter.grad is not None
+        and param_is_not_shared(parameter)
+        and tensor_parallel.param_is_not_tensor_parallel_duplicate(parameter, tensor_group)
+    )
