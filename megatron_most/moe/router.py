@@ -41,7 +41,7 @@ class ModalityAwareRouter(TopKRouter):
         self.register_buffer(
             "group_sizes", torch.tensor([len(c) for c in self.groups.choices], device=device), persistent=False
         )
-        self.statistics = RoutingStatistics(len(self.groups.choices), self.groups.num_experts, device)
+        self.statistics = RoutingStatistics(self.groups, device)
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
@@ -78,7 +78,7 @@ class ModalityAwareRouter(TopKRouter):
         # In training, statistics and losses belong to the pass that has a backward: not to evaluation, and only to the
         # second of the two forwards of a recomputed layer.
         if self.training and torch.is_grad_enabled():
-            self.statistics.count(routing_map, modality, is_valid)
+            self.statistics.count(routing_map, scores, group_probs, modality, is_valid)
             if self.moe.balance_loss != "none":
                 probs = self._attach_balance_loss(probs, group_probs, routing_map, modality, is_valid, num_sequences)
         return probs.type_as(logits), routing_map
@@ -105,7 +105,7 @@ class ModalityAwareRouter(TopKRouter):
             top_k=max(self.groups.top_k),
             reduce_group=self.tp_cp_group,
         )
-        self.statistics.balance += loss.detach()
+        self.statistics.add_loss("balance_loss", loss)
         # A sum over tokens, as the language-model loss is: finalize_model_grads divides both by the loss tokens.
         return MoEAuxLossAutoScaler.apply(probs, loss * self.moe.balance_coeff)
 

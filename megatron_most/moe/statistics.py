@@ -1,6 +1,6 @@
-"""What the routers did: (token, expert) pairs per layer and modality, counted from the real routing maps.
+"""What the routers did, per layer and modality: counted on the device, summed over the ranks once per logged line.
 
-Shape letters: M modalities, E experts.
+Shape letters: M modalities, E experts, n tokens (of this rank), R expert-parallel ranks, K micro-batches kept.
 """
 
 from __future__ import annotations
@@ -16,32 +16,75 @@ from megatron_most import platform
 from megatron_most.config import ModelConfig
 from megatron_most.moe.expert_groups import ExpertGroups
 
+LOSSES = ("balance_loss", "z_loss", "orthogonality_loss")
+"""Losses a router may report, each as a sum over tokens."""
+
+_KEPT = 256
+"""Micro-batches whose load per expert-parallel rank is kept until the next line; with more, the latest count."""
+
 
 class RoutingStatistics:
-    """Counters of one router, accumulated on its device without synchronisation.
+    """Sums of one router since the last :func:`collect_routing`, on its device, never synchronised.
 
-    ``routed [M, E]`` counts pairs in physical order, ``tokens [M]`` valid tokens, ``balance`` the sum over tokens of
-    the balance loss (before its coefficient).
+    All are float64 and in physical expert order: ``routed [M, E]`` (token, expert) pairs; ``scores [M, E]`` scores;
+    ``entropy [M]`` entropies of the distribution inside the choice, in nats; ``tokens [M]`` valid tokens;
+    ``losses[name]`` losses before their coefficients.
     """
 
-    def __init__(self, num_modalities: int, num_experts: int, device: torch.device) -> None:
-        self.routed = torch.zeros(num_modalities, num_experts, dtype=torch.float64, device=device)
-        self.tokens = torch.zeros(num_modalities, dtype=torch.float64, device=device)
-        self.balance = torch.zeros((), dtype=torch.float64, device=device)
+    def __init__(self, groups: ExpertGroups, device: torch.device) -> None:
+        modalities, experts = len(groups.choices), groups.num_experts
+        sizes = (modalities * experts, modalities * experts, modalities, modalities, len(LOSSES))
+        self.sums = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
+        routed, scores, self.entropy, self.tokens, losses = self.sums.split(sizes)
+        self.routed, self.scores = routed.view(modalities, experts), scores.view(modalities, experts)
+        self.losses = dict(zip(LOSSES, losses, strict=True))
+        self._modalities = torch.arange(modalities, device=device)[:, None]
+        self._rank_pairs = torch.zeros(_KEPT, groups.expert_parallel_size, device=device)
+        self._num_calls = 0
 
     @torch.no_grad()
-    def count(self, routing_map: torch.Tensor, modality: torch.Tensor, is_valid: torch.Tensor) -> None:
-        """Add ``routing_map [n, E]`` of tokens with ``modality [n]``; padding (``is_valid [n]`` False) is left out."""
-        valid = is_valid.double()
-        self.routed.index_add_(0, modality, routing_map.double() * valid[:, None])
-        self.tokens.index_add_(0, modality, valid)
+    def count(
+        self,
+        routing_map: torch.Tensor,
+        scores: torch.Tensor,
+        group_probs: torch.Tensor,
+        modality: torch.Tensor,
+        is_valid: torch.Tensor,
+    ) -> None:
+        """Add the tokens of one micro-batch; padding (``is_valid [n]`` False) is left out.
 
-    def flat(self) -> torch.Tensor:
-        return torch.cat([self.routed.flatten(), self.tokens, self.balance[None]])
+        Args:
+            routing_map: ``[n, E]`` bool, the experts chosen.
+            scores: ``[n, E]``, what the probabilities are taken from, before the choice; 0 where a token has none.
+            group_probs: ``[n, E]``, the distribution inside each token's choice, 0 outside.
+            modality: ``[n]`` int64.
+        """
+        # Sums over tokens as products with a 0/1 matrix [M, n]: exact in fp32 for counts up to 2^24 a micro-batch.
+        counts = ((modality == self._modalities) & is_valid).float()
+        pairs = counts @ routing_map.float()
+        # entr(p) = -p log p, several times faster than torch.special.entr on a CPU.
+        entropy = -(group_probs * group_probs.clamp(min=torch.finfo(group_probs.dtype).tiny).log()).sum(dim=1)
+        self.routed += pairs
+        self.scores += counts @ scores.float()
+        self.entropy += counts @ entropy.float()
+        self.tokens += counts.sum(dim=1)
+        num_ranks = self._rank_pairs.shape[1]
+        if num_ranks > 1:
+            self._rank_pairs[self._num_calls % _KEPT] = pairs.sum(dim=0).view(num_ranks, -1).sum(dim=1)
+        self._num_calls += 1
+
+    @torch.no_grad()
+    def add_loss(self, name: str, value: torch.Tensor) -> None:
+        """Add ``value``, a loss of :data:`LOSSES` summed over this rank's tokens, before its coefficient."""
+        self.losses[name] += value
+
+    def rank_pairs(self) -> torch.Tensor:
+        """``[K, R]`` pairs for each expert-parallel rank from this rank's tokens, of the last micro-batches."""
+        return self._rank_pairs[: min(self._num_calls, _KEPT)]
 
     def reset(self) -> None:
-        for counter in (self.routed, self.tokens, self.balance):
-            counter.zero_()
+        self.sums.zero_()
+        self._num_calls = 0
 
 
 def collect_routing(chunks: Iterable[torch.nn.Module], config: ModelConfig) -> list[dict[str, Any]]:
@@ -52,38 +95,64 @@ def collect_routing(chunks: Iterable[torch.nn.Module], config: ModelConfig) -> l
         config: the whole model; gives the place of each layer in the exchange.
 
     Returns:
-        The same on every rank: one dict per MoE layer that saw tokens, in order: ``layer`` (from 1), for each modality
-        the pairs per logical expert, ``tokens`` per modality, ``outside_group`` (pairs whose expert is not in the
-        token's group) and ``balance_loss`` (mean over valid tokens; 1 when even).
+        The same on every rank: one dict per MoE layer that saw tokens, in order. Its values are sums, so that those of
+        several calls can be added: ``layer`` (its number, from 1; no sum); by modality ``pairs`` and ``scores`` per
+        logical expert, ``entropy`` and ``tokens``; ``outside_group`` (pairs whose expert the modality may not choose);
+        the :data:`LOSSES`; and ``rank_imbalance``: pairs of the busiest expert-parallel rank over the mean, summed over
+        micro-batches, and how many those are (0 without expert parallelism).
     """
     groups = ExpertGroups.from_config(config.moe, parallel_state.get_expert_model_parallel_world_size())
     names = [group.modality for group in config.moe.groups]
     num_modalities, num_experts = len(names), groups.num_experts
-    width = num_modalities * num_experts + num_modalities + 1
-    table = torch.zeros(config.num_layers, width, dtype=torch.float64, device=platform.device())
-    for chunk in chunks:
-        for module in chunk.modules():
-            statistics = getattr(module, "statistics", None)
-            if isinstance(statistics, RoutingStatistics):
-                table[module.layer_number - 1] = statistics.flat()
-                statistics.reset()
+    routers = [
+        (module.layer_number - 1, module.statistics)
+        for chunk in chunks
+        for module in chunk.modules()
+        if isinstance(getattr(module, "statistics", None), RoutingStatistics)
+    ]
+    width = 2 * num_modalities * (num_experts + 1) + len(LOSSES)
+    table = torch.zeros(config.num_layers, width + 2, dtype=torch.float64, device=platform.device())
+    if routers:
+        rows = [row for row, _ in routers]
+        table[rows, :width] = torch.stack([statistics.sums for _, statistics in routers])
+        if groups.expert_parallel_size > 1:
+            table[rows, width:] = _rank_imbalance([statistics for _, statistics in routers])
+        for _, statistics in routers:
+            statistics.reset()
     dist.all_reduce(table)
-    table = table.cpu()
 
+    per_expert = num_modalities * num_experts
+    sizes = (per_expert, per_expert, num_modalities, num_modalities, len(LOSSES), 2)
     layers = []
-    for index, row in enumerate(table):
-        tokens = row[num_modalities * num_experts : -1]
+    for index, row in enumerate(table.cpu()):
+        pairs, scores, entropy, tokens, losses, imbalance = row.split(sizes)
         if not tokens.any():
             continue
-        routed = groups.to_logical(row[: num_modalities * num_experts].view(num_modalities, num_experts))
-        inside = sum(routed[m, list(groups.choices[m])].sum() for m in range(num_modalities))
+        pairs = groups.to_logical(pairs.view(num_modalities, num_experts))
+        scores = groups.to_logical(scores.view(num_modalities, num_experts))
+        inside = sum(pairs[m, list(choice)].sum() for m, choice in enumerate(groups.choices))
         layers.append(
             {
                 "layer": index + 1,
-                **{name: routed[m].long().tolist() for m, name in enumerate(names)},
-                "tokens": {name: int(tokens[m]) for m, name in enumerate(names)},
-                "outside_group": int(routed.sum() - inside),
-                "balance_loss": float(row[-1] / tokens.sum()),
+                "pairs": dict(zip(names, pairs.long().tolist(), strict=True)),
+                "scores": dict(zip(names, scores.tolist(), strict=True)),
+                "entropy": dict(zip(names, entropy.tolist(), strict=True)),
+                "tokens": dict(zip(names, tokens.long().tolist(), strict=True)),
+                "outside_group": int(pairs.sum() - inside),
+                **dict(zip(LOSSES, losses.tolist(), strict=True)),
+                "rank_imbalance": imbalance.tolist(),
             }
         )
     return layers
+
+
+def _rank_imbalance(statistics: list[RoutingStatistics]) -> torch.Tensor:
+    """``[layers, 2]``: busiest rank over the mean, summed over micro-batches that routed anything, and their number.
+
+    The ranks that exchange tokens run the same layers on micro-batches side by side.
+    """
+    pairs = torch.stack([one.rank_pairs() for one in statistics])
+    dist.all_reduce(pairs, group=parallel_state.get_expert_tensor_and_model_parallel_group())
+    has_pairs = pairs.sum(dim=-1) > 0
+    ratio = (pairs.amax(dim=-1) / pairs.mean(dim=-1)).where(has_pairs, 0.0)
+    return torch.stack([ratio.sum(dim=-1), has_pairs.sum(dim=-1)], dim=-1).double()

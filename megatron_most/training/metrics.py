@@ -15,10 +15,10 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from megatron_most.config import LoggingConfig
+from megatron_most.config import LoggingConfig, MoEConfig
 from megatron_most.errors import ConfigError
+from megatron_most.training.routing_metrics import RoutingMetrics
 from megatron_most.training.run_directory import METRICS, ROUTING
-from megatron_most.vocab import MODALITY_NAMES
 
 
 class MetricAccumulator:
@@ -26,15 +26,17 @@ class MetricAccumulator:
 
     Args:
         names: rows of the metric table (see :class:`~megatron_most.training.loss.LossTable`).
+        moe: what :class:`~megatron_most.training.routing_metrics.RoutingMetrics` needs to tell groups apart.
     """
 
-    def __init__(self, names: list[str]) -> None:
+    def __init__(self, names: list[str], moe: MoEConfig) -> None:
         self.names = names
+        self.moe = moe
         self.reset()
 
     def reset(self) -> None:
         self.table = [[0.0, 0.0] for _ in self.names]
-        self.routing: list[dict[str, Any]] = []
+        self.routing = RoutingMetrics(self.moe)
 
     def add(self, table: list[list[float]]) -> None:
         """Add one step's table of (sum, count), already summed over ranks."""
@@ -42,34 +44,9 @@ class MetricAccumulator:
             mine[0] += new[0]
             mine[1] += new[1]
 
-    def add_routing(self, layers: list[dict[str, Any]]) -> None:
-        """Add routing counts as :func:`megatron_most.moe.collect_routing` returns them."""
-        known = {layer["layer"]: layer for layer in self.routing}
-        for new in layers:
-            new = {**new, "balance_loss": new["balance_loss"] * _tokens(new)}
-            mine = known.setdefault(new["layer"], new)
-            if mine is new:
-                continue
-            for name in MODALITY_NAMES:
-                mine[name] = [a + b for a, b in zip(mine[name], new[name], strict=True)]
-                mine["tokens"][name] += new["tokens"][name]
-            mine["outside_group"] += new["outside_group"]
-            mine["balance_loss"] += new["balance_loss"]
-        self.routing = [known[number] for number in sorted(known)]
-
     def means(self) -> dict[str, float]:
-        """Sum over count of every loss that had a target, and ``balance_loss``: mean over MoE layers and tokens."""
-        rows = zip(self.names, self.table, strict=True)
-        means = {name: total / count for name, (total, count) in rows if name != "tokens" and count}
-        if self.routing:
-            tokens = sum(_tokens(layer) for layer in self.routing)
-            means["balance_loss"] = sum(layer["balance_loss"] for layer in self.routing) / tokens
-        return means
-
-    def routing_layers(self) -> list[dict[str, Any]]:
-        """Per MoE layer: its number, pairs per logical expert of each modality, pairs outside their group."""
-        keys = ("layer", *MODALITY_NAMES, "outside_group")
-        return [{key: layer[key] for key in keys} for layer in self.routing]
+        """:func:`mean_losses` of everything added, and :meth:`RoutingMetrics.metrics`."""
+        return mean_losses(self.names, self.table) | self.routing.metrics()
 
     @property
     def tokens(self) -> int:
@@ -77,14 +54,19 @@ class MetricAccumulator:
         return int(self.table[self.names.index("tokens")][0])
 
     def state(self) -> dict[str, Any]:
-        return {"table": dict(zip(self.names, self.table, strict=True)), "routing": self.routing}
+        return {"table": dict(zip(self.names, self.table, strict=True)), "routing": self.routing.sums}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state`; rows that this version does not know are left out."""
         self.reset()
         if state:
             self.table = [state["table"].get(name, [0.0, 0.0]) for name in self.names]
-            self.routing = state["routing"]
+            self.routing.sums = state["routing"]
+
+
+def mean_losses(names: list[str], table: list[list[float]]) -> dict[str, float]:
+    """Sum over count of every loss that had a target."""
+    return {name: total / count for name, (total, count) in zip(names, table, strict=True) if name != "tokens" and count}
 
 
 class JsonLines:
@@ -132,24 +114,32 @@ class MetricsWriter:
         run_dir: receives ``metrics.jsonl``, ``routing.jsonl`` and ``tensorboard/``.
         total_steps: the run's last step, for the time left.
         resume_step: the step the run starts from.
+        modality_names: whose losses the console shows.
         run_config: what wandb is told of the run.
     """
 
     def __init__(
-        self, run_dir: Path, logging: LoggingConfig, total_steps: int, resume_step: int, run_config: dict[str, Any]
+        self,
+        run_dir: Path,
+        logging: LoggingConfig,
+        total_steps: int,
+        resume_step: int,
+        modality_names: tuple[str, ...],
+        run_config: dict[str, Any],
     ) -> None:
         self.total_steps = total_steps
+        self.modality_names = modality_names
         self.metrics = JsonLines(run_dir / METRICS, resume_step)
         self.routing = JsonLines(run_dir / ROUTING, resume_step)
         self.tensorboard = _tensorboard(run_dir, resume_step) if logging.tensorboard else None
         self.wandb = _wandb(run_dir, logging.wandb_project, run_config) if logging.wandb_project else None
 
     def training(self, values: dict[str, Any], routing: list[dict[str, Any]]) -> None:
-        """Write one line of training metrics and its routing counts."""
+        """Write one line of training metrics and its routing maps."""
         self._write(values)
         if routing:
             self.routing.write({"step": values["step"], "layers": routing})
-        print(console_line(values, self.total_steps), flush=True)
+        print(console_line(values, self.total_steps, self.modality_names), flush=True)
 
     def validation(self, step: int, values: dict[str, float]) -> None:
         """Write the losses of the validation sets at ``step``, as a line of their own."""
@@ -176,9 +166,9 @@ class MetricsWriter:
             self.wandb.finish()
 
 
-def console_line(values: dict[str, Any], total_steps: int) -> str:
+def console_line(values: dict[str, Any], total_steps: int, modality_names: tuple[str, ...]) -> str:
     """One line for people: step, loss and its modalities, learning rate, speed, time left."""
-    parts = [f"{name} {values[f'loss/{name}']:.4f}" for name in MODALITY_NAMES if f"loss/{name}" in values]
+    parts = [f"{name} {values[f'loss/{name}']:.4f}" for name in modality_names if f"loss/{name}" in values]
     step = values["step"]
     width = len(str(total_steps))
     left = (total_steps - step) * values["step_seconds"]
@@ -195,10 +185,6 @@ def _duration(seconds: float) -> str:
     if hours:
         return f"{hours}h{minutes:02d}m"
     return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
-
-
-def _tokens(layer: dict[str, Any]) -> int:
-    return sum(layer["tokens"].values())
 
 
 def _step(line: str) -> float:

@@ -63,7 +63,7 @@ class Trainer:
         self.loss_table = LossTable(
             config.vocab, config.model.codebook_weights(config.vocab), config.model.text_loss_weight
         )
-        self.accumulator = MetricAccumulator(self.loss_table.names)
+        self.accumulator = MetricAccumulator(self.loss_table.names, config.model.moe)
         self._seconds = 0.0
         self._timed_steps = 0
         self._timed_tokens = 0
@@ -144,7 +144,12 @@ class Trainer:
 
         def open_writer() -> None:
             self.writer = MetricsWriter(
-                self.run_dir, config.logging, config.training.steps, self.step, dataclasses.asdict(config)
+                self.run_dir,
+                config.logging,
+                config.training.steps,
+                self.step,
+                config.vocab.modality_names,
+                dataclasses.asdict(config),
             )
 
         on_rank_zero(open_writer)
@@ -224,7 +229,7 @@ class Trainer:
 
     def _log(self, grad_norm: float, part_norms: dict[str, float]) -> None:
         """Write what was gathered since the last line; loss metrics are sums over targets divided by their number."""
-        self.accumulator.add_routing(collect_routing(self.model_chunks, self.config.model))
+        self.accumulator.routing.add(collect_routing(self.model_chunks, self.config.model))
         values: dict[str, Any] = {
             "step": self.step,
             "time": time.time(),
@@ -238,7 +243,7 @@ class Trainer:
         }
         if self.writer is not None:
             **{f"grad_norm/{part}": norm for part, norm in part_norms.items()},
-            self.writer.training(values, self.accumulator.routing_layers())
+            self.writer.training(values, self.accumulator.routing.layers())
         self.accumulator.reset()
         self._seconds, self._timed_steps, self._timed_tokens = 0.0, 0, 0
 
@@ -248,7 +253,7 @@ class Trainer:
             self.writer.validation(self.step, losses)
 
     def _save(self) -> None:
-        self.accumulator.add_routing(collect_routing(self.model_chunks, self.config.model))
+        self.accumulator.routing.add(collect_routing(self.model_chunks, self.config.model))
         tokenizer, codec = self._fingerprints
         metadata = CheckpointMetadata(
             step=self.step,

@@ -10,7 +10,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 from megatron_most.data.batch import Batch
 from megatron_most.training.loss import LossTable
-from megatron_most.training.metrics import MetricAccumulator
+from megatron_most.training.metrics import mean_losses
 from megatron_most.training.step import run_microbatches, sum_over_ranks
 
 
@@ -29,10 +29,9 @@ def validate(
         chunk.eval()
     with torch.no_grad():
         for name, batches in datasets.items():
-            sums = MetricAccumulator(loss_table.names)
             table = run_microbatches(wrapped, _fill_pipeline(batches, len(wrapped)), loss_table, forward_only=True)
-            sums.add(sum_over_ranks(table))
-            losses |= {f"validation/{name}/{metric}": value for metric, value in sums.means().items()}
+            means = mean_losses(loss_table.names, sum_over_ranks(table))
+            losses |= {f"validation/{name}/{metric}": value for metric, value in means.items()}
     for chunk in wrapped:
         chunk.train()
     return losses

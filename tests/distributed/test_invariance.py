@@ -108,7 +108,7 @@ def test_layout_equals_one_process(layout, variant):
         for layer, expected in zip(rank_routing, routing, strict=True):
             assert layer["outside_group"] == 0
             assert layer["balance_loss"] == pytest.approx(expected["balance_loss"], rel=LOSS_TOLERANCE)
-            for field in ("layer", "text", "audio", "tokens"):
+            for field in ("layer", "pairs", "tokens"):
                 assert layer[field] == expected[field]
 
     assembled = assemble(pieces for *_, pieces in ranks)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_most.config import LoggingConfig
+from megatron_most.config import ExpertGroupConfig, LoggingConfig, MoEConfig
 from megatron_most.errors import ConfigError
 from megatron_most.training.metrics import (
     JsonLines,
@@ -17,23 +17,14 @@ from megatron_most.training.metrics import (
     console_line,
     require_installed,
 )
+from tests.unit.training.test_routing_metrics import layer
 
 NAMES = ["loss", "loss/text", "loss/audio", "tokens"]
-
-
-def layer(number: int, text: list[int], balance: float) -> dict:
-    return {
-        "layer": number,
-        "text": text,
-        "audio": [0, 4],
-        "tokens": {"text": sum(text), "audio": 4},
-        "outside_group": 1,
-        "balance_loss": balance,
-    }
+MOE = MoEConfig(groups=[ExpertGroupConfig("text", 2, 1), ExpertGroupConfig("audio", 2, 1)])
 
 
 def test_means_divide_sums_over_steps_and_leave_out_what_had_no_target() -> None:
-    accumulator = MetricAccumulator(NAMES)
+    accumulator = MetricAccumulator(NAMES, MOE)
     accumulator.add([[6.0, 2.0], [6.0, 2.0], [0.0, 0.0], [10.0, 1.0]])
     accumulator.add([[4.0, 8.0], [4.0, 8.0], [0.0, 0.0], [20.0, 1.0]])
     assert accumulator.means() == {"loss": 1.0, "loss/text": 1.0}
@@ -42,25 +33,14 @@ def test_means_divide_sums_over_steps_and_leave_out_what_had_no_target() -> None
     assert accumulator.means() == {}
 
 
-def test_routing_counts_add_up_and_balance_is_weighed_by_tokens() -> None:
-    accumulator = MetricAccumulator(NAMES)
-    accumulator.add_routing([layer(2, [1, 3], 1.0), layer(3, [2, 2], 2.0)])
-    accumulator.add_routing([])
-    accumulator.add_routing([layer(2, [5, 7], 3.0), layer(3, [6, 6], 1.0)])
-    layers = accumulator.routing_layers()
-    assert layers[0] == {"layer": 2, "text": [6, 10], "audio": [0, 8], "outside_group": 2}
-    assert [entry["layer"] for entry in layers] == [2, 3]
-    # Layer 2: 8 tokens at 1 and 16 at 3; layer 3: 8 at 2 and 16 at 1.
-    assert accumulator.means()["balance_loss"] == pytest.approx((8 * 1 + 16 * 3 + 8 * 2 + 16 * 1) / 48)
-
-
 def test_state_survives_json_exactly() -> None:
-    accumulator = MetricAccumulator(NAMES)
+    accumulator = MetricAccumulator(NAMES, MOE)
     accumulator.add([[0.1, 3.0], [1 / 3, 3.0], [0.0, 0.0], [7.0, 1.0]])
-    accumulator.add_routing([layer(2, [1, 3], 1 / 7)])
-    restored = MetricAccumulator([*NAMES, "loss/new"])
+    accumulator.routing.add([layer(2, text=[1, 3, 0, 0], audio=[0, 0, 0, 4], balance_loss=1 / 7)])
+    restored = MetricAccumulator([*NAMES, "loss/new"], MOE)
     restored.load_state(json.loads(json.dumps(accumulator.state())))
     assert restored.means() == accumulator.means()
+    assert restored.routing.layers() == accumulator.routing.layers()
     assert restored.tokens == 7
 
 
@@ -92,20 +72,20 @@ VALUES = {
 
 
 def test_console_line_says_what_people_ask_for() -> None:
-    line = console_line(VALUES, total_steps=2000)
+    line = console_line(VALUES, 2000, ("text", "audio", "image"))
     for part in ("50/2000", "loss 2.0000", "text 1.0000", "audio 3.0000", "1.00e-03", "12,345 tok/s", "1h05m left"):
         assert part in line
 
 
 def test_writer_writes_lines_tensorboard_and_console(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    writer = MetricsWriter(tmp_path, LoggingConfig(tensorboard=True), 100, 0, {})
-    writer.training(VALUES, [{"layer": 2, "text": [1], "audio": [2], "outside_group": 0}])
+    writer = MetricsWriter(tmp_path, LoggingConfig(tensorboard=True), 100, 0, ("text", "audio"), {})
+    writer.training(VALUES, [{"layer": 2, "pairs": {"text": [1], "audio": [2]}}])
     writer.validation(50, {"validation/heldout/loss": 1.5, "validation/heldout/loss/text": 1.25})
     written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert written[0] == VALUES
     assert written[1]["validation/heldout/loss/text"] == 1.25
     routing = json.loads((tmp_path / "routing.jsonl").read_text())
-    assert routing == {"step": 50, "layers": [{"layer": 2, "text": [1], "audio": [2], "outside_group": 0}]}
+    assert routing == {"step": 50, "layers": [{"layer": 2, "pairs": {"text": [1], "audio": [2]}}]}
     assert list((tmp_path / "tensorboard").iterdir())
     assert "heldout 1.5000" in capsys.readouterr().out
     writer.close()
