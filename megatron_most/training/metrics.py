@@ -66,7 +66,9 @@ class MetricAccumulator:
 
 def mean_losses(names: list[str], table: list[list[float]]) -> dict[str, float]:
     """Sum over count of every loss that had a target."""
-    return {name: total / count for name, (total, count) in zip(names, table, strict=True) if name != "tokens" and count}
+    return {
+        name: total / count for name, (total, count) in zip(names, table, strict=True) if name != "tokens" and count
+    }
 
 
 class JsonLines:
