@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from megatron_most.data.blend import Row
+from megatron_most.data.packing import padded_length
 from megatron_most.vocab import NO_CODE, VocabLayout
 
 PADDING_ID = 0
@@ -32,8 +33,9 @@ class Batch:
         ``flat`` layout.
     code_labels: ``[b, s, C]`` int64, codes of the label; ``NO_CODE`` where it is no frame or no target. None in the
         ``flat`` layout.
-    cu_seqlens: ``[documents + 1]`` int32, where documents begin and end in a packed row (b is 1); padding at its end
-        counts as a document. None when rows hold one document each.
+    cu_seqlens: ``[documents + 1]`` int32, where documents begin and end in a packed row (b is 1), with the padding that
+        brings each to ``data.document_multiple``; padding at the end of the row counts as a document. It describes the
+        whole row also where a batch holds a share of its positions. None when rows hold one document each.
     """
 
     ids: torch.Tensor
@@ -53,16 +55,26 @@ class Batch:
         return Batch(**moved)
 
     def take_positions(self, positions: torch.Tensor) -> Batch:
-        """The batch with ``positions [k]`` only, along s: the share of a context-parallel rank. Not for packed rows."""
-        assert self.cu_seqlens is None, "a packed row cannot be cut"
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        """The batch with ``positions [k]`` only, along s: the share of a context-parallel rank."""
         positions = positions.to(self.ids.device)
-        taken = {name: None if value is None else value.index_select(1, positions) for name, value in values.items()}
-        return Batch(**taken)
+        tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        taken = {
+            name: tensor.index_select(1, positions)
+            for name, tensor in tensors.items()
+            if tensor is not None and name != "cu_seqlens"
+        }
+        return dataclasses.replace(self, **taken)
 
 
-def make_batch(rows: Sequence[Row], vocab: VocabLayout, *, seq_length: int, packing: bool) -> Batch:
-    """Lay ``rows`` out as ``[len(rows), seq_length]``; a row without documents is all padding."""
+def make_batch(
+    rows: Sequence[Row], vocab: VocabLayout, *, seq_length: int, packing: bool, document_multiple: int = 1
+) -> Batch:
+    """Lay ``rows`` out as ``[len(rows), seq_length]``; a row without documents is all padding.
+
+    Args:
+        packing: several documents in a row.
+        document_multiple: each packed document is padded at its end to a multiple of that many positions.
+    """
     assert len(rows) == 1 or not packing, "a packed batch has one row"
     shape = (len(rows), seq_length)
     ids = np.full(shape, PADDING_ID, dtype=np.int64)
@@ -93,8 +105,8 @@ def make_batch(rows: Sequence[Row], vocab: VocabLayout, *, seq_length: int, pack
                     codes[span][hidden] = NO_CODE
                 else:
                     ids[span][hidden] = vocab.frame
-            boundaries.append(end)
-            start = end
+            start += padded_length(end - start, document_multiple)
+            boundaries.append(start)
         if start < seq_length:
             boundaries.append(seq_length)
     as_tensor = torch.from_numpy

@@ -1,16 +1,16 @@
 """An endless, random-access sequence of rows drawn from several datasets.
 
-Row k depends on the seed, the datasets, their weights, ``seq_length``, ``packing`` and k, and on nothing else: any rank
-can compute any row, and a resumed run needs only the number of rows consumed.
+Row k depends on the seed, the datasets, their weights, ``seq_length``, ``packing``, ``document_multiple`` and k, and on
+nothing else: any rank can compute any row, and a resumed run needs only the number of rows consumed.
 
 * A row holds documents of one dataset; attention and loss stay inside each document, so mixing tasks inside a row
   would change nothing but the bookkeeping.
 * Weights are shares of **tokens**: datasets with longer rows get fewer of them. The order of datasets is fixed for
   ``BLOCK`` rows and repeats. Each dataset's rows are spread evenly, with a random jitter, so that every stretch of rows
   holds about its share and no data-parallel rank always meets the same dataset.
-* In every epoch of a dataset each document appears once. Documents are packed once; an epoch then swaps documents of
-  equal length and shuffles rows. So neighbours change and the number of rows of an epoch does not, which is what makes
-  row k computable without computing the rows before it.
+* In every epoch of a dataset each document appears once. Documents are packed once; an epoch then swaps documents that
+  take equally many positions and shuffles rows. So neighbours change and the number of rows of an epoch does not, which
+  is what makes row k computable without computing the rows before it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_most.data.indexed import TokenDataset
-from megatron_most.data.packing import pack
+from megatron_most.data.packing import pack, padded_length
 from megatron_most.data.tasks import TASKS, Document
 from megatron_most.errors import DataError
 
@@ -49,6 +49,7 @@ class Rows:
     Args:
         weights: shares of tokens, in any unit.
         packing: several documents in a row; else one.
+        document_multiple: a packed document takes a multiple of that many positions; must divide ``seq_length``.
         audio_frame_dropout: share of the codec frames with loss that are hidden from the input.
 
     Raises:
@@ -63,12 +64,20 @@ class Rows:
         seq_length: int,
         packing: bool,
         seed: int,
+        document_multiple: int = 1,
         audio_frame_dropout: float = 0.0,
     ) -> None:
         self._seed = seed
         self._dropout = audio_frame_dropout
         self._streams = [
-            _DatasetRows(dataset, index, seq_length=seq_length, packing=packing, seed=seed)
+            _DatasetRows(
+                dataset,
+                index,
+                seq_length=seq_length,
+                packing=packing,
+                document_multiple=document_multiple,
+                seed=seed,
+            )
             for index, dataset in enumerate(datasets)
         ]
         tokens_per_row = np.array([stream.tokens_per_row for stream in self._streams])
@@ -105,7 +114,16 @@ class Rows:
 class _DatasetRows:
     """The rows of one dataset, epoch after epoch."""
 
-    def __init__(self, dataset: TokenDataset, index: int, *, seq_length: int, packing: bool, seed: int) -> None:
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        index: int,
+        *,
+        seq_length: int,
+        packing: bool,
+        document_multiple: int,
+        seed: int,
+    ) -> None:
         self.dataset = dataset
         self._seed, self._index = seed, index
         lengths = dataset.lengths.astype(np.int64) - 1  # input positions: the last id is only a label
@@ -117,6 +135,9 @@ class _DatasetRows:
                 f"dataset {dataset.prefix}: {too_long} of {len(lengths)} documents do not fit"
                 f" data.seq_length={seq_length} (the longest needs {lengths.max()})"
             )
+        num_tokens = lengths.sum()
+        if packing:
+            lengths = padded_length(lengths, document_multiple)
         # Slots: the documents in a random order, packed. An epoch puts each document into a slot of its own length.
         order = _stream(seed, _PACK, index).permutation(len(lengths))
         if packing:
@@ -128,7 +149,7 @@ class _DatasetRows:
         self._lengths = lengths
         self._slots_by_length = np.argsort(lengths[order], kind="stable")
         self.num_rows = len(self._row_starts) - 1
-        self.tokens_per_row = lengths.sum() / self.num_rows
+        self.tokens_per_row = num_tokens / self.num_rows
         self._epoch = -1
         self._row_order = self._document_in_slot = np.empty(0, dtype=np.int64)
 

@@ -35,6 +35,7 @@ def train_batches(config: RunConfig, *, dp_rank: int, dp_size: int, consumed_sam
         [entry.weight for entry in data.train],
         seq_length=data.seq_length,
         packing=data.packing,
+        document_multiple=data.document_multiple,
         seed=config.seed,
         audio_frame_dropout=data.audio_frame_dropout,
     )
@@ -46,7 +47,7 @@ def train_batches(config: RunConfig, *, dp_rank: int, dp_size: int, consumed_sam
             for microbatch in range(num_microbatches):
                 first = step_start + (microbatch * dp_size + dp_rank) * size
                 taken = [rows[k] for k in range(first, first + size)]
-                yield make_batch(taken, config.vocab, seq_length=data.seq_length, packing=data.packing)
+                yield _laid_out(taken, config)
             step_start += training.global_batch_size
 
     return stream()
@@ -66,7 +67,14 @@ def validation_batches(config: RunConfig, *, dp_rank: int, dp_size: int) -> dict
             raise ConfigError(f"data.validation: {names.count(name)} datasets are called {name!r}; names must differ")
     batches: dict[str, list[Batch]] = {}
     for name, dataset in zip(names, open_datasets(config, data.validation), strict=True):
-        rows = Rows([dataset], [1.0], seq_length=data.seq_length, packing=data.packing, seed=0)
+        rows = Rows(
+            [dataset],
+            [1.0],
+            seq_length=data.seq_length,
+            packing=data.packing,
+            document_multiple=data.document_multiple,
+            seed=0,
+        )
         num_rows = min(training.eval_batches * training.global_batch_size, rows.rows_per_epoch[0])
         size = training.micro_batch_size
         padding = Row([], TASKS.index(dataset.task), None)
@@ -74,8 +82,19 @@ def validation_batches(config: RunConfig, *, dp_rank: int, dp_size: int) -> dict
         for start in range(0, num_rows, size * dp_size):
             first = start + dp_rank * size
             taken = [rows[k] if k < num_rows else padding for k in range(first, first + size)]
-            batches[name].append(make_batch(taken, config.vocab, seq_length=data.seq_length, packing=data.packing))
+            batches[name].append(_laid_out(taken, config))
     return batches
+
+
+def _laid_out(rows: Sequence[Row], config: RunConfig) -> Batch:
+    data = config.data
+    return make_batch(
+        rows,
+        config.vocab,
+        seq_length=data.seq_length,
+        packing=data.packing,
+        document_multiple=data.document_multiple,
+    )
 
 
 def open_datasets(config: RunConfig, entries: Sequence[DatasetConfig]) -> list[TokenDataset]:

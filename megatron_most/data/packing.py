@@ -10,6 +10,11 @@ OPEN_ROWS = 128
 """Rows that may still take a document at any time; more fill better and pack slower."""
 
 
+def padded_length(length: int | np.ndarray, multiple: int) -> int | np.ndarray:
+    """Positions a packed document takes of its row: ``length`` rounded up to a multiple."""
+    return -(-length // multiple) * multiple
+
+
 def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     """Best fit of documents into rows, in the order given, with a bounded number of open rows.
 

@@ -1,14 +1,17 @@
 """Causal attention on torch's scaled_dot_product_attention, for the portable spec.
 
 Megatron's own portable attention takes no separate head sizes for keys and values, which multi-latent attention
-needs, and knows no packed documents.
+needs, and knows neither packed documents nor context parallelism.
 
-Shape letters: s query positions, k key positions, b rows, t positions of a packed row, n heads (of this rank),
-d head size of queries and keys, v head size of values, D documents, L length of the longest document.
+Shape letters: s query positions and k key positions (of this rank), b rows, t positions of a packed row over all
+context-parallel ranks, n query heads and g key-value heads (of this rank; query head i reads key-value head
+i * g // n), d head size of queries and keys, v head size of values; of a few documents of similar length: D their
+number, L positions and l positions on this rank of the longest.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -19,7 +22,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_most.parallel import zigzag_positions
+from megatron_most.parallel import zigzag_positions_packed
 
 
 class PortableCoreAttention(MegatronModule):
@@ -32,13 +35,16 @@ class PortableCoreAttention(MegatronModule):
         self,
         config: TransformerConfig,
         *,
-        softmax_scale: float,
+        softmax_scale: float | None,
         pg_collection: ProcessGroupCollection,
         **spec_arguments: Any,
     ) -> None:
-        """``spec_arguments`` are what Megatron hands to every core attention and this one reads off its inputs."""
+        """``spec_arguments`` are what Megatron hands to every core attention and this one reads off its inputs.
+
+        ``softmax_scale`` multiplies the logits; None stands for one over the square root of the head size.
+        """
         super().__init__(config=config)
-        self.softmax_scale = softmax_scale
+        self.softmax_scale = 1 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
         self.cp_group = pg_collection.cp
 
     def forward(
@@ -54,55 +60,75 @@ class PortableCoreAttention(MegatronModule):
         """Attend causally.
 
         Args:
-            query: ``[s, b, n, d]``, or ``[t, n, d]`` when packed.
-            key, value: ``[k, b, n, d]`` and ``[k, b, n, v]`` (``k >= s``: a cache precedes the queries), or packed.
+            query: ``[s, b, n, d]``, or ``[s, n, d]`` when packed.
+            key, value: ``[k, b, g, d]`` and ``[k, b, g, v]`` (``k >= s``: a cache precedes the queries), or packed.
             attention_mask: bool, broadcastable to ``[b, n, s, k]``, True where attention is forbidden beside causality.
-            packed_seq_params: document boundaries; attention stays inside each document.
+            packed_seq_params: boundaries of the documents in the whole row; attention stays inside each document.
 
         Returns:
-            ``[s, b, n * v]``, or ``[t, n * v]`` when packed.
+            ``[s, b, n * v]``, or ``[s, n * v]`` when packed.
         """
         if packed_seq_params is not None:
-            return self._packed(query, key, value, packed_seq_params)
-        if self.cp_group.size() > 1:
-            key = gather_from_sequence_parallel_region(key, group=self.cp_group)
-            value = gather_from_sequence_parallel_region(value, group=self.cp_group)
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        if attention_mask is None and query.shape[0] == key.shape[0]:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
+            return self._packed(query, key, value, packed_seq_params.cu_seqlens_q)
+        num_queries, size = query.shape[0], self.cp_group.size()
+        if size > 1:
+            row = torch.tensor([0, key.shape[0] * size], device=key.device)
+            key, value = self._whole_row(key, row), self._whole_row(value, row)
+            query_at = zigzag_positions_packed(row, self.cp_group.rank(), size)
         else:
-            query_at, key_at = self._positions(query.shape[0], key.shape[0], query.device)
-            may_attend = key_at[None, :] <= query_at[:, None]
+            query_at = torch.arange(key.shape[0] - num_queries, key.shape[0], device=key.device)
+        may_attend = None
+        if attention_mask is not None or num_queries < key.shape[0]:
+            may_attend = torch.arange(key.shape[0], device=key.device) <= query_at[:, None]
             if attention_mask is not None:
                 may_attend = may_attend & ~attention_mask
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend, scale=self.softmax_scale)
-        return out.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
-
-    def _positions(self, num_queries: int, num_keys: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the queries ``[s]`` and the keys ``[k]`` stand in the sequence.
-
-        Without context parallelism the queries are the last of the keys. With it, the keys are those of all ranks in
-        rank order, and each rank holds its zigzag share.
-        """
-        size = self.cp_group.size()
-        if size == 1:
-            position = torch.arange(num_keys, device=device)
-            return position[num_keys - num_queries :], position
-        shares = [zigzag_positions(num_keys, rank, size).to(device) for rank in range(size)]
-        return shares[self.cp_group.rank()], torch.cat(shares)
+        out = self._attend(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), may_attend)
+        return out.transpose(0, 1).flatten(2)
 
     def _packed(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor
     ) -> torch.Tensor:
-        """Pad the documents to a batch ``[D, n, L, .]``; causality keeps the padding behind them out of sight."""
-        starts = packed.cu_seqlens_q[:-1].long()
-        lengths = packed.cu_seqlens_q.diff().long()
-        offset = torch.arange(packed.max_seqlen_q, device=query.device)
-        is_position = offset[None, :] < lengths[:, None]
-        positions = (starts[:, None] + offset[None, :]).masked_fill(~is_position, 0)
-        q, k, v = (x[positions].transpose(1, 2) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
-        num_positions = query.shape[0]
-        document = torch.repeat_interleave(lengths, output_size=num_positions)
-        place = torch.arange(num_positions, device=query.device) - starts[document]
-        return out.transpose(1, 2)[document, place].flatten(1)
+        """Documents whose lengths share their highest bit become one batch: few calls, less than half of it padding."""
+        size = self.cp_group.size()
+        if size > 1:
+            key, value = self._whole_row(key, cu_seqlens), self._whole_row(value, cu_seqlens)
+        query_at = zigzag_positions_packed(cu_seqlens, self.cp_group.rank(), size)
+        starts, lengths = cu_seqlens[:-1, None].long(), cu_seqlens.diff()[:, None].long()
+        magnitude = torch.frexp(lengths[:, 0].double()).exponent
+        outputs, places = [], []
+        for documents in (magnitude == m for m in magnitude.unique()):
+            start, length = starts[documents], lengths[documents]
+            # Beyond its end a document repeats its last position: causality hides it as a key, and below as a query.
+            key_offset = torch.arange(int(length.max()), device=key.device)
+            query_offset = torch.arange(int(length.max()) // size, device=key.device)
+            key_index = start + key_offset.minimum(length - 1)  # [D, L]
+            query_index = start // size + query_offset.minimum(length // size - 1)  # [D, l]
+            may_attend = None
+            if size > 1:
+                may_attend = ((start + key_offset)[:, None] <= query_at[query_index][:, :, None])[:, None]
+            out = self._attend(query[query_index], key[key_index], value[key_index], may_attend)
+            is_query = query_offset < length // size
+            outputs.append(out[is_query])
+            places.append(query_index[is_query])
+        return torch.cat(outputs)[torch.cat(places).argsort()].flatten(1)
+
+    def _attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, may_attend: torch.Tensor | None
+    ) -> torch.Tensor:
+        """``[b, s, n, d]``, ``[b, k, g, d]``, ``[b, k, g, v]`` -> ``[b, s, n, v]``; causal without ``may_attend``."""
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=may_attend,
+            is_causal=may_attend is None,
+            scale=self.softmax_scale,
+            enable_gqa=q.shape[2] != k.shape[2],
+        )
+        return out.transpose(1, 2)
+
+    def _whole_row(self, mine: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        """This rank's positions ``[t / size, ...]`` -> those of all context ranks ``[t, ...]``, in the row's order."""
+        size = self.cp_group.size()
+        held = torch.cat([zigzag_positions_packed(cu_seqlens, rank, size) for rank in range(size)])
+        return gather_from_sequence_parallel_region(mine, group=self.cp_group)[held.argsort()]

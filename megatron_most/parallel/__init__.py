@@ -1,7 +1,7 @@
 """Process groups, seeds, what every rank has to know about its place, and errors that all ranks share."""
 
 from megatron_most.parallel.agreement import fail, on_rank_zero, together
-from megatron_most.parallel.context import zigzag_positions
+from megatron_most.parallel.context import zigzag_positions, zigzag_positions_packed
 from megatron_most.parallel.groups import data_parallel_place, destroy, initialize, is_first_of_replica, is_rank_zero
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "on_rank_zero",
     "together",
     "zigzag_positions",
+    "zigzag_positions_packed",
 ]

@@ -16,7 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_most import platform
 from megatron_most.data.batch import Batch
-from megatron_most.parallel import zigzag_positions
+from megatron_most.parallel import zigzag_positions, zigzag_positions_packed
 from megatron_most.training.loss import LossTable
 
 
@@ -28,7 +28,11 @@ def forward_step(
     context_size = parallel_state.get_context_parallel_world_size()
     if context_size > 1:
         rank = parallel_state.get_context_parallel_rank()
-        batch = batch.take_positions(zigzag_positions(batch.ids.shape[1], rank, context_size))
+        if batch.cu_seqlens is None:
+            positions = zigzag_positions(batch.ids.shape[1], rank, context_size)
+        else:
+            positions = zigzag_positions_packed(batch.cu_seqlens, rank, context_size)
+        batch = batch.take_positions(positions)
     output = model(
         batch.ids,
         batch.modality,
@@ -42,7 +46,7 @@ def forward_step(
 
 
 def packed_seq_params(batch: Batch) -> PackedSeqParams | None:
-    """Document boundaries of a packed row, None for a padded batch."""
+    """Document boundaries of the whole packed row, on every context-parallel rank alike; None for a padded batch."""
     if batch.cu_seqlens is None:
         return None
     longest = int(batch.cu_seqlens.diff().max())

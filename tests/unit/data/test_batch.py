@@ -89,6 +89,29 @@ def test_a_row_that_is_exactly_full_has_no_padding_document(datasets):
     assert not batch.is_padding.any() and len(batch.cu_seqlens) == len(row.documents) + 1
 
 
+def test_documents_are_padded_to_a_multiple_and_are_otherwise_what_they_were(datasets):
+    row = one_row(datasets["tts", "frame"], True, dropout=0.5)
+    tight = make_batch([row], layout(), seq_length=80, packing=True)
+    padded = make_batch([row], layout(), seq_length=128, packing=True, document_multiple=16)
+    assert len(row.documents) > 1 and padded.cu_seqlens[-1] == 128 and (padded.cu_seqlens % 16 == 0).all()
+    is_document = torch.zeros(128, dtype=torch.bool)
+    for document, start, end in zip(row.documents, padded.cu_seqlens[:-1], padded.cu_seqlens[1:], strict=False):
+        assert end - start == -(-(len(document) - 1) // 16) * 16
+        is_document[start : start + len(document) - 1] = True
+    assert torch.equal(padded.is_padding[0], ~is_document)
+    assert not padded.loss_mask[0, ~is_document].any() and (padded.code_labels[0, ~is_document] == NO_CODE).all()
+    for name in ("ids", "labels", "loss_mask", "modality", "task", "codes", "code_labels"):
+        before, after = getattr(tight, name)[0], getattr(padded, name)[0]
+        assert torch.equal(before[~tight.is_padding[0]], after[is_document]), name
+
+
+def test_a_share_of_positions_keeps_the_boundaries_of_the_row(datasets):
+    batch = make_batch([one_row(datasets["tts", "frame"], True)], layout(), seq_length=80, packing=True)
+    share = batch.take_positions(torch.tensor([7, 3, 60]))
+    assert torch.equal(share.cu_seqlens, batch.cu_seqlens)
+    assert torch.equal(share.ids, batch.ids[:, [7, 3, 60]]) and torch.equal(share.codes, batch.codes[:, [7, 3, 60]])
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_row_without_documents_is_all_padding(packing):
     batch = make_batch([Row([], 0, None)], layout(), seq_length=8, packing=packing)

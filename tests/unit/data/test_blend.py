@@ -44,9 +44,20 @@ def test_each_document_appears_once_an_epoch(folder, packing):
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_rows_never_exceed_their_length(folder):
-    rows = open_rows(folder, ["asr", "tts", "text"], [1.0, 1.0, 1.0])
-    assert all(sum(len(document) - 1 for document in rows[k].documents) <= 96 for k in range(300))
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_rows_never_exceed_their_length(folder, multiple):
+    rows = open_rows(folder, ["asr", "tts", "text"], [1.0, 1.0, 1.0], document_multiple=multiple)
+    taken = [sum(-(-(len(document) - 1) // multiple) * multiple for document in rows[k].documents) for k in range(300)]
+    assert max(taken) <= 96 and min(len(rows[k].documents) for k in range(300)) > 1
+
+
+def test_each_document_appears_once_an_epoch_whatever_it_is_padded_to(folder):
+    rows = open_rows(folder, ["asr"], [1.0], document_multiple=8)
+    (per_epoch,) = rows.rows_per_epoch
+    first, second = (
+        [part for k in range(start, start + per_epoch) for part in content(rows[k])] for start in (0, per_epoch)
+    )
+    assert len(set(first)) == 60 and sorted(first) == sorted(second) and first != second
 
 
 def test_neighbours_change_between_epochs(folder):

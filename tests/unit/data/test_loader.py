@@ -78,6 +78,20 @@ def test_the_global_batch_size_may_change_between_runs(folder):
     assert [row for step in step_rows(after, 2, 8, 4) for row in step] == stream[8:]
 
 
+@pytest.mark.parametrize("documents", ["training", "validation"])
+def test_packed_documents_start_at_multiples_and_rows_know_nothing_of_context_parallelism(folder, documents):
+    def batches(**overrides):
+        config = config_of(folder, document_multiple=8, **overrides)
+        if documents == "training":
+            return list(itertools.islice(_stream(config, 0, 1), 8))
+        return validation_batches(config, dp_rank=0, dp_size=1)["held"]
+
+    alone, shared = batches(), batches(parallel={"context_parallel_size": 4})
+    assert [_row(batch, 0) for batch in alone] == [_row(batch, 0) for batch in shared]
+    for batch in alone:
+        assert (batch.cu_seqlens % 8 == 0).all() and len(batch.cu_seqlens) > 2
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_validation_covers_the_dataset_once_with_equally_many_batches_on_every_rank(folder, packing):
     config = config_of(folder, packing=packing, micro_batch_size=1 if packing else 2)

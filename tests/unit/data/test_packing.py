@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_most.data.packing import OPEN_ROWS, pack
+from megatron_most.data.packing import OPEN_ROWS, pack, padded_length
 
 
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=300))
@@ -32,3 +32,9 @@ def test_rows_close_when_too_many_are_open():
     row_of, _ = pack(np.concatenate([big, np.full(len(big), 4)]), 10)
     # The first five rows were closed before the small documents came, which open three rows of their own.
     assert (np.bincount(row_of)[:5] == 1).all() and row_of.max() + 1 == len(big) + 3
+
+
+@given(length=st.integers(0, 1000), multiple=st.integers(1, 64))
+def test_a_padded_length_is_the_next_multiple(length, multiple):
+    padded = padded_length(length, multiple)
+    assert padded % multiple == 0 and length <= padded < length + multiple
