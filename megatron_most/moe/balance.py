@@ -1,6 +1,7 @@
-"""Load balancing inside each expert group.
+"""Load balancing inside each modality's choice of experts.
 
-Shape letters: n tokens, b sequences, E experts (physical order), M modalities.
+Shape letters: s positions (of this rank), b micro-batch rows, n = s * b tokens, B sequences that are balanced each by
+itself (the b rows, or 1: all together), E experts (physical order), M modalities.
 """
 
 from __future__ import annotations
@@ -8,46 +9,78 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from megatron_most.moe.expert_groups import ExpertGroups
 
-def group_balance_loss(
-    group_probs: torch.Tensor,
-    routing_map: torch.Tensor,
-    modality: torch.Tensor,
-    sequence: torch.Tensor,
-    is_valid: torch.Tensor,
-    group_sizes: torch.Tensor,
-    num_sequences: int,
-    top_k: int,
-    reduce_group: dist.ProcessGroup,
-) -> torch.Tensor:
-    """The Switch load-balancing loss of every (sequence, group), summed over this rank's tokens.
 
-    For group g with E_g experts and T valid tokens in a sequence the loss is ``E_g * sum_i f_i * P_i``: ``f_i`` is the
-    share of the group's T * top_k choices that fell on expert i, ``P_i`` the mean probability of expert i over the T
-    tokens (Fedus et al., arXiv 2101.03961, eq. 4, here per group; per sequence as in DeepSeek-V2). An even load
-    gives 1. Weighted by T, so that each token counts once whatever its group, the T of ``P_i`` cancels and the
-    sum splits over the ranks that share a sequence.
+def sum_by_modality(membership: torch.Tensor, per_token: torch.Tensor, num_sequences: int) -> torch.Tensor:
+    """Sum ``per_token [n, E]`` over the tokens of each sequence and modality, as a matrix product.
 
     Args:
-        group_probs: ``[n, E]`` softmax inside each token's group, zero outside.
-        routing_map: ``[n, E]`` bool, the experts chosen.
-        modality: ``[n]`` int64.
-        sequence: ``[n]`` int64 in ``0 .. num_sequences - 1``; all zero balances over the whole micro-batch.
-        is_valid: ``[n]`` bool, False for padding.
-        group_sizes: ``[M]`` experts per group.
-        reduce_group: ranks that hold other tokens of the same sequences (tensor x context parallel).
+        membership: ``[M, n]`` fp32, 1 where the token is valid and of that modality, else 0.
+        num_sequences: B; token i belongs to sequence ``i % B``.
 
     Returns:
-        Scalar: the sum over this rank's valid tokens of their group's loss. Dividing the sum over ``reduce_group`` by
-        the number of valid tokens gives the mean.
+        ``[B, M, E]``. Counts are exact to 2^24.
     """
-    num_groups = group_sizes.numel()
-    bucket = sequence * num_groups + modality
-    counts = group_probs.new_zeros(num_sequences * num_groups, routing_map.shape[1])
-    counts.index_add_(0, bucket, (routing_map & is_valid[:, None]).to(counts.dtype))
-    if reduce_group.size() > 1:
-        dist.all_reduce(counts, group=reduce_group)
-    choices = counts.sum(dim=1, keepdim=True).clamp(min=top_k)
-    fractions = counts / choices
-    per_token = (group_probs * fractions[bucket]).sum(dim=1) * group_sizes[modality]
-    return (per_token * is_valid).sum()
+    by_sequence = membership.view(membership.shape[0], -1, num_sequences)
+    return torch.einsum("msb,sbe->bme", by_sequence, per_token.view(-1, num_sequences, per_token.shape[1]))
+
+
+class BalanceLoss:
+    """The Switch load-balancing loss (arXiv 2101.03961, eq. 4) of every modality.
+
+    For a modality with a choice of E_m experts and T valid tokens it is ``E_m * sum_i f_i * P_i``: ``f_i`` is the share
+    of the modality's choices that fell on expert i, ``P_i`` the mean probability of expert i over the T tokens. An even
+    load gives 1. Weighted by T, so that each token counts once whatever its modality, the T of ``P_i`` cancels, and the
+    sum splits over ranks and micro-batches.
+
+    Kinds differ in the tokens that ``f`` is taken over:
+
+    - ``aux_loss``: those of the micro-batch;
+    - ``seq_aux_loss``: those of the row (DeepSeek-V2, arXiv 2405.04434, section 2.1.3);
+    - ``global_aux_loss``: those of all data-parallel ranks and of the step's micro-batches up to this one (arXiv
+      2501.11873).
+
+    Args:
+        row_group: ranks that hold other tokens of the same rows (tensor x context parallel).
+        step_group: these and the ranks that hold other rows (x data parallel).
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        groups: ExpertGroups,
+        device: torch.device,
+        row_group: dist.ProcessGroup,
+        step_group: dist.ProcessGroup,
+    ) -> None:
+        self.kind = kind
+        self._choice_sizes = torch.tensor([float(len(choice)) for choice in groups.choices], device=device)
+        self._count_group = step_group if kind == "global_aux_loss" else row_group
+        self._step_pairs = torch.zeros(1, len(groups.choices), groups.num_experts, dtype=torch.float64, device=device)
+
+    def __call__(self, group_probs: torch.Tensor, pairs: torch.Tensor, membership: torch.Tensor) -> torch.Tensor:
+        """A collective call for the ranks over which ``f`` is taken.
+
+        Args:
+            group_probs: ``[n, E]``, the distribution inside each token's choice, zero outside.
+            pairs: ``[B, M, E]``, this rank's (token, expert) pairs; B is 1 unless the kind is ``seq_aux_loss``.
+            membership: ``[M, n]`` as :func:`sum_by_modality` takes it.
+
+        Returns:
+            ``[M]``: the sum over this rank's valid tokens of their modality's loss. Dividing its sum over ranks by
+            the number of valid tokens gives the mean.
+        """
+        if self._count_group.size() > 1:
+            pairs = pairs.clone()
+            dist.all_reduce(pairs, group=self._count_group)
+        if self.kind == "global_aux_loss":
+            self._step_pairs += pairs
+            pairs = self._step_pairs
+        fractions = (pairs / pairs.sum(dim=-1, keepdim=True).clamp(min=1)).float()
+        probs = sum_by_modality(membership, group_probs, num_sequences=fractions.shape[0])
+        return (probs * fractions).sum(dim=(0, 2)) * self._choice_sizes
+
+    def end_step(self) -> None:
+        """Forget the micro-batches of this step."""
+        self._step_pairs.zero_()

@@ -1,33 +1,42 @@
-"""The modality-aware router: a token may choose only among the experts of its own group.
+"""The modality-aware router: a token may choose only among the experts of its own modality.
 
-Shape letters: s positions (of this rank), b micro-batch rows, n = s * b tokens, E experts (physical order).
+Shape letters: s positions (of this rank), b micro-batch rows, n = s * b tokens, E experts (in physical order unless it
+says logical), h hidden size, M modalities.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.moe_utils import router_gating_linear
+from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_most.config import MoEConfig
-from megatron_most.moe.balance import group_balance_loss
+from megatron_most.moe.balance import sum_by_modality
+from megatron_most.moe.choice import ExpertChoice
+from megatron_most.moe.expert_bias import ExpertBias, update_expert_biases
 from megatron_most.moe.expert_groups import ExpertGroups
+from megatron_most.moe.losses import RouterLosses
+from megatron_most.moe.scores import choice_distribution, expert_scores, gates
 from megatron_most.moe.statistics import RoutingStatistics
 from megatron_most.moe.token_planes import unpack_planes
 
 
-class ModalityAwareRouter(TopKRouter):
-    """Megatron's top-k router with the choice confined to the token's expert group.
+class ModalityAwareRouter(Router):
+    """Megatron's router with the choice confined to the experts of the token's modality.
 
-    Out-of-group logits are masked before softmax and top-k, so that one dispatch and one set of experts serve all
-    groups. Padding is sent to no expert. Everything the router needs of a token comes in ``padding_mask``, which holds
-    the planes of :mod:`megatron_most.moe.token_planes`.
+    Logits outside the choice are masked before the scores and the top-k, so that one dispatch and one set of experts
+    serve all modalities. Padding is sent to no expert. Everything the router needs of a token comes in
+    ``padding_mask``, which holds the planes of :mod:`megatron_most.moe.token_planes`.
+
+    ``weight`` is ``[E, h]``, or ``[M, E, h]`` with a matrix for each modality, in logical order; its rows are brought
+    into physical order when logits are computed.
 
     Args:
-        moe: the options; ``score_rule`` ``group`` takes the softmax inside the group, ``all`` over all experts
-            (as the reference implementation of MoST does).
+        moe: the options.
     """
 
     def __init__(
@@ -35,84 +44,110 @@ class ModalityAwareRouter(TopKRouter):
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.moe = moe
-        self.groups = ExpertGroups.from_config(moe, config.expert_model_parallel_size)
+        self.groups = groups = ExpertGroups.from_config(moe, config.expert_model_parallel_size)
+        if moe.router_weights == "per_modality":
+            self.weight = torch.nn.Parameter(self.weight.new_empty(len(groups.choices), *self.weight.shape))
+            self.reset_parameters()
+        # Tables are no buffers: a model that is made bf16 would round coefficients and counts.
         device = torch.device(torch.cuda.current_device())
-        self.register_buffer("allowed", self.groups.allowed().to(device), persistent=False)
-        self.register_buffer(
-            "group_sizes", torch.tensor([len(c) for c in self.groups.choices], device=device), persistent=False
-        )
-        self.statistics = RoutingStatistics(self.groups, device)
+        order = groups.physical_to_logical
+        self._row_order = None if order == tuple(range(len(order))) else torch.tensor(order, device=device)
+        self._mask = torch.zeros(len(groups.choices), len(order), device=device)
+        self._mask.masked_fill_(~groups.allowed().to(device), float("-inf"))
+        self._modalities = torch.arange(len(groups.choices), device=device)[:, None]
+        self._choice = ExpertChoice(moe, groups, device)
+        # The order of logits is that of scores, and has no ties where scores underflow; sums need scores themselves.
+        self._ranks_by_score = moe.score_function == "sigmoid" and any(group.n_group > 1 for group in moe.groups)
+        self.expert_bias = None
+        if moe.expert_bias_update_rate > 0:
+            self.expert_bias = ExpertBias(groups, moe.expert_bias_update_rate, device)
+        self.losses = RouterLosses(moe, groups, pg_collection, device)
+        self.statistics = RoutingStatistics(groups, device)
+
+    def forward(
+        self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``input [s, b, h]`` and planes ``[s, P * b]`` -> probs ``[n, E]`` and routing map ``[n, E]`` bool."""
+        return self.routing(self.gating(input), padding_mask)
+
+    def gating(self, input: torch.Tensor) -> torch.Tensor:
+        """``[s, b, h]`` -> logits ``[s, b, E]`` fp32; ``[s, b, M * E]`` with a matrix for each modality."""
+        weight = self.weight if self._row_order is None else self.weight.index_select(-2, self._row_order)
+        return router_gating_linear(input, weight.flatten(0, -2), None, torch.float32)
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``logits [s, b, E]`` and planes ``[s, 2b]`` -> probs ``[n, E]`` and routing map ``[n, E]`` bool."""
-        if padding_mask is None:
-            raise RuntimeError(f"layer {self.layer_number}: no modality reached the router")
-        modality, is_padding = unpack_planes(padding_mask, len(self.groups.choices))
-        if modality.shape != logits.shape[:2]:
-            raise RuntimeError(
-                f"layer {self.layer_number}: modality of shape {tuple(modality.shape)} for tokens of shape"
-                f" {tuple(logits.shape[:2])}"
-            )
-        num_sequences = logits.shape[1]
-        logits = logits.reshape(-1, self.groups.num_experts)
-        modality, is_padding = modality.reshape(-1), is_padding.reshape(-1)
-        is_valid = ~is_padding
+        """What :meth:`gating` returned, and planes ``[s, P * b]`` -> probs and routing map, ``[n, E]`` each."""
+        modality, is_valid = self._read_planes(padding_mask, logits.shape[:2])
+        num_rows, logits = logits.shape[1], self._own_logits(logits, modality)
+        group_logits = logits + self._mask[modality]
+        scores = expert_scores(logits, group_logits, self.moe)
+        experts, is_chosen = self._choice(self._ranking(scores, group_logits, modality), modality, is_valid)
+        probs = torch.zeros_like(scores).scatter(1, experts, gates(scores, experts, is_chosen, self.moe))
+        routing_map = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, experts, is_chosen)
 
-        group_logits = logits.masked_fill(~self.allowed[modality], float("-inf"))
-        logits_for_scores = group_logits if self.moe.score_rule == "group" else logits
-        if self.config.moe_z_loss_coeff is not None and self.training and torch.is_grad_enabled():
-            group_logits = self._attach_z_loss(group_logits, logits_for_scores, is_valid)
-        group_probs = torch.softmax(group_logits, dim=-1, dtype=torch.float32)
-        scores = group_probs if self.moe.score_rule == "group" else torch.softmax(logits, dim=-1, dtype=torch.float32)
-
-        chosen = group_logits.topk(max(self.groups.top_k), dim=-1).indices
-        routing_map = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, chosen, True)
-        routing_map &= is_valid[:, None]
-        probs = scores * routing_map
-        if self.moe.normalize_top_k:
-            probs = probs / probs.sum(dim=-1, keepdim=True).clamp(min=1e-20)
-        probs = probs * self.moe.routed_scaling_factor
-
-        # In training, statistics and losses belong to the pass that has a backward: not to evaluation, and only to the
+        # In training, counts and losses belong to the pass that has a backward: not to evaluation, and only to the
         # second of the two forwards of a recomputed layer.
         if self.training and torch.is_grad_enabled():
+            group_probs = choice_distribution(scores, group_logits, self.moe)
             self.statistics.count(routing_map, scores, group_probs, modality, is_valid)
-            if self.moe.balance_loss != "none":
-                probs = self._attach_balance_loss(probs, group_probs, routing_map, modality, is_valid, num_sequences)
-        return probs.type_as(logits), routing_map
+            membership = ((modality == self._modalities) & is_valid).float()
+            num_sequences = num_rows if self.moe.balance_loss == "seq_aux_loss" else 1
+            pairs = sum_by_modality(membership, routing_map.float(), num_sequences)
+            if self.expert_bias is not None:
+                self.expert_bias.count(pairs.sum(dim=0))
+            losses = self.losses(
+                group_logits if self.moe.score_rule == "group" else logits,
+                group_probs,
+                pairs,
+                membership,
+                self.weight.view(-1, *self.weight.shape[-2:]),
+            )
+            for name, value in losses.items():
+                self.statistics.add_loss(name, value.sum())
+            probs = self.losses.attach(probs, losses)
+        return probs, routing_map
 
-    def _attach_balance_loss(
-        self,
-        probs: torch.Tensor,
-        group_probs: torch.Tensor,
-        routing_map: torch.Tensor,
-        modality: torch.Tensor,
-        is_valid: torch.Tensor,
-        num_sequences: int,
-    ) -> torch.Tensor:
-        tokens = torch.arange(modality.numel(), device=modality.device)
-        per_sequence = self.moe.balance_loss == "seq_aux_loss"
-        loss = group_balance_loss(
-            group_probs,
-            routing_map,
-            modality,
-            sequence=tokens % num_sequences if per_sequence else torch.zeros_like(tokens),
-            is_valid=is_valid,
-            group_sizes=self.group_sizes,
-            num_sequences=num_sequences if per_sequence else 1,
-            top_k=max(self.groups.top_k),
-            reduce_group=self.tp_cp_group,
-        )
-        self.statistics.add_loss("balance_loss", loss)
-        # A sum over tokens, as the language-model loss is: finalize_model_grads divides both by the loss tokens.
-        return MoEAuxLossAutoScaler.apply(probs, loss * self.moe.balance_coeff)
+    def _read_planes(self, planes: torch.Tensor | None, token_shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+        """Modality ``[n]`` int64 and is_valid ``[n]`` bool."""
+        if planes is None:
+            raise RuntimeError(f"layer {self.layer_number}: no modality reached the router")
+        modality, is_padding = unpack_planes(planes, len(self.groups.choices))
+        if modality.shape != token_shape:
+            raise RuntimeError(
+                f"layer {self.layer_number}: modality of shape {tuple(modality.shape)} for tokens of shape"
+                f" {tuple(token_shape)}"
+            )
+        return modality.reshape(-1), ~is_padding.reshape(-1)
 
-    def _attach_z_loss(
-        self, group_logits: torch.Tensor, logits_for_scores: torch.Tensor, is_valid: torch.Tensor
-    ) -> torch.Tensor:
-        """ST-MoE's z-loss (arXiv 2202.08906, eq. 5) on the logits the softmax sees, summed over valid tokens."""
-        log_z = torch.logsumexp(logits_for_scores.float(), dim=-1)
-        loss = (log_z.square() * is_valid).sum()
-        return MoEAuxLossAutoScaler.apply(group_logits, loss * self.config.moe_z_loss_coeff)
+    def _own_logits(self, logits: torch.Tensor, modality: torch.Tensor) -> torch.Tensor:
+        """``[n, E]``: with a matrix for each modality, those of the token's own."""
+        num_experts = self.groups.num_experts
+        if self.moe.router_weights == "shared":
+            return logits.view(-1, num_experts)
+        num_tokens, num_modalities = modality.numel(), len(self.groups.choices)
+        own = torch.arange(num_tokens, device=modality.device) * num_modalities + modality
+        return logits.view(-1, num_experts).index_select(0, own)
+
+    def _ranking(self, scores: torch.Tensor, group_logits: torch.Tensor, modality: torch.Tensor) -> torch.Tensor:
+        """``[n, E]``, by which a token prefers experts; -inf outside its choice."""
+        if self.expert_bias is not None:
+            return scores.detach() + (self.expert_bias.physical() + self._mask)[modality]
+        if self._ranks_by_score:
+            return scores.detach() + self._mask[modality]
+        return group_logits.detach()
+
+
+def end_routing_step(chunks: Iterable[torch.nn.Module]) -> None:
+    """What routers do once per optimizer step, after it: move expert biases, forget the step's load. Collective.
+
+    Args:
+        chunks: this rank's model chunks, wrapped or not.
+    """
+    routers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, ModalityAwareRouter)]
+    biases = [router.expert_bias for router in routers if router.expert_bias is not None]
+    if biases:
+        update_expert_biases(biases, routers[0].tp_dp_cp_group)
+    for router in routers:
+        router.losses.end_step()

@@ -1,0 +1,74 @@
+"""Balancing without a loss: a bias on each expert's score that steers the choice (arXiv 2408.15664).
+
+Shape letters: M modalities, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_most.moe.expert_groups import ExpertGroups
+
+
+class ExpertBias(torch.nn.Module):
+    """The bias of every modality's experts in one router, and the step's load by which it moves.
+
+    ``values [M, E]`` fp32 in logical order is part of checkpoints, and 0 outside a modality's choice. It takes part in
+    the choice of experts, never in their weights, and has no gradient.
+    """
+
+    def __init__(self, groups: ExpertGroups, update_rate: float, device: torch.device) -> None:
+        super().__init__()
+        self.update_rate = update_rate
+        shape = (len(groups.choices), groups.num_experts)
+        self.register_buffer("values", torch.zeros(shape, device=device))
+        # No buffer: whole numbers must stay whole when the model is made bf16.
+        self.step_pairs = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._physical_to_logical = torch.tensor(groups.physical_to_logical, device=device)
+        self._is_allowed = groups.allowed().to(device)
+        self._choice_sizes = self._is_allowed.sum(dim=1, keepdim=True)
+
+    def physical(self) -> torch.Tensor:
+        """``[M, E]`` in physical order."""
+        return self.values[:, self._physical_to_logical]
+
+    @torch.no_grad()
+    def count(self, pairs: torch.Tensor) -> None:
+        """Add the (token, expert) pairs ``[M, E]`` (physical order) of a micro-batch to the step's load."""
+        self.step_pairs += pairs
+
+    @torch.no_grad()
+    def update(self, pairs: torch.Tensor) -> None:
+        """Raise the bias of experts below the mean load of their modality's choice, lower that of those above it.
+
+        Args:
+            pairs: ``[M, E]`` (token, expert) pairs of the whole step on all ranks, physical order.
+        """
+        mean = pairs.sum(dim=1, keepdim=True) / self._choice_sizes
+        step = ((mean - pairs).sign() * self._is_allowed).float() * self.update_rate
+        self.values[:, self._physical_to_logical] += step
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> ExpertBias:
+        """Moves to another device with the model, but stays fp32 in a bf16 one: steps of 1e-3 would be rounded away."""
+        values = self.values
+        super()._apply(fn, recurse)
+        self.values = values.to(self.values.device)
+        return self
+
+
+def update_expert_biases(biases: Sequence[ExpertBias], group: dist.ProcessGroup) -> None:
+    """Move the biases of all of this rank's routers by the load since the last call. A collective call.
+
+    Args:
+        group: the ranks that hold other tokens of the same layers (tensor x context x data parallel).
+    """
+    if not biases:
+        return
+    pairs = torch.stack([bias.step_pairs for bias in biases])
+    dist.all_reduce(pairs, group=group)
+    for bias, whole in zip(biases, pairs, strict=True):
+        bias.update(whole)
+        bias.step_pairs.zero_()

@@ -1,0 +1,110 @@
+"""What is added to the training loss for the router's sake, by modality and with a coefficient for each.
+
+Shape letters: n tokens, E experts, h hidden size, M modalities, W matrices of the router (1, or M: one per modality).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+from megatron_most.config import MoEConfig
+from megatron_most.moe.balance import BalanceLoss
+from megatron_most.moe.expert_groups import ExpertGroups
+
+
+def z_loss(logits: torch.Tensor, membership: torch.Tensor) -> torch.Tensor:
+    """ST-MoE's z-loss (arXiv 2202.08906, eq. 5) summed over the tokens of each modality.
+
+    Args:
+        logits: ``[n, E]`` fp32 as the score function sees them; -inf takes no part.
+        membership: ``[M, n]``, 1 where the token is valid and of that modality, else 0.
+
+    Returns:
+        ``[M]``.
+    """
+    return membership @ torch.logsumexp(logits, dim=-1).square()
+
+
+def orthogonality(weight: torch.Tensor, is_pair: torch.Tensor) -> torch.Tensor:
+    """How far the router's rows are from orthogonal inside each choice: sum of squared cosines over pairs of rows.
+
+    The router orthogonalisation of ERNIE 4.5's technical report: two experts with like rows see like tokens.
+
+    Args:
+        weight: ``[W, E, h]``.
+        is_pair: ``[M, E, E]``, 1 for two different experts of the modality's choice, else 0.
+
+    Returns:
+        ``[M]`` fp32.
+    """
+    rows = F.normalize(weight.float(), dim=-1)
+    return ((rows @ rows.mT).square() * is_pair).sum(dim=(1, 2))
+
+
+class RouterLosses:
+    """The losses of one router that its configuration asks for, and how much each counts."""
+
+    def __init__(
+        self, moe: MoEConfig, groups: ExpertGroups, pg_collection: ProcessGroupCollection, device: torch.device
+    ) -> None:
+        def of_group(name: str) -> torch.Tensor:
+            layer = getattr(moe, name)
+            own = [getattr(group, name) for group in moe.groups]
+            return torch.tensor([layer if value is None else value for value in own], device=device)
+
+        self._coefficients: dict[str, torch.Tensor | float] = {}
+        if moe.balance_loss != "none":
+            self._coefficients["balance_loss"] = of_group("balance_coeff")
+            self._balance = BalanceLoss(moe.balance_loss, groups, device, pg_collection.tp_cp, pg_collection.tp_dp_cp)
+        z_coefficients = of_group("z_loss_coeff")
+        if z_coefficients.any():
+            self._coefficients["z_loss"] = z_coefficients
+        if moe.orthogonality_coeff:
+            self._coefficients["orthogonality_loss"] = moe.orthogonality_coeff
+            is_choice = torch.zeros(len(groups.choices), groups.num_experts, device=device)
+            for modality, choice in enumerate(groups.choices):
+                is_choice[modality, list(choice)] = 1
+            self._is_pair = is_choice[:, :, None] * is_choice[:, None, :]
+            self._is_pair.diagonal(dim1=1, dim2=2).zero_()
+
+    def __call__(
+        self,
+        logits: torch.Tensor,
+        group_probs: torch.Tensor,
+        pairs: torch.Tensor,
+        membership: torch.Tensor,
+        weight: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """Name -> ``[M]``, each a sum over this rank's tokens before its coefficient.
+
+        Args:
+            logits: ``[n, E]`` as the score function sees them.
+            group_probs, pairs, membership: see :class:`~megatron_most.moe.balance.BalanceLoss`.
+            weight: ``[W, E, h]``, the router's rows in logical order.
+        """
+        losses = {}
+        if "balance_loss" in self._coefficients:
+            losses["balance_loss"] = self._balance(group_probs, pairs, membership)
+        if "z_loss" in self._coefficients:
+            losses["z_loss"] = z_loss(logits, membership)
+        if "orthogonality_loss" in self._coefficients:
+            # As often as there are tokens, like the others: whatever the layout, a step weighs it once.
+            losses["orthogonality_loss"] = orthogonality(weight, self._is_pair) * membership.sum(dim=1)
+        return losses
+
+    def attach(self, probs: torch.Tensor, losses: dict[str, torch.Tensor]) -> torch.Tensor:
+        """``probs`` unchanged, with the weighted sum of ``losses`` behind it in the backward pass.
+
+        Each is a sum over tokens, as the language-model loss is: finalize_model_grads divides all by the loss tokens.
+        """
+        if not losses:
+            return probs
+        total = sum((value * self._coefficients[name]).sum() for name, value in losses.items())
+        return MoEAuxLossAutoScaler.apply(probs, total)
+
+    def end_step(self) -> None:
+        if "balance_loss" in self._coefficients:
+            self._balance.end_step()

@@ -1,0 +1,42 @@
+"""Logits of the router -> scores of the experts.
+
+Shape letters: n tokens, E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_most.config import MoEConfig
+
+
+def expert_scores(logits: torch.Tensor, group_logits: torch.Tensor, moe: MoEConfig) -> torch.Tensor:
+    """What a token's probabilities are taken from, before the choice.
+
+    Args:
+        logits: ``[n, E]`` fp32.
+        group_logits: the same, -inf outside the token's choice.
+
+    Returns:
+        ``[n, E]``. ``softmax``: over the choice (score rule ``group``) or over all experts (``all``, which is what MoST
+        published, arXiv 2601.10272). ``sigmoid``: expert by expert, 0 outside the choice (DeepSeek-V3,
+        arXiv 2412.19437, eq. 15).
+    """
+    if moe.score_function == "sigmoid":
+        return torch.sigmoid(group_logits)
+    return torch.softmax(group_logits if moe.score_rule == "group" else logits, dim=-1)
+
+
+def choice_distribution(scores: torch.Tensor, group_logits: torch.Tensor, moe: MoEConfig) -> torch.Tensor:
+    """``[n, E]``: the scores as a distribution over the token's choice, 0 outside, for losses and statistics."""
+    if moe.score_function == "sigmoid":
+        return scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
+    return scores if moe.score_rule == "group" else torch.softmax(group_logits, dim=-1)
+
+
+def gates(scores: torch.Tensor, experts: torch.Tensor, is_chosen: torch.Tensor, moe: MoEConfig) -> torch.Tensor:
+    """``[n, K]``: the factor of each chosen expert's output, 0 where ``is_chosen [n, K]`` is False."""
+    chosen = scores.gather(1, experts) * is_chosen
+    if moe.normalize_top_k:
+        chosen = chosen / (chosen.sum(dim=-1, keepdim=True) + 1e-20)
+    return chosen if moe.routed_scaling_factor == 1 else chosen * moe.routed_scaling_factor
