@@ -15,7 +15,7 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_most.config import RunConfig
 from megatron_most.model import MoSTModel
-from megatron_most.training.parts import freeze, group_overrides
+from megatron_most.training.parts import freeze, group_overrides, named_parts
 
 
 def wrap_model(config: RunConfig, model_chunks: list[MoSTModel]) -> list[DistributedDataParallel]:
@@ -24,6 +24,7 @@ def wrap_model(config: RunConfig, model_chunks: list[MoSTModel]) -> list[Distrib
     Gradients are kept and reduced in fp32; what is frozen has none.
     """
     freeze(config, model_chunks)
+    _tell_experts_apart(config, model_chunks)
     megatron = model_chunks[0].config
     options = config.optimizer
     ddp_config = DistributedDataParallelConfig(
@@ -40,6 +41,19 @@ def wrap_model(config: RunConfig, model_chunks: list[MoSTModel]) -> list[Distrib
         # As in Megatron's own training loop: with virtual stages, only the first chunk is worth splitting into buckets.
         wrapped.append(DistributedDataParallel(megatron, ddp_config, module, disable_bucketing=index > 0))
     return wrapped
+
+
+def _tell_experts_apart(config: RunConfig, model_chunks: list[MoSTModel]) -> None:
+    """Have the gradients of experts reduced over the ranks that hold copies of them.
+
+    Megatron does so for experts that are spread over ranks and takes others for a part of the dense model. They are not
+    where they are split over fewer tensor ranks than it: gradients and norms would silently be wrong (0.16.1).
+    """
+    layout = config.parallel
+    is_dense = layout.expert_model_parallel_size == 1 and layout.expert_tensor_size == layout.tensor_model_parallel_size
+    for _, parameter, part in named_parts(config, model_chunks):
+        if part.startswith("experts."):
+            parameter.allreduce = is_dense
 
 
 def build_optimizer(config: RunConfig, wrapped: list[DistributedDataParallel]) -> MegatronOptimizer:

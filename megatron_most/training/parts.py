@@ -32,8 +32,10 @@ _RULES = (
     ("heads", re.compile(r"(^|\.)(output_layer|codebook_heads)\.")),
 )
 _EXPERTS = re.compile(r"\.mlp\.experts\.")
-_EXPERT_INDEX = re.compile(r"\.local_experts\.(\d+)\.|\.linear_fc[12]\.(?:weight|bias)(\d+)$")
-"""A rank's expert by number: Megatron's ``SequentialMLP``, and Transformer Engine's grouped linear layers."""
+_EXPERT_POOL = re.compile(r"\.mlp\.experts\.(.+)_experts\.linear_fc[12]$")
+"""A weight for each pool: :class:`megatron_most.moe.experts.GroupedExperts`."""
+_EXPERT_INDEX = re.compile(r"\.local_experts\.(\d+)\.|\.linear_fc[12]\.weight(\d+)$")
+"""A weight for each expert of the rank: Megatron's ``SequentialMLP``, and Transformer Engine's grouped layers."""
 
 
 def named_parts(config: RunConfig, chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter, str]]:
@@ -58,11 +60,10 @@ def part_of(name: str, pools: list[str]) -> str:
 
 
 def _pool_of(name: str, pools: list[str]) -> str:
-    if match := _EXPERT_INDEX.search(name):
-        return pools[int(match[1] or match[2])]
-    # One weight for each pool, which is a component of its name.
-    (pool,) = set(name.split(".")) & set(pools)
-    return pool
+    if match := _EXPERT_POOL.search(name):
+        return match[1]
+    match = _EXPERT_INDEX.search(name)
+    return pools[int(match[1] or match[2])]
 
 
 def freeze(config: RunConfig, chunks: Iterable[torch.nn.Module]) -> None:
