@@ -200,12 +200,12 @@ class Trainer:
         *sums, (requests, _) = sum_over_ranks(torch.cat([table, flag]))
         self._require_finite("loss", sums[0][0])
         self.scheduler.step(1)
+        part_norms = part_grad_norms(self.config, self.optimizer) if is_logged else {}
         _, grad_norm, _ = self.optimizer.step()
         self._require_finite("gradient norm", grad_norm)
         self.step += 1
         self.accumulator.add(sums)
         tokens, samples = (int(value) for value in sums[-1])
-        part_norms = part_grad_norms(self.config, self.optimizer) if is_logged else {}
         self.consumed_tokens += tokens
         self.consumed_samples += samples
         self._timed_tokens += tokens
@@ -237,12 +237,12 @@ class Trainer:
             "consumed_tokens": self.consumed_tokens,
             "lr": learning_rate(self.scheduler),
             "grad_norm": grad_norm,
+            **{f"grad_norm/{part}": norm for part, norm in part_norms.items()},
             **self.accumulator.means(),
             "tokens_per_second": self._timed_tokens / self._seconds,
             "step_seconds": self._seconds / self._timed_steps,
         }
         if self.writer is not None:
-            **{f"grad_norm/{part}": norm for part, norm in part_norms.items()},
             self.writer.training(values, self.accumulator.routing.layers())
         self.accumulator.reset()
         self._seconds, self._timed_steps, self._timed_tokens = 0.0, 0, 0
