@@ -15,8 +15,11 @@ VOCAB_MULTIPLE = 128
 class RopeConfig:
     """Rotary position embedding.
 
-    ``yarn`` (arXiv 2309.00071) reads every field; ``llama3`` (the rescaling of Llama 3.1 and later) reads ``base`` and
-    ``scaling_factor``; ``rope`` reads ``base`` alone.
+    ``rope`` reads ``base`` alone. ``llama3`` (the rescaling of Llama 3.1 and later) reads ``scaling_factor`` and
+    ``original_max_position`` too. ``yarn`` (arXiv 2309.00071) reads every field; with m(x) = 0.1 x ln(scaling_factor)
+    + 1, the rotated parts of queries and keys are each scaled by m(mscale) / m(mscale_all_dim), and ``mla`` scales all
+    logits by m(mscale_all_dim) squared besides, as DeepSeek-V2 does. YaRN as first published, which a Llama without
+    these two fields means, is ``mscale=1`` and ``mscale_all_dim=0``.
     """
 
     type: str = "rope"
@@ -30,7 +33,10 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         require_one_of("model.attention.rope.type", self.type, ("rope", "yarn", "llama3"))
-        require_positive("model.attention.rope", self, ("base", "scaling_factor", "original_max_position"))
+        section = "model.attention.rope"
+        require(self.base > 1, f"{section}.base", self.base, "must be greater than 1")
+        require_positive(section, self, ("scaling_factor", "original_max_position", "beta_fast", "beta_slow"))
+        require_not_negative(section, self, ("mscale", "mscale_all_dim"))
 
 
 @dataclass

@@ -273,6 +273,14 @@ class RunConfig:
             self.data.seq_length,
             f"must be divisible by {divisor} (tensor parallel size, times twice the context parallel size above 1)",
         )
+        rope = model.attention.rope
+        require(
+            not (context > 1 and model.attention.type == "mla" and rope.type == "yarn")
+            or rope.original_max_position % (2 * context) == 0,
+            "model.attention.rope.original_max_position",
+            rope.original_max_position,
+            f"must be divisible by {2 * context}, twice the context parallel size",
+        )
         require(
             not (self.data.packing and context > 1) or self.data.document_multiple % (2 * context) == 0,
             "data.document_multiple",

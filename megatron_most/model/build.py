@@ -6,7 +6,9 @@ from megatron.core import parallel_state
 
 from megatron_most import platform
 from megatron_most.config import RunConfig
+from megatron_most.config.model import AttentionConfig
 from megatron_most.model.most_model import MoSTModel, padded
+from megatron_most.model.rotary import rotary_embedding
 from megatron_most.model.specs import portable_block_spec
 from megatron_most.model.transformer_config import transformer_config
 
@@ -17,6 +19,10 @@ def build_model(config: RunConfig) -> list[MoSTModel]:
     :func:`megatron_most.parallel.initialize` must have been called with ``config.parallel``.
     """
     megatron = transformer_config(config)
+    attention = config.model.attention
+    rotary = None
+    if attention.type == "gqa":
+        rotary = rotary_embedding(attention, parallel_state.get_context_parallel_group())
     stages = range(config.parallel.virtual_pipeline_model_parallel_size or 1)
     virtual = config.parallel.virtual_pipeline_model_parallel_size is not None
     chunks = []
@@ -30,6 +36,7 @@ def build_model(config: RunConfig) -> list[MoSTModel]:
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             vp_stage=vp_stage,
+            rotary=rotary,
         )
         chunks.append(chunk.to(platform.device()))
     return chunks
@@ -44,20 +51,8 @@ def count_parameters(config: RunConfig) -> dict[str, int]:
         heads out); ``experts/text`` and ``experts/audio``; ``shared_experts``; ``embeddings`` (ids and codes, in and
         out).
     """
-    model, attention, moe, vocab = config.model, config.model.attention, config.model.moe, config.vocab
-    hidden, heads = model.hidden_size, attention.num_heads
-    head_dim = attention.qk_nope_head_dim + attention.qk_rope_head_dim
-    if attention.q_lora_rank is None:
-        query = hidden * heads * head_dim
-    else:
-        query = attention.q_lora_rank * (hidden + 1 + heads * head_dim)
-    attention_size = (
-        query
-        + hidden * (attention.kv_lora_rank + attention.qk_rope_head_dim)
-        + attention.kv_lora_rank
-        + attention.kv_lora_rank * heads * (attention.qk_nope_head_dim + attention.v_head_dim)
-        + heads * attention.v_head_dim * hidden
-    )
+    model, moe, vocab = config.model, config.model.moe, config.vocab
+    hidden = model.hidden_size
     norms = 2 * hidden
     num_moe_layers = model.num_layers - model.num_dense_layers
     expert = 3 * hidden * moe.ffn_hidden_size
@@ -65,7 +60,7 @@ def count_parameters(config: RunConfig) -> dict[str, int]:
     shared = num_moe_layers * 3 * hidden * moe.shared_ffn_hidden_size
     routers = num_moe_layers * moe.num_experts * hidden
     dense = model.num_dense_layers * 3 * hidden * model.ffn_hidden_size
-    trunk = model.num_layers * (attention_size + norms) + hidden + shared + routers + dense
+    trunk = model.num_layers * (_attention_size(hidden, model.attention) + norms) + hidden + shared + routers + dense
     frames = vocab.num_codebooks if vocab.codec_layout.uses_side_codes else 0
     table = hidden * (padded(vocab.size) + frames * padded(vocab.codebook_size))
     active = trunk + num_moe_layers * moe.max_top_k * expert + hidden * (1 + frames) + table
@@ -76,3 +71,22 @@ def count_parameters(config: RunConfig) -> dict[str, int]:
         "shared_experts": shared,
         "embeddings": 2 * table,
     }
+
+
+def _attention_size(hidden: int, attention: AttentionConfig) -> int:
+    """Parameters of one layer's attention."""
+    heads = attention.num_heads
+    if attention.type == "gqa":
+        return 2 * hidden * (heads + attention.num_query_groups) * attention.head_dim
+    head_dim = attention.qk_nope_head_dim + attention.qk_rope_head_dim
+    if attention.q_lora_rank is None:
+        query = hidden * heads * head_dim
+    else:
+        query = attention.q_lora_rank * (hidden + 1 + heads * head_dim)
+    return (
+        query
+        + hidden * (attention.kv_lora_rank + attention.qk_rope_head_dim)
+        + attention.kv_lora_rank
+        + attention.kv_lora_rank * heads * (attention.qk_nope_head_dim + attention.v_head_dim)
+        + heads * attention.v_head_dim * hidden
+    )

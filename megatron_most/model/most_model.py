@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from megatron.core.inference.contexts import BaseInferenceContext
+from megatron.core.models.common.embeddings import RotaryEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -29,6 +30,7 @@ class MoSTModel(GPTModel):
     Args:
         vocab: the id space; layout ``frame`` adds codebook embeddings to the first stage and heads to the last.
         max_sequence_length: positions of the longest row.
+        rotary: angles of the positions, where attention does not make its own.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class MoSTModel(GPTModel):
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None = None,
+        rotary: RotaryEmbedding | None = None,
     ) -> None:
         super().__init__(
             config=config,
@@ -49,10 +52,11 @@ class MoSTModel(GPTModel):
             pre_process=pre_process,
             post_process=post_process,
             share_embeddings_and_output_weights=False,
-            position_embedding_type="rope",
+            position_embedding_type="none",
             vp_stage=vp_stage,
         )
         self.vocab = vocab
+        self.rotary = rotary
         codebooks = (config, vocab.num_codebooks, padded(vocab.codebook_size), self.pg_collection)
         uses_codes = vocab.codec_layout.uses_side_codes
         self.codebook_embeddings = CodebookEmbeddings(*codebooks) if uses_codes and pre_process else None
@@ -92,6 +96,7 @@ class MoSTModel(GPTModel):
             hidden_states=self._embed(ids, codes) if self.pre_process else None,
             attention_mask=attention_mask,
             inference_context=inference_context,
+            rotary_pos_emb=self._angles(ids.shape[1], packed_seq_params, inference_context),
             packed_seq_params=packed_seq_params,
             padding_mask=self._local_planes(modality, is_padding),
         )
@@ -112,6 +117,18 @@ class MoSTModel(GPTModel):
         if self.codebook_embeddings is None:
             return embeddings
         return embeddings + self.codebook_embeddings(codes)
+
+    def _angles(
+        self, num_positions: int, packed: PackedSeqParams | None, inference_context: BaseInferenceContext | None
+    ) -> torch.Tensor | None:
+        """Of this rank's positions; of those of the longest document or of a whole cache where attention chooses."""
+        if self.rotary is None:
+            return None
+        if packed is not None:
+            return self.rotary(packed.max_seqlen_q, packed_seq=True)
+        if inference_context is not None:
+            return self.rotary(inference_context.max_sequence_length)
+        return self.rotary(num_positions * self.pg_collection.cp.size())
 
     def _local_planes(self, modality: torch.Tensor, is_padding: torch.Tensor) -> torch.Tensor:
         """Each stage shards the planes itself; Megatron would do so on the first stage only."""

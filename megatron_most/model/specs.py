@@ -6,7 +6,7 @@ import functools
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.multi_latent_attention import Linear
+from megatron.core.transformer.multi_latent_attention import Linear, MLASelfAttentionSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -25,15 +25,22 @@ def portable_block_spec(
     )
     for layer in spec.layer_specs:
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        # Checkpoints name each norm by its own module, not by the linear layer that another spec would fuse it with.
+        layer.submodules.sharded_state_dict_keys_map = {}
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = PortableCoreAttention
-        attention.kv_layernorm = RMSNorm
-        if config.q_lora_rank is not None:
-            attention.q_layernorm = RMSNorm
-            attention.linear_q_down_proj = Linear
-        # Column-parallel by default, which gives wrong gradients under tensor parallelism (0.16.1); replicated instead.
-        attention.linear_kv_down_proj = Linear
+        if config.multi_latent_attention:
+            _complete_multi_latent(attention, has_query_compression=config.q_lora_rank is not None)
         if layer.submodules.mlp.module is MoELayer:
             layer.submodules.mlp.submodules.router = functools.partial(ModalityAwareRouter, moe=moe)
     spec.layer_norm = RMSNorm
     return spec
+
+
+def _complete_multi_latent(attention: MLASelfAttentionSubmodules, has_query_compression: bool) -> None:
+    attention.kv_layernorm = RMSNorm
+    # Column-parallel by default, which gives wrong gradients under tensor parallelism (0.16.1); replicated instead.
+    attention.linear_kv_down_proj = Linear
+    if has_query_compression:
+        attention.q_layernorm = RMSNorm
+        attention.linear_q_down_proj = Linear

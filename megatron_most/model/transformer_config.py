@@ -1,22 +1,29 @@
-"""Our model and run configuration -> Megatron-Core's ``MLATransformerConfig``."""
+"""Our model and run configuration -> Megatron-Core's ``TransformerConfig``."""
 
 from __future__ import annotations
 
 import torch
-from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_most.config import RunConfig
+from megatron_most.config.model import AttentionConfig
+from megatron_most.model.rotary import softmax_scale
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def transformer_config(config: RunConfig) -> MLATransformerConfig:
+def transformer_config(config: RunConfig) -> TransformerConfig:
     """Megatron's configuration of the transformer, in its own words."""
     model, parallel, training = config.model, config.parallel, config.training
-    attention, moe, rope = model.attention, model.moe, model.attention.rope
+    attention, moe = model.attention, model.moe
     dtype = DTYPES[training.precision]
     virtual = parallel.virtual_pipeline_model_parallel_size
-    return MLATransformerConfig(
+    config_class, attention_options = (
+        (MLATransformerConfig, _multi_latent(attention))
+        if attention.type == "mla"
+        else (TransformerConfig, _grouped_query(attention))
+    )
+    return config_class(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -29,24 +36,8 @@ def transformer_config(config: RunConfig) -> MLATransformerConfig:
         activation_func=torch.nn.functional.silu,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        # Multi-latent attention.
-        multi_latent_attention=True,
-        q_lora_rank=attention.q_lora_rank,
-        kv_lora_rank=attention.kv_lora_rank,
-        qk_head_dim=attention.qk_nope_head_dim,
-        qk_pos_emb_head_dim=attention.qk_rope_head_dim,
-        v_head_dim=attention.v_head_dim,
-        qk_layernorm=True,
-        rope_type=rope.type,
-        rotary_base=rope.base,
-        # The attention scales its logits by YaRN's mscale whatever the rope type; a factor of 1 leaves them alone.
-        rotary_scaling_factor=rope.scaling_factor if rope.type == "yarn" else 1.0,
-        original_max_position_embeddings=rope.original_max_position,
-        beta_fast=rope.beta_fast,
-        beta_slow=rope.beta_slow,
-        mscale=rope.mscale,
-        mscale_all_dim=rope.mscale_all_dim,
         apply_rope_fusion=False,
+        **attention_options,
         # Experts. The router is ours (model/specs.py); it reads its own options and attaches its own balance loss.
         num_moe_experts=moe.num_experts,
         moe_router_topk=moe.max_top_k,
@@ -81,6 +72,37 @@ def transformer_config(config: RunConfig) -> MLATransformerConfig:
         bias_dropout_fusion=False,
         **_recompute(training.recompute),
     )
+
+
+def _multi_latent(attention: AttentionConfig) -> dict[str, object]:
+    rope = attention.rope
+    return {
+        "multi_latent_attention": True,
+        "q_lora_rank": attention.q_lora_rank,
+        "kv_lora_rank": attention.kv_lora_rank,
+        "qk_head_dim": attention.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": attention.qk_rope_head_dim,
+        "v_head_dim": attention.v_head_dim,
+        "qk_layernorm": True,
+        "rope_type": rope.type,
+        "rotary_base": rope.base,
+        # The attention scales its logits by YaRN's mscale whatever the rope type; a factor of 1 leaves them alone.
+        "rotary_scaling_factor": rope.scaling_factor if rope.type == "yarn" else 1.0,
+        "original_max_position_embeddings": rope.original_max_position,
+        "beta_fast": rope.beta_fast,
+        "beta_slow": rope.beta_slow,
+        "mscale": rope.mscale,
+        "mscale_all_dim": rope.mscale_all_dim,
+    }
+
+
+def _grouped_query(attention: AttentionConfig) -> dict[str, object]:
+    """The rotary embedding is not Megatron's to build: model/rotary.py does."""
+    return {
+        "num_query_groups": attention.num_query_groups,
+        "kv_channels": attention.head_dim,
+        "softmax_scale": softmax_scale(attention),
+    }
 
 
 def _recompute(mode: str) -> dict[str, object]:

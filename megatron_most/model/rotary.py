@@ -1,0 +1,71 @@
+"""Rotary position embedding of grouped-query attention. Multi-latent attention builds its own, in each layer.
+
+Shape letters: d head size; a head has d / 2 frequencies, in radians per position, from fast to slow.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from megatron.core.models.common.embeddings import RotaryEmbedding
+
+from megatron_most.config.model import AttentionConfig, RopeConfig
+
+_LLAMA3_ROTATIONS = (1.0, 4.0)
+"""Rotations over the original length below which a frequency is slowed down fully, and above which not at all."""
+
+
+def rotary_embedding(attention: AttentionConfig, cp_group: torch.distributed.ProcessGroup) -> RotaryEmbedding:
+    """The angles of each position, for all layers. YaRN's other half is in :func:`softmax_scale`."""
+    embedding = RotaryEmbedding(
+        attention.head_dim, rotary_percent=1.0, rotary_base=attention.rope.base, cp_group=cp_group
+    )
+    rescale = {"yarn": yarn_frequencies, "llama3": llama3_frequencies}.get(attention.rope.type)
+    if rescale is not None:
+        embedding.inv_freq = rescale(embedding.inv_freq, attention.rope)
+    return embedding
+
+
+def yarn_frequencies(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
+    """YaRN's frequencies ``[d / 2]`` (arXiv 2309.00071, section 3.2) from the unscaled ones.
+
+    Those that turn more than ``beta_fast`` times within the original length stay, those that turn less than
+    ``beta_slow`` times are divided by ``scaling_factor``, with a linear ramp over the indices between.
+    """
+
+    def index(rotations: float) -> float:
+        """Where in the head the frequency stands that turns so often within the original length."""
+        return len(frequencies) * math.log(rope.original_max_position / (2 * math.pi * rotations)) / math.log(rope.base)
+
+    first = max(math.floor(index(rope.beta_fast)), 0)
+    last = min(math.ceil(index(rope.beta_slow)), 2 * len(frequencies) - 1)
+    place = torch.arange(len(frequencies), device=frequencies.device)
+    slowed = ((place - first) / max(last - first, 1e-3)).clamp(0, 1)
+    return frequencies * (1 - slowed + slowed / rope.scaling_factor)
+
+
+def llama3_frequencies(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
+    """Llama 3.1's frequencies ``[d / 2]`` for a context ``scaling_factor`` times the original, from the unscaled ones.
+
+    Slow ones are divided by the factor, fast ones stay, those between are interpolated by how often they turn within
+    the original length (as the configuration of the published weights says; factors 1 and 4 in all of them).
+    """
+    low, high = _LLAMA3_ROTATIONS
+    rotations = rope.original_max_position * frequencies / (2 * math.pi)
+    kept = ((rotations - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / rope.scaling_factor)
+
+
+def softmax_scale(attention: AttentionConfig) -> float:
+    """What grouped-query attention multiplies its logits by.
+
+    YaRN (section 3.4) scales queries and keys alike by ``m(mscale) / m(mscale_all_dim)``, where
+    ``m(x) = 0.1 x ln(scaling_factor) + 1``. As all of a head is rotated, that is a factor on the logits.
+    """
+    scale = 1 / math.sqrt(attention.head_dim)
+    rope = attention.rope
+    if rope.type != "yarn" or rope.scaling_factor <= 1:
+        return scale
+    mscale, all_dim = (0.1 * m * math.log(rope.scaling_factor) + 1 for m in (rope.mscale, rope.mscale_all_dim))
+    return scale * (mscale / all_dim) ** 2
