@@ -25,9 +25,11 @@ class Modality(IntEnum):
     AUDIO = 1
 
 
-MODALITY_NAMES = tuple(modality.name.lower() for modality in Modality)
 NO_CODE = -1
 """Code of a position that holds no codec frame, or whose frame is hidden from the input."""
+
+_RESERVED_NAMES = ("common", "rest")
+"""Pools and parts of the model that are no modality."""
 
 _NUM_SPECIAL = 3  # begin_of_audio, end_of_audio, frame
 
@@ -173,6 +175,11 @@ class VocabLayout:
         end = 0
         for entry in sorted(self.further_modalities, key=lambda entry: entry.start):
             where = f"vocab.further_modalities[{entry.name}]={entry.start}..{entry.stop}"
+            if not entry.name.isidentifier() or entry.name in _RESERVED_NAMES:
+                raise ConfigError(
+                    f"vocab.further_modalities: name {entry.name!r} must be a word other than"
+                    f" {', '.join(_RESERVED_NAMES)}"
+                )
             if not 0 <= entry.start < entry.stop <= self.text_vocab_size:
                 raise ConfigError(f"{where}: must be a range of the {self.text_vocab_size} text ids")
             if entry.start < end:
@@ -236,6 +243,10 @@ class VocabLayout:
 
     def describe_difference(self, other: VocabLayout) -> str | None:
         """None when equal, else ``field: mine != theirs`` for each field that differs."""
-        mine, theirs = self.to_dict(), other.to_dict()
+        mine, theirs = self._readable(), other._readable()
         parts = [f"{field}: {mine[field]} != {theirs[field]}" for field in mine if mine[field] != theirs[field]]
         return ", ".join(parts) or None
+
+    def _readable(self) -> dict[str, Any]:
+        ranges = ", ".join(f"{entry.name} {entry.start}..{entry.stop}" for entry in self.further_modalities)
+        return {**self.to_dict(), "further_modalities": ranges or "none"}

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megatron_most.report.charts import LineChart, Series, line_chart
 from megatron_most.report.run_files import number
-from megatron_most.vocab import MODALITY_NAMES
 
 _TASKS = {"asr": "ASR", "tts": "TTS", "text_lm": "text LM"}
 _MARKERS = ("circle", "diamond", "square")
 PALETTE = 8
-"""Colours of the page: 0 and 1 are the modalities', 2 is grey, the tasks' start at 3."""
+"""Colours of the page: 0 and 1 are text's and audio's, 2 is grey, the tasks' start at 3."""
 _GREY = 2
+_MODALITIES = (0, 1, 7, 6, 4)
+
+
+def modality_color(index: int) -> int:
+    """Colour of the modality with that index, in every chart and map."""
+    return _MODALITIES[index % len(_MODALITIES)]
 
 
 def points_of(metrics: Iterable[dict[str, Any]], key: str) -> list[tuple[float, float]]:
@@ -22,11 +27,13 @@ def points_of(metrics: Iterable[dict[str, Any]], key: str) -> list[tuple[float, 
     return sorted(found.items())
 
 
-def loss_charts(metrics: list[dict[str, Any]]) -> list[LineChart]:
+def loss_charts(metrics: list[dict[str, Any]], modalities: Sequence[str]) -> list[LineChart]:
     """Losses by modality, by task (validation sets in their task's colour, dashed) and by codebook."""
     keys = dict.fromkeys(key for line in metrics for key in line)
     modality = [Series("all targets", points_of(metrics, "loss"), _GREY)]
-    modality += [Series(name, points_of(metrics, f"loss/{name}"), color) for color, name in enumerate(MODALITY_NAMES)]
+    modality += [
+        Series(name, points_of(metrics, f"loss/{name}"), modality_color(index)) for index, name in enumerate(modalities)
+    ]
 
     task_colors = {task: 3 + index for index, task in enumerate(_TASKS)}
     tasks = [Series(label, points_of(metrics, f"loss/{task}"), task_colors[task]) for task, label in _TASKS.items()]
@@ -57,10 +64,16 @@ def loss_charts(metrics: list[dict[str, Any]]) -> list[LineChart]:
 
 
 def training_charts(metrics: list[dict[str, Any]]) -> list[LineChart]:
-    """Learning rate, gradient norm, balance loss, throughput."""
+    """Learning rate, gradient norm (of the whole and of the model's parts), throughput."""
+    parts = sorted({key for line in metrics for key in line if key.startswith("grad_norm/")})
+    by_part = [
+        Series(key.removeprefix("grad_norm/"), points_of(metrics, key), index % PALETTE, dash=index >= PALETTE)
+        for index, key in enumerate(parts)
+    ]
     charts = (
         line_chart("Learning rate", [Series("learning rate", points_of(metrics, "lr"), 0)], from_zero=True),
         line_chart("Gradient norm, before clipping", [Series("gradient norm", points_of(metrics, "grad_norm"), 4)]),
+        line_chart("Gradient norm of each part, before clipping", by_part),
         line_chart(
             "Throughput",
             [Series("tokens per second", points_of(metrics, "tokens_per_second"), 3)],

@@ -69,7 +69,7 @@ def render(run: RunFiles) -> str:
         "facts": _facts(run),
         "headlines": _headlines(run),
         "summary": _flatten(run.summary),
-        "loss_charts": loss_charts(run.metrics),
+        "loss_charts": loss_charts(run.metrics, run.modalities),
         "training_charts": training_charts(run.metrics),
         "routing": routing_view(run),
         "suites": [SHORT_NAMES.get(suite, suite) for suite in suites],

@@ -38,12 +38,12 @@ class RunFiles:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def groups(self) -> list[tuple[str, int]]:
-        """Modality and size of each expert group, in logical order; empty when the configuration does not say."""
+    def modalities(self) -> list[str]:
+        """Names of the modalities in their order; text and audio when the configuration does not say."""
         try:
-            return [(str(group["modality"]), int(group["size"])) for group in self.config["model"]["moe"]["groups"]]
-        except (KeyError, TypeError, ValueError):
-            return []
+            return [str(group["modality"]) for group in self.config["model"]["moe"]["groups"]]
+        except (KeyError, TypeError):
+            return ["text", "audio"]
 
     @property
     def sets(self) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 
 from megatron_most.data.batch import Batch
 from megatron_most.data.tasks import TASKS
+from megatron_most.errors import ConfigError
 from megatron_most.vocab import NO_CODE, Modality, VocabLayout
 
 
@@ -25,7 +26,7 @@ class LossTable:
     Rows of the table, each reduced as sum over ranks of (sum, count), then sum / count:
 
     - ``loss``: mean over all targets;
-    - ``loss/text``, ``loss/audio``: mean over targets of that modality (the target's whole loss);
+    - ``loss/<modality>``: mean over targets of that modality (the target's whole loss);
     - ``loss/<task>``: mean over the targets of that task's documents;
     - ``loss/codebook_<k>``: mean cross entropy, unweighted, over targets that have a code of codebook k;
     - ``tokens``: sum is the number of positions that are not padding, count the number of rows.
@@ -33,6 +34,9 @@ class LossTable:
     Args:
         weights: loss weight of each codebook.
         text_weight: weight of a text target in the training loss; the metrics are not weighted by it.
+
+    Raises:
+        ConfigError: a modality is called as a task or codebook is, so that their rows would be one.
     """
 
     def __init__(self, vocab: VocabLayout, weights: list[float], text_weight: float = 1.0) -> None:
@@ -41,6 +45,9 @@ class LossTable:
         self.text_weight = text_weight
         codebooks = [f"codebook_{k}" for k in range(vocab.num_codebooks)]
         self.names = ["loss", *(f"loss/{name}" for name in (*vocab.modality_names, *TASKS, *codebooks)), "tokens"]
+        clashes = {name for name in vocab.modality_names if self.names.count(f"loss/{name}") > 1}
+        if clashes:
+            raise ConfigError(f"vocab.further_modalities: {', '.join(clashes)} is the name of a task or codebook")
 
     def __call__(self, batch: Batch, slot_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Reduce one micro-batch on this rank.

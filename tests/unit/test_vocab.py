@@ -1,5 +1,7 @@
 """Codec layouts turn codes into positions and back; ids and codes outside their ranges are named, not used."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -117,3 +119,45 @@ def test_an_empty_layout_is_refused(field):
         VocabLayout(**values)
     with pytest.raises(ConfigError, match="vocab.layout='delay': must be one of frame, flat"):
         VocabLayout(**(FRAME.to_dict() | {"layout": "delay"}))
+
+
+IMAGE = {"name": "image", "start": 20, "stop": 30}
+CODE = {"name": "code", "start": 40, "stop": 50}
+
+
+def test_further_modalities_are_ranges_of_text_ids():
+    vocab = VocabLayout(50, 3, 10, further_modalities=[CODE, IMAGE])
+    assert vocab.modality_names == ("text", "audio", "code", "image")
+    ids = np.arange(vocab.size)
+    expected = [0] * 20 + [3] * 10 + [0] * 10 + [2] * 10 + [1] * 3
+    assert vocab.modality_of(ids).tolist() == expected
+    assert vocab.modality_of(torch.from_numpy(ids)).tolist() == expected
+    assert vocab.size == FRAME.size
+
+
+def test_a_layout_survives_json_and_differs_in_its_modalities():
+    vocab = VocabLayout(50, 3, 10, further_modalities=[IMAGE])
+    read = VocabLayout(**json.loads(json.dumps(vocab.to_dict())))
+    assert read == vocab
+    assert read.describe_difference(vocab) is None
+    assert VocabLayout(50, 3, 10).describe_difference(vocab) == "further_modalities: none != image 20..30"
+    # Files from before there were further modalities name none.
+    older = {name: value for name, value in FRAME.to_dict().items() if name != "further_modalities"}
+    assert VocabLayout(**older) == FRAME
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([{**IMAGE, "stop": 51}], r"further_modalities\[image\]=20\.\.51: must be a range of the 50 text ids"),
+        ([{**IMAGE, "stop": 20}], "must be a range"),
+        ([IMAGE, {**CODE, "start": 29}], r"\[code\]=29\.\.50: overlaps another"),
+        ([IMAGE, {**CODE, "name": "image"}], "names must differ, got text, audio, image, image"),
+        ([{**IMAGE, "name": "audio"}], "names must differ"),
+        ([{**IMAGE, "name": "common"}], "name 'common' must be a word other than common, rest"),
+        ([{**IMAGE, "name": "a/b"}], "name 'a/b' must be a word"),
+    ],
+)
+def test_modalities_that_cannot_be_are_refused(entries, message):
+    with pytest.raises(ConfigError, match=message):
+        VocabLayout(50, 3, 10, further_modalities=entries)

@@ -7,8 +7,9 @@ import struct
 import wave
 from pathlib import Path
 
-from megatron_most.config import dump_config
+from megatron_most.config import MoEConfig, dump_config
 from megatron_most.config.load import build_config
+from megatron_most.training.routing_metrics import RoutingMetrics
 
 SENTENCES = [
     "the small boys count seven red stones",
@@ -20,13 +21,31 @@ SENTENCES = [
 ]
 
 
+TOKENS = {"text": 4000, "audio": 11000, "image": 900}
+
+
 def make_run(
-    path: Path, steps: int = 1000, interval: int = 10, layers: int = 3, group: int = 4, top_k: int = 2
+    path: Path,
+    steps: int = 1000,
+    interval: int = 10,
+    layers: int = 3,
+    group: int = 4,
+    top_k: int = 2,
+    modalities: tuple[str, ...] = ("text", "audio"),
+    common: int = 0,
+    by_list: bool = False,
+    before_statistics: bool = False,
 ) -> Path:
-    """Write every file of a finished run to ``path``, which must not exist, and return it."""
+    """Write every file of a finished run to ``path``, which must not exist, and return it.
+
+    Args:
+        common: experts that every modality may choose.
+        by_list: groups are lists of experts, dealt out in turn, instead of sizes.
+        before_statistics: routing as older runs wrote it, counts alone.
+    """
     path.mkdir(parents=True)
     rng = random.Random(0)
-    _config(path, layers, group, top_k)
+    moe = _config(path, layers, group, top_k, modalities, common, by_list)
     environment = {
         "versions": {"python": "3.11.7", "megatron-core": "0.16.1", "torch": "2.13.0"},
         "command": "python examples/pretrain_most.py --config examples/configs/quickstart.yaml",
@@ -39,6 +58,13 @@ def make_run(
         done = step / steps
         noise = rng.gauss(1, 0.03)
         text, audio = 4.6 * math.exp(-9 * done) * noise + 0.004, 27.0 * math.exp(-1.6 * done) * noise
+        statistics = RoutingMetrics(moe)
+        statistics.add([_layer(rng, 2 + index, statistics.choices, moe, done) for index in range(layers)])
+        routing.append({"step": step, "layers": statistics.layers()})
+        if before_statistics:
+            routing[-1]["layers"] = [
+                {"layer": layer["layer"], **layer["pairs"], "outside_group": 0} for layer in routing[-1]["layers"]
+            ]
         metrics.append(
             {
                 "step": step,
@@ -52,8 +78,9 @@ def make_run(
                 "loss/audio": audio,
                 "loss/asr": text,
                 "loss/tts": audio,
+                **{f"loss/{name}": 3 + 2 * math.exp(-4 * done) * noise for name in modalities[2:]},
                 **{f"loss/codebook_{index}": audio / 4 * (0.8 + 0.15 * index) for index in range(4)},
-                "balance_loss": 1 + 0.4 * math.exp(-5 * done) * noise,
+                **({"balance_loss": 1.4} if before_statistics else statistics.metrics()),
                 "tokens_per_second": 5000 * rng.gauss(1, 0.02),
                 "step_seconds": 0.3 * rng.gauss(1, 0.02),
             }
@@ -61,7 +88,6 @@ def make_run(
         if step % (10 * interval) == 0:
             values = {"heldout_s_asr": text * 1.1, "heldout_p_asr": text * 1.6, "heldout_s_tts": audio * 1.05}
             metrics.append({"step": step, "time": 1.79e9} | {f"validation/{k}/loss": v for k, v in values.items()})
-        routing.append({"step": step, "layers": [_layer(rng, 2 + i, group, top_k, done) for i in range(layers)]})
     _lines(path / "metrics.jsonl", metrics)
     _lines(path / "routing.jsonl", routing)
     _evaluation(path, rng)
@@ -85,25 +111,48 @@ def make_run(
     return path
 
 
-def _config(path: Path, layers: int, group: int, top_k: int) -> None:
-    groups = [{"modality": name, "size": group, "top_k": top_k} for name in ("text", "audio")]
+def _config(
+    path: Path, layers: int, group: int, top_k: int, modalities: tuple[str, ...], common: int, by_list: bool
+) -> MoEConfig:
+    sizes = {name: {"size": group} for name in modalities}
+    shared = {"size": common}
+    if by_list:
+        count = len(modalities)
+        sizes = {name: {"experts": list(range(i, group * count, count))} for i, name in enumerate(modalities)}
+        shared = {"experts": list(range(group * count, group * count + common))}
+    groups = [{"modality": name, "top_k": top_k, **size} for name, size in sizes.items()]
+    further = [{"name": name, "start": 50 + i, "stop": 51 + i} for i, name in enumerate(modalities[2:])]
     values = {
-        "vocab": {"text_vocab_size": 100, "num_codebooks": 4, "codebook_size": 1000},
-        "model": {"num_layers": layers + 1, "moe": {"groups": groups}},
+        "vocab": {"text_vocab_size": 100, "num_codebooks": 4, "codebook_size": 1000, "further_modalities": further},
+        "model": {"num_layers": layers + 1, "moe": {"groups": groups, "common": shared}},
     }
-    (path / "config.yaml").write_text(dump_config(build_config("fake", values)))
+    config = build_config("fake", values)
+    (path / "config.yaml").write_text(dump_config(config))
+    return config.model.moe
 
 
-def _layer(rng: random.Random, number: int, group: int, top_k: int, done: float) -> dict:
-    def counts(tokens: int) -> list[int]:
-        shares = [1 + (1.2 - done) * math.sin(number + 2.1 * index) ** 2 + rng.gauss(0, 0.04) for index in range(group)]
-        return [round(tokens * top_k * share / sum(shares)) for share in shares]
-
+def _layer(rng: random.Random, number: int, choices: dict[str, tuple[int, ...]], moe: MoEConfig, done: float) -> dict:
+    """Sums of one layer, as :func:`megatron_most.moe.collect_routing` returns them."""
+    tokens = {name: TOKENS[name] for name in choices}
+    pairs, scores = {}, {}
+    for (name, choice), group in zip(choices.items(), moe.groups, strict=True):
+        weight = {e: 1 + (1.2 - done) * math.sin(number + 2.1 * e) ** 2 + rng.gauss(0, 0.04) for e in choice}
+        shares = [weight.get(expert, 0.0) / sum(weight.values()) for expert in range(moe.num_experts)]
+        pairs[name] = [round(tokens[name] * group.top_k * share) for share in shares]
+        scores[name] = [tokens[name] * share for share in shares]
     return {
         "layer": number,
-        "text": counts(4000) + [0] * group,
-        "audio": [0] * group + counts(11000),
+        "pairs": pairs,
+        "scores": scores,
+        "entropy": {
+            name: tokens[name] * math.log(len(choice)) * (0.6 + 0.3 * done) for name, choice in choices.items()
+        },
+        "tokens": tokens,
         "outside_group": 0,
+        "balance_loss": sum(tokens.values()) * (1 + 0.4 * math.exp(-5 * done)),
+        "z_loss": 0.0,
+        "orthogonality_loss": 0.0,
+        "rank_imbalance": [10 * (1.1 + 0.3 * (1 - done) * rng.random()), 10],
     }
 
 

@@ -86,6 +86,24 @@ def test_every_section_is_filled(page):
     assert len(page.all("audio")) == 12
 
 
+def test_any_modalities_common_experts_and_lists_make_a_page(tmp_path):
+    names = ("text", "audio", "image")
+    page = page_of(make_run(tmp_path / "run", steps=40, modalities=names, common=2, by_list=True))
+    for wanted in (
+        "Image tokens share of their (token, expert) pairs; even would be 16.7%",
+        "✓ Every expert had tokens of every modality it is open to",
+        "common",
+        "Entropy of the routing distribution",
+    ):
+        assert wanted in page.text, wanted
+
+
+def test_the_routing_of_older_runs_is_drawn(tmp_path):
+    page = page_of(make_run(tmp_path / "run", steps=40, before_statistics=True))
+    assert "Text tokens share of their (token, expert) pairs; even would be 25.0%" in page.text
+    assert "Entropy" not in page.text
+
+
 def test_errors_are_marked_by_more_than_colour(page, whole):
     text = write_report(whole).read_text()
     assert re.search(r'class="word substitute">.*?instead of .*?<s>two</s> → ten', text)
@@ -109,7 +127,7 @@ def test_nothing_is_loaded_from_outside(page):
 def test_the_curves_answer_a_pointer_with_their_own_values(whole):
     text = write_report(whole).read_text()
     data = [json.loads(one) for one in re.findall(r'<script type="application/json">(.*?)</script>', text)]
-    assert len(data) == text.count("data-chart>") == 9
+    assert len(data) == text.count("data-chart>") == 11
     losses = {one["label"]: one["points"] for one in data[0]["series"]}
     assert set(losses) == {"all targets", "text", "audio"}
     assert losses["text"][-1][0] == 200
@@ -117,7 +135,7 @@ def test_the_curves_answer_a_pointer_with_their_own_values(whole):
 
 def test_charts_and_maps_have_labels(page):
     images = [attributes for attributes in page.all("svg") if attributes.get("role") == "img"]
-    assert len(images) == 9 + 2
+    assert len(images) == 11 + 2
     assert all(attributes["aria-label"] for attributes in images)
     assert all(attributes.get("aria-label") for attributes in page.all("audio"))
 
@@ -171,12 +189,12 @@ def test_a_leak_between_groups_is_shown(tmp_path):
     run_dir = make_run(tmp_path / "run", steps=40)
     lines = (run_dir / "routing.jsonl").read_text().splitlines()
     last = json.loads(lines[-1])
-    last["layers"][0]["text"][5] = 3
+    last["layers"][0]["pairs"]["text"][5] = 3
     last["layers"][0]["outside_group"] = 3
     (run_dir / "routing.jsonl").write_text("\n".join([*lines[:-1], json.dumps(last)]) + "\n")
     page = page_of(run_dir)
     assert re.search(r"✕ 3 of [\d,]+ routed pairs left their group", page.text)
-    assert "layer 2, audio expert 1, outside the group" in page.text
+    assert "layer 2, expert 5 (audio), outside the choice" in page.text
 
 
 def test_the_page_of_a_large_long_run_stays_small(tmp_path):
@@ -200,3 +218,12 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path):
         write_report(run_dir, target)
     assert list(target.iterdir()) == []
     assert not list(tmp_path.glob(".*"))
+
+
+def test_dead_experts_are_told(tmp_path):
+    run_dir = make_run(tmp_path / "run", steps=40)
+    with open(run_dir / "metrics.jsonl", "a") as stream:
+        stream.write(json.dumps({"step": 41, "routing/audio/dead_experts/max": 3}) + "\n")
+    page = page_of(run_dir)
+    assert "✕ In some layer 3 of the 4 experts open to audio had no audio token" in page.text
+    assert "Every expert had tokens" not in page.text

@@ -18,7 +18,7 @@ def test_a_whole_run_has_no_notes(whole):
     run = read_run(whole)
     assert run.notes == []
     assert [line["step"] for line in run.routing] == [10, 20, 30, 40, 50, 60]
-    assert run.groups == [("text", 4), ("audio", 4)]
+    assert run.modalities == ["text", "audio"]
     assert sorted(run.evaluation)[0] == "asr_heldout_p"
     assert run.sets == ["heldout_s", "heldout_p"]
     assert run.summary["steps"] == 60
@@ -30,7 +30,7 @@ def test_metrics_alone_are_a_run_and_the_rest_is_noted(tmp_path):
     assert run.metrics == [{"step": 1, "loss": 2.5}]
     missing = {"routing.jsonl", "summary.json", "environment.json", "config.yaml", "evaluation/*.json"}
     assert {note.split(" is not there")[0] for note in run.notes} == missing
-    assert run.groups == []
+    assert run.modalities == ["text", "audio"]
 
 
 def test_a_torn_last_line_is_left_out_and_noted(tmp_path):

@@ -7,7 +7,6 @@ import random
 import pytest
 
 from megatron_most.report.curves import loss_charts, points_of, training_charts
-from megatron_most.report.routing import routing_view
 from megatron_most.report.run_files import RunFiles, read_run
 from megatron_most.report.samples import MAX_SAMPLES, speech_samples
 from megatron_most.report.transcripts import error_rates, transcript_tables
@@ -23,20 +22,13 @@ def run_with(tmp_path, **values) -> RunFiles:
     return RunFiles(tmp_path, **values)
 
 
-def routing_line(step, text, audio, outside=0, layer=2):
-    return {"step": step, "layers": [{"layer": layer, "text": text, "audio": audio, "outside_group": outside}]}
-
-
-CONFIG = {"model": {"moe": {"groups": [{"modality": "text", "size": 2}, {"modality": "audio", "size": 2}]}}}
-
-
 def test_a_key_absent_in_a_line_has_no_point_and_the_later_line_counts():
     metrics = [{"step": 1, "loss": 3.0}, {"step": 2}, {"step": 3, "loss": float("nan")}, {"step": 1, "loss": 2.0}]
     assert points_of(metrics, "loss") == [(1, 2.0)]
 
 
 def test_curves_are_grouped_and_validation_takes_its_tasks_colour(whole):
-    charts = {chart.title: chart for chart in loss_charts(read_run(whole).metrics)}
+    charts = {chart.title: chart for chart in loss_charts(read_run(whole).metrics, ["text", "audio"])}
     assert list(charts) == ["Loss by modality", "Loss by task", "Cross entropy by codebook"]
     by_task = {curve.series.label: curve.series for curve in charts["Loss by task"].curves}
     assert by_task["heldout_s_asr (validation)"].color == by_task["ASR"].color != by_task["TTS"].color
@@ -49,65 +41,8 @@ def test_curves_are_grouped_and_validation_takes_its_tasks_colour(whole):
 
 
 def test_a_validation_set_of_no_known_task_has_a_curve_too():
-    (chart,) = loss_charts([{"step": 5, "validation/books/loss": 2.0, "validation/books/loss/text": 9.0}])
+    (chart,) = loss_charts([{"step": 5, "validation/books/loss": 2.0, "validation/books/loss/text": 9.0}], ["text"])
     assert [curve.series.label for curve in chart.curves] == ["books (validation)"]
-
-
-def test_the_routing_map_shows_shares_of_the_last_quarter(tmp_path):
-    early = [routing_line(step, [100, 0, 0, 0], [0, 0, 100, 0]) for step in (1, 2, 3)]
-    run = run_with(tmp_path, routing=[*early, routing_line(4, [30, 10, 0, 0], [0, 0, 5, 15])], config=CONFIG)
-    view = routing_view(run)
-    text, audio = view.maps
-    assert (view.first_step, view.last_step) == (4, 4)
-    assert [cell.share for cell in text.cells] == [0.75, 0.25, 0, 0]
-    assert [cell.share for cell in audio.cells] == [0, 0, 0.25, 0.75]
-    assert [cell.is_outside for cell in text.cells] == [False, False, True, True]
-    assert text.rows[0][2] == "1.50×"
-    assert text.even == 0.5
-    assert text.cells[1].title == "layer 2, text expert 1: 25.00% (10 pairs)"
-    assert len(text.borders) == 1
-    assert (view.pairs, view.outside) == (660, 0)
-    assert run.notes == []
-
-
-def test_pairs_outside_their_group_are_counted_over_the_whole_run(tmp_path):
-    lines = [routing_line(1, [5, 5, 2, 0], [0, 0, 5, 5], outside=2)]
-    lines += [routing_line(step, [5, 5, 0, 0], [0, 0, 5, 5]) for step in range(2, 9)]
-    view = routing_view(run_with(tmp_path, routing=lines, config=CONFIG))
-    assert view.outside == 2
-    assert view.pairs == 22 + 7 * 20
-
-
-def test_expert_load_is_the_busiest_over_the_mean_of_its_group(tmp_path):
-    line = {
-        "step": 10,
-        "layers": [
-            {"layer": 2, "text": [30, 10, 0, 0], "audio": [0, 0, 0, 0], "outside_group": 0},
-            {"layer": 3, "text": [20, 20, 0, 0], "audio": [0, 0, 0, 0], "outside_group": 0},
-        ],
-    }
-    view = routing_view(run_with(tmp_path, routing=[line], config=CONFIG))
-    values = {curve.series.label: curve.series.points for curve in view.charts[0].curves}
-    assert values == {"text, mean over layers": [(10, 1.25)], "text, worst layer": [(10, 1.5)]}
-    assert [one.modality for one in view.maps] == ["text"]
-
-
-def test_without_group_sizes_the_map_has_no_borders_and_a_note(tmp_path):
-    run = run_with(tmp_path, routing=[routing_line(1, [1, 1, 0, 0], [0, 0, 1, 1])])
-    view = routing_view(run)
-    assert view.maps[0].borders == []
-    assert not any(cell.is_outside for cell in view.maps[0].cells)
-    assert any("sizes of the expert groups are unknown" in note for note in run.notes)
-
-
-@pytest.mark.parametrize(
-    "layers",
-    [None, [], [3], [{"layer": 2}], [{"layer": 2, "text": [1], "audio": "x"}], [{"layer": 2, "text": [], "audio": []}]],
-)
-def test_routing_without_counts_is_no_map(tmp_path, layers):
-    run = run_with(tmp_path, routing=[{"step": 1, "layers": layers}], config=CONFIG)
-    assert routing_view(run) is None
-    assert run.notes
 
 
 def test_transcripts_mark_every_kind_of_error_and_put_the_worst_first(tmp_path):

@@ -9,8 +9,9 @@ import torch
 
 from megatron_most.data.batch import Batch
 from megatron_most.data.tasks import TASKS
+from megatron_most.errors import ConfigError
 from megatron_most.training.loss import LossTable
-from megatron_most.vocab import NO_CODE, VocabLayout
+from megatron_most.vocab import NO_CODE, ModalityRange, VocabLayout
 
 FRAME = VocabLayout(text_vocab_size=10, num_codebooks=2, codebook_size=4, layout="frame")
 FLAT = VocabLayout(text_vocab_size=10, num_codebooks=2, codebook_size=4, layout="flat")
@@ -117,3 +118,20 @@ def test_text_weight_scales_text_targets_of_the_training_loss_and_no_metric() ->
     weighted_sum, weighted_count, rows = reduce(LossTable(FRAME, [1.0, 1.0], text_weight=3.0), batch, slots)
     assert (plain_sum, weighted_sum) == (1 + 32, 3 + 32)
     assert (count, plain_rows) == (weighted_count, rows)
+
+
+def test_every_modality_has_a_row_of_its_targets() -> None:
+    image = ModalityRange("image", 4, 8)
+    vocab = VocabLayout(text_vocab_size=10, num_codebooks=2, codebook_size=4, further_modalities=[image])
+    none = [NO_CODE, NO_CODE]
+    batch = make_batch([3, 4, 7, vocab.frame], [1, 1, 1, 1], ["text_lm"] * 4, [none, none, none, [1, 2]])
+    table = LossTable(vocab, [1.0, 1.0], text_weight=3.0)
+    loss_sum, _, rows = reduce(table, batch, [[1.0, 0, 0], [2.0, 0, 0], [4.0, 0, 0], [8.0, 16.0, 32.0]])
+    assert (rows["loss/text"], rows["loss/image"], rows["loss/audio"]) == ((1, 1), (6, 2), (56, 1))
+    assert loss_sum == 3 * 1 + 6 + 56
+
+
+def test_a_modality_called_as_a_task_is_refused() -> None:
+    vocab = VocabLayout(10, 2, 4, further_modalities=[ModalityRange("asr", 4, 8)])
+    with pytest.raises(ConfigError, match="vocab.further_modalities: asr is the name of a task or codebook"):
+        LossTable(vocab, [1.0, 1.0])

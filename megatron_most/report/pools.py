@@ -1,0 +1,57 @@
+"""The experts of a run, read from its configuration: pools, and who may choose what. Nothing of the model is needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+_COMMON = "common"
+
+
+@dataclass(frozen=True)
+class Pools:
+    """Experts of every modality, in logical numbers.
+
+    Args:
+        experts: pool -> its experts; a pool for each modality that has experts of its own, then ``common``.
+        choices: modality -> the experts its tokens may choose.
+    """
+
+    experts: dict[str, tuple[int, ...]]
+    choices: dict[str, tuple[int, ...]]
+
+    @property
+    def num_experts(self) -> int:
+        return sum(map(len, self.experts.values()))
+
+    @property
+    def columns(self) -> list[int]:
+        """All experts, pool by pool: the order in which they are drawn."""
+        return [expert for experts in self.experts.values() for expert in experts]
+
+    def pool_of(self) -> dict[int, str]:
+        """Expert -> pool."""
+        return {expert: name for name, experts in self.experts.items() for expert in experts}
+
+
+def read_pools(config: dict[str, Any]) -> Pools | None:
+    """Pools of a resolved configuration; None when it does not say which they are."""
+    try:
+        moe = config["model"]["moe"]
+        groups = [(str(group["modality"]), group) for group in moe["groups"]]
+        common = moe.get("common") or {}
+        experts: dict[str, tuple[int, ...]] = {}
+        start = 0
+        for name, entry in [*groups, (_COMMON, common)]:
+            listed = tuple(int(expert) for expert in entry.get("experts") or ())
+            size = int(entry.get("size") or len(listed))
+            if size:
+                experts[name] = listed or tuple(range(start, start + size))
+                start += size
+        allowed = common.get("modalities") or [name for name, _ in groups]
+        shared = experts.get(_COMMON, ())
+        choices = {name: experts.get(name, ()) + (shared if name in allowed else ()) for name, _ in groups}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+    pools = Pools(experts, choices)
+    return pools if sorted(pools.columns) == list(range(pools.num_experts)) else None
