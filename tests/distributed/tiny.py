@@ -50,11 +50,14 @@ def tiny_config(**overrides: Any) -> RunConfig:
     return build_config("tiny", values, dotted)
 
 
-def tiny_batch(config: RunConfig, seed: int, audio_share: float = 0.4) -> Batch:
-    """Random rows ``[2, s]`` (``[1, s]`` packed) with text, audio, padding and codes."""
+def tiny_batch(config: RunConfig, seed: int, audio_share: float = 0.4, rows: int | None = None) -> Batch:
+    """Random rows of text, audio, padding and codes: a micro-batch of them unless ``rows`` says how many.
+
+    Ids that are not audio are spread over all text ids, those of further modalities included.
+    """
     generator = torch.Generator().manual_seed(seed)
     vocab, layout = config.vocab, config.vocab.codec_layout
-    rows, length = config.training.micro_batch_size, config.data.seq_length
+    rows, length = rows or config.training.micro_batch_size, config.data.seq_length
     ids = torch.randint(0, vocab.text_vocab_size, (rows, length + 1), generator=generator)
     is_audio = torch.rand(rows, length + 1, generator=generator) < audio_share
     codes = torch.full((rows, length + 1, vocab.num_codebooks), NO_CODE)
@@ -70,15 +73,16 @@ def tiny_batch(config: RunConfig, seed: int, audio_share: float = 0.4) -> Batch:
     loss_mask = (torch.rand(rows, length, generator=generator) < 0.7).float() * ~is_padding
     code_labels = codes[:, 1:].clone()
     code_labels[loss_mask == 0] = NO_CODE
-    boundaries = torch.tensor([0, 5, length // 2, length - 3, length], dtype=torch.int32)
+    multiple = config.data.document_multiple
+    boundaries = [-(-boundary // multiple) * multiple for boundary in (0, 5, length // 2, length - 3, length)]
     return Batch(
         ids=ids[:, :-1].contiguous(),
         labels=ids[:, 1:].contiguous(),
         loss_mask=loss_mask,
-        modality=vocab.is_audio(ids[:, :-1]).long(),
+        modality=vocab.modality_of(ids[:, :-1]),
         is_padding=is_padding,
         task=torch.randint(0, len(TASKS), (rows, length), generator=generator),
         codes=codes[:, :-1].contiguous() if layout.uses_side_codes else None,
         code_labels=code_labels if layout.uses_side_codes else None,
-        cu_seqlens=boundaries if config.data.packing else None,
+        cu_seqlens=torch.tensor(sorted(set(boundaries)), dtype=torch.int32) if config.data.packing else None,
     )
