@@ -11,6 +11,7 @@ from megatron_most.model.most_model import MoSTModel, padded
 from megatron_most.model.rotary import rotary_embedding
 from megatron_most.model.specs import portable_block_spec
 from megatron_most.model.transformer_config import transformer_config
+from megatron_most.moe import ExpertGroups
 
 
 def build_model(config: RunConfig) -> list[MoSTModel]:
@@ -46,28 +47,32 @@ def count_parameters(config: RunConfig) -> dict[str, int]:
     """Parameters of the whole model by part, without building it.
 
     Returns:
-        ``total``; ``active`` (used for one token: its top-k experts of the larger kind of token and everything dense;
+        ``total``; ``active`` (used for one token: top-k experts of the modality that takes most, and everything dense;
         of the embeddings and heads only the rows one position reads: one id and one code per codebook in, all
-        heads out); ``experts/text`` and ``experts/audio``; ``shared_experts``; ``embeddings`` (ids and codes, in and
-        out).
+        heads out); ``experts/<pool>`` for each modality with experts of its own, and ``experts/common``;
+        ``shared_experts``; ``embeddings`` (ids and codes, in and out).
     """
     model, moe, vocab = config.model, config.model.moe, config.vocab
     hidden = model.hidden_size
     norms = 2 * hidden
     num_moe_layers = model.num_layers - model.num_dense_layers
     expert = 3 * hidden * moe.ffn_hidden_size
-    groups = {f"experts/{group.modality}": num_moe_layers * group.size * expert for group in moe.groups}
+    pools = {
+        f"experts/{name}": num_moe_layers * len(experts) * expert
+        for name, experts in ExpertGroups.from_config(moe).pools.items()
+    }
     shared = num_moe_layers * 3 * hidden * moe.shared_ffn_hidden_size
-    routers = num_moe_layers * moe.num_experts * hidden
+    router = num_moe_layers * moe.num_experts * hidden
+    routers = router * (len(moe.groups) if moe.router_weights == "per_modality" else 1)
     dense = model.num_dense_layers * 3 * hidden * model.ffn_hidden_size
     trunk = model.num_layers * (_attention_size(hidden, model.attention) + norms) + hidden + shared + routers + dense
     frames = vocab.num_codebooks if vocab.codec_layout.uses_side_codes else 0
     table = hidden * (padded(vocab.size) + frames * padded(vocab.codebook_size))
-    active = trunk + num_moe_layers * moe.max_top_k * expert + hidden * (1 + frames) + table
+    active = trunk - routers + router + num_moe_layers * moe.max_top_k * expert + hidden * (1 + frames) + table
     return {
-        "total": trunk + sum(groups.values()) + 2 * table,
+        "total": trunk + sum(pools.values()) + 2 * table,
         "active": active,
-        **groups,
+        **pools,
         "shared_experts": shared,
         "embeddings": 2 * table,
     }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
-from megatron_most.config import ParallelConfig, RunConfig, dump_config
+from megatron_most.config import MoEConfig, ParallelConfig, RunConfig, dump_config
 from megatron_most.model import count_parameters
+from megatron_most.moe import ExpertGroups
 
 _GIB = 1 << 30
 
@@ -43,6 +45,7 @@ def describe_run(config: RunConfig, world_size: int) -> str:
             dump_config(config).rstrip(),
             "",
             f"ranks: {world_size} ({', '.join(f'{name} {size}' for name, size in layout.items())})",
+            *describe_experts(config.model.moe, parallel.expert_model_parallel_size),
             f"parameters: {counts['total']:,} in total, {counts['active']:,} active for a token ({parts})",
             f"batch: {training.global_batch_size} rows of {config.data.seq_length} positions = {positions:,} a step;"
             f" micro-batches on each data-parallel rank: {microbatches}",
@@ -51,6 +54,34 @@ def describe_run(config: RunConfig, world_size: int) -> str:
             f" ({', '.join(f'{name} {size / _GIB:.2f}' for name, size in memory.items())})",
         ]
     )
+
+
+def describe_experts(moe: MoEConfig, expert_parallel_size: int) -> list[str]:
+    """Pools and choices, and every expert-parallel rank's share of the pools: one line when all hold the same."""
+    groups = ExpertGroups.from_config(moe, expert_parallel_size)
+    pools = ", ".join(f"{name} {len(experts)}" for name, experts in groups.pools.items())
+    choices = ", ".join(
+        f"{group.modality} {group.top_k} of {len(choice)}"
+        for group, choice in zip(moe.groups, groups.choices, strict=True)
+    )
+    lines = [f"experts in each MoE layer: {pools}; a token is sent to: {choices}"]
+    shares = [
+        tuple(len(experts) for experts in groups.local_experts(rank).values()) for rank in range(expert_parallel_size)
+    ]
+    if len(set(shares)) == 1:
+        share = ", ".join(f"{name} {count}" for name, count in zip(groups.pools, shares[0], strict=True))
+        return [*lines, f"each expert-parallel rank holds: {share}"]
+    lines.append("expert-parallel ranks hold unequal shares of the pools, so their work follows the mix of modalities:")
+    rows = [("rank", *groups.pools)]
+    first = 0
+    for share, ranks in itertools.groupby(shares):
+        last = first + len(list(ranks)) - 1
+        rows.append((str(first) if first == last else f"{first}-{last}", *map(str, share)))
+        first = last + 1
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return lines + [
+        "  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
+    ]
 
 
 def memory_per_rank(config: RunConfig, world_size: int) -> dict[str, float]:
@@ -62,7 +93,7 @@ def memory_per_rank(config: RunConfig, world_size: int) -> dict[str, float]:
     parallel, counts = config.parallel, count_parameters(config)
     pipeline = parallel.pipeline_model_parallel_size
     expert_split = parallel.expert_tensor_size * parallel.expert_model_parallel_size * pipeline
-    all_experts = counts["experts/text"] + counts["experts/audio"]
+    all_experts = sum(count for name, count in counts.items() if name.startswith("experts/"))
     dense = (counts["total"] - all_experts) / (parallel.tensor_model_parallel_size * pipeline)
     experts = all_experts / expert_split
     is_bf16 = config.training.precision == "bf16"

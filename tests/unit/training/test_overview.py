@@ -6,7 +6,7 @@ import pytest
 
 from megatron_most.errors import ConfigError
 from megatron_most.model import count_parameters
-from megatron_most.training.overview import describe_run, memory_per_rank, smallest_world_size
+from megatron_most.training.overview import describe_experts, describe_run, memory_per_rank, smallest_world_size
 from tests.distributed.tiny import tiny_config
 
 
@@ -46,3 +46,44 @@ def test_smallest_world_size() -> None:
     both = tiny_config(parallel__tensor_model_parallel_size=2, parallel__expert_model_parallel_size=2)
     assert smallest_world_size(both.parallel) == 4
     assert describe_run(both, 4)
+
+
+MODALITIES = {
+    "vocab__further_modalities": "[{name: image, start: 30, stop: 40}]",
+    "model__moe__groups": "[{modality: text, size: 6, top_k: 2}, {modality: audio, size: 2, top_k: 3},"
+    " {modality: image, size: 0, top_k: 1}]",
+    "model__moe__common": "{size: 4, modalities: [audio, image]}",
+}
+
+
+def test_pools_and_equal_shares_are_one_line_each() -> None:
+    config = tiny_config(parallel__expert_model_parallel_size=2, **MODALITIES)
+    text = describe_run(config, world_size=2)
+    assert "experts in each MoE layer: text 6, audio 2, common 4; a token is sent to: text 2 of 6" in text
+    assert "audio 3 of 6, image 1 of 4" in text
+    assert "each expert-parallel rank holds: text 3, audio 1, common 2" in text
+    assert "experts/common" in text
+
+
+def test_unequal_shares_are_a_table() -> None:
+    moe = tiny_config(model__moe__expert_order="contiguous", **MODALITIES).model.moe
+    assert describe_experts(moe, 6)[2:] == [
+        "  rank  text  audio  common",
+        "   0-2     2      0       0",
+        "     3     0      2       0",
+        "   4-5     0      0       2",
+    ]
+
+
+def test_experts_of_every_pool_count() -> None:
+    one, two = tiny_config(**MODALITIES), tiny_config(model__moe__router_weights="per_modality", **MODALITIES)
+    counts = count_parameters(one)
+    expert = 3 * 3 * 32 * 24  # three MoE layers, three matrices
+    pools = {"experts/text": 6 * expert, "experts/audio": 2 * expert, "experts/common": 4 * expert}
+    assert {name: count for name, count in counts.items() if name.startswith("experts/")} == pools
+    split = count_parameters(two)
+    assert split["total"] - counts["total"] == 2 * 3 * 12 * 32  # two more router matrices in each layer
+    assert split["active"] == counts["active"]
+    assert memory_per_rank(one, 1)["weights"] == 4 * counts["total"]
+    half = tiny_config(parallel__expert_model_parallel_size=2, **MODALITIES)
+    assert memory_per_rank(half, 2)["weights"] == 4 * (counts["total"] - sum(pools.values()) / 2)
