@@ -30,7 +30,7 @@ def expert_scores(logits: torch.Tensor, group_logits: torch.Tensor, moe: MoEConf
 def choice_distribution(scores: torch.Tensor, group_logits: torch.Tensor, moe: MoEConfig) -> torch.Tensor:
     """``[n, E]``: the scores as a distribution over the token's choice, 0 outside, for losses and statistics."""
     if moe.score_function == "sigmoid":
-        return scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
+        return _normalised(scores)
     return scores if moe.score_rule == "group" else torch.softmax(group_logits, dim=-1)
 
 
@@ -38,5 +38,11 @@ def gates(scores: torch.Tensor, experts: torch.Tensor, is_chosen: torch.Tensor, 
     """``[n, K]``: the factor of each chosen expert's output, 0 where ``is_chosen [n, K]`` is False."""
     chosen = scores.gather(1, experts) * is_chosen
     if moe.normalize_top_k:
-        chosen = chosen / (chosen.sum(dim=-1, keepdim=True) + 1e-20)
+        chosen = _normalised(chosen)
     return chosen if moe.routed_scaling_factor == 1 else chosen * moe.routed_scaling_factor
+
+
+def _normalised(scores: torch.Tensor) -> torch.Tensor:
+    """Rows that sum to 1, however small their scores are (under ``all`` they may be); rows of zeros stay zeros."""
+    total = scores.sum(dim=-1, keepdim=True)
+    return scores / (total + (total == 0))

@@ -5,6 +5,9 @@ Shape letters: s positions, b rows, n = s * b tokens, E experts (logical order h
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -19,8 +22,13 @@ from tests.distributed.tiny import tiny_config
 HIDDEN = 32
 
 
+@functools.cache
+def _megatron_config() -> TransformerConfig:
+    return transformer_config(tiny_config())
+
+
 def megatron_config(num_experts: int, expert_parallel_size: int = 1) -> TransformerConfig:
-    config = transformer_config(tiny_config())
+    config = copy.copy(_megatron_config())
     config.num_moe_experts, config.expert_model_parallel_size = num_experts, expert_parallel_size
     return config
 

@@ -1,0 +1,122 @@
+"""Losses of the router: none reaches another modality's rows, and none sees padding or evaluation."""
+
+import pytest
+import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+from megatron_most import parallel
+from megatron_most.config import CommonExpertsConfig, ExpertGroupConfig, MoEConfig
+from megatron_most.moe.router import end_routing_step
+from tests.distributed.tiny import tiny_config
+from tests.unit.moe.routing import HIDDEN, make_router, make_tokens, route
+
+LOSSES = {
+    "aux_loss": {"balance_loss": "aux_loss"},
+    "seq_aux_loss": {"balance_loss": "seq_aux_loss"},
+    "global_aux_loss": {"balance_loss": "global_aux_loss"},
+    "z_loss": {"z_loss_coeff": 0.1},
+    "orthogonality_loss": {"orthogonality_coeff": 0.1},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_groups():
+    parallel.initialize(tiny_config().parallel, seed=1)
+    yield
+    parallel.destroy()
+
+
+@pytest.fixture(autouse=True)
+def unit_loss_scale():
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+
+
+def text_and_audio(**options) -> MoEConfig:
+    options = {"balance_loss": "none", "balance_coeff": 0.1, **options}
+    groups = [ExpertGroupConfig("text", 5, 3), ExpertGroupConfig("audio", 3, 2)]
+    return MoEConfig(groups=groups, common=CommonExpertsConfig(2), **options)
+
+
+def attached_gradient(router, tokens) -> torch.Tensor:
+    """Of the losses alone."""
+    router.weight.grad = None
+    probs, _ = route(router, *tokens)
+    (probs * 0).sum().backward()
+    return router.weight.grad
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradient_on_the_other_groups_router_rows_is_exactly_zero(loss, score_function):
+    router = make_router(text_and_audio(**LOSSES[loss], score_function=score_function))
+    text_only = make_tokens(shares=(1.0, 0.0))
+    gradient = attached_gradient(router, text_only)
+    assert gradient[:5].abs().amax(dim=1).min() > 0 and gradient[8:].abs().amax(dim=1).min() > 0
+    assert torch.count_nonzero(gradient[5:8]) == 0
+    probs, _ = route(router, *text_only)
+    probs.square().sum().backward()
+    assert torch.count_nonzero(router.weight.grad[5:8]) == 0
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_padding_has_no_part_in_a_loss(loss):
+    hidden, modality, is_padding = make_tokens(padding=6)
+    router = make_router(text_and_audio(**LOSSES[loss]))
+    gradient = attached_gradient(router, (hidden, modality, is_padding))
+    end_routing_step([router])
+    hidden, modality = hidden.clone(), modality.clone()
+    hidden[-6:, -1] = 7.0
+    modality[-1, -6:] = 1 - modality[-1, -6:]
+    torch.testing.assert_close(attached_gradient(router, (hidden, modality, is_padding)), gradient)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_coefficient_weighs_its_loss(loss):
+    name = {"z_loss": "z_loss_coeff", "orthogonality_loss": "orthogonality_coeff"}.get(loss, "balance_coeff")
+    gradients = []
+    for coefficient in (1.0, 3.0):
+        router = make_router(text_and_audio(**{**LOSSES[loss], name: coefficient}))
+        gradients.append(attached_gradient(router, make_tokens()))
+    torch.testing.assert_close(gradients[1], 3 * gradients[0])
+
+
+def test_global_aux_loss_looks_at_the_micro_batches_of_the_step_so_far():
+    """The second of two equals the loss whose shares are counted over both; the next step begins anew."""
+    router = make_router(text_and_audio(balance_loss="global_aux_loss"))
+    first, second = make_tokens(seed=1, padding=0), make_tokens(seed=2, padding=0)
+    attached_gradient(router, first)
+    gradient = attached_gradient(router, second)
+    joined = tuple(torch.cat(pair, dim=d) for d, pair in zip((1, 0, 0), zip(first, second, strict=True), strict=True))
+
+    with torch.no_grad():
+        _, whole_map = route(router, *joined)
+    router.weight.grad = None
+    tokens, modality = second[0].reshape(-1, HIDDEN), second[1].t().reshape(-1)
+    everyone = joined[1].t().reshape(-1)
+    total = torch.zeros(())
+    for m, choice in enumerate(router.groups.choices):
+        probs = torch.softmax(tokens[modality == m] @ router.weight[list(choice)].t(), dim=1)
+        counts = whole_map[everyone == m][:, list(choice)].float().sum(dim=0)
+        total = total + 0.1 * len(choice) * (probs.sum(dim=0) * counts / counts.sum()).sum()
+    total.backward()
+    torch.testing.assert_close(gradient, router.weight.grad)
+
+    alone = attached_gradient(make_router(router.moe), second)
+    assert not torch.allclose(gradient, alone)
+    end_routing_step([router])
+    torch.testing.assert_close(attached_gradient(router, second), alone)
+
+
+def test_orthogonal_rows_have_no_orthogonality_loss():
+    router = make_router(text_and_audio(orthogonality_coeff=0.1))
+    torch.nn.init.orthogonal_(router.weight)
+    route(router, *make_tokens())
+    assert router.statistics.losses["orthogonality_loss"].item() == pytest.approx(0, abs=1e-8)
+
+
+def test_evaluation_has_no_losses():
+    router = make_router(text_and_audio(balance_loss="global_aux_loss", z_loss_coeff=0.1)).eval()
+    probs, _ = route(router, *make_tokens())
+    (probs * 0).sum().backward()
+    assert not router.weight.grad.any()
+    assert all(value == 0 for value in router.statistics.losses.values())
