@@ -5,7 +5,6 @@ from megatron_most.checkpointing.metadata import (
     CheckpointMetadata,
     Fingerprint,
     check_same_data,
-    expert_order,
     read_metadata,
 )
 from megatron_most.checkpointing.store import find_checkpoint, load_checkpoint, load_model_weights, save_checkpoint
@@ -15,7 +14,6 @@ __all__ = [
     "Fingerprint",
     "check_same_data",
     "complete_checkpoints",
-    "expert_order",
     "find_checkpoint",
     "load_checkpoint",
     "load_model_weights",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from megatron_most.checkpointing.directory import read_json, resolve
 from megatron_most.config import RunConfig
 from megatron_most.data.indexed import read_json as read_sidecar
 from megatron_most.errors import CheckpointError
-from megatron_most.moe import ExpertGroups
 from megatron_most.text import load_tokenizer
 from megatron_most.vocab import VocabLayout
 
 METADATA = "checkpoint.json"
+FORMAT = 2
+"""What the tensors of a checkpoint mean. 2: routers and experts in logical order; 1 had them in the writer's order."""
 
 TRAINING_ONLY = frozenset(
     {
@@ -28,10 +30,18 @@ TRAINING_ONLY = frozenset(
         "model.moe.balance_loss",
         "model.moe.balance_coeff",
         "model.moe.z_loss_coeff",
+        "model.moe.orthogonality_coeff",
+        "model.moe.expert_bias_update_rate",
+        "model.moe.groups[].balance_coeff",
+        "model.moe.groups[].z_loss_coeff",
+        "model.moe.expert_order",
+        "model.moe.expert_backend",
         "model.moe.dispatcher",
+        "model.moe.shared_expert_overlap",
     }
 )
-"""Fields of the model section that do not change what given weights compute."""
+"""Fields of the model section that do not change what given weights compute; ``[]`` stands for every place of a list.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,25 +93,25 @@ class CheckpointMetadata:
         consumed_samples: rows read from the training blend; gives the data position.
         consumed_tokens: positions trained on, padding left out.
         config: the run configuration as nested dicts.
-        expert_order: for each physical expert position, the logical expert stored there.
         tokenizer, codec: fingerprints, where the run names them.
         world_size: ranks that wrote it.
         pending: metrics gathered since the last logged line, so that a resumed run logs what an undisturbed one does.
         versions: packages that wrote it.
         datasets: fingerprints of the training datasets.
+        format: :data:`FORMAT` of the writer.
     """
 
     step: int
     consumed_samples: int
     consumed_tokens: int
     config: dict[str, Any]
-    expert_order: list[int]
     tokenizer: Fingerprint | None
     codec: Fingerprint | None
     world_size: int
     pending: dict[str, Any]
     versions: dict[str, str]
     datasets: list[Fingerprint]
+    format: int = FORMAT
 
     @property
     def vocab(self) -> VocabLayout:
@@ -115,7 +125,7 @@ class CheckpointMetadata:
         fingerprints = {
             name: None if values[name] is None else Fingerprint(**values[name]) for name in ("tokenizer", "codec")
         }
-        datasets = [Fingerprint(**entry) for entry in values.get("datasets", [])]  # older checkpoints name none
+        datasets = [Fingerprint(**entry) for entry in values["datasets"]]
         return cls(**{**values, **fingerprints, "datasets": datasets})
 
 
@@ -123,20 +133,19 @@ def read_metadata(path: str | Path) -> CheckpointMetadata:
     """Metadata of a checkpoint directory, or of the newest complete one of a run directory.
 
     Raises:
-        CheckpointError: there is none, or it cannot be read.
+        CheckpointError: there is none, it cannot be read, or it has another format.
     """
     directory = resolve(path)
     values = read_json(directory / METADATA)
+    written = values.get("format", 1)
+    if written != FORMAT:
+        raise CheckpointError(
+            f"{directory}: written in checkpoint format {written!r}; this version reads and writes format {FORMAT}"
+        )
     try:
         return CheckpointMetadata.from_dict(values)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{directory / METADATA}: not the metadata of a checkpoint: {error}") from None
-
-
-def expert_order(config: RunConfig) -> list[int]:
-    return list(
-        ExpertGroups.from_config(config.model.moe, config.parallel.expert_model_parallel_size).physical_to_logical
-    )
 
 
 def check_same_model(directory: Path, metadata: CheckpointMetadata, config: RunConfig) -> None:
@@ -150,10 +159,13 @@ def check_same_model(directory: Path, metadata: CheckpointMetadata, config: RunC
                 f"{directory}: belongs to another model: {field} is {theirs!r} in the checkpoint,"
                 f" {ours!r} in the config"
             )
-    if metadata.expert_order != expert_order(config):
+    # How fast biases move is a matter of training; whether there are any is not.
+    their_rate = metadata.config["model"]["moe"]["expert_bias_update_rate"]
+    my_rate = config.model.moe.expert_bias_update_rate
+    if (their_rate > 0) != (my_rate > 0):
         raise CheckpointError(
-            f"{directory}: belongs to another model: its experts are stored in the order {metadata.expert_order},"
-            f" the config's in {expert_order(config)}"
+            f"{directory}: belongs to another model: model.moe.expert_bias_update_rate is {their_rate!r} in the"
+            f" checkpoint, {my_rate!r} in the config, and expert biases are there only above 0"
         )
     for what, theirs, ours in (
         ("tokenizer", metadata.tokenizer, Fingerprint.of_tokenizer(config)),
@@ -184,13 +196,19 @@ def check_same_data(directory: Path, metadata: CheckpointMetadata, datasets: lis
 def first_difference(
     theirs: object, mine: object, field: str, ignore: Iterable[str] = ()
 ) -> tuple[str, object, object] | None:
-    """``(dotted field, their value, my value)`` of the first difference of two nested structures, in my order."""
-    if field in ignore:
+    """``(dotted field, their value, my value)`` of the first difference of two nested structures, in my order.
+
+    Args:
+        ignore: fields that may differ; ``[]`` in their names stands for every place of a list.
+    """
+    if re.sub(r"\[\d+\]", "[]", field) in ignore:
         return None
     if isinstance(theirs, dict) and isinstance(mine, dict):
-        for key in [*mine, *(key for key in theirs if key not in mine)]:
-            found = first_difference(theirs.get(key), mine.get(key), f"{field}.{key}", ignore)
-            if found:
-                return found
-        return None
-    return None if theirs == mine else (field, theirs, mine)
+        keys = [*mine, *(key for key in theirs if key not in mine)]
+        entries = [(theirs.get(key), mine.get(key), f"{field}.{key}") for key in keys]
+    elif isinstance(theirs, list) and isinstance(mine, list) and len(theirs) == len(mine):
+        entries = [(*pair, f"{field}[{place}]") for place, pair in enumerate(zip(theirs, mine, strict=True))]
+    else:
+        return None if theirs == mine else (field, theirs, mine)
+    differences = (first_difference(*entry, ignore) for entry in entries)
+    return next((difference for difference in differences if difference), None)

@@ -252,7 +252,23 @@ class RunConfig:
             parallel.expert_tensor_size,
             f"must divide model.moe.ffn_hidden_size, {model.moe.ffn_hidden_size}",
         )
+        width = model.moe.ffn_hidden_size // parallel.expert_tensor_size
+        multiple = 16 // {"fp32": 4, "bf16": 2}[self.training.precision]
+        require(
+            model.moe.expert_backend != "grouped" or not (model.hidden_size % multiple or width % multiple),
+            "model.moe.expert_backend",
+            model.moe.expert_backend,
+            f"takes rows of whole 16 bytes: model.hidden_size ({model.hidden_size}) and each rank's share of"
+            f" model.moe.ffn_hidden_size ({width}) must be divisible by {multiple} in {self.training.precision};"
+            " else take sequential",
+        )
         expert = parallel.expert_model_parallel_size
+        require(
+            model.moe.dispatcher not in ("deepep", "hybridep") or expert * parallel.expert_tensor_size > 1,
+            "model.moe.dispatcher",
+            model.moe.dispatcher,
+            "needs experts on several ranks: expert or expert tensor parallelism of at least 2",
+        )
         require(
             model.moe.num_experts % expert == 0,
             "parallel.expert_model_parallel_size",

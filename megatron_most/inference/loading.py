@@ -52,7 +52,11 @@ def load_for_generation(
     values = {name: value for name, value in metadata.config.items() if name not in ("parallel", "data")}
     values.update(names)
     values["data"] = {"seq_length": metadata.config["data"]["seq_length"]}
-    config = build_config(str(checkpoint), values, ["training.recompute=none", "training.micro_batch_size=1"])
+    # What served training on many ranks: one process has no other rank to send tokens to, and needs no special library.
+    overrides = ["training.recompute=none", "training.micro_batch_size=1", "model.moe.dispatcher=alltoall"]
+    if metadata.config["model"]["moe"]["expert_backend"] == "transformer_engine":
+        overrides.append("model.moe.expert_backend=grouped")
+    config = build_config(str(checkpoint), values, overrides)
     platform.install()
     parallel.initialize(config.parallel, config.seed)
     chunks = build_model(config)

@@ -14,11 +14,25 @@ from megatron_most.model.transformer_config import transformer_config
 from megatron_most.moe import ExpertGroups
 
 
+def check_libraries(config: RunConfig) -> None:
+    """Raise :class:`ConfigError` when the model needs a library that is not there. Allocates nothing."""
+    moe = config.model.moe
+    if moe.expert_backend == "transformer_engine":
+        platform.require_library("Transformer Engine", "model.moe.expert_backend", moe.expert_backend)
+    if moe.dispatcher in ("deepep", "hybridep"):
+        library = {"deepep": "DeepEP", "hybridep": "HybridEP"}[moe.dispatcher]
+        platform.require_library(library, "model.moe.dispatcher", moe.dispatcher)
+
+
 def build_model(config: RunConfig) -> list[MoSTModel]:
     """The chunks this rank holds, one per virtual pipeline stage, on its device, not wrapped.
 
     :func:`megatron_most.parallel.initialize` must have been called with ``config.parallel``.
+
+    Raises:
+        ConfigError: a library that the configuration asks for is missing.
     """
+    check_libraries(config)
     megatron = transformer_config(config)
     attention = config.model.attention
     rotary = None

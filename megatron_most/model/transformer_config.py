@@ -38,7 +38,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         hidden_dropout=0.0,
         apply_rope_fusion=False,
         **attention_options,
-        # Experts. The router is ours (model/specs.py); it reads its own options and attaches its own balance loss.
+        # Experts. The router is ours (model/specs.py); it reads its own options and attaches its own losses.
         num_moe_experts=moe.num_experts,
         moe_router_topk=moe.max_top_k,
         moe_ffn_hidden_size=moe.ffn_hidden_size,
@@ -47,9 +47,8 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         moe_router_pre_softmax=True,
         moe_router_load_balancing_type="none",
         moe_router_dtype="fp32",
-        moe_z_loss_coeff=moe.z_loss_coeff or None,
-        moe_token_dispatcher_type=moe.dispatcher,
-        moe_grouped_gemm=False,
+        moe_shared_expert_overlap=moe.shared_expert_overlap,
+        **_dispatcher(moe.dispatcher),
         # Parallelism.
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -72,6 +71,20 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         bias_dropout_fusion=False,
         **_recompute(training.recompute),
     )
+
+
+def _dispatcher(name: str) -> dict[str, object]:
+    if name == "deepep":
+        # With a capacity factor Megatron tells DeepEP which of a token's top-k places are empty, as padding's are and
+        # those of modalities with a smaller top-k; no token is dropped for it, for that would be the router's doing.
+        return {
+            "moe_token_dispatcher_type": "flex",
+            "moe_flex_dispatcher_backend": name,
+            "moe_expert_capacity_factor": 1.0,
+        }
+    if name == "hybridep":
+        return {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": name}
+    return {"moe_token_dispatcher_type": name}
 
 
 def _multi_latent(attention: AttentionConfig) -> dict[str, object]:

@@ -63,7 +63,8 @@ def _replace_torch_cuda() -> None:
     cuda.current_device = lambda: _CPU  # tensor_parallel/layers.py:261 and others use it as a device argument
     cuda.synchronize = lambda *args: None  # pipeline_parallel/p2p_communication.py:242
     cuda.Stream = _InOrderStream  # transformer/moe/token_dispatcher.py:445
-    cuda.current_stream = lambda *args: None  # transformer/moe/token_dispatcher.py:871
+    main_stream = _InOrderStream()
+    cuda.current_stream = lambda *args: main_stream  # transformer/moe/token_dispatcher.py:871
     cuda.stream = lambda stream: contextlib.nullcontext()  # transformer/moe/token_dispatcher.py:874
     cuda.manual_seed = torch.manual_seed  # tensor_parallel/random.py:237
     cuda.get_rng_state = lambda *args: torch.get_rng_state()  # tensor_parallel/random.py:235

@@ -6,7 +6,7 @@ import itertools
 import math
 
 from megatron_most.config import MoEConfig, ParallelConfig, RunConfig, dump_config
-from megatron_most.model import count_parameters
+from megatron_most.model import check_libraries, count_parameters
 from megatron_most.moe import ExpertGroups
 
 _GIB = 1 << 30
@@ -22,8 +22,10 @@ def describe_run(config: RunConfig, world_size: int) -> str:
     """The resolved configuration and what follows from it on ``world_size`` ranks, as text for people.
 
     Raises:
-        ConfigError: the layout does not fit ``world_size``, or the batch does not fit the layout.
+        ConfigError: the layout does not fit ``world_size``, the batch does not fit the layout, or a library that the
+            model needs is missing.
     """
+    check_libraries(config)
     parallel, training = config.parallel, config.training
     data_parallel = parallel.data_parallel_size(world_size)
     microbatches = config.num_microbatches(data_parallel)

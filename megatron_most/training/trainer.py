@@ -18,7 +18,6 @@ from megatron_most.checkpointing import (
     Fingerprint,
     check_same_data,
     complete_checkpoints,
-    expert_order,
     find_checkpoint,
     load_checkpoint,
     load_model_weights,
@@ -29,8 +28,8 @@ from megatron_most.config import RunConfig
 from megatron_most.data.batch import Batch
 from megatron_most.data.loader import train_batches, validation_batches
 from megatron_most.errors import DataError, MostError
-from megatron_most.model import build_model
-from megatron_most.moe import collect_routing
+from megatron_most.model import build_model, check_libraries
+from megatron_most.moe import collect_routing, end_routing_step
 from megatron_most.parallel import fail, on_rank_zero, together
 from megatron_most.training.loss import LossTable
 from megatron_most.training.metrics import MetricAccumulator, MetricsWriter, require_installed
@@ -78,6 +77,7 @@ class Trainer:
         platform.set_threads(self.config.training.threads_per_rank)
         parallel.initialize(self.config.parallel, self.config.seed)
         self.device = platform.device()
+        together(lambda: check_libraries(self.config))
         on_rank_zero(lambda: check_same_run(self.config))
         resume_from = on_rank_zero(self._find_checkpoint)
         if resume_from is not None and self._restore_counters(resume_from) >= self.config.training.steps:
@@ -203,6 +203,7 @@ class Trainer:
         part_norms = part_grad_norms(self.config, self.optimizer) if is_logged else {}
         _, grad_norm, _ = self.optimizer.step()
         self._require_finite("gradient norm", grad_norm)
+        end_routing_step(self.model_chunks)
         self.step += 1
         self.accumulator.add(sums)
         tokens, samples = (int(value) for value in sums[-1])
@@ -260,7 +261,6 @@ class Trainer:
             consumed_samples=self.consumed_samples,
             consumed_tokens=self.consumed_tokens,
             config=dataclasses.asdict(self.config),
-            expert_order=expert_order(self.config),
             tokenizer=tokenizer,
             codec=codec,
             world_size=dist.get_world_size(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -20,12 +21,16 @@ def local_pieces(chunks: Iterable[torch.nn.Module]) -> Iterator[Piece]:
     """(global name, global shape, offset, view of the local parameter with the global number of dimensions)."""
     for chunk in chunks:
         metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-        state = chunk.sharded_state_dict(metadata=metadata)
-        apply_factories(state)
-        for value in _leaves(state):
-            if isinstance(value, ShardedTensor):
-                view = value.data.view(*[1] * value.prepend_axis_num, *value.data.shape)
-                yield value.key, tuple(value.global_shape), tuple(value.global_offset), view
+        yield from pieces_of(chunk.sharded_state_dict(metadata=metadata))
+
+
+def pieces_of(state: dict[str, Any]) -> Iterator[Piece]:
+    """The tensors of a sharded state dict, as :func:`local_pieces` describes them."""
+    apply_factories(state)
+    for value in _leaves(state):
+        if isinstance(value, ShardedTensor):
+            view = value.data.view(*[1] * value.prepend_axis_num, *value.data.shape)
+            yield value.key, tuple(value.global_shape), tuple(value.global_offset), view
 
 
 def fill_weights(chunks: list[torch.nn.Module], std: float = 0.1) -> None:

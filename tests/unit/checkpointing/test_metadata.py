@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_most.checkpointing import directory as directories
 from megatron_most.checkpointing.metadata import (
     METADATA,
     CheckpointMetadata,
     Fingerprint,
     check_same_data,
     check_same_model,
-    expert_order,
     first_difference,
     read_metadata,
 )
@@ -28,6 +28,8 @@ from megatron_most.vocab import NO_CODE
 from tests.distributed.tiny import tiny_config
 from tests.unit.checkpointing.test_directory import make_checkpoint
 
+THREE_AND_FIVE = "[{modality: text, size: 3, top_k: 2}, {modality: audio, size: 5, top_k: 2}]"
+
 
 def metadata_of(config: RunConfig, **fields: Any) -> CheckpointMetadata:
     values = {
@@ -35,7 +37,6 @@ def metadata_of(config: RunConfig, **fields: Any) -> CheckpointMetadata:
         "consumed_samples": 24,
         "consumed_tokens": 500,
         "config": dataclasses.asdict(config),
-        "expert_order": expert_order(config),
         "tokenizer": None,
         "codec": None,
         "world_size": 2,
@@ -63,7 +64,8 @@ def test_metadata_survives_json() -> None:
     [
         ({"model__hidden_size": 48}, "model.hidden_size is 48 in the checkpoint, 32 in the config"),
         ({"vocab__layout": "flat"}, "vocab.layout is 'flat' in the checkpoint, 'frame' in the config"),
-        ({"model__moe__expert_order": "contiguous"}, "model.moe.expert_order is 'contiguous' in the checkpoint"),
+        ({"model__moe__groups": THREE_AND_FIVE}, "model.moe.groups[0].size is 3 in the checkpoint, 4 in the config"),
+        ({"model__moe__expert_bias_update_rate": 0.1}, "expert_bias_update_rate is 0.1 in the checkpoint, 0.0 in the"),
         ({"model__attention__rope__base": 5.0}, "model.attention.rope.base is 5.0 in the checkpoint"),
     ],
 )
@@ -74,15 +76,35 @@ def test_another_model_is_refused_naming_both(overrides: dict, message: str) -> 
     assert "\n" not in str(caught.value)
 
 
-def test_another_stored_order_of_experts_is_refused() -> None:
-    metadata = metadata_of(tiny_config(), expert_order=list(range(8)))
-    with pytest.raises(CheckpointError, match="experts are stored in the order"):
-        check_same_model(Path("step_00000003"), metadata, tiny_config())
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, 3)
+    values = metadata_of(tiny_config()).to_dict()
+    (path / METADATA).write_text(json.dumps(values))
+    directories.write_manifest(path, directories.checksum(path, directories.list_files(path)))
+    assert read_metadata(path).format == 2
+    # Before there was a number, experts were stored in the order of the job that wrote them.
+    del values["format"]
+    (path / METADATA).write_text(json.dumps({**values, "expert_order": list(range(8))}))
+    directories.write_manifest(path, directories.checksum(path, directories.list_files(path)))
+    with pytest.raises(CheckpointError, match="step_00000003: written in checkpoint format 1; this version reads"):
+        read_metadata(path)
 
 
-def test_loss_weights_and_layout_may_differ() -> None:
-    other = tiny_config(model__moe__balance_coeff=0.5, parallel__expert_model_parallel_size=2, seed=5)
+def test_what_is_of_training_or_of_the_layout_may_differ() -> None:
+    groups = "[{modality: text, size: 4, top_k: 2, balance_coeff: 0.3}, {modality: audio, size: 4, top_k: 2}]"
+    other = tiny_config(
+        seed=5,
+        parallel__expert_model_parallel_size=2,
+        model__moe__groups=groups,
+        model__moe__balance_coeff=0.5,
+        model__moe__orthogonality_coeff=0.5,
+        model__moe__expert_order="contiguous",
+        model__moe__expert_backend="sequential",
+        model__moe__shared_expert_overlap=True,
+    )
     check_same_model(Path("step_00000003"), metadata_of(other), tiny_config())
+    biased, slower = (tiny_config(model__moe__expert_bias_update_rate=rate) for rate in (1e-2, 1e-3))
+    check_same_model(Path("step_00000003"), metadata_of(biased), slower)
 
 
 def test_another_codec_is_refused_by_content_not_by_place(tmp_path: Path) -> None:
@@ -123,6 +145,10 @@ def test_a_dataset_with_other_content_is_refused_and_one_of_another_name_is_not(
 
 def test_broken_metadata_is_one_line(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, 3)
+    with pytest.raises(CheckpointError, match="written in checkpoint format 1"):
+        read_metadata(path)
+    (path / METADATA).write_text('{"step": 3, "format": 2}')
+    directories.write_manifest(path, directories.checksum(path, directories.list_files(path)))
     with pytest.raises(CheckpointError, match="not the metadata of a checkpoint"):
         read_metadata(path)
     assert (path / METADATA).is_file()
@@ -134,3 +160,6 @@ def test_first_difference_walks_in_order_and_skips_what_is_ignored() -> None:
     assert first_difference(theirs, mine, "x", ignore={"x.b.c"}) == ("x.b.d", 3, 4)
     assert first_difference(theirs, mine, "x", ignore={"x.b"}) is None
     assert first_difference({"a": 1, "old": 2}, {"a": 1}, "x") == ("x.old", 2, None)
+    theirs, mine = {"a": [{"b": 1, "c": 2}, {"b": 3, "c": 4}]}, {"a": [{"b": 5, "c": 2}, {"b": 6, "c": 7}]}
+    assert first_difference(theirs, mine, "x", ignore={"x.a[].b"}) == ("x.a[1].c", 4, 7)
+    assert first_difference({"a": [1]}, {"a": [1, 2]}, "x") == ("x.a", [1], [1, 2])

@@ -1,0 +1,167 @@
+"""The routed experts of one layer on one rank, each a SwiGLU network ``down(silu(gate x) * up x)`` (arXiv 2002.05202).
+
+Every backend takes the tokens of its rank sorted by local expert and gives one row of output for each. Under expert
+tensor parallelism a rank's rows are its share of a sum; the dispatcher adds them up.
+
+Shape letters: n (token, expert) pairs of this rank, e experts of a pool on this rank, f width of an expert (this rank's
+part of it), h hidden size.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from megatron.core.jit import jit_fuser
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_most.config import MoEConfig
+from megatron_most.moe.expert_groups import ExpertGroups
+from megatron_most.moe.sharding import Offsets, in_logical_order, shard_by_expert
+
+
+class GroupedExperts(MegatronModule):
+    """All experts of a rank as grouped matrix products: one for each pool and projection.
+
+    A pool's weights are parameters of their own, ``<pool>_experts.linear_fc1`` and ``.linear_fc2``, so that a pool can
+    be frozen or have its own learning rate. They are distributed and initialised as Megatron's experts are.
+
+    Args:
+        num_local_experts: experts of this rank, of all pools.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        *,
+        moe: MoEConfig,
+    ) -> None:
+        super().__init__(config=config)
+        self.groups = ExpertGroups.from_config(moe, pg_collection.ep.size())
+        self.expert_tensor_group = pg_collection.expt_tp
+        self.expert_data_group = pg_collection.expt_dp
+        local = self.groups.local_experts(pg_collection.ep.rank())
+        assert sum(map(len, local.values())) == num_local_experts
+        for pool, experts in local.items():
+            if experts:
+                self.add_module(f"{pool}_experts", ExpertPool(experts, config, self.expert_tensor_group.size()))
+
+    def forward(
+        self, tokens: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        """Tokens ``[n, h]`` sorted by local expert, their number for each, and probs ``[n]`` -> ``[n, h]``, no bias."""
+        counts = iter(tokens_per_expert.tolist())
+        pools = list(self.children())
+        ends = [list(itertools.accumulate(itertools.islice(counts, len(pool.experts)))) for pool in pools]
+        on_device = torch.tensor([*itertools.chain(*ends)], dtype=torch.int32, device=tokens.device)
+        rows = [pool_ends[-1] for pool_ends in ends]
+        pieces = zip(
+            tokens.split(rows), on_device.split([len(pool.experts) for pool in pools]), probs.split(rows), strict=True
+        )
+        outputs = [pool(*piece) for pool, piece in zip(pools, pieces, strict=True)]
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        if output.requires_grad:
+            # The backward of grouped_mm takes dense gradients only, not one row that is repeated by a stride of 0.
+            output.register_hook(torch.Tensor.contiguous)
+        return output, None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Weights in logical order, named and cut as Megatron's ``SequentialMLP`` names and cuts them."""
+        return {
+            f"{prefix}{pool_name}.{name}": shard_by_expert(
+                f"{prefix}experts.{name}.weight",
+                getattr(pool, name),
+                pool.experts,
+                self.groups.num_experts,
+                sharded_offsets,
+                split_axis=split_axis,
+                num_parts=num_parts,
+                tensor_group=self.expert_tensor_group,
+                data_group=self.expert_data_group,
+            )
+            for pool_name, pool in self.named_children()
+            for name, split_axis, num_parts in (("linear_fc1", 0, 2), ("linear_fc2", 1, 1))
+        }
+
+
+class ExpertPool(torch.nn.Module):
+    """The experts of one pool on one rank: ``linear_fc1 [e, 2f, h]``, gate above up, and ``linear_fc2 [e, h, f]``.
+
+    Args:
+        experts: their logical indices.
+    """
+
+    def __init__(self, experts: tuple[int, ...], config: TransformerConfig, tensor_parallel_size: int) -> None:
+        super().__init__()
+        self.experts = experts
+        hidden, width = config.hidden_size, config.moe_ffn_hidden_size // tensor_parallel_size
+        shapes = {
+            "linear_fc1": ((len(experts), 2 * width, hidden), 1, config.init_method),
+            "linear_fc2": ((len(experts), hidden, width), 2, config.output_layer_init_method),
+        }
+        for name, (shape, split_axis, init_method) in shapes.items():
+            weight = torch.nn.Parameter(
+                torch.empty(shape, dtype=config.params_dtype, device=torch.cuda.current_device())
+            )
+            set_tensor_model_parallel_attributes(weight, True, split_axis, 1)
+            # Whether Megatron reduces its gradient over all data-parallel ranks, or over those with the same experts.
+            weight.allreduce = config.expert_model_parallel_size == 1
+            # The generator that differs between the ranks of an expert-parallel group and agrees between copies.
+            with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
+                init_method(weight)
+            self.register_parameter(name, weight)
+
+    def forward(self, tokens: torch.Tensor, ends: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+        """Tokens ``[n, h]`` of which expert i has those from ``ends[i - 1]`` to ``ends[i]``; probs ``[n]``."""
+        hidden = torch.nn.functional.grouped_mm(tokens, self.linear_fc1.transpose(1, 2), offs=ends)
+        hidden = _weighted_swiglu(hidden, probs)
+        return torch.nn.functional.grouped_mm(hidden, self.linear_fc2.transpose(1, 2), offs=ends)
+
+
+class _LogicalCheckpoints:
+    """Megatron's experts, which number themselves by physical position in checkpoints, with logical numbers there."""
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        submodules: MLPSubmodules,
+        pg_collection: ProcessGroupCollection,
+        *,
+        moe: MoEConfig,
+    ) -> None:
+        super().__init__(num_local_experts, config, submodules, pg_collection)
+        self.groups = ExpertGroups.from_config(moe, pg_collection.ep.size())
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """As :meth:`GroupedExperts.sharded_state_dict`."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return in_logical_order(state, len(sharded_offsets), self.groups.physical_to_logical)
+
+
+class SequentialExperts(_LogicalCheckpoints, SequentialMLP):
+    """One Megatron MLP for each expert, one after another: slow, and what the other backends are compared with."""
+
+
+class TransformerEngineExperts(_LogicalCheckpoints, TEGroupedMLP):
+    """Transformer Engine's grouped linear layers."""
+
+
+@jit_fuser
+def _weighted_swiglu(gate_and_up: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    """``[n, 2f]`` and ``[n]`` -> ``silu(gate) * up * prob``, ``[n, f]``, multiplied in the dtype of the probs."""
+    gate, up = gate_and_up.chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up * probs[:, None]).to(gate_and_up.dtype)

@@ -1,0 +1,30 @@
+"""Optional libraries that an option may ask for, found before anything is built with them."""
+
+from __future__ import annotations
+
+from megatron_most.errors import ConfigError
+
+_REMEDIES = {
+    "Transformer Engine": "pip install -c constraints.txt '.[gpu]'",
+    "DeepEP": "build it from github.com/deepseek-ai/DeepEP",
+    "HybridEP": "build the hybrid-ep branch of github.com/deepseek-ai/DeepEP",
+}
+
+
+def require_library(library: str, field: str, value: str) -> None:
+    """Raise :class:`ConfigError` unless Megatron can use ``library``, which ``field=value`` of the configuration needs.
+
+    Megatron's own verdict counts: a library that is installed and cannot be imported is of no use to it.
+    """
+    from megatron.core.extensions import transformer_engine
+    from megatron.core.transformer.moe import fused_a2a
+
+    usable = {
+        "Transformer Engine": transformer_engine.HAVE_TE,
+        "DeepEP": fused_a2a.HAVE_DEEP_EP,
+        "HybridEP": fused_a2a.HAVE_HYBRIDEP,
+    }
+    if not usable[library]:
+        raise ConfigError(
+            f"{field}={value!r}: needs {library}, which is not there or cannot be imported; {_REMEDIES[library]}"
+        )
