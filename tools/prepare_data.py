@@ -44,6 +44,13 @@ def main() -> None:
     sub.add_argument("--text-vocab-size", type=int, help="text ids of the model (default: the tokenizer's)")
     sub.add_argument("--num-codebooks", type=int, help="of the model's codec, for text without codes")
     sub.add_argument("--codebook-size", type=int, help="of the model's codec, for text without codes")
+    sub.add_argument(
+        "--modality",
+        action="append",
+        default=[],
+        metavar="NAME=START:STOP",
+        help="text ids START to STOP - 1 are a modality of their own in the model; may be given several times",
+    )
     sub.add_argument("--output", required=True, help="path prefix of the dataset")
 
     sub = commands_of.add_parser("inspect", help="what a dataset holds")

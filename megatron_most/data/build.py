@@ -16,21 +16,25 @@ from megatron_most.data.manifest import read_manifest
 from megatron_most.data.tasks import TASKS, TEMPLATE_VERSION, Document, make_document
 from megatron_most.errors import ConfigError, DataError
 from megatron_most.text import load_tokenizer
-from megatron_most.vocab import VocabLayout
+from megatron_most.vocab import ModalityRange, VocabLayout
 
 
 @dataclass
 class _Counts:
+    modality_positions: dict[str, int]
     documents: int = 0
     positions: int = 0
     target_positions: int = 0
     audio_frames: int = 0
 
-    def add(self, document: Document, num_frames: int) -> None:
+    def add(self, document: Document, num_frames: int, vocab: VocabLayout) -> None:
         self.documents += 1
         self.positions += len(document)
         self.target_positions += int(document.loss_mask.sum())
         self.audio_frames += num_frames
+        found = np.bincount(vocab.modality_of(document.ids), minlength=len(self.modality_positions))
+        for name, count in zip(self.modality_positions, found.tolist(), strict=True):
+            self.modality_positions[name] += count
 
 
 def build_dataset(
@@ -44,6 +48,7 @@ def build_dataset(
     text_vocab_size: int | None = None,
     num_codebooks: int | None = None,
     codebook_size: int | None = None,
+    further_modalities: Sequence[ModalityRange] = (),
     command: str = "",
 ) -> TokenDataset:
     """Build one dataset of one task.
@@ -53,6 +58,7 @@ def build_dataset(
         texts: manifests whose ``text`` is read, for ``text_lm``.
         text_vocab_size: text ids of the model, which may be more than its tokenizer's; None takes the tokenizer's.
         num_codebooks, codebook_size: the model's codec, where no ``codes`` say it.
+        further_modalities: ranges of text ids that are modalities of their own in the model.
 
     Raises:
         ConfigError: arguments that do not fit each other.
@@ -68,12 +74,13 @@ def build_dataset(
     codec = _common_codec(sources)
     text_tokenizer = load_tokenizer(tokenizer)
     vocab = _layout(text_tokenizer.vocab_size, codec, layout, text_vocab_size, num_codebooks, codebook_size)
+    vocab = dataclasses.replace(vocab, further_modalities=list(further_modalities))
 
-    counts = _Counts()
+    counts = _Counts(dict.fromkeys(vocab.modality_names, 0))
     with DatasetWriter(output, task, vocab) as writer:
         for where, text, utterance_codes in _examples(sources, texts, with_codes=task != "text_lm"):
             document = make_document(task, vocab, text_tokenizer, text=text, codes=utterance_codes, where=where)
-            counts.add(document, 0 if utterance_codes is None else utterance_codes.shape[1])
+            counts.add(document, 0 if utterance_codes is None else utterance_codes.shape[1], vocab)
             writer.add(document)
         writer.commit(
             {

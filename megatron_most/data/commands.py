@@ -18,7 +18,7 @@ from megatron_most.data.tokenise import tokenise
 from megatron_most.errors import ConfigError
 from megatron_most.files import require_writable
 from megatron_most.text import TextTokenizer, load_tokenizer, train_sentencepiece
-from megatron_most.vocab import VocabLayout
+from megatron_most.vocab import Modality, ModalityRange, VocabLayout
 
 
 def train_tokenizer(arguments: argparse.Namespace, command: str) -> None:
@@ -48,6 +48,7 @@ def build(arguments: argparse.Namespace, command: str) -> None:
         text_vocab_size=arguments.text_vocab_size,
         num_codebooks=arguments.num_codebooks,
         codebook_size=arguments.codebook_size,
+        further_modalities=[_modality_range(text) for text in arguments.modality],
         command=command,
     )
     print(_summary(dataset))
@@ -93,16 +94,18 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, str], None]] = {
 
 
 def describe(document: Document, vocab: VocabLayout, tokenizer: TextTokenizer) -> str:
-    """One line: text as text, audio as a number of frames, targets in brackets."""
+    """One line: text as text, audio as a number of frames, other modalities as a number of ids, targets in brackets."""
     parts = []
-    is_audio = vocab.is_audio(document.ids)
-    edges = np.flatnonzero(np.diff(is_audio) | np.diff(document.loss_mask)) + 1
+    modality = vocab.modality_of(document.ids)
+    edges = np.flatnonzero((np.diff(modality) != 0) | np.diff(document.loss_mask)) + 1
     for start, end in itertools.pairwise((0, *edges.tolist(), len(document))):
-        if is_audio[start]:
+        if modality[start] == Modality.TEXT:
+            part = tokenizer.decode(document.ids[start:end].tolist())
+        elif modality[start] == Modality.AUDIO:
             frames = (document.ids[start:end] >= vocab.frame).sum() // vocab.codec_layout.positions_per_frame
             part = f"<{frames} frames>" if frames else ""
         else:
-            part = tokenizer.decode(document.ids[start:end].tolist())
+            part = f"<{end - start} {vocab.modality_names[modality[start]]}>"
         if part:
             parts.append(f"[{part}]" if document.loss_mask[start] else part)
     return " ".join(parts)
@@ -115,6 +118,16 @@ def _audio(document: Document, vocab: VocabLayout) -> np.ndarray:
         raise ConfigError("--codec: the document holds no audio")
     side_codes = np.empty(0) if document.codes is None else document.codes[positions]
     return vocab.codec_layout.decode(document.ids[positions], side_codes)
+
+
+def _modality_range(text: str) -> ModalityRange:
+    """``NAME=START:STOP`` -> the range; its rules are :class:`VocabLayout`'s."""
+    name, _, numbers = text.partition("=")
+    try:
+        start, stop = map(int, numbers.split(":"))
+    except ValueError:
+        raise ConfigError(f"--modality={text}: must be NAME=START:STOP, ids START to STOP - 1") from None
+    return ModalityRange(name, start, stop)
 
 
 def _summary(dataset: TokenDataset) -> str:

@@ -50,7 +50,7 @@ class Generator:
             num_text_ids: the tokenizer's ids, where the model has more; None allows all text ids of the model.
             forbidden: text ids that are never chosen.
         """
-        grammar = TextGrammar(num_text_ids or self.vocab.text_vocab_size, end, forbidden)
+        grammar = TextGrammar(self.vocab, num_text_ids or self.vocab.text_vocab_size, end, forbidden)
         ids, _ = self._continue(prompts, grammar, max_new, sampling)
         return [row.tolist() for row in ids]
 

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from megatron_most.vocab import VocabLayout
+from megatron_most.vocab import Modality, VocabLayout
 
 
 class Grammar(Protocol):
@@ -20,18 +20,20 @@ class Grammar(Protocol):
 
 
 class TextGrammar:
-    """Ids of the text tokenizer, ended by ``end``; ``forbidden`` are its markers that never stand inside text.
+    """Text, ended by ``end``; ``forbidden`` are the tokenizer's markers that never stand inside text.
 
     num_text_ids: the tokenizer's; the model may have more, which no tokenizer could turn into text.
     """
 
-    def __init__(self, num_text_ids: int, end: int, forbidden: tuple[int, ...] = ()) -> None:
+    def __init__(self, vocab: VocabLayout, num_text_ids: int, end: int, forbidden: tuple[int, ...] = ()) -> None:
+        self.vocab = vocab
         self.num_text_ids = num_text_ids
         self.end = end
         self.forbidden = [marker for marker in forbidden if marker != end]
 
     def allowed(self, position: int, num_ids: int, device: torch.device) -> torch.Tensor:
-        allowed = torch.arange(num_ids, device=device) < self.num_text_ids
+        ids = torch.arange(num_ids, device=device)
+        allowed = (ids < self.num_text_ids) & (self.vocab.modality_of(ids) == Modality.TEXT)
         allowed[self.forbidden] = False
         return allowed
 

@@ -13,7 +13,7 @@ from megatron_most.data.codes import CodesDataset
 from megatron_most.data.indexed import TokenDataset
 from megatron_most.data.tasks import TEMPLATE_VERSION, make_document
 from megatron_most.errors import ConfigError, DataError
-from megatron_most.vocab import VocabLayout
+from megatron_most.vocab import ModalityRange, VocabLayout
 from tests.unit.data.tiny import CODEBOOK_SIZE, CODEBOOKS, LAYOUTS, LetterTokenizer, LoudnessCodec, write_wavs
 
 
@@ -53,7 +53,9 @@ def test_provenance_says_what_it_was_made_from(codes, tmp_path):
     assert (provenance["template_version"], provenance["command"]) == (TEMPLATE_VERSION, "build it")
     assert provenance["sources"] == [str(codes)]
     documents = list(TokenDataset(tmp_path / "data"))
+    num_text = sum(int((document.ids < LetterTokenizer.vocab_size).sum()) for document in documents)
     assert provenance["counts"] == {
+        "modality_positions": {"text": num_text, "audio": sum(map(len, documents)) - num_text},
         "documents": 6,
         "positions": sum(len(document) for document in documents),
         "target_positions": sum(int(document.loss_mask.sum()) for document in documents),
@@ -75,6 +77,14 @@ def test_text_comes_from_manifests_or_from_transcripts(codes, tmp_path):
 def test_a_base_model_may_have_more_text_ids_than_its_tokenizer(codes, tmp_path):
     dataset = build_dataset(tmp_path / "data", task="asr", tokenizer="t", codes=[codes], text_vocab_size=100)
     assert dataset.vocab.begin_of_audio == 100
+
+
+def test_further_modalities_are_kept_and_counted(codes, tmp_path):
+    letters_of_fox = sorted(LetterTokenizer().encode("fox"))
+    image = ModalityRange("image", letters_of_fox[0], letters_of_fox[1] + 1)
+    dataset = build_dataset(tmp_path / "data", task="text_lm", tokenizer="t", codes=[codes], further_modalities=[image])
+    assert dataset.vocab.further_modalities == [image]
+    assert dataset.provenance["counts"]["modality_positions"] == {"text": 6 * 3, "audio": 0, "image": 6 * 2}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """``tools/prepare_data.py`` from manifest to inspected document, as a user runs it."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -55,6 +56,25 @@ def test_from_manifest_to_an_inspected_document(call, manifest, tmp_path, layout
     assert status == 0 and "document 2: Say: the fox sees w2 [<17 frames>]" in out
     assert "prepare_data.py build --task tts" in out  # the command that made it
     assert soundfile.info(wav).frames == 1700
+
+
+def test_further_modalities_are_named_when_data_is_built_and_looked_into(call, manifest, tmp_path):
+    tokenizer, data = tmp_path / "t.model", tmp_path / "data"
+    call("tokenizer", "--manifest", manifest, "--vocab-size", 320, "--output", tokenizer)
+    build = ("build", "--task", "text_lm", "--text", manifest, "--tokenizer", tokenizer, "--output", data)
+    build = (*build, "--num-codebooks", 3, "--codebook-size", 50)
+    # Every piece of the tokenizer but its markers.
+    status, _, _ = call(*build, "--modality", "image=3:320", "--text-vocab-size", 320)
+    assert status == 0
+    status, out, _ = call("inspect", "--dataset", data, "--document", 0, "--tokenizer", tokenizer)
+    assert status == 0
+    assert re.search(r"document 0: \[<\d+ image>\]", out)
+    assert re.search(r"modality_positions': \{'text': 6, 'audio': 0, 'image': \d+\}", out)
+
+    status, _, err = call(*build, "--modality", "image=3")
+    assert status == 1 and err == "error: --modality=image=3: must be NAME=START:STOP, ids START to STOP - 1\n"
+    status, _, err = call(*build, "--modality", "image=3:999", "--text-vocab-size", 320)
+    assert status == 1 and "must be a range of the 320 text ids" in err
 
 
 def test_errors_are_one_line_and_a_status(call, manifest, tmp_path):

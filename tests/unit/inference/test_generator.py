@@ -9,10 +9,10 @@ import torch
 from megatron_most import parallel
 from megatron_most.errors import ConfigError
 from megatron_most.inference.generator import Generator
-from megatron_most.inference.grammar import SpeechGrammar
+from megatron_most.inference.grammar import SpeechGrammar, TextGrammar
 from megatron_most.inference.sampling import Sampling
 from megatron_most.model import build_model
-from megatron_most.vocab import NO_CODE
+from megatron_most.vocab import NO_CODE, ModalityRange, VocabLayout
 from tests.distributed.shards import fill_weights
 from tests.distributed.tiny import tiny_config
 
@@ -107,6 +107,13 @@ def test_audio_may_end_only_between_frames(generator):
         allowed = grammar.allowed(position, 200, torch.device("cpu"))
         assert allowed[vocab.end_of_audio] == (position > 0 and position % per_frame == 0)
         assert not allowed[: vocab.text_vocab_size].any()
+
+
+def test_text_is_text_and_no_other_modality():
+    vocab = VocabLayout(10, 2, 4, further_modalities=[ModalityRange("image", 6, 8)])
+    grammar = TextGrammar(vocab, num_text_ids=9, end=2, forbidden=(0, 2))
+    allowed = grammar.allowed(0, 16, torch.device("cpu")).nonzero().flatten().tolist()
+    assert allowed == [1, 2, 3, 4, 5, 8]
 
 
 def test_a_request_longer_than_the_model_is_refused(generator):
