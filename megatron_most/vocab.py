@@ -9,12 +9,13 @@ Ids from ``begin_of_audio`` on are audio; everything below is text, so a base mo
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC, abstractmethod
 from enum import IntEnum
 from typing import Any
 
 import numpy as np
 
+from megatron_most.codec_layouts import CODEC_LAYOUTS, CodecLayout
+from megatron_most.codec_layouts import NO_CODE as NO_CODE
 from megatron_most.errors import ConfigError, DataError
 
 
@@ -25,99 +26,10 @@ class Modality(IntEnum):
     AUDIO = 1
 
 
-NO_CODE = -1
-"""Code of a position that holds no codec frame, or whose frame is hidden from the input."""
-
 _RESERVED_NAMES = ("common", "rest")
 """Pools and parts of the model that are no modality."""
 
 _NUM_SPECIAL = 3  # begin_of_audio, end_of_audio, frame
-
-
-class CodecLayout(ABC):
-    """How codec frames become positions of the sequence."""
-
-    def __init__(self, frame: int, num_codebooks: int, codebook_size: int) -> None:
-        self.frame = frame
-        self.num_codebooks = num_codebooks
-        self.codebook_size = codebook_size
-
-    positions_per_frame: int
-    """Positions of the sequence that one codec frame takes."""
-
-    num_ids: int
-    """Ids the layout needs beyond the special ones."""
-
-    uses_side_codes: bool
-    """Whether codes travel beside the ids (one row of C codes for each ``frame`` position)."""
-
-    @abstractmethod
-    def encode(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """``codes [C, F]`` -> ids ``[n]`` and side codes ``[n, C]``, int64 (``NO_CODE`` where the layout uses none)."""
-
-    @abstractmethod
-    def decode(self, ids: np.ndarray, side_codes: np.ndarray) -> np.ndarray:
-        """The inverse of :meth:`encode`: ids ``[n]`` and side codes ``[n, C]`` -> codes ``[C, F]``.
-
-        Raises :class:`DataError` when the ids are no whole number of frames in codebook order.
-        """
-
-    @abstractmethod
-    def allowed_next(self, position: int) -> tuple[range, bool]:
-        """Ids allowed at ``position`` (0 is the first after ``begin_of_audio``), and whether audio may end there."""
-
-
-class FrameLayout(CodecLayout):
-    """One position per codec frame: the id is ``frame``, the C codes travel beside it."""
-
-    positions_per_frame = 1
-    num_ids = 0
-    uses_side_codes = True
-
-    def encode(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return np.full(codes.shape[1], self.frame, dtype=np.int64), codes.T.astype(np.int64)
-
-    def decode(self, ids: np.ndarray, side_codes: np.ndarray) -> np.ndarray:
-        wrong = np.flatnonzero(ids != self.frame)
-        if wrong.size:
-            raise DataError(f"audio position {wrong[0]} holds id {ids[wrong[0]]}, not frame ({self.frame})")
-        return np.ascontiguousarray(side_codes.T)
-
-    def allowed_next(self, position: int) -> tuple[range, bool]:
-        return range(self.frame, self.frame + 1), True
-
-
-class FlatLayout(CodecLayout):
-    """One position per code, frame-major, with one id range per codebook."""
-
-    uses_side_codes = False
-
-    def __init__(self, frame: int, num_codebooks: int, codebook_size: int) -> None:
-        super().__init__(frame, num_codebooks, codebook_size)
-        self.positions_per_frame = num_codebooks
-        self.num_ids = num_codebooks * codebook_size
-        self.first_code_id = frame + 1
-
-    def encode(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        offsets = self.first_code_id + np.arange(self.num_codebooks)[:, None] * self.codebook_size
-        ids = (codes.astype(np.int64) + offsets).T.reshape(-1)
-        return ids, np.full((ids.size, self.num_codebooks), NO_CODE, dtype=np.int64)
-
-    def decode(self, ids: np.ndarray, side_codes: np.ndarray) -> np.ndarray:
-        if ids.size % self.num_codebooks:
-            raise DataError(f"{ids.size} audio positions are no whole number of {self.num_codebooks}-code frames")
-        offsets = self.first_code_id + np.arange(self.num_codebooks) * self.codebook_size
-        codes = ids.reshape(-1, self.num_codebooks).astype(np.int64) - offsets
-        wrong = np.flatnonzero((codes < 0) | (codes >= self.codebook_size))
-        if wrong.size:
-            codebook = wrong[0] % self.num_codebooks
-            raise DataError(f"audio position {wrong[0]} holds id {ids[wrong[0]]}, which is not in codebook {codebook}")
-        return np.ascontiguousarray(codes.T)
-
-    def allowed_next(self, position: int) -> tuple[range, bool]:
-        codebook = position % self.num_codebooks
-        start = self.first_code_id + codebook * self.codebook_size
-        return range(start, start + self.codebook_size), codebook == 0
 
 
 def check_codes(codes: np.ndarray, num_codebooks: int, codebook_size: int, where: str) -> None:
@@ -131,9 +43,6 @@ def check_codes(codes: np.ndarray, num_codebooks: int, codebook_size: int, where
             f"{where}: code {codes[codebook, frame]} of codebook {codebook}, frame {frame}"
             f" is outside 0..{codebook_size - 1}"
         )
-
-
-CODEC_LAYOUTS: dict[str, type[CodecLayout]] = {"frame": FrameLayout, "flat": FlatLayout}
 
 
 @dataclasses.dataclass
@@ -151,9 +60,10 @@ class VocabLayout:
 
     Args:
         text_vocab_size: ids of the text tokenizer, ``0 .. text_vocab_size - 1``.
-        num_codebooks: C, codes per codec frame.
+        num_codebooks: C, codes per codec frame that the model knows; may be the first C of a codec that has more.
         codebook_size: values a code can take, the same for every codebook.
-        layout: ``frame`` (one position per codec frame) or ``flat`` (one position per code).
+        layout: a name of :mod:`megatron_most.codec_layouts`: ``frame`` and ``frame_delay`` (one position per codec
+            frame), ``flat`` and ``flat_delay`` (one position per code).
         further_modalities: ranges of text ids that are modalities of their own; none by default.
     """
 
@@ -172,6 +82,7 @@ class VocabLayout:
                 raise ConfigError(f"vocab.{field}={getattr(self, field)}: must be at least 1")
         if self.layout not in CODEC_LAYOUTS:
             raise ConfigError(f"vocab.layout={self.layout!r}: must be one of {', '.join(CODEC_LAYOUTS)}")
+        CODEC_LAYOUTS[self.layout](0, self.num_codebooks, self.codebook_size)  # refuses codebooks that do not suit it
         end = 0
         for entry in sorted(self.further_modalities, key=lambda entry: entry.start):
             where = f"vocab.further_modalities[{entry.name}]={entry.start}..{entry.stop}"
@@ -225,6 +136,12 @@ class VocabLayout:
     def is_audio(self, ids):
         """Boolean array or tensor, True where the id is audio. Works on NumPy arrays and torch tensors alike."""
         return ids >= self.text_vocab_size
+
+    def audio_segments(self, ids: np.ndarray) -> list[tuple[int, int]]:
+        """First position and end of each run of codec positions in ``ids [n]``, without their begin and end marks."""
+        is_codec = np.concatenate(([False], ids >= self.frame, [False]))
+        edges = np.flatnonzero(is_codec[1:] != is_codec[:-1]).tolist()
+        return list(zip(edges[::2], edges[1::2], strict=True))
 
     def check_codes(self, codes: np.ndarray, where: str) -> None:
         """:func:`check_codes` with this layout's codebooks."""

@@ -97,16 +97,16 @@ class Rows:
         return Row(documents, TASKS.index(stream.dataset.task), hidden)
 
     def _hide_frames(self, documents: list[Document], dataset: TokenDataset, k: int) -> list[np.ndarray]:
-        """Whole frames, also where a frame takes several positions; drawn from the seed and k alone."""
+        """Whole steps, also where a step takes several positions; drawn from the seed and k alone."""
         generator = _stream(self._seed, _DROPOUT, k)
         vocab = dataset.vocab
-        per_frame = vocab.codec_layout.positions_per_frame
         hidden = []
         for document in documents:
-            positions = np.flatnonzero((document.ids >= vocab.frame) & document.loss_mask)
-            drawn = generator.random(len(positions) // per_frame) < self._dropout
             mask = np.zeros(len(document), dtype=bool)
-            mask[positions] = np.repeat(drawn, per_frame)
+            for start, end in vocab.audio_segments(document.ids):
+                if document.loss_mask[start]:
+                    steps = vocab.codec_layout.steps(end - start)
+                    mask[start:end] = (generator.random(steps[-1] + 1) < self._dropout)[steps]
             hidden.append(mask)
         return hidden
 

@@ -102,7 +102,7 @@ def describe(document: Document, vocab: VocabLayout, tokenizer: TextTokenizer) -
         if modality[start] == Modality.TEXT:
             part = tokenizer.decode(document.ids[start:end].tolist())
         elif modality[start] == Modality.AUDIO:
-            frames = (document.ids[start:end] >= vocab.frame).sum() // vocab.codec_layout.positions_per_frame
+            frames = vocab.codec_layout.is_leading(document.ids[start:end]).sum()
             part = f"<{frames} frames>" if frames else ""
         else:
             part = f"<{end - start} {vocab.modality_names[modality[start]]}>"

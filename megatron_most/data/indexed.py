@@ -134,6 +134,11 @@ def _stores_codes(task: str, vocab: VocabLayout) -> bool:
     return vocab.codec_layout.uses_side_codes and task != "text_lm"
 
 
+def _num_stored(vocab: VocabLayout) -> int:
+    """Values a stored code can take; the unsigned types have no ``NO_CODE``, which is stored as ``codebook_size``."""
+    return vocab.codebook_size + vocab.codec_layout.is_delayed
+
+
 class DatasetWriter:
     """Writes a :class:`TokenDataset`, document by document. Leaving its context without a commit leaves no file."""
 
@@ -144,7 +149,7 @@ class DatasetWriter:
             "mask": ArrayWriter(self._prefix + ".mask", np.uint8),
         }
         if _stores_codes(task, vocab):
-            self._arrays["codes"] = ArrayWriter(self._prefix + ".codes", smallest_dtype(vocab.codebook_size))
+            self._arrays["codes"] = ArrayWriter(self._prefix + ".codes", smallest_dtype(_num_stored(vocab)))
 
     def __enter__(self) -> DatasetWriter:
         return self
@@ -157,7 +162,8 @@ class DatasetWriter:
         self._arrays["ids"].add(document.ids)
         self._arrays["mask"].add(document.loss_mask.astype(np.uint8))
         if "codes" in self._arrays:
-            self._arrays["codes"].add(document.codes[document.ids == self._vocab.frame].reshape(-1))
+            codes = document.codes[self._vocab.codec_layout.holds_side_codes(document.ids)].reshape(-1)
+            self._arrays["codes"].add(np.where(codes == NO_CODE, self._vocab.codebook_size, codes))
 
     def commit(self, provenance: dict) -> None:
         """Give the files their names; the sidecar comes last."""
@@ -222,11 +228,12 @@ class TokenDataset(Sequence[Document]):
         codes = np.full((len(ids), self.vocab.num_codebooks), NO_CODE, dtype=np.int64)
         if self._codes is None:
             return Document(ids, loss_mask, codes)
-        is_frame = ids == self.vocab.frame
+        is_frame = self.vocab.codec_layout.holds_side_codes(ids)
         stored = self._codes[index].astype(np.int64)
         if stored.size != is_frame.sum() * self.vocab.num_codebooks:
             raise DataError(f"{where}: {stored.size} codes for {is_frame.sum()} frames of {self.vocab.num_codebooks}")
-        if stored.size and (stored.min() < 0 or stored.max() >= self.vocab.codebook_size):
+        if stored.size and (stored.min() < 0 or stored.max() >= _num_stored(self.vocab)):
             self.vocab.check_codes(stored.reshape(-1, self.vocab.num_codebooks).T, where)
+        stored[stored == self.vocab.codebook_size] = NO_CODE
         codes[is_frame] = stored.reshape(-1, self.vocab.num_codebooks)
         return Document(ids, loss_mask, codes)

@@ -57,8 +57,8 @@ class Generator:
     def speech(self, prompts: Sequence[Prompt], max_frames: int, sampling: Sampling) -> list[np.ndarray]:
         """Codes ``[C, F]`` for each prompt that ends in ``begin_of_audio``; at most ``max_frames`` frames."""
         layout = self.vocab.codec_layout
-        max_new = max_frames * layout.positions_per_frame
-        ids, codes = self._continue(prompts, SpeechGrammar(self.vocab), max_new, sampling)
+        max_new = layout.num_positions(max_frames)
+        ids, codes = self._continue(prompts, SpeechGrammar(self.vocab, max_frames), max_new, sampling)
         return [layout.decode(row, row_codes) for row, row_codes in zip(ids, codes, strict=True)]
 
     @torch.inference_mode()
@@ -79,23 +79,24 @@ class Generator:
         key_is_padding[:, : ids.shape[1]] = is_padding
         is_done = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
         length = torch.full((len(prompts),), max_new, device=self.device)
-        new_ids, new_codes = [], []
+        new_ids = torch.empty(len(prompts), max_new, dtype=torch.long, device=self.device)
+        new_codes = []
         for position in range(max_new):
             logits, code_logits = self._step(ids, codes, is_padding, key_is_padding, context)
-            allowed = grammar.allowed(position, logits.shape[-1], self.device)
+            allowed = grammar.allowed(new_ids[:, :position], logits.shape[-1])
             chosen = sampling.choose(logits.masked_fill(~allowed, float("-inf")), random)
             length[(chosen == grammar.end) & ~is_done] = position
             is_done |= chosen == grammar.end
             if is_done.all():
                 break
-            next_codes = self._next_codes(chosen, code_logits, sampling, random)
-            new_ids.append(chosen)
+            new_ids[:, position] = chosen
+            next_codes = self._next_codes(new_ids[:, : position + 1], code_logits, sampling, random)
             new_codes.append(next_codes)
             ids, codes, is_padding = chosen[:, None], next_codes[:, None], is_done[:, None]
-        if not new_ids:
+        if not new_codes:
             nothing = np.zeros((0, self.vocab.num_codebooks), np.int64)
             return [np.zeros(0, np.int64)] * len(prompts), [nothing] * len(prompts)
-        all_ids, all_codes = torch.stack(new_ids, 1).cpu().numpy(), torch.stack(new_codes, 1).cpu().numpy()
+        all_ids, all_codes = new_ids.cpu().numpy(), torch.stack(new_codes, 1).cpu().numpy()
         ends = length.tolist()
         return (
             [row[:end] for row, end in zip(all_ids, ends, strict=True)],
@@ -129,14 +130,18 @@ class Generator:
         return logits[:, -1], None if code_logits is None else code_logits[:, -1]
 
     def _next_codes(
-        self, chosen: torch.Tensor, code_logits: torch.Tensor | None, sampling: Sampling, random: torch.Generator
+        self, generated: torch.Tensor, code_logits: torch.Tensor | None, sampling: Sampling, random: torch.Generator
     ) -> torch.Tensor:
-        """Codes ``[b, C]`` of the chosen positions; ``NO_CODE`` where no frame was chosen."""
-        nothing = torch.full((chosen.shape[0], self.vocab.num_codebooks), NO_CODE, device=self.device)
+        """Codes ``[b, C]`` of the newest of the positions ``[b, n]``; ``NO_CODE`` where it has none."""
+        nothing = torch.full((generated.shape[0], self.vocab.num_codebooks), NO_CODE, device=self.device)
         if code_logits is None:
             return nothing
         codes = sampling.choose(code_logits[..., : self.vocab.codebook_size], random)
-        return torch.where((chosen == self.vocab.frame)[:, None], codes, nothing)
+        layout = self.vocab.codec_layout
+        num_frames = layout.is_leading(generated).sum(1)[:, None]
+        codebooks = torch.arange(self.vocab.num_codebooks, device=self.device)
+        has_code = layout.has_code(generated.shape[1] - 1, num_frames, codebooks)
+        return torch.where(layout.holds_side_codes(generated[:, -1:]) & has_code, codes, nothing)
 
     def _left_padded(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Prompts as ``ids [b, s]``, ``codes [b, s, C]`` and ``is_padding [b, s]``, all ending at the same position.

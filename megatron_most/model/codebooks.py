@@ -100,11 +100,12 @@ class CodebookHeads(MegatronModule):
         """
         hidden = self._whole_sequence(hidden)
         labels = code_labels.transpose(0, 1)
-        has_label = labels[..., 0] >= 0
+        has_label = (labels >= 0).any(-1)
         rows, targets = hidden[has_label], labels[has_label]
+        # Delayed codebooks begin and end apart from each other: a row may have labels for some of them only.
         losses = [
-            tensor_parallel.vocab_parallel_cross_entropy(self._logits(head, rows), targets[:, codebook])
-            for codebook, head in enumerate(self.heads)
+            tensor_parallel.vocab_parallel_cross_entropy(self._logits(head, rows), target.clamp(min=0)) * (target >= 0)
+            for head, target in zip(self.heads, targets.unbind(-1), strict=True)
         ]
         out = hidden.new_zeros(*has_label.shape, len(self.heads), dtype=torch.float32)
         return out.masked_scatter(has_label[..., None], torch.stack(losses, dim=-1)).transpose(0, 1)

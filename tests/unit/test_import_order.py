@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LAYERS = (
-    ("errors", "files", "cli", "platform", "vocab"),
+    ("errors", "files", "cli", "platform", "codec_layouts", "vocab"),
     ("config",),
     ("audio", "text"),
     ("parallel",),

@@ -1,62 +1,23 @@
-"""Codec layouts turn codes into positions and back; ids and codes outside their ranges are named, not used."""
+"""The id space and its modalities; ids and codes outside their ranges are named, not used."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from megatron_most.errors import ConfigError, DataError
-from megatron_most.vocab import CODEC_LAYOUTS, NO_CODE, VocabLayout
+from megatron_most.vocab import VocabLayout
 
 FRAME = VocabLayout(text_vocab_size=50, num_codebooks=3, codebook_size=10, layout="frame")
 FLAT = VocabLayout(text_vocab_size=50, num_codebooks=3, codebook_size=10, layout="flat")
-
-
-@st.composite
-def layouts_and_codes(draw):
-    codebooks, size, frames = draw(st.integers(1, 6)), draw(st.integers(1, 40)), draw(st.integers(0, 12))
-    vocab = VocabLayout(draw(st.integers(1, 500)), codebooks, size, draw(st.sampled_from(sorted(CODEC_LAYOUTS))))
-    values = draw(st.lists(st.integers(0, size - 1), min_size=codebooks * frames, max_size=codebooks * frames))
-    return vocab, np.array(values, dtype=np.int64).reshape(codebooks, frames)
-
-
-@given(layouts_and_codes())
-def test_decoding_undoes_encoding(case):
-    vocab, codes = case
-    layout = vocab.codec_layout
-    ids, side_codes = layout.encode(codes)
-    assert ids.shape == (codes.shape[1] * layout.positions_per_frame,)
-    assert side_codes.shape == (ids.size, vocab.num_codebooks)
-    assert vocab.is_audio(ids).all()
-    vocab.check_ids(ids, "here")
-    assert (side_codes == NO_CODE).all() or layout.uses_side_codes
-    np.testing.assert_array_equal(layout.decode(ids, side_codes), codes)
-
-
-@given(layouts_and_codes())
-def test_every_encoded_id_is_allowed_where_it_stands(case):
-    vocab, codes = case
-    layout = vocab.codec_layout
-    ids, _ = layout.encode(codes)
-    for position, token in enumerate(ids):
-        allowed, may_end = layout.allowed_next(position)
-        assert token in allowed
-        assert may_end == (position % layout.positions_per_frame == 0)
-        assert vocab.end_of_audio not in allowed
 
 
 def test_the_id_space_is_text_then_special_then_codes():
     assert (FLAT.begin_of_audio, FLAT.end_of_audio, FLAT.frame) == (50, 51, 52)
     assert FRAME.size == 53
     assert FLAT.size == 53 + 30
-    ids, side_codes = FRAME.codec_layout.encode(np.array([[1, 2], [3, 4], [5, 6]]))
-    assert ids.tolist() == [52, 52]
-    assert side_codes.tolist() == [[1, 3, 5], [2, 4, 6]]
-    ids, _ = FLAT.codec_layout.encode(np.array([[1, 2], [3, 4], [5, 6]]))
-    assert ids.tolist() == [54, 66, 78, 55, 67, 79]
+    assert VocabLayout(**(FRAME.to_dict() | {"layout": "frame_delay"})).size == 54  # and the tail
 
 
 @pytest.mark.parametrize("vocab", [FRAME, FLAT])
@@ -64,21 +25,6 @@ def test_modality_of_an_id_is_the_same_in_numpy_and_torch(vocab):
     ids = np.arange(vocab.size)
     assert vocab.is_audio(ids).sum() == vocab.size - 50
     assert vocab.is_audio(torch.from_numpy(ids)).tolist() == vocab.is_audio(ids).tolist()
-
-
-@pytest.mark.parametrize(
-    ("vocab", "ids", "message"),
-    [
-        (FRAME, [52, 7], r"audio position 1 holds id 7, not frame \(52\)"),
-        (FLAT, [53, 63], "2 audio positions are no whole number of 3-code frames"),
-        (FLAT, [53, 53, 73], "audio position 1 holds id 53, which is not in codebook 1"),
-        (FLAT, [52, 63, 73], "audio position 0 holds id 52, which is not in codebook 0"),
-        (FLAT, [53, 63, 83], "audio position 2 holds id 83, which is not in codebook 2"),
-    ],
-)
-def test_ids_that_are_no_frames_are_refused(vocab, ids, message):
-    with pytest.raises(DataError, match=message):
-        vocab.codec_layout.decode(np.array(ids), np.zeros((len(ids), 3), dtype=np.int64))
 
 
 @pytest.mark.parametrize(
@@ -117,7 +63,7 @@ def test_an_empty_layout_is_refused(field):
     values = FRAME.to_dict() | {field: 0}
     with pytest.raises(ConfigError, match=f"vocab.{field}=0: must be at least 1"):
         VocabLayout(**values)
-    with pytest.raises(ConfigError, match="vocab.layout='delay': must be one of frame, flat"):
+    with pytest.raises(ConfigError, match="vocab.layout='delay': must be one of frame, frame_delay, flat"):
         VocabLayout(**(FRAME.to_dict() | {"layout": "delay"}))
 
 

@@ -31,7 +31,7 @@ def test_a_transcript_may_fill_the_room_beside_the_longest_prompt(monkeypatch, l
     codes = [random_codes(3), random_codes(11)]
     suites.evaluate_asr(model, "set", [record("a"), record("b")], codes, max_new=1000)
     # bos, "Transcribe:" without its colon, begin and end of audio
-    prompt_length = 1 + len("Transcribe") + 2 + 11 * vocab.codec_layout.positions_per_frame
+    prompt_length = 1 + len("Transcribe") + 2 + vocab.codec_layout.num_positions(11)
     assert asked == [100 - prompt_length]
     suites.evaluate_asr(model, "set", [record("a"), record("b")], codes, max_new=5)
     assert asked[1] == 5

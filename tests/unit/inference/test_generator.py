@@ -12,11 +12,11 @@ from megatron_most.inference.generator import Generator
 from megatron_most.inference.grammar import SpeechGrammar, TextGrammar
 from megatron_most.inference.sampling import Sampling
 from megatron_most.model import build_model
-from megatron_most.vocab import NO_CODE, ModalityRange, VocabLayout
+from megatron_most.vocab import CODEC_LAYOUTS, NO_CODE, ModalityRange, VocabLayout
 from tests.distributed.shards import fill_weights
 from tests.distributed.tiny import tiny_config
 
-LAYOUTS = ("frame", "flat")
+LAYOUTS = tuple(CODEC_LAYOUTS)
 
 
 @dataclass
@@ -25,9 +25,9 @@ class Prompt:
     codes: np.ndarray | None
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+@pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS)
 def generator(request):
-    config = tiny_config(vocab__layout=request.param, data__seq_length=64)
+    config = tiny_config(**request.param, data__seq_length=64)
     parallel.initialize(config.parallel, seed=1)
     chunks = build_model(config)
     fill_weights(chunks, std=0.3)
@@ -101,18 +101,22 @@ def test_sampling_repeats_with_its_seed_and_differs_with_another(generator):
 
 
 def test_audio_may_end_only_between_frames(generator):
-    vocab, grammar = generator.vocab, SpeechGrammar(generator.vocab)
-    per_frame = vocab.codec_layout.positions_per_frame
-    for position in range(3 * per_frame):
-        allowed = grammar.allowed(position, 200, torch.device("cpu"))
-        assert allowed[vocab.end_of_audio] == (position > 0 and position % per_frame == 0)
+    vocab, grammar = generator.vocab, SpeechGrammar(generator.vocab, max_frames=3)
+    layout = vocab.codec_layout
+    ids, _ = layout.encode(np.zeros((vocab.num_codebooks, 3), dtype=np.int64))
+    for position in range(len(ids) + 1):
+        (allowed,) = grammar.allowed(torch.from_numpy(ids[None, :position]), 200)
+        frames = int(layout.is_leading(ids[:position]).sum())
+        assert allowed[vocab.end_of_audio] == (position > 0 and layout.num_positions(frames) == position)
         assert not allowed[: vocab.text_vocab_size].any()
+        assert position == len(ids) or allowed[ids[position]]
+    assert allowed.nonzero().tolist() == [[vocab.end_of_audio]]
 
 
 def test_text_is_text_and_no_other_modality():
     vocab = VocabLayout(10, 2, 4, further_modalities=[ModalityRange("image", 6, 8)])
     grammar = TextGrammar(vocab, num_text_ids=9, end=2, forbidden=(0, 2))
-    allowed = grammar.allowed(0, 16, torch.device("cpu")).nonzero().flatten().tolist()
+    allowed = grammar.allowed(torch.zeros(1, 0, dtype=torch.long), 16).nonzero().flatten().tolist()
     assert allowed == [1, 2, 3, 4, 5, 8]
 
 
