@@ -16,7 +16,13 @@ from megatron_most.vocab import CODEC_LAYOUTS, NO_CODE, ModalityRange, VocabLayo
 from tests.distributed.shards import fill_weights
 from tests.distributed.tiny import tiny_config
 
-LAYOUTS = tuple(CODEC_LAYOUTS)
+MODELS = {name: {"vocab__layout": name} for name in CODEC_LAYOUTS} | {
+    "grouped-query": {
+        "model__attention__type": "gqa",
+        "model__attention__num_query_groups": 2,
+        "model__attention__head_dim": 8,
+    }
+}
 
 
 @dataclass
