@@ -157,7 +157,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["vocab.layout=delay"], "vocab.layout='delay': must be one of frame, flat"),
+        (["vocab.layout=delay"], "vocab.layout='delay': must be one of frame, frame_delay, flat, flat_delay"),
         (["vocab.num_codebooks=0"], "vocab.num_codebooks=0: must be at least 1"),
         (["model.moe.groups.0.top_k=9"], "model.moe.groups[text].top_k=9: must not exceed the 4 experts"),
         (["model.moe.groups.1.modality=text"], "model.moe.groups=['text', 'text']: names a modality twice"),
@@ -178,6 +178,18 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         (
             ["model.attention.type=gqa", "model.attention.num_query_groups=3"],
             "must divide model.attention.num_heads, 16",
+        ),
+        (["model.attention.rope.base=1"], "model.attention.rope.base=1.0: must be greater than 1"),
+        (["model.attention.rope.beta_slow=0"], "model.attention.rope.beta_slow=0.0: must be greater than 0"),
+        (["model.attention.rope.mscale=-1"], "model.attention.rope.mscale=-1.0: must not be negative"),
+        (
+            [
+                "parallel.context_parallel_size=2",
+                "data.document_multiple=4",
+                "model.attention.rope.type=yarn",
+                "model.attention.rope.original_max_position=4098",
+            ],
+            "original_max_position=4098: must be divisible by 4, twice the context parallel size",
         ),
         (["model.attention.rope.type=llama3"], "model.attention.rope.type='llama3': needs model.attention.type=gqa"),
         (

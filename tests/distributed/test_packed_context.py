@@ -1,0 +1,117 @@
+"""Packed documents under context parallelism: each rank holds a share of every document, and nothing changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_most.config import RunConfig
+from megatron_most.data.batch import Batch
+from megatron_most.vocab import NO_CODE
+from tests.distributed.harness import run_ranks
+from tests.distributed.observe import Observation, assert_same, observe_each
+from tests.distributed.tiny import tiny_batch
+
+pytestmark = pytest.mark.invariance
+
+LENGTH, MULTIPLE = 64, 8
+DOCUMENTS = [[40, 8, 16], [8, 24, 24, 8], [64], [16, 16, 32]]
+"""Lengths of the documents of each row of a global batch, their padding included."""
+
+TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
+CP, EP = "parallel__context_parallel_size", "parallel__expert_model_parallel_size"
+ROWS = {"data__seq_length": LENGTH, "training__micro_batch_size": 1, "data__packing": False}
+PACKED = {**ROWS, "data__packing": True, "data__document_multiple": MULTIPLE}
+ATTENTION: dict[str, dict[str, Any]] = {
+    "mla": {
+        "model__attention__q_lora_rank": 20,
+        "model__attention__rope__type": "yarn",
+        "model__attention__rope__original_max_position": 16,
+        "model__attention__rope__scaling_factor": 4,
+    },
+    "gqa": {
+        "model__attention__type": "gqa",
+        "model__attention__num_query_groups": 2,
+        "model__attention__head_dim": 12,
+        "model__attention__rope__type": "llama3",
+        "model__attention__rope__original_max_position": 16,
+        "model__attention__rope__scaling_factor": 4,
+    },
+}
+LAYOUTS = {
+    "cp2": (2, {CP: 2}),
+    "cp4": (4, {CP: 4}),
+    "tp2-cp2": (4, {TP: 2, CP: 2}),
+}
+SLOW_LAYOUTS = {
+    "pp2-cp2-recompute": (4, {PP: 2, CP: 2, "training__recompute": "full"}),
+    "cp2-ep2-recompute": (2, {CP: 2, EP: 2, "training__recompute": "moe"}),
+}
+UNSHARDED = {"optimizer__distributed": False, "optimizer__overlap": False}
+
+
+def packed_rows(config: RunConfig, step: int) -> list[Batch]:
+    """Rows of several documents, with up to three positions of padding at the end of each."""
+    return [documents(tiny_batch(config, seed=10 * step + row), lengths) for row, lengths in enumerate(DOCUMENTS)]
+
+
+def whole_rows(config: RunConfig, step: int) -> list[Batch]:
+    """Rows of one document each."""
+    return [documents(tiny_batch(config, seed=10 * step + row), [LENGTH]) for row in range(4)]
+
+
+def documents(batch: Batch, lengths: list[int]) -> Batch:
+    """The batch, packed or not, with its positions taken for documents of these lengths."""
+    ends = torch.tensor(lengths).cumsum(0)
+    is_padding = torch.zeros_like(batch.is_padding)
+    for index, end in enumerate(ends.tolist()):
+        is_padding[0, end - index % 4 : end] = True
+    loss_mask = batch.loss_mask * ~is_padding
+    boundaries = torch.cat([torch.zeros(1, dtype=torch.int32), ends.int()])
+    return dataclasses.replace(
+        batch,
+        is_padding=is_padding,
+        loss_mask=loss_mask,
+        code_labels=batch.code_labels.masked_fill(loss_mask[..., None] == 0, NO_CODE),
+        cu_seqlens=None if batch.cu_seqlens is None else boundaries,
+    )
+
+
+@functools.cache
+def one_process() -> list[Observation]:
+    """With each kind of attention."""
+    [observations] = run_ranks(
+        1, observe_each, [options | PACKED | UNSHARDED for options in ATTENTION.values()], 1, packed_rows
+    )
+    return observations
+
+
+def check(world_size: int, overrides: dict[str, Any]) -> None:
+    variants = [options | PACKED | overrides for options in ATTENTION.values()]
+    ranks = run_ranks(world_size, observe_each, variants, 1, packed_rows)
+    for observations, expected in zip(zip(*ranks, strict=True), one_process(), strict=True):
+        assert_same(observations, expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_packed_rows_equal_one_process(layout):
+    check(*LAYOUTS[layout])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", SLOW_LAYOUTS)
+def test_packed_rows_equal_one_process_in_more_layouts(layout):
+    check(*SLOW_LAYOUTS[layout])
+
+
+def test_one_document_in_a_packed_row_equals_the_row():
+    packed = [options | PACKED | {CP: 2} for options in ATTENTION.values()]
+    plain = [options | ROWS | UNSHARDED for options in ATTENTION.values()]
+    ranks = run_ranks(2, observe_each, packed, 1, whole_rows)
+    [expected] = run_ranks(1, observe_each, plain, 1, whole_rows)
+    for observations, alone in zip(zip(*ranks, strict=True), expected, strict=True):
+        assert_same(observations, alone)
