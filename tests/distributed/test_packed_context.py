@@ -15,6 +15,7 @@ from megatron_most.vocab import NO_CODE
 from tests.distributed.harness import run_ranks
 from tests.distributed.observe import Observation, assert_same, observe_each
 from tests.distributed.tiny import tiny_batch
+from tests.integration.tiny_run import metric_lines, run_config, train
 
 pytestmark = pytest.mark.invariance
 
@@ -115,3 +116,17 @@ def test_one_document_in_a_packed_row_equals_the_row():
     [expected] = run_ranks(1, observe_each, plain, 1, whole_rows)
     for observations, alone in zip(zip(*ranks, strict=True), expected, strict=True):
         assert_same(observations, alone)
+
+
+def test_a_run_on_packed_data_logs_what_one_process_logs(tmp_path):
+    """From datasets to training and validation losses, with the documents padded by the loader."""
+    packed = ATTENTION["gqa"] | {"data__packing": True, "data__document_multiple": 4}
+    lines = []
+    for world_size, overrides in ((1, {}), (2, {CP: 2})):
+        config = run_config(tmp_path, f"{world_size} ranks", **packed, **overrides)
+        run_ranks(world_size, train, config)
+        lines.append(metric_lines(config))
+    alone, shared = lines
+    assert len(alone) == len(shared) > 3
+    for expected, line in zip(alone, shared, strict=True):
+        assert line == pytest.approx(expected, rel=2e-5)
