@@ -79,6 +79,14 @@ class CodesDataset:
         """Seconds of audio, in whole codec frames."""
         return int(self._codes.lengths.sum(dtype=np.int64)) / self.codec.num_codebooks / self.codec.frame_rate
 
+    def ids(self) -> Iterator[str]:
+        """The id of each utterance, in their order."""
+        return (utterance.id for utterance in self)
+
+    def codes_of(self, index: int) -> np.ndarray:
+        """``codes [C, F]`` int64 of utterance ``index``."""
+        return self._codes[index].reshape(-1, self.codec.num_codebooks).T.astype(np.int64)
+
     def __iter__(self) -> Iterator[Utterance]:
         path = f"{self.prefix}.jsonl"
         index = 0
