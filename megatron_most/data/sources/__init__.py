@@ -1,0 +1,47 @@
+"""Data sets in the layouts they are published in, as one stream of records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_most.data.sources.base import Source, SourceOptions
+from megatron_most.data.sources.common_voice import CommonVoice
+from megatron_most.data.sources.lhotse import LhotseCuts, LibriHeavy
+from megatron_most.data.sources.librispeech import LibriSpeech
+from megatron_most.data.sources.nemo import NemoManifest
+from megatron_most.data.sources.roots import AudioRoots
+from megatron_most.data.sources.tar import NemoTarred, WebDataset
+from megatron_most.data.sources.text import Chat, TextCorpus
+from megatron_most.data.sources.voxpopuli import VoxPopuli
+from megatron_most.errors import ConfigError
+
+__all__ = ["SOURCES", "AudioRoots", "Source", "SourceOptions", "open_source"]
+
+SOURCES: dict[str, type[Source]] = {
+    source.name: source
+    for source in (
+        NemoManifest,
+        LibriSpeech,
+        LibriHeavy,
+        CommonVoice,
+        VoxPopuli,
+        WebDataset,
+        NemoTarred,
+        LhotseCuts,
+        TextCorpus,
+        Chat,
+    )
+}
+"""Every source by the name that a user gives."""
+
+
+def open_source(name: str, root: str | Path, options: SourceOptions | None = None) -> Source:
+    """The source called ``name`` at ``root``.
+
+    Raises:
+        ConfigError: no source of that name.
+        DataError: no such root.
+    """
+    if name not in SOURCES:
+        raise ConfigError(f"source {name}: must be one of {', '.join(SOURCES)}")
+    return SOURCES[name](root, options)
