@@ -1,7 +1,9 @@
 """AdamW's states as sharded tensors in the shape of the parameters they belong to.
 
 Keys name parameters (``optimizer.state.exp_avg.<parameter>``), whether the state is split over data-parallel ranks or
-not, so that any parallel layout and either kind of optimizer finds its own. Megatron's own ``fully_reshardable`` format
+not, so that any parallel layout and either kind of optimizer finds its own. Each expert has keys of its own
+(``<parameter>.<logical expert>``), because frozen experts have no state and a tensor in a checkpoint has no holes.
+Megatron's own ``fully_reshardable`` format
 has the same aim; in 0.16.1 it mixes up parameters as soon as a gradient buffer has several buckets with padding
 between them (optimizer/distrib_optimizer.py:1501 cuts a buffer without padding at positions of one that has it).
 
@@ -10,7 +12,8 @@ Shape letters: n elements of a bucket, d data-parallel ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 Sharded = ShardedTensor | ShardedTensorFactory
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _MASTER = "fp32_param"
+_EXPERTS = ".mlp.experts."
 
 
 class OptimizerState:
@@ -39,6 +43,7 @@ class OptimizerState:
         self.parts = [part for part in optimizer.chained_optimizers if part.optimizer is not None]
         self.tensors: dict[str, Sharded] = {}
         self._destinations: dict[str, tuple[torch.Tensor, slice]] = {}
+        model_state = _expert_by_expert(model_state)
         metadata = {sharded.data: sharded for sharded in nested_values(model_state) if isinstance(sharded, Sharded)}
         for index, part in enumerate(self.parts):
             if loading:
@@ -52,6 +57,13 @@ class OptimizerState:
                 self.tensors[f"{index}/{place}"] = sharded
                 self._destinations[f"{index}/{place}"] = destination
 
+    def leave_out_all_but(self, stored: Collection[str]) -> None:
+        """Want only what is ``stored`` (keys of a checkpoint); the rest stays as before the first step."""
+        for name, sharded in list(self.tensors.items()):
+            pieces = sharded.build() if isinstance(sharded, ShardedTensorFactory) else [sharded]
+            if any(piece.key not in stored for piece in pieces):
+                del self.tensors[name], self._destinations[name]
+
     @torch.no_grad()
     def apply(self, loaded: dict[str, torch.Tensor], step: int) -> None:
         """Copy loaded tensors, named as in :attr:`tensors`, into the optimizer and go on from ``step``."""
@@ -59,6 +71,40 @@ class OptimizerState:
             destination.view(-1).copy_(loaded[name].reshape(-1)[part_of_parameter])
         for part in self.parts:
             _set_step(part.optimizer, step)
+
+
+def _expert_by_expert(model_state: dict[str, Any]) -> dict[str, Any]:
+    """The state with a tensor for each expert where it had one for all experts of a layer."""
+
+    def own(tensor: ShardedTensor) -> ShardedTensor:
+        axis = tensor.prepend_axis_num - 1
+
+        def without(values: tuple[int, ...]) -> tuple[int, ...]:
+            return (*values[:axis], *values[axis + 1 :])
+
+        return dataclasses.replace(
+            tensor,
+            key=f"{tensor.key}.{tensor.global_offset[axis]}",
+            global_shape=without(tensor.global_shape),
+            global_offset=without(tensor.global_offset),
+            axis_fragmentations=without(tensor.axis_fragmentations),
+            prepend_axis_num=axis,
+        )
+
+    def own_pieces(factory: ShardedTensorFactory) -> ShardedTensorFactory:
+        def build(*arguments: Any) -> list[ShardedTensor]:
+            return [own(piece) for piece in factory.build_fn(*arguments)]
+
+        return dataclasses.replace(factory, build_fn=build)
+
+    def change(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: change(inner) for key, inner in value.items()}
+        if isinstance(value, Sharded) and _EXPERTS in value.key:
+            return own(value) if isinstance(value, ShardedTensor) else own_pieces(value)
+        return value
+
+    return change(model_state)
 
 
 Item = tuple[Sharded, tuple[torch.Tensor, slice]]

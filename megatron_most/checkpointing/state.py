@@ -82,19 +82,30 @@ def save_state(directory: Path, model_chunks: list[MoSTModel], optimizer: Megatr
 
 
 def load_state(
-    directory: Path, model_chunks: list[MoSTModel], optimizer: MegatronOptimizer, step: int, same_layout: bool
+    directory: Path,
+    model_chunks: list[MoSTModel],
+    optimizer: MegatronOptimizer,
+    step: int,
+    same_layout: bool,
+    had_frozen_parts: bool,
 ) -> None:
     """Read what :func:`save_state` wrote, in any layout; random states only in the ``same_layout``. A collective call.
 
-    ``optimizer`` must not have taken a step yet; it goes on from ``step``.
+    Args:
+        optimizer: without a step taken; it goes on from ``step``.
+        had_frozen_parts: the checkpoint may lack the optimizer state of weights; where it does, theirs starts anew.
     """
     state = _model_state(model_chunks)
     optimizer_state = OptimizerState(optimizer, state, loading=True)
+    if had_frozen_parts:
+        optimizer_state.leave_out_all_but(_stored_keys(directory))
     state["optimizer"] = optimizer_state.tensors
     if same_layout:
         state["rng"] = _rng_state()
     loaded = _load(directory, state)
     _set_model_state(model_chunks, loaded)
+    # The fp32 copies of weights that were frozen; those of others are in the checkpoint.
+    optimizer.reload_model_params()
     # A rank without a tensor of its own gets no dictionary back.
     optimizer_state.apply(loaded.get("optimizer", {}), step)
     if same_layout:
@@ -115,6 +126,10 @@ def _load(directory: Path, state: StateDict) -> StateDict:
         raise CheckpointError(f"{directory}: cannot be loaded: {_one_line(error)}") from error
     except torch_checkpoint.CheckpointException as error:
         _fail_once(f"{directory}: cannot be loaded", error)
+
+
+def _stored_keys(directory: Path) -> set[str]:
+    return set(torch_checkpoint.FileSystemReader(str(directory)).read_metadata().state_dict_metadata)
 
 
 @contextlib.contextmanager

@@ -95,7 +95,8 @@ def load_checkpoint(
     directory, metadata = _verified(path, config)
     theirs, mine = metadata.config["parallel"], vars(config.parallel)
     same_layout = metadata.world_size == dist.get_world_size() and theirs == mine
-    load_state(directory / _STATE, model_chunks, optimizer, metadata.step, same_layout)
+    had_frozen_parts = any(entry["scale"] == 0 for entry in metadata.config["optimizer"]["lr_scales"])
+    load_state(directory / _STATE, model_chunks, optimizer, metadata.step, same_layout, had_frozen_parts)
     return metadata
 
 

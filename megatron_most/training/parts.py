@@ -19,6 +19,7 @@ from megatron.core.transformer.module import param_is_not_shared
 
 from megatron_most import platform
 from megatron_most.config import RunConfig
+from megatron_most.model import MoSTModel
 from megatron_most.moe import ExpertGroups
 
 _RULES = (
@@ -66,11 +67,22 @@ def _pool_of(name: str, pools: list[str]) -> str:
     return pools[int(match[1] or match[2])]
 
 
-def freeze(config: RunConfig, chunks: Iterable[torch.nn.Module]) -> None:
-    """Take the parts whose learning rate is scaled by 0 out of training: no gradients, no optimizer state."""
+def freeze(config: RunConfig, chunks: Iterable[MoSTModel]) -> None:
+    """Take the parts whose learning rate is scaled by 0 out of training: no gradients, no optimizer state.
+
+    Where layers above frozen embeddings learn, the embeddings' output has a gradient all the same: all ranks must take
+    part in the backward of an exchange of tokens, also those that have nothing to learn themselves. So it has where
+    layers are recomputed: they have gradients only if their input has one, and their routing is counted in that pass.
+    """
     for _, parameter, part in named_parts(config, chunks):
         if config.lr_scale(part) == 0:
             parameter.requires_grad_(False)
+    layers_learn = any(config.lr_scale(part) > 0 for part in config.part_names if part not in ("embeddings", "heads"))
+    is_recomputed = config.training.recompute != "none"
+    if config.lr_scale("embeddings") == 0 and (layers_learn or is_recomputed):
+        for chunk in chunks:
+            if chunk.pre_process:
+                chunk.embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
 
 
 def group_overrides(config: RunConfig, chunks: Iterable[torch.nn.Module]) -> dict[ParamKey, ParamGroupOverride]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_most import parallel
 from megatron_most.config import RunConfig
@@ -38,7 +39,7 @@ BatchMaker = Callable[[RunConfig, int], list[Batch]]
 class Observation:
     """Of the first step: metric table, routing, gradient norms and this rank's pieces of every gradient.
 
-    Of the weights: this rank's pieces after the last step.
+    Of later steps: this rank's pieces of the weights, after step 2 and the last one.
     """
 
     table: list[list[float]]
@@ -46,7 +47,7 @@ class Observation:
     grad_norm: float
     part_norms: dict[str, float]
     gradients: list[Piece]
-    weights: list[Piece]
+    weights: dict[int, list[Piece]]
 
 
 def mixed_batches(config: RunConfig, step: int) -> list[Batch]:
@@ -73,14 +74,10 @@ def observe(overrides: dict[str, Any], num_steps: int = 5, batches_of: BatchMake
     wrapped = wrap_model(config, chunks)
     optimizer = build_optimizer(config, wrapped)
     scheduler = build_scheduler(config, optimizer, 0)
-    loss_table = LossTable(config.vocab, config.model.codebook_weights(config.vocab), config.model.text_loss_weight)
-    dp_rank, dp_size = parallel.data_parallel_place()
     first: dict[str, Any] = {}
+    weights = {}
     for step in range(num_steps):
-        for chunk in wrapped:
-            chunk.zero_grad_buffer()
-        optimizer.zero_grad()
-        table = sum_over_ranks(run_microbatches(wrapped, batches_of(config, step)[dp_rank::dp_size], loss_table))
+        table = backward(config, wrapped, optimizer, batches_of(config, step))
         if not first:
             first = {
                 "table": table,
@@ -92,14 +89,44 @@ def observe(overrides: dict[str, Any], num_steps: int = 5, batches_of: BatchMake
         _, grad_norm, _ = optimizer.step()
         end_routing_step(chunks)
         first.setdefault("grad_norm", grad_norm)
-    return Observation(**first, weights=_copies(chunks))
+        if step + 1 in (2, num_steps):
+            weights[step + 1] = _copies(chunks)
+    return Observation(**first, weights=weights)
+
+
+def starting_weights(overrides: dict[str, Any]) -> list[Piece]:
+    """This rank's pieces of the weights that :func:`observe` starts with."""
+    config = tiny_config(**overrides)
+    parallel.initialize(config.parallel, seed=1)
+    chunks = build_model(config)
+    fill_weights(chunks)
+    return _copies(chunks)
+
+
+def backward(
+    config: RunConfig, wrapped: list[DistributedDataParallel], optimizer: MegatronOptimizer, batches: list[Batch]
+) -> list[list[float]]:
+    """Gradients of a global batch, of which each data-parallel rank takes its micro-batches; the metric table."""
+    for chunk in wrapped:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    loss_table = LossTable(config.vocab, config.model.codebook_weights(config.vocab), config.model.text_loss_weight)
+    dp_rank, dp_size = parallel.data_parallel_place()
+    return sum_over_ranks(run_microbatches(wrapped, batches[dp_rank::dp_size], loss_table))
+
+
+def train_step(
+    config: RunConfig, wrapped: list[DistributedDataParallel], optimizer: MegatronOptimizer, batches: list[Batch]
+) -> None:
+    backward(config, wrapped, optimizer, batches)
+    optimizer.step()
 
 
 def observe_each(
-    variants: Iterable[dict[str, Any]], num_steps: int = 5, batches_of: BatchMaker = mixed_batches
+    runs: Iterable[tuple[dict[str, Any], int]], batches_of: BatchMaker = mixed_batches
 ) -> list[Observation]:
-    """:func:`observe` of each, one after another in the same ranks."""
-    return [observe(overrides, num_steps, batches_of) for overrides in variants]
+    """:func:`observe` of each (overrides, number of steps), one after another in the same ranks."""
+    return [observe(overrides, num_steps, batches_of) for overrides, num_steps in runs]
 
 
 def _copies(chunks: list[torch.nn.Module]) -> list[Piece]:
@@ -148,7 +175,10 @@ def assert_same(
         parts = math.sqrt(sum(norm**2 for norm in rank.part_norms.values()))
         assert_close(parts, rank.grad_norm, 1e-5, "gradient norm of all parts")
     assert_same_tensors([rank.gradients for rank in ranks], [expected.gradients], gradients, relative=True)
-    assert_same_tensors([rank.weights for rank in ranks], [expected.weights], weights, relative=False)
+    steps = [step for step in ranks[0].weights if step in expected.weights]
+    assert steps, "no step after which both have weights"
+    for step in steps:
+        assert_same_tensors([rank.weights[step] for rank in ranks], [expected.weights[step]], weights, relative=False)
 
 
 def assert_same_tensors(
