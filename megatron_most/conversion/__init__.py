@@ -1,0 +1,8 @@
+"""Checkpoints from and to Hugging Face formats: declarative weight maps, streaming, verification."""
+
+from megatron_most.conversion.exporting import export_model
+from megatron_most.conversion.import_plan import ImportOptions
+from megatron_most.conversion.importing import import_model
+from megatron_most.conversion.inspection import describe
+
+__all__ = ["ImportOptions", "describe", "export_model", "import_model"]

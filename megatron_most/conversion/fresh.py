@@ -1,0 +1,88 @@
+"""Weights that a base model has no counterpart of: audio ids, codebooks, routers of an upcycled model.
+
+New rows are drawn from the normal distribution fitted, dimension by dimension, to the base's own rows, so that they
+enter the network at the scale it is used to: a frame's C codebook embeddings add up to what one text embedding is, and
+a new id's logit is that of any id. Padding rows are no exception.
+
+Shape letters: h hidden size, C codebooks.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from megatron_most.checkpointing.streaming import Region
+from megatron_most.config import RunConfig
+from megatron_most.conversion.native import CODEBOOK_EMBEDDING, CODEBOOK_HEAD, EMBEDDING, EXPERT_BIAS, HEAD, ROUTER
+
+_SAMPLED_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class RowDistribution:
+    """Mean and standard deviation ``[h]`` of the rows of a matrix."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: Callable[[int, int], torch.Tensor], count: int) -> RowDistribution:
+        """From at most 4096 of ``count`` rows in 16 evenly spaced runs; ``rows(start, n)`` reads some."""
+        length = min(count, _SAMPLED_ROWS) // 16
+        if length == 0:
+            sample = rows(0, count)
+        else:
+            starts = [place * (count - length) // 15 for place in range(16)]
+            sample = torch.cat([rows(start, length) for start in starts])
+        sample = sample.float()
+        return cls(sample.mean(dim=0), sample.std(dim=0, unbiased=False))
+
+
+class FreshWeights:
+    """Draws the weights of a region; the same seed gives the same, on any rank and in any order."""
+
+    def __init__(self, config: RunConfig, seed: int, embedding: RowDistribution, head: RowDistribution) -> None:
+        self._seed = seed
+        num = config.vocab.num_codebooks
+        zero = torch.zeros_like(embedding.mean)
+        router = RowDistribution(zero, torch.full_like(zero, config.model.init_std))
+        self._distributions = {
+            EMBEDDING: embedding,
+            HEAD: head,
+            CODEBOOK_EMBEDDING: RowDistribution(embedding.mean / num, embedding.std / math.sqrt(num)),
+            # A softmax of its own does not see what all its logits have in common.
+            CODEBOOK_HEAD: RowDistribution(zero, head.std),
+            ROUTER: router,
+            EXPERT_BIAS: None,
+        }
+
+    def covers(self, region: Region) -> bool:
+        """Whether these weights may be new at all."""
+        return _kind(region.key) in self._distributions
+
+    def draw(self, region: Region, dtype: torch.dtype) -> torch.Tensor:
+        distribution = self._distributions[_kind(region.key)]
+        if distribution is None:
+            return torch.zeros(region.sizes, dtype=dtype)
+        noise = torch.randn(region.sizes, generator=generator(self._seed, region))
+        return (distribution.mean + noise * distribution.std).to(dtype)
+
+
+def generator(seed: int, region: Region) -> torch.Generator:
+    """Random numbers of one region."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {region.key} {region.offsets}".encode()))
+
+
+def _kind(key: str) -> str:
+    """The pattern of a key: ``decoder.layers.3.mlp`` -> ``decoder.layers.{layer}.mlp``."""
+    for pattern in (ROUTER, EXPERT_BIAS, CODEBOOK_EMBEDDING, CODEBOOK_HEAD):
+        before, _, after = pattern.replace("{layer}", "{}").replace("{codebook}", "{}").partition("{}")
+        if re.fullmatch(re.escape(before) + r"\d+" + re.escape(after), key):
+            return pattern
+    return key

@@ -1,0 +1,174 @@
+"""Import and export of tiny models: logits equal transformers', weights come back bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_most import parallel
+from megatron_most.checkpointing import read_metadata
+from megatron_most.checkpointing.streaming import STATE, StateReader
+from megatron_most.config import ParallelConfig, load_config
+from megatron_most.conversion import ImportOptions, export_model, import_model
+from megatron_most.conversion.export_plan import stored_config
+from megatron_most.conversion.verification import whole_model
+from megatron_most.vocab import NO_CODE
+from tests.unit.conversion.models import DEEPSEEK_SHAPES, VOCAB, deepseek, fresh_copy, llama
+
+TOLERANCE = 1e-5  # of the largest logit, fp32
+SEQUENTIAL = ["model.moe.expert_backend=sequential"]
+
+
+def options(experts: str | None, *overrides: str, **others) -> ImportOptions:
+    return ImportOptions(experts=experts, audio_vocab="frame:2x16", overrides=[*SEQUENTIAL, *overrides], **others)
+
+
+def tokens(rows: int = 3, length: int = 40) -> torch.Tensor:
+    return torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(5))
+
+
+def native_logits(checkpoint: Path, ids: torch.Tensor) -> torch.Tensor:
+    """Of the model in a checkpoint, built whole by this process."""
+    config = stored_config(checkpoint, read_metadata(checkpoint))
+    parallel.initialize(ParallelConfig(), seed=0)
+    try:
+        model = whole_model(config, checkpoint / STATE).eval()
+        codes = torch.full((*ids.shape, config.vocab.num_codebooks), NO_CODE)
+        uses_codes = config.vocab.codec_layout.uses_side_codes
+        with torch.no_grad():
+            modality, is_padding = config.vocab.modality_of(ids), torch.zeros_like(ids, dtype=torch.bool)
+            return model(ids, modality, is_padding, codes if uses_codes else None)[0]
+    finally:
+        parallel.destroy()
+
+
+@torch.no_grad()
+def assert_same_logits(found: torch.Tensor, model: torch.nn.Module, ids: torch.Tensor) -> None:
+    expected = model(ids).logits
+    assert expected.std() > 0.3
+    assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
+    assert torch.equal(found.argmax(dim=-1), expected.argmax(dim=-1))
+
+
+def assert_same_files(first: Path, second: Path) -> None:
+    """The same tensors, bit for bit; the configuration may be spelled in another way."""
+    mine, theirs = ({**load_file(path / "model.safetensors")} for path in (first, second))
+    assert mine.keys() == theirs.keys() and mine
+    for name, tensor in mine.items():
+        assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize("shape", DEEPSEEK_SHAPES)
+def test_expand_computes_what_deepseek_does_and_comes_back(tmp_path, shape):
+    model = deepseek(tmp_path / "hf", **DEEPSEEK_SHAPES[shape])
+    checkpoint = import_model(tmp_path / "hf", tmp_path / "native", options("expand"))
+    assert_same_logits(native_logits(checkpoint, tokens())[..., :VOCAB], model, tokens())
+    export_model(checkpoint, tmp_path / "back", "deepseek-v2")
+    assert_same_files(tmp_path / "hf", tmp_path / "back")
+    assert_same_logits(fresh_copy(tmp_path / "back")(tokens()).logits, model, tokens())
+
+
+@pytest.mark.parametrize("shape", ["plain", "odd_experts"])
+def test_partition_is_undone_bit_for_bit(tmp_path, shape):
+    deepseek(tmp_path / "hf", torch.bfloat16, **DEEPSEEK_SHAPES[shape])
+    checkpoint = import_model(tmp_path / "hf", tmp_path / "native", options("partition"))
+    export_model(checkpoint, tmp_path / "back", "deepseek-v2", experts="all")
+    assert_same_files(tmp_path / "hf", tmp_path / "back")
+
+
+def test_text_part_of_a_partition_computes_what_its_text_does(tmp_path):
+    deepseek(tmp_path / "hf")
+    text, audio = "{modality: text, experts: [5, 0, 3], top_k: 2}", "{modality: audio, experts: [1, 2, 4], top_k: 2}"
+    checkpoint = import_model(
+        tmp_path / "hf", tmp_path / "native", options("partition", f"model.moe.groups=[{text}, {audio}]")
+    )
+    export_model(checkpoint, tmp_path / "text", "deepseek-v2")
+    assert json.loads((tmp_path / "text" / "config.json").read_text())["n_routed_experts"] == 3
+    exported = fresh_copy(tmp_path / "text")
+    assert_same_logits(native_logits(checkpoint, tokens())[..., :VOCAB], exported, tokens())
+
+
+def test_partition_by_usage_gives_each_layer_its_own_experts_and_is_undone(tmp_path):
+    deepseek(tmp_path / "hf", **DEEPSEEK_SHAPES["plain"])
+    usage = {"text": [[1, 9, 1, 9, 1, 9], [9, 9, 9, 1, 1, 1]], "audio": [[5, 1, 5, 1, 5, 1], [1, 1, 1, 1, 1, 1]]}
+    (tmp_path / "usage.json").write_text(json.dumps(usage))
+    wanted = options("partition", usage=str(tmp_path / "usage.json"))
+    checkpoint = import_model(tmp_path / "hf", tmp_path / "native", wanted)
+    origins = json.loads((checkpoint / "conversion.json").read_text())["origins"]
+    assert [[expert for expert, _ in layer] for layer in origins] == [[1, 3, 5, 0, 2, 4], [0, 1, 2, 3, 4, 5]]
+    router = "decoder.layers.1.mlp.router.weight"
+    reader = StateReader(checkpoint / STATE)
+    rows = reader.read_whole(router)
+    hf = load_file(tmp_path / "hf" / "model.safetensors")["model.layers.1.mlp.gate.weight"]
+    assert torch.equal(rows, hf[[1, 3, 5, 0, 2, 4]])
+    export_model(checkpoint, tmp_path / "back", "deepseek-v2", experts="all")
+    assert_same_files(tmp_path / "hf", tmp_path / "back")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shared", [48, 0])
+def test_upcycling_keeps_what_a_dense_llama_computes(tmp_path, tied, shared):
+    model = llama(tmp_path / "hf", tie_word_embeddings=tied)
+    wanted = options("upcycle", f"model.moe.shared_ffn_hidden_size={shared}", "model.moe.groups.1.size=3")
+    checkpoint = import_model(tmp_path / "hf", tmp_path / "native", wanted)
+    assert_same_logits(native_logits(checkpoint, tokens())[..., :VOCAB], model, tokens())
+    export_model(checkpoint, tmp_path / "back", "llama")
+    assert_same_logits(fresh_copy(tmp_path / "back")(tokens()).logits, model, tokens())
+    if not tied:
+        assert_same_files(tmp_path / "hf", tmp_path / "back")
+
+
+def test_upcycling_may_leave_the_first_layers_dense(tmp_path):
+    model = llama(tmp_path / "hf")
+    checkpoint = import_model(tmp_path / "hf", tmp_path / "native", options("upcycle", "model.num_dense_layers=1"))
+    assert_same_logits(native_logits(checkpoint, tokens())[..., :VOCAB], model, tokens())
+    export_model(checkpoint, tmp_path / "back", "llama")
+    assert_same_files(tmp_path / "hf", tmp_path / "back")
+
+
+def test_an_extension_brings_everything_back(tmp_path):
+    deepseek(tmp_path / "hf", torch.bfloat16)
+    checkpoint = import_model(tmp_path / "hf", tmp_path / "native", options("expand", noise=0.05))
+    export_model(checkpoint, tmp_path / "out", "deepseek-v2", max_shard_size="20KB")
+    again = import_model(tmp_path / "out", tmp_path / "again", ImportOptions())
+    first, second = (StateReader(path / STATE) for path in (checkpoint, again))
+    assert first.forms == second.forms and first.forms
+    for key in first.forms:
+        assert torch.equal(first.read_whole(key), second.read_whole(key)), key
+    configs = [read_metadata(path).config for path in (checkpoint, again)]
+    assert configs[0]["model"] == configs[1]["model"] and configs[0]["vocab"] == configs[1]["vocab"]
+
+
+def test_noise_is_on_copies_alone(tmp_path):
+    deepseek(tmp_path / "hf")
+    checkpoint = import_model(tmp_path / "hf", tmp_path / "native", options("expand", noise=0.1))
+    reader = StateReader(checkpoint / STATE)
+    text, audio = reader.read_whole("decoder.layers.1.mlp.experts.experts.linear_fc2.weight").split(6)
+    hf = load_file(tmp_path / "hf" / "model.safetensors")
+    base = torch.stack([hf[f"model.layers.1.mlp.experts.{expert}.down_proj.weight"] for expert in range(6)])
+    assert torch.equal(text, base)
+    share = (audio - base).square().mean().sqrt() / base.square().mean().sqrt()
+    assert 0.09 < share < 0.11
+
+
+def test_new_rows_have_the_scale_of_the_old(tmp_path):
+    deepseek(tmp_path / "hf")
+    checkpoint = import_model(tmp_path / "hf", tmp_path / "native", options("expand"))
+    reader = StateReader(checkpoint / STATE)
+    embedding = reader.read_whole("embedding.word_embeddings.weight")
+    old, new = embedding[:VOCAB], embedding[VOCAB:]
+    frame = sum(reader.read_whole(f"codebook_embeddings.tables.{codebook}.weight") for codebook in range(2))
+    for rows in (new, frame):
+        assert 0.9 < rows.std() / old.std() < 1.1
+
+
+def test_the_configuration_beside_the_weights_starts_a_run_from_them(tmp_path):
+    deepseek(tmp_path / "hf")
+    checkpoint = import_model(tmp_path / "hf", tmp_path / "native", options("expand"))
+    config = load_config(checkpoint / "config.yaml")
+    assert config.checkpoint.load == str(checkpoint)
+    assert config.model == stored_config(checkpoint, read_metadata(checkpoint)).model
