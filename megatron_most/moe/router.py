@@ -142,11 +142,14 @@ class ModalityAwareRouter(Router):
 def end_routing_step(chunks: Iterable[torch.nn.Module]) -> None:
     """What routers do once per optimizer step, after it: move expert biases, forget the step's load. Collective.
 
+    The bias of a frozen router stays with it.
+
     Args:
         chunks: this rank's model chunks, wrapped or not.
     """
     routers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, ModalityAwareRouter)]
-    biases = [router.expert_bias for router in routers if router.expert_bias is not None]
+    learning = [router for router in routers if router.weight.requires_grad]
+    biases = [router.expert_bias for router in learning if router.expert_bias is not None]
     if biases:
         update_expert_biases(biases, routers[0].tp_dp_cp_group)
     for router in routers:

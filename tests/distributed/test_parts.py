@@ -47,6 +47,8 @@ RATES = {
     "heads": "[{part: heads, scale: 1}, {part: rest, scale: 0}]",
     "not text experts": "[{part: experts.text, scale: 0}, {part: shared_experts, scale: 0}, {part: norms, scale: 2}]",
 }
+BIASED = {"model__moe__expert_bias_update_rate": 1e-2}
+"""A frozen router's expert biases are frozen too."""
 # In contiguous order, a rank with text experts alone has frozen ones only.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "sequential-recompute": (1, {BACKEND: "sequential", RECOMPUTE: "full"}),
@@ -77,7 +79,7 @@ SPECS: dict[str, dict[str, Any]] = {
 
 
 def observe_rates(overrides: dict[str, Any]) -> list[Observation]:
-    return [observe({**overrides, SCALES: scales}, 3) for scales in RATES.values()]
+    return [observe({**BIASED, **overrides, SCALES: scales}, 3) for scales in RATES.values()]
 
 
 @functools.cache
@@ -88,7 +90,7 @@ def one_process() -> list[Observation]:
 
 @functools.cache
 def start() -> dict[str, torch.Tensor]:
-    return assemble(run_ranks(1, starting_weights, {}))
+    return assemble(run_ranks(1, starting_weights, BIASED))
 
 
 def by_part(weights: dict[str, torch.Tensor]) -> dict[tuple[str, str], torch.Tensor]:
