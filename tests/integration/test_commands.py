@@ -60,6 +60,21 @@ WRONG = {
         ),
         (["melt"], "invalid choice: 'melt'", 2),
     ],
+    "convert_checkpoint.py": [
+        (["import", "--hf", "{tmp}/absent", "--out", "{tmp}/o"], "error: {tmp}/absent: no such directory", 1),
+        (["import", "--hf", "h", "--out", "{tmp}"], "error: {tmp}: exists already", 1),
+        (["import", "--hf", "h", "--out", "o", "--experts", "melt"], "invalid choice: 'melt'", 2),
+        (["export", "--checkpoint", "c", "--format", "llama", "--out", "{tmp}"], "error: {tmp}: exists already", 1),
+        (["export", "--checkpoint", "{tmp}/absent", "--format", "most", "--out", "{tmp}/o"], "no such checkpoint", 1),
+        (
+            ["export", "--checkpoint", "c", "--format", "most", "--out", "{tmp}/o", "--max-shard-size", "5"],
+            "error: --max-shard-size=5: must be a whole number and one of KB, MB, GB, TB",
+            1,
+        ),
+        (["verify", "--hf", "{tmp}/absent", "--checkpoint", "c"], "error: {tmp}/absent: no such directory", 1),
+        (["verify", "--hf", "h", "--checkpoint", "c", "--tolerance", "0"], "error: --tolerance=0.0: must be", 1),
+        (["inspect", "{tmp}"], "error: {tmp}: holds no complete checkpoint", 1),
+    ],
     "generate.py": [
         (["--checkpoint", "{tmp}/absent", "--task", "asr", "--input", "a.wav"], "{tmp}/absent", 1),
         (["--checkpoint", "{tmp}/absent", "--task", "tts", "--input", "hello"], "error: --output: ", 1),

@@ -1,0 +1,170 @@
+"""Conversion together with training's layouts, torchrun and the commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_most import parallel
+from megatron_most.checkpointing import CheckpointMetadata, load_model_weights, read_metadata, save_checkpoint
+from megatron_most.checkpointing.streaming import STATE, StateReader
+from megatron_most.config import load_config
+from megatron_most.conversion import ImportOptions, describe, export_model, import_model
+from megatron_most.model import build_model
+from megatron_most.training.optimizer import build_optimizer, wrap_model
+from tests.distributed.harness import run_ranks
+from tests.integration.test_commands import ROOT, run
+from tests.integration.tiny_run import write_dataset
+from tests.unit.conversion.models import deepseek, llama
+
+EXPAND = ImportOptions(experts="expand", audio_vocab="frame:2x16")
+SIZES = {"num_hidden_layers": 4, "n_routed_experts": 4}
+SPLIT = [
+    "parallel.tensor_model_parallel_size=2",
+    "parallel.pipeline_model_parallel_size=2",
+    "parallel.expert_model_parallel_size=2",
+    "parallel.expert_tensor_parallel_size=1",
+]
+
+
+def in_one_process(function, *arguments):
+    """Conversion opens process groups, and ranks cannot be forked from a process that has any."""
+    return run_ranks(1, function, *arguments)[0]
+
+
+def load_and_save(checkpoint: Path, run_dir: Path, overrides: list[str]) -> None:
+    """What training of no step does: load the weights in a layout, save them from there."""
+    config = load_config(checkpoint / "config.yaml", [*overrides, f"run_dir={run_dir}"])
+    parallel.initialize(config.parallel, config.seed)
+    chunks = build_model(config)
+    load_model_weights(checkpoint, config, chunks)
+    optimizer = build_optimizer(config, wrap_model(config, chunks))
+    for part in optimizer.chained_optimizers:
+        part.init_state_fn(part.optimizer, part.config)
+    before = read_metadata(checkpoint)
+    values = {**before.to_dict(), "config": {**before.config, "parallel": vars(config.parallel)}}
+    values["world_size"] = torch.distributed.get_world_size()
+    metadata = CheckpointMetadata.from_dict(values)
+    save_checkpoint(run_dir, metadata, chunks, optimizer, keep_last=1)
+
+
+@pytest.mark.parametrize("kind", ["deepseek-v2", "llama"])
+def test_weights_survive_another_layout_bit_for_bit(tmp_path, kind):
+    if kind == "llama":
+        llama(tmp_path / "hf", num_hidden_layers=4)
+        options = ImportOptions(experts="upcycle", audio_vocab="frame:2x16")
+    else:
+        deepseek(tmp_path / "hf", q_lora_rank=12, **SIZES)
+        options = EXPAND
+    checkpoint = in_one_process(import_model, tmp_path / "hf", tmp_path / "native", options)
+    run_ranks(4, load_and_save, checkpoint, tmp_path / "split", SPLIT)
+    in_one_process(export_model, tmp_path / "split", tmp_path / "back", kind)
+    mine, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
+    assert mine.keys() == theirs.keys() and mine
+    for name, tensor in mine.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def all_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    reader = StateReader(checkpoint / STATE)
+    return {key: reader.read_whole(key) for key in reader.forms}
+
+
+def test_several_ranks_write_what_one_writes(tmp_path):
+    deepseek(tmp_path / "hf", **SIZES)
+    one = in_one_process(import_model, tmp_path / "hf", tmp_path / "one", EXPAND)
+    three = run_ranks(3, import_model, tmp_path / "hf", tmp_path / "three", EXPAND)[0]
+    assert len(list((three / STATE).glob("*.distcp"))) == 3
+    first, second = all_tensors(one), all_tensors(three)
+    assert first.keys() == second.keys() and first
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    in_one_process(export_model, one, tmp_path / "out1", "deepseek-v2", None, "20KB")
+    run_ranks(3, export_model, three, tmp_path / "out3", "deepseek-v2", None, "20KB")
+    files = sorted(path.name for path in (tmp_path / "out1").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "out3").iterdir()) and len(files) > 8
+    assert all((tmp_path / "out1" / name).read_bytes() == (tmp_path / "out3" / name).read_bytes() for name in files)
+
+
+def test_a_rank_that_finds_a_broken_tensor_stops_all(tmp_path):
+    deepseek(tmp_path / "hf", **SIZES)
+    file = tmp_path / "hf" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-4:] = torch.tensor([float("nan")]).numpy().tobytes()
+    file.write_bytes(content)
+    with pytest.raises(RuntimeError, match="holds values that are not finite|SystemExit"):
+        run_ranks(2, import_model, tmp_path / "hf", tmp_path / "native", EXPAND)
+    assert not (tmp_path / "native").exists()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder where the commands imported ``hf`` as ``base`` and trained it for two steps as ``run``."""
+    folder = tmp_path_factory.mktemp("commands")
+    deepseek(folder / "hf")
+    tool = ROOT / "tools" / "convert_checkpoint.py"
+    sequential = "model.moe.expert_backend=sequential"
+    wanted = ["--experts", "expand", "--audio-vocab", "frame:2x16", sequential]
+    status, out, err = run(tool, "import", "--hf", f"{folder}/hf", "--out", f"{folder}/base", *wanted)
+    assert status == 0, err
+    assert "read back equal bit for bit" in out and "same top-1 on 100.0%" in out and " GB/s" in out
+    config = load_config(folder / "base" / "config.yaml")
+    write_dataset(folder / "asr", config, "asr", seed=1, num_documents=8)
+    options = {
+        "run_dir": folder / "run",
+        "training.steps": 2,
+        "training.global_batch_size": 2,
+        "data.seq_length": 32,
+        "data.train": f"[{{path: {folder}/asr}}]",
+        "logging.tensorboard": "false",
+        "optimizer.lr": 1e-3,
+    }
+    overrides = [f"{name}={value}" for name, value in options.items()]
+    pretrain = ROOT / "examples" / "pretrain_most.py"
+    status, out, err = run(pretrain, "--config", f"{folder}/base/config.yaml", *overrides)
+    assert status == 0, err
+    assert f"starting from the weights of {folder}/base" in out
+    return folder
+
+
+def test_a_trained_model_leaves_and_the_two_agree(trained):
+    tool, model = ROOT / "tools" / "convert_checkpoint.py", trained / "out"
+    status, out, err = run(
+        tool, "export", "--checkpoint", f"{trained}/run", "--format", "deepseek-v2", "--out", str(model)
+    )
+    assert status == 0, err
+    assert "beside the model in most_extension.json" in out
+    report = trained / "report.json"
+    verify = ["verify", "--hf", str(model), "--checkpoint", f"{trained}/run", "--report", str(report)]
+    status, out, err = run(tool, *verify)
+    assert status == 0, err
+    found = json.loads(report.read_text())
+    assert found["relative_difference"] < 1e-5 and found["top1_agreement"] == 1 and len(found["layers"]) == 3
+    assert found["first_layer_above_tolerance"] is None
+
+
+def test_verify_fails_between_models_that_differ_and_says_where(trained):
+    tokens = trained / "tokens.jsonl"
+    tokens.write_text("[3, 1, 4, 1, 5]\n[9, 2, 6, 5, 3]\n")
+    tool = ROOT / "tools" / "convert_checkpoint.py"
+    verify = ["verify", "--hf", f"{trained}/hf", "--checkpoint", f"{trained}/run", "--tokens", str(tokens)]
+    status, out, err = run(tool, *verify)
+    assert status == 1
+    assert "logits of 10 tokens" in out
+    assert err.startswith("error: ") and "the models differ from layer 0 on" in err and len(err.splitlines()) == 1
+
+
+def test_inspect_tells_both_kinds(trained):
+    native = describe(trained / "run")
+    assert native["kind"] == "native checkpoint" and native["step"].startswith("2,")
+    assert native["experts"] == "12 in logical order: text 0..5, audio 6..11"
+    assert native["optimizer"] != "none" and native["made by"] == "training"
+    assert describe(trained / "base", checksums=True)["made by"] == "deepseek-v2, expand"
+    foreign = describe(trained / "hf")
+    assert foreign["kind"] == "Hugging Face model" and foreign["experts"] == "6, top-2"
+    status, out, err = run(ROOT / "tools" / "convert_checkpoint.py", "inspect", f"{trained}/hf", "--json")
+    assert status == 0, err
+    assert json.loads(out) == foreign
