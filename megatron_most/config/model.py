@@ -274,7 +274,8 @@ class ModelConfig:
     """A MoST model without its vocabulary. The defaults are DeepSeek-V2-Lite's dimensions.
 
     The training loss of a target is the main head's cross entropy; a frame's adds its codebooks', each weighted by
-    ``codebook_loss_weights`` (1 each when empty), and a text target's is multiplied by ``text_loss_weight``: a
+    ``codebook_loss_weights`` (1 each when empty; where codes are ids, the code's own loss is weighted), and a text
+    target's is multiplied by ``text_loss_weight``: a
     transcript has a few targets where its speech has hundreds.
     """
 

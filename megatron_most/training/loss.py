@@ -20,8 +20,8 @@ class LossTable:
     """Turns the model's losses into the training loss and the table of metrics.
 
     A target is a position with loss mask 1; its modality is that of the id it predicts. The loss of a target is the
-    main head's cross entropy plus, where a codec frame is predicted, the weighted sum of the codebooks' (layout
-    ``frame``).
+    main head's cross entropy; where codes are predicted beside it (layout ``frame``), plus their weighted sum; where it
+    is itself a code (layout ``flat``), times its codebook's weight.
 
     Rows of the table, each reduced as sum over ranks of (sum, count), then sum / count:
 
@@ -62,7 +62,12 @@ class LossTable:
         slot_losses = slot_losses.float()
         mask = batch.loss_mask.to(slot_losses.dtype)
         main, codebooks = slot_losses[..., 0], slot_losses[..., 1:]
-        losses = main + codebooks @ main.new_tensor(self.weights) if codebooks.shape[-1] else main
+        weights = main.new_tensor(self.weights)
+        if self.vocab.codec_layout.uses_side_codes:
+            losses = main + codebooks @ weights
+        else:
+            codebook, is_code = self._codebook_of(batch.labels)
+            losses = main * weights[codebook].where(is_code, 1.0)
         modality = self.vocab.modality_of(batch.labels)
         loss_sum = (losses * mask.where(modality != Modality.TEXT, mask * self.text_weight)).sum()
         count = mask.sum()
@@ -84,11 +89,16 @@ class LossTable:
             has_code = (batch.code_labels != NO_CODE) & (mask > 0)[..., None]
             losses = slot_losses[..., 1:]
         else:
-            # Every code is a label of the main head; its id tells the codebook.
-            code = batch.labels - self.vocab.codec_layout.first_code_id
-            codebook = torch.div(code, self.vocab.codebook_size, rounding_mode="floor")
-            numbers = torch.arange(self.vocab.num_codebooks, device=code.device)
-            has_code = (codebook[..., None] == numbers) & (mask > 0)[..., None]
+            codebook, is_code = self._codebook_of(batch.labels)
+            numbers = torch.arange(self.vocab.num_codebooks, device=codebook.device)
+            has_code = (codebook[..., None] == numbers) & (is_code & (mask > 0))[..., None]
             losses = slot_losses[..., :1]
         chosen = has_code.double()
         return torch.stack([(losses * chosen).sum(dim=(0, 1)), chosen.sum(dim=(0, 1))], dim=1)
+
+    def _codebook_of(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Layouts whose codes are ids: the codebook of each label, and whether it is a code at all."""
+        code = labels - self.vocab.codec_layout.first_code_id
+        codebook = torch.div(code, self.vocab.codebook_size, rounding_mode="floor")
+        is_code = (code >= 0) & (codebook < self.vocab.num_codebooks)
+        return codebook.where(is_code, 0), is_code

@@ -135,3 +135,13 @@ def test_a_modality_called_as_a_task_is_refused() -> None:
     vocab = VocabLayout(10, 2, 4, further_modalities=[ModalityRange("asr", 4, 8)])
     with pytest.raises(ConfigError, match="vocab.further_modalities: asr is the name of a task or codebook"):
         LossTable(vocab, [1.0, 1.0])
+
+
+def test_a_code_that_is_an_id_counts_as_its_codebook_weighs() -> None:
+    first = FLAT.frame + 1
+    batch = make_batch([first + 1, first + 4, 3, FLAT.end_of_audio, 5], [1, 1, 1, 1, 0], ["tts"] * 5, None)
+    slots = [[1.0], [2.0], [4.0], [8.0], [16.0]]
+    loss_sum, _, rows = reduce(LossTable(FLAT, [0.5, 3.0]), batch, slots)
+    assert loss_sum == 0.5 * 1 + 3 * 2 + 4 + 8
+    assert rows["loss/audio"] == (0.5 + 6 + 8, 3)
+    assert (rows["loss/codebook_0"], rows["loss/codebook_1"]) == ((1, 1), (2, 1))
