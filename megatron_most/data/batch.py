@@ -89,25 +89,35 @@ def make_batch(
     boundaries = [0]
     for index, row in enumerate(rows):
         task[index] = row.task
-        start = 0
-        for place, document in enumerate(row.documents):
-            end = start + len(document) - 1
-            span = (index, slice(start, end))
-            ids[span], labels[span] = document.ids[:-1], document.ids[1:]
-            loss_mask[span] = document.loss_mask[1:]
-            is_padding[span] = False
+        if row.documents is None:
+            boundaries.append(seq_length)
+            continue
+        document, inputs = row.documents, row.lengths - 1
+        # Each document's last id is only a label, its first only an input.
+        last = np.cumsum(row.lengths) - 1
+        is_input, is_label = np.ones(len(document), dtype=bool), np.ones(len(document), dtype=bool)
+        is_input[last] = is_label[last - inputs] = False
+        ends = np.cumsum(padded_length(inputs, document_multiple))
+        span: tuple[int, slice | np.ndarray] = (index, slice(0, int(inputs.sum())))
+        if document_multiple > 1:
+            moved = ends - padded_length(inputs, document_multiple) - (np.cumsum(inputs) - inputs)
+            span = (index, np.arange(span[1].stop) + np.repeat(moved, inputs))
+        targets = document.loss_mask[is_label]
+        ids[span], labels[span] = document.ids[is_input], document.ids[is_label]
+        loss_mask[span] = targets
+        is_padding[span] = False
+        if codes is not None:
+            codes[span] = document.codes[is_input]
+            code_labels[span] = np.where(targets[:, None], document.codes[is_label], NO_CODE)
+        if row.hidden is not None:
+            hidden = np.zeros(seq_length, dtype=bool)
+            hidden[span[1]] = row.hidden[is_input]
             if codes is not None:
-                codes[span] = document.codes[:-1]
-                code_labels[span] = np.where(document.loss_mask[1:, None], document.codes[1:], NO_CODE)
-            if row.hidden is not None:
-                hidden = row.hidden[place][:-1]
-                if codes is not None:
-                    codes[span][hidden] = NO_CODE
-                else:
-                    ids[span][hidden] = vocab.frame
-            start += padded_length(end - start, document_multiple)
-            boundaries.append(start)
-        if start < seq_length:
+                codes[index, hidden] = NO_CODE
+            else:
+                ids[index, hidden] = vocab.frame
+        boundaries += ends.tolist()
+        if boundaries[-1] < seq_length:
             boundaries.append(seq_length)
     as_tensor = torch.from_numpy
     return Batch(

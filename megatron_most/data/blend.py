@@ -20,9 +20,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_most.data.documents import Document
 from megatron_most.data.indexed import TokenDataset
 from megatron_most.data.packing import pack, padded_length
-from megatron_most.data.tasks import TASKS, Document
+from megatron_most.data.tasks import TASKS
 from megatron_most.errors import DataError
 
 BLOCK = 1 << 16
@@ -35,12 +36,15 @@ _PACK, _EPOCH, _BLEND, _DROPOUT = range(1, 5)
 class Row:
     """Documents of one task for one row of a batch.
 
-    hidden: for each document ``[n]`` bool, positions of codec frames to hide from the input; None hides nothing.
+    documents: one after the other in the arrays of one, ``[n]``; None for a row of padding.
+    lengths: positions of each document.
+    hidden: ``[n]`` bool, positions of codec frames to hide from the input; None hides nothing.
     """
 
-    documents: list[Document]
+    documents: Document | None
+    lengths: np.ndarray
     task: int
-    hidden: list[np.ndarray] | None
+    hidden: np.ndarray | None = None
 
 
 class Rows:
@@ -92,22 +96,21 @@ class Rows:
         block, place = divmod(k, BLOCK)
         index = int(self._block[place])
         stream = self._streams[index]
-        documents = stream.row(block * int(self._per_block[index]) + int(self._rank_in_block[place]))
-        hidden = self._hide_frames(documents, stream.dataset, k) if self._dropout else None
-        return Row(documents, TASKS.index(stream.dataset.task), hidden)
+        indices = stream.row(block * int(self._per_block[index]) + int(self._rank_in_block[place]))
+        dataset = stream.dataset
+        documents = dataset.read(indices)
+        hidden = self._hide_frames(documents, dataset, k) if self._dropout else None
+        return Row(documents, dataset.lengths[indices].astype(np.int64), TASKS.index(dataset.task), hidden)
 
-    def _hide_frames(self, documents: list[Document], dataset: TokenDataset, k: int) -> list[np.ndarray]:
+    def _hide_frames(self, documents: Document, dataset: TokenDataset, k: int) -> np.ndarray:
         """Whole steps, also where a step takes several positions; drawn from the seed and k alone."""
         generator = _stream(self._seed, _DROPOUT, k)
         vocab = dataset.vocab
-        hidden = []
-        for document in documents:
-            mask = np.zeros(len(document), dtype=bool)
-            for start, end in vocab.audio_segments(document.ids):
-                if document.loss_mask[start]:
-                    steps = vocab.codec_layout.steps(end - start)
-                    mask[start:end] = (generator.random(steps[-1] + 1) < self._dropout)[steps]
-            hidden.append(mask)
+        hidden = np.zeros(len(documents), dtype=bool)
+        for start, end in vocab.audio_segments(documents.ids):
+            if documents.loss_mask[start]:
+                steps = vocab.codec_layout.steps(end - start)
+                hidden[start:end] = (generator.random(steps[-1] + 1) < self._dropout)[steps]
         return hidden
 
 
@@ -153,14 +156,13 @@ class _DatasetRows:
         self._epoch = -1
         self._row_order = self._document_in_slot = np.empty(0, dtype=np.int64)
 
-    def row(self, ordinal: int) -> list[Document]:
-        """The documents of the ``ordinal``-th row that is drawn from this dataset."""
+    def row(self, ordinal: int) -> np.ndarray:
+        """Indices of the documents of the ``ordinal``-th row that is drawn from this dataset."""
         epoch, place = divmod(ordinal, self.num_rows)
         if epoch != self._epoch:
             self._shuffle(epoch)
         row = self._row_order[place]
-        slots = self._document_in_slot[self._row_starts[row] : self._row_starts[row + 1]]
-        return [self.dataset.document(int(index)) for index in slots]
+        return self._document_in_slot[self._row_starts[row] : self._row_starts[row + 1]]
 
     def _shuffle(self, epoch: int) -> None:
         generator = _stream(self._seed, _EPOCH, self._index, epoch)

@@ -1,9 +1,9 @@
-"""Tokenised speech, or plain text, + a task -> a :class:`~megatron_most.data.indexed.TokenDataset`."""
+"""Tokenised speech, plain texts and conversations + a task -> a :class:`~megatron_most.data.indexed.TokenDataset`."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +11,11 @@ import numpy as np
 
 from megatron_most import __version__
 from megatron_most.data.codes import CodecIdentity, CodesDataset
+from megatron_most.data.documents import Document
+from megatron_most.data.examples import Examples, TemplateOptions
 from megatron_most.data.indexed import DatasetWriter, TokenDataset
-from megatron_most.data.manifest import read_manifest
-from megatron_most.data.tasks import TASKS, TEMPLATE_VERSION, Document, make_document
+from megatron_most.data.special_tokens import special_tokens
+from megatron_most.data.tasks import TASKS, TEMPLATE_VERSION
 from megatron_most.errors import ConfigError, DataError
 from megatron_most.text import load_tokenizer
 from megatron_most.vocab import ModalityRange, VocabLayout
@@ -27,11 +29,11 @@ class _Counts:
     target_positions: int = 0
     audio_frames: int = 0
 
-    def add(self, document: Document, num_frames: int, vocab: VocabLayout) -> None:
+    def add(self, document: Document, vocab: VocabLayout) -> None:
         self.documents += 1
         self.positions += len(document)
         self.target_positions += int(document.loss_mask.sum())
-        self.audio_frames += num_frames
+        self.audio_frames += int(vocab.codec_layout.is_leading(document.ids).sum())
         found = np.bincount(vocab.modality_of(document.ids), minlength=len(self.modality_positions))
         for name, count in zip(self.modality_positions, found.tolist(), strict=True):
             self.modality_positions[name] += count
@@ -44,6 +46,8 @@ def build_dataset(
     tokenizer: str | Path,
     codes: Sequence[str | Path] = (),
     texts: Sequence[str | Path] = (),
+    chats: Sequence[str | Path] = (),
+    template: TemplateOptions | None = None,
     layout: str = "frame",
     text_vocab_size: int | None = None,
     num_codebooks: int | None = None,
@@ -56,44 +60,66 @@ def build_dataset(
     Args:
         codes: prefixes of tokenised speech. For ``text_lm`` their transcripts are the text.
         texts: manifests whose ``text`` is read, for ``text_lm``.
+        chats: chat files (:mod:`megatron_most.data.chat`), for ``chat``; ``codes`` hold their spoken turns.
+        template: how documents are made.
         text_vocab_size: text ids of the model, which may be more than its tokenizer's; None takes the tokenizer's.
-        num_codebooks, codebook_size: the model's codec, where no ``codes`` say it.
+        num_codebooks: how many of the codec's codebooks the model knows, from the first on; None takes all. Needed
+            where no ``codes`` say what the codec has.
+        codebook_size: the codec's, where no ``codes`` say it.
         further_modalities: ranges of text ids that are modalities of their own in the model.
 
     Raises:
         ConfigError: arguments that do not fit each other.
-        DataError: codes of different codecs, or a document that does not fit the layout (source and id are named).
+        DataError: codes of different codecs; a document that does not fit the layout (source and id are named); no
+            document at all.
     """
-    if task not in TASKS:
-        raise ConfigError(f"task={task!r}: must be one of {', '.join(TASKS)}")
-    if texts and task != "text_lm":
-        raise ConfigError(f"task={task}: needs tokenised speech (codes), not plain texts")
-    if not codes and not texts:
-        raise ConfigError(f"task={task}: needs {'texts or codes' if task == 'text_lm' else 'codes'} to build from")
+    _check_sources(task, codes, texts, chats)
+    template = template or TemplateOptions()
     sources = [CodesDataset(prefix) for prefix in codes]
     codec = _common_codec(sources)
     text_tokenizer = load_tokenizer(tokenizer)
     vocab = _layout(text_tokenizer.vocab_size, codec, layout, text_vocab_size, num_codebooks, codebook_size)
     vocab = dataclasses.replace(vocab, further_modalities=list(further_modalities))
+    tokens = special_tokens(vocab, text_tokenizer, roles=task == "chat")
+    examples = Examples(task, vocab, text_tokenizer, template, codes=sources, texts=texts, chats=chats)
 
     counts = _Counts(dict.fromkeys(vocab.modality_names, 0))
     with DatasetWriter(output, task, vocab) as writer:
-        for where, text, utterance_codes in _examples(sources, texts, with_codes=task != "text_lm"):
-            document = make_document(task, vocab, text_tokenizer, text=text, codes=utterance_codes, where=where)
-            counts.add(document, 0 if utterance_codes is None else utterance_codes.shape[1], vocab)
+        for document in examples:
+            counts.add(document, vocab)
             writer.add(document)
+        if not counts.documents:
+            raise DataError(f"{output}: none of {examples.counts['examples']} examples became a document")
         writer.commit(
             {
                 "tokenizer": {"name": Path(tokenizer).name, "fingerprint": text_tokenizer.fingerprint},
                 "codec": codec.to_dict() if codec else None,
                 "template_version": TEMPLATE_VERSION,
-                "counts": dataclasses.asdict(counts),
-                "sources": [str(source) for source in (*codes, *texts)],
+                "template": dataclasses.asdict(template),
+                "special_tokens": tokens,
+                "counts": dataclasses.asdict(counts) | dict(examples.counts),
+                "sources": [str(source) for source in (*codes, *texts, *chats)],
+                "licences": {source.prefix: source.provenance.get("source", {}).get("licences") for source in sources},
                 "tool_version": __version__,
                 "command": command,
             }
         )
     return TokenDataset(output)
+
+
+def _check_sources(
+    task: str, codes: Sequence[str | Path], texts: Sequence[str | Path], chats: Sequence[str | Path]
+) -> None:
+    if task not in TASKS:
+        raise ConfigError(f"task={task!r}: must be one of {', '.join(TASKS)}")
+    if texts and task != "text_lm":
+        raise ConfigError(f"task={task}: needs tokenised speech (codes), not plain texts")
+    if chats and task != "chat":
+        raise ConfigError(f"task={task}: takes no chat files")
+    needed = {"text_lm": ("texts or codes", texts or codes), "chat": ("chats", chats)}
+    what, given = needed.get(task, ("codes", codes))
+    if not given:
+        raise ConfigError(f"task={task}: needs {what} to build from")
 
 
 def _common_codec(sources: Iterable[CodesDataset]) -> CodecIdentity | None:
@@ -122,22 +148,8 @@ def _layout(
         if num_codebooks is None or codebook_size is None:
             raise ConfigError("num_codebooks and codebook_size: needed where no codes say what the model's codec is")
         return VocabLayout(text_vocab_size, num_codebooks, codebook_size, layout)
-    for name, given, actual in (
-        ("num_codebooks", num_codebooks, codec.num_codebooks),
-        ("codebook_size", codebook_size, codec.codebook_size),
-    ):
-        if given not in (None, actual):
-            raise ConfigError(f"{name}={given}: codec {codec.name} has {actual}")
-    return VocabLayout(text_vocab_size, codec.num_codebooks, codec.codebook_size, layout)
-
-
-def _examples(
-    sources: Iterable[CodesDataset], texts: Iterable[str | Path], *, with_codes: bool
-) -> Iterator[tuple[str, str, np.ndarray | None]]:
-    """What errors call an example, its text, and its codes ``[C, F]`` where they are wanted."""
-    for source in sources:
-        for utterance in source:
-            yield f"codes {source.prefix}, {utterance.id}", utterance.text, utterance.codes if with_codes else None
-    for manifest in texts:
-        for record in read_manifest(manifest, needs_audio=False):
-            yield f"{manifest}, {record.id}", record.text, None
+    if codebook_size not in (None, codec.codebook_size):
+        raise ConfigError(f"codebook_size={codebook_size}: codec {codec.name} has {codec.codebook_size}")
+    if num_codebooks is not None and num_codebooks > codec.num_codebooks:
+        raise ConfigError(f"num_codebooks={num_codebooks}: codec {codec.name} has {codec.num_codebooks}")
+    return VocabLayout(text_vocab_size, num_codebooks or codec.num_codebooks, codec.codebook_size, layout)

@@ -1,8 +1,8 @@
 """Tokenised audio on disk: one array of codes per utterance, its text beside it, and the codec that made it.
 
 A set ``<prefix>`` is ``<prefix>.codes.{bin,idx}`` (a Megatron ``IndexedDataset``; F * C codes an utterance, frame
-after frame), ``<prefix>.jsonl`` (``id``, ``text``, ``num_frames`` a line, in the same order) and ``<prefix>.json``,
-written last.
+after frame), ``<prefix>.jsonl`` (``id``, ``text``, ``num_frames`` and more a line, in the same order),
+``<prefix>.quarantine.jsonl`` (what could not be used, and why) and ``<prefix>.json``, written last.
 """
 
 from __future__ import annotations
@@ -45,11 +45,18 @@ class CodecIdentity:
 
 @dataclass(frozen=True)
 class Utterance:
-    """``codes [C, F]`` int64 of one line of the manifest."""
+    """``codes [C, F]`` int64 of one record, or of a chunk of it.
+
+    text: empty where there is none, as for chunks.
+    chunk: (k, n): the k-th of n chunks, from 0; None for a whole record.
+    """
 
     id: str
     text: str
     codes: np.ndarray
+    language: str | None = None
+    speaker: str | None = None
+    chunk: tuple[int, int] | None = None
 
 
 class CodesDataset:
@@ -57,6 +64,8 @@ class CodesDataset:
 
     Attributes:
         codec: the codec that made the codes.
+        provenance: what they were made from: ``source`` with its ``licences``, ``counts``, ``limits``, ``device``,
+            ``tool_version``, ``command``.
 
     Raises:
         DataError: files that are missing, unfinished or do not belong together.
@@ -69,6 +78,7 @@ class CodesDataset:
             self.codec = CodecIdentity(**sidecar["codec"])
         except (KeyError, TypeError) as error:
             raise DataError(f"codes {self.prefix}: broken sidecar: {error}") from None
+        self.provenance = {name: value for name, value in sidecar.items() if name not in ("codec", "format")}
         self._codes = ArrayReader(self.prefix + ".codes")
 
     def __len__(self) -> int:
@@ -81,21 +91,35 @@ class CodesDataset:
 
     def ids(self) -> Iterator[str]:
         """The id of each utterance, in their order."""
-        return (utterance.id for utterance in self)
+        return (entry["id"] for _, entry in self._lines())
 
     def codes_of(self, index: int) -> np.ndarray:
         """``codes [C, F]`` int64 of utterance ``index``."""
         return self._codes[index].reshape(-1, self.codec.num_codebooks).T.astype(np.int64)
 
     def __iter__(self) -> Iterator[Utterance]:
+        for index, entry in self._lines():
+            chunk = entry.get("chunk")
+            yield Utterance(
+                entry["id"],
+                entry["text"],
+                self.codes_of(index),
+                entry.get("language"),
+                entry.get("speaker"),
+                tuple(chunk) if chunk else None,
+            )
+
+    def _lines(self) -> Iterator[tuple[int, dict]]:
+        """Place and entry of each line of the JSON-lines file, checked against the codes."""
         path = f"{self.prefix}.jsonl"
         index = 0
         try:
             with open(path, encoding="utf-8") as file:
                 for index, line in enumerate(file):
                     entry = json.loads(line)
-                    codes = self._codes[index].reshape(entry["num_frames"], self.codec.num_codebooks)
-                    yield Utterance(entry["id"], entry["text"], codes.T.astype(np.int64))
+                    if entry["num_frames"] * self.codec.num_codebooks != self._codes.lengths[index]:
+                        raise ValueError(f"{self._codes.lengths[index]} codes for {entry['num_frames']} frames")
+                    yield index, entry | {"id": entry["id"], "text": entry["text"]}  # KeyError where one is missing
         except (OSError, ValueError, KeyError, IndexError) as error:
             raise DataError(f"codes {self.prefix}: {path}, line {index + 1} does not fit the codes: {error}") from None
         if index + 1 != len(self):

@@ -2,7 +2,7 @@
 
 Shape letters: n positions of a document, C codebooks, F codec frames.
 
-A dataset ``<prefix>`` is ``<prefix>.ids``, ``<prefix>.mask`` and, for speech in the ``frame`` layout,
+A dataset ``<prefix>`` is ``<prefix>.ids``, ``<prefix>.mask`` and, for speech in the ``frame`` layouts,
 ``<prefix>.codes`` (``.bin`` and ``.idx`` each), and ``<prefix>.json``. The sidecar is written last, so a dataset with
 a sidecar is complete.
 """
@@ -10,6 +10,7 @@ a sidecar is complete.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import struct
@@ -20,10 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_most.data.tasks import TASKS, Document
+from megatron_most.data.documents import Document
+from megatron_most.data.tasks import TASKS
 from megatron_most.errors import ConfigError, DataError
 from megatron_most.files import write_json
-from megatron_most.vocab import NO_CODE, VocabLayout
+from megatron_most.vocab import NO_CODE, VocabLayout, check_codes
 
 FORMAT_VERSION = 1
 
@@ -92,28 +94,38 @@ def _check_index(path: str) -> None:
 
 
 class ArrayReader:
-    """Reads one ``IndexedDataset`` pair; ``reader[i]`` is a read-only view of document ``i`` on disk."""
+    """Reads one ``IndexedDataset`` pair, memory-mapped; ``reader[i]`` is a read-only view of document ``i`` on disk."""
 
     def __init__(self, prefix: str) -> None:
         for ending in (".bin", ".idx"):
             if not Path(prefix + ending).is_file():
                 raise DataError(f"dataset {prefix}: {prefix}{ending} is missing")
         _check_index(prefix + ".idx")
-        self._data = _megatron().IndexedDataset(prefix)
-        expected = int(self.lengths.sum(dtype=np.int64)) * np.dtype(self._data.index.dtype).itemsize
+        index = _megatron().IndexedDataset(prefix).index
+        dtype = np.dtype(index.dtype)
+        self.lengths: np.ndarray = np.array(index.sequence_lengths)
+        expected = int(self.lengths.sum(dtype=np.int64)) * dtype.itemsize
         actual = Path(prefix + ".bin").stat().st_size
         if actual != expected:
             raise DataError(f"dataset {prefix}: {prefix}.bin has {actual} bytes, the index needs {expected}")
+        # Plain arrays on the mapped file: Megatron's reader makes a new one for each document, which takes longer than
+        # reading a short document.
+        self._values = np.asarray(np.memmap(prefix + ".bin", dtype, mode="r"))
+        self._starts = index.sequence_pointers // dtype.itemsize
 
     def __len__(self) -> int:
-        return len(self._data)
+        return len(self.lengths)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return self._data[index]
+        start = self._starts[index]
+        return self._values[start : start + self.lengths[index]]
 
-    @property
-    def lengths(self) -> np.ndarray:
-        return self._data.sequence_lengths
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Documents ``indices`` one after the other, as int64."""
+        starts = self._starts[indices]
+        ends = starts + self.lengths[indices]
+        parts = [self._values[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+        return np.concatenate(parts, dtype=np.int64)
 
 
 def read_json(path: str | Path, what: str) -> dict:
@@ -127,11 +139,6 @@ def read_json(path: str | Path, what: str) -> dict:
     if not isinstance(content, dict) or content.get("format") != FORMAT_VERSION:
         raise DataError(f"{what}: {path} is not of format {FORMAT_VERSION}")
     return content
-
-
-def _stores_codes(task: str, vocab: VocabLayout) -> bool:
-    """Whether there is a ``.codes`` pair; text has no codes, and Megatron cannot open an empty ``.bin``."""
-    return vocab.codec_layout.uses_side_codes and task != "text_lm"
 
 
 def _num_stored(vocab: VocabLayout) -> int:
@@ -148,8 +155,10 @@ class DatasetWriter:
             "ids": ArrayWriter(self._prefix + ".ids", smallest_dtype(vocab.size)),
             "mask": ArrayWriter(self._prefix + ".mask", np.uint8),
         }
-        if _stores_codes(task, vocab):
+        if vocab.codec_layout.uses_side_codes:
             self._arrays["codes"] = ArrayWriter(self._prefix + ".codes", smallest_dtype(_num_stored(vocab)))
+        self._holds_codes = False
+        self._modality_positions = np.zeros(len(vocab.modality_names), dtype=np.int64)
 
     def __enter__(self) -> DatasetWriter:
         return self
@@ -161,16 +170,27 @@ class DatasetWriter:
     def add(self, document: Document) -> None:
         self._arrays["ids"].add(document.ids)
         self._arrays["mask"].add(document.loss_mask.astype(np.uint8))
+        # The last id is only a label.
+        modality = self._vocab.modality_of(document.ids[:-1])
+        self._modality_positions += np.bincount(modality, minlength=len(self._modality_positions))
         if "codes" in self._arrays:
             codes = document.codes[self._vocab.codec_layout.holds_side_codes(document.ids)].reshape(-1)
+            self._holds_codes |= codes.size > 0
             self._arrays["codes"].add(np.where(codes == NO_CODE, self._vocab.codebook_size, codes))
 
     def commit(self, provenance: dict) -> None:
         """Give the files their names; the sidecar comes last."""
         Path(self._prefix + ".json").unlink(missing_ok=True)  # from here on an older dataset is gone
-        for array in self._arrays.values():
-            array.commit()
-        sidecar = {"task": self._task, "vocab": self._vocab.to_dict(), "provenance": provenance}
+        for name, array in self._arrays.items():
+            if name != "codes" or self._holds_codes:
+                array.commit()
+        sidecar = {
+            "task": self._task,
+            "vocab": self._vocab.to_dict(),
+            "holds_codes": self._holds_codes,
+            "input_positions": dict(zip(self._vocab.modality_names, self._modality_positions.tolist(), strict=True)),
+            "provenance": provenance,
+        }
         write_json(self._prefix + ".json", {"format": FORMAT_VERSION, **sidecar})
 
 
@@ -180,13 +200,14 @@ class TokenDataset(Sequence[Document]):
     Attributes:
         task: one of :data:`TASKS`.
         vocab: the layout its ids are in.
+        input_positions: modality -> positions a model reads of all documents.
         provenance: what it was made from: ``tokenizer`` and ``codec`` with their fingerprints, ``template_version``,
             ``counts``, ``sources``, ``tool_version``, ``command``.
         lengths: ``[len(self)]`` int32, positions of each document.
 
     Raises:
-        DataError: files that are missing, truncated or do not belong together; from :meth:`document`, ids outside the
-            layout.
+        DataError: files that are missing, truncated or do not belong together; from :meth:`document` and :meth:`read`,
+            ids outside the layout.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -198,12 +219,16 @@ class TokenDataset(Sequence[Document]):
         try:
             self.vocab = VocabLayout(**sidecar["vocab"])
             self.provenance: dict = sidecar["provenance"]
+            self.input_positions: dict[str, int] = sidecar["input_positions"]
+            holds_codes = sidecar["holds_codes"]
         except (KeyError, TypeError, ConfigError) as error:
             raise DataError(f"dataset {self.prefix}: broken sidecar: {error}") from None
+        self._layout = self.vocab.codec_layout
+        self._num_ids = self.vocab.size
         self._ids = ArrayReader(self.prefix + ".ids")
         self._mask = ArrayReader(self.prefix + ".mask")
-        self._codes = ArrayReader(self.prefix + ".codes") if _stores_codes(self.task, self.vocab) else None
-        self.lengths = np.array(self._ids.lengths)
+        self._codes = ArrayReader(self.prefix + ".codes") if holds_codes else None
+        self.lengths = self._ids.lengths
         if not np.array_equal(self.lengths, self._mask.lengths):
             raise DataError(f"dataset {self.prefix}: ids and mask differ in their lengths")
         if self._codes is not None and len(self._codes) != len(self):
@@ -219,21 +244,46 @@ class TokenDataset(Sequence[Document]):
 
     def document(self, index: int) -> Document:
         """Document ``index``, checked against the layout."""
-        where = f"dataset {self.prefix}, document {index}"
-        ids = self._ids[index].astype(np.int64)
-        self.vocab.check_ids(ids, where)
-        loss_mask = self._mask[index].astype(bool)
-        if not self.vocab.codec_layout.uses_side_codes:
+        return self.read(np.array([index]))
+
+    def read(self, indices: np.ndarray) -> Document:
+        """Documents ``indices``, at least one, one after the other in the arrays of one; checked against the layout."""
+        ids = self._ids.read(indices)
+        if ids.min() < 0 or ids.max() >= self._num_ids:
+            for index in indices.tolist():
+                self.vocab.check_ids(self._ids[index].astype(np.int64), f"dataset {self.prefix}, document {index}")
+        loss_mask = self._mask.read(indices).astype(bool)
+        if not self._layout.uses_side_codes:
             return Document(ids, loss_mask, None)
         codes = np.full((len(ids), self.vocab.num_codebooks), NO_CODE, dtype=np.int64)
         if self._codes is None:
             return Document(ids, loss_mask, codes)
-        is_frame = self.vocab.codec_layout.holds_side_codes(ids)
-        stored = self._codes[index].astype(np.int64)
-        if stored.size != is_frame.sum() * self.vocab.num_codebooks:
-            raise DataError(f"{where}: {stored.size} codes for {is_frame.sum()} frames of {self.vocab.num_codebooks}")
-        if stored.size and (stored.min() < 0 or stored.max() >= _num_stored(self.vocab)):
-            self.vocab.check_codes(stored.reshape(-1, self.vocab.num_codebooks).T, where)
-        stored[stored == self.vocab.codebook_size] = NO_CODE
-        codes[is_frame] = stored.reshape(-1, self.vocab.num_codebooks)
+        stored = self._codes.read(indices)
+        has_codes = self._layout.holds_side_codes(ids)
+        num_expected = np.count_nonzero(has_codes) * self.vocab.num_codebooks
+        if stored.size != num_expected or (
+            stored.size and (stored.min() < 0 or stored.max() >= _num_stored(self.vocab))
+        ):
+            self._explain_codes(indices)
+        if self._layout.is_delayed:
+            stored[stored == self.vocab.codebook_size] = NO_CODE
+        codes[has_codes] = stored.reshape(-1, self.vocab.num_codebooks)
         return Document(ids, loss_mask, codes)
+
+    def digest(self, index: int) -> bytes:
+        """A hash of document ``index``: equal for documents of equal ids and codes."""
+        digest = hashlib.blake2b(self._ids[index].tobytes(), digest_size=16)
+        if self._codes is not None:
+            digest.update(self._codes[index].tobytes())
+        return digest.digest()
+
+    def _explain_codes(self, indices: np.ndarray) -> None:
+        """Raise for the document whose codes are too many, too few or outside their codebook."""
+        for index in indices.tolist():
+            where = f"dataset {self.prefix}, document {index}"
+            stored = self._codes[index].astype(np.int64)
+            num_frames = np.count_nonzero(self._layout.holds_side_codes(self._ids[index]))
+            if stored.size != num_frames * self.vocab.num_codebooks:
+                raise DataError(f"{where}: {stored.size} codes for {num_frames} frames of {self.vocab.num_codebooks}")
+            codes = stored.reshape(-1, self.vocab.num_codebooks).T
+            check_codes(codes, self.vocab.num_codebooks, _num_stored(self.vocab), where)

@@ -8,7 +8,7 @@ import pytest
 from megatron_most.data.blend import BLOCK, Rows
 from megatron_most.data.tasks import TASKS
 from megatron_most.errors import DataError
-from tests.unit.data.tiny import LAYOUTS, write_dataset
+from tests.unit.data.tiny import LAYOUTS, hidden_of, parts_of, write_dataset
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def open_rows(folder, names, weights, **options) -> Rows:
 
 
 def content(row) -> list[bytes]:
-    return [document.ids.tobytes() for document in row.documents]
+    return [document.ids.tobytes() for document in parts_of(row)]
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -47,8 +47,8 @@ def test_each_document_appears_once_an_epoch(folder, packing):
 @pytest.mark.parametrize("multiple", [1, 8])
 def test_rows_never_exceed_their_length(folder, multiple):
     rows = open_rows(folder, ["asr", "tts", "text"], [1.0, 1.0, 1.0], document_multiple=multiple)
-    taken = [sum(-(-(len(document) - 1) // multiple) * multiple for document in rows[k].documents) for k in range(300)]
-    assert max(taken) <= 96 and min(len(rows[k].documents) for k in range(300)) > 1
+    taken = [sum(-(-(len(document) - 1) // multiple) * multiple for document in parts_of(rows[k])) for k in range(300)]
+    assert max(taken) <= 96 and min(len(rows[k].lengths) for k in range(300)) > 1
 
 
 def test_each_document_appears_once_an_epoch_whatever_it_is_padded_to(folder):
@@ -78,7 +78,7 @@ def test_a_row_depends_on_its_number_alone(folder):
     for k in np.random.default_rng(0).permutation(200):
         row = shuffled[int(k)]
         assert content(row) == content(expected[k]) and row.task == expected[k].task
-        assert all(np.array_equal(*pair) for pair in zip(row.hidden, expected[k].hidden, strict=True))
+        np.testing.assert_array_equal(row.hidden, expected[k].hidden)
     other_seed = open_it(seed=6)
     assert sum(content(other_seed[k]) == content(expected[k]) for k in range(200)) < 20
 
@@ -88,7 +88,7 @@ def test_weights_are_shares_of_tokens(folder, packing):
     rows = open_rows(folder, ["asr", "tts", "text"], [5.0, 3.0, 2.0], packing=packing)
     tokens = Counter()
     for k in range(1500):
-        tokens[TASKS[rows[k].task]] += sum(len(document) - 1 for document in rows[k].documents)
+        tokens[TASKS[rows[k].task]] += sum(len(document) - 1 for document in parts_of(rows[k]))
     shares = [tokens[task] / tokens.total() for task in ("asr", "tts", "text_lm")]
     np.testing.assert_allclose(shares, [0.5, 0.3, 0.2], atol=0.01)
 
@@ -106,7 +106,7 @@ def test_every_stretch_holds_about_its_share(folder):
 def test_the_order_goes_on_after_a_block(folder):
     rows = open_rows(folder, ["asr", "text"], [0.99, 0.01], packing=False)
     before, after = [rows[k] for k in (BLOCK - 1, BLOCK)]
-    assert before.documents and after.documents
+    assert len(before.lengths) == len(after.lengths) == 1
     # The epoch of the larger dataset goes on across the border: no document is skipped or repeated.
     around = [rows[k] for k in range(BLOCK - 150, BLOCK + 150)]
     seen = Counter(content(row)[0] for row in around if row.task == 0)
@@ -132,7 +132,7 @@ def test_hidden_frames_are_whole_random_and_of_the_right_share(folder, name):
     hidden = frames = 0
     for k in range(150):
         row = rows[k]
-        for document, mask in zip(row.documents, row.hidden, strict=True):
+        for document, mask in zip(parts_of(row), hidden_of(row), strict=True):
             audio = document.ids >= 42  # from `frame` on
             assert not mask[~audio].any()
             by_frame = mask[audio].reshape(-1, per_frame)
@@ -143,7 +143,7 @@ def test_hidden_frames_are_whole_random_and_of_the_right_share(folder, name):
 
 def test_frames_without_loss_are_never_hidden(folder):
     rows = open_rows(folder, ["asr"], [1.0], audio_frame_dropout=0.9)
-    assert not any(mask.any() for k in range(20) for mask in rows[k].hidden)
+    assert not any(rows[k].hidden.any() for k in range(20))
 
 
 @pytest.mark.parametrize("layout_name", LAYOUTS)

@@ -7,14 +7,22 @@ import numpy as np
 import pytest
 
 from megatron_most.data import build as module
-from megatron_most.data import tokenise as tokenise_module
 from megatron_most.data.build import build_dataset
 from megatron_most.data.codes import CodesDataset
 from megatron_most.data.indexed import TokenDataset
-from megatron_most.data.tasks import TEMPLATE_VERSION, make_document
+from megatron_most.data.inspection import audio_of
+from megatron_most.data.tasks import TEMPLATE_VERSION
 from megatron_most.errors import ConfigError, DataError
 from megatron_most.vocab import ModalityRange, VocabLayout
-from tests.unit.data.tiny import CODEBOOK_SIZE, CODEBOOKS, LAYOUTS, LetterTokenizer, LoudnessCodec, write_wavs
+from tests.unit.data.tiny import (
+    CODEBOOK_SIZE,
+    CODEBOOKS,
+    LAYOUTS,
+    LetterTokenizer,
+    example_document,
+    random_codes,
+    write_codes,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -24,23 +32,19 @@ def letters(monkeypatch):
 
 @pytest.fixture(scope="module")
 def codes(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("codes")
-    entries = write_wavs(folder / "wav", 6)
-    (folder / "m.jsonl").write_text("".join(json.dumps({**entry, "text": "fox"}) + "\n" for entry in entries))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenise_module, "load_codec", lambda name: LoudnessCodec())
-        tokenise_module.tokenise(folder / "m.jsonl", "codec", folder / "codes", workers=1)
-    return folder / "codes"
+    prefix = tmp_path_factory.mktemp("codes") / "codes"
+    write_codes(prefix, [(f"m:{n}", "fox", random_codes(5 + n, seed=n)) for n in range(1, 7)])
+    return prefix
 
 
 @pytest.mark.parametrize("layout_name", LAYOUTS)
-@pytest.mark.parametrize("task", ["asr", "tts"])
+@pytest.mark.parametrize("task", ["asr", "tts", "speech_lm"])
 def test_every_utterance_becomes_a_document(codes, tmp_path, task, layout_name):
     dataset = build_dataset(tmp_path / "data", task=task, tokenizer="t", codes=[codes, codes], layout=layout_name)
     vocab = VocabLayout(LetterTokenizer.vocab_size, CODEBOOKS, CODEBOOK_SIZE, layout_name)
     assert dataset.vocab == vocab and len(dataset) == 12
     for index, utterance in enumerate([*CodesDataset(codes)] * 2):
-        expected = make_document(task, vocab, LetterTokenizer(), text="fox", codes=utterance.codes)
+        expected = example_document(task, vocab, "fox", utterance.codes)
         np.testing.assert_array_equal(dataset.document(index).ids, expected.ids)
         np.testing.assert_array_equal(dataset.document(index).loss_mask, expected.loss_mask)
 
@@ -51,7 +55,7 @@ def test_provenance_says_what_it_was_made_from(codes, tmp_path):
     assert provenance["tokenizer"] == {"name": "t.model", "fingerprint": "letters"}
     assert provenance["codec"] == CodesDataset(codes).codec.to_dict()
     assert (provenance["template_version"], provenance["command"]) == (TEMPLATE_VERSION, "build it")
-    assert provenance["sources"] == [str(codes)]
+    assert provenance["sources"] == [str(codes)] and provenance["licences"] == {str(codes): {"CC0": 1}}
     documents = list(TokenDataset(tmp_path / "data"))
     num_text = sum(int((document.ids < LetterTokenizer.vocab_size).sum()) for document in documents)
     assert provenance["counts"] == {
@@ -60,7 +64,11 @@ def test_provenance_says_what_it_was_made_from(codes, tmp_path):
         "positions": sum(len(document) for document in documents),
         "target_positions": sum(int(document.loss_mask.sum()) for document in documents),
         "audio_frames": sum(utterance.codes.shape[1] for utterance in CodesDataset(codes)),
+        "examples": 6,
+        "rejected": 0,
+        "cut": 0,
     }
+    assert provenance["special_tokens"]["begin_of_audio"] == TokenDataset(tmp_path / "data").vocab.begin_of_audio
 
 
 def test_text_comes_from_manifests_or_from_transcripts(codes, tmp_path):
@@ -90,7 +98,10 @@ def test_further_modalities_are_kept_and_counted(codes, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "rule"),
     [
-        ({"task": "chat"}, "task='chat': must be one of"),
+        ({"task": "sing"}, "task='sing': must be one of"),
+        ({"task": "chat", "codes": True}, "task=chat: needs chats"),
+        ({"task": "asr", "codes": True, "chats": ["c.jsonl"]}, "task=asr: takes no chat files"),
+        ({"task": "asr", "codes": True, "num_codebooks": 4}, "num_codebooks=4: codec loudness has 3"),
         ({"task": "asr"}, "needs codes to build from"),
         ({"task": "text_lm"}, "needs texts or codes"),
         ({"task": "asr", "texts": ["a.jsonl"]}, "needs tokenised speech"),
@@ -124,3 +135,13 @@ def test_a_document_that_does_not_fit_is_named(codes, tmp_path, monkeypatch):
     with pytest.raises(DataError, match="codes, m:1: text id 77 is outside the layout's 30 text ids"):
         build_dataset(tmp_path / "data", task="asr", tokenizer="t", codes=[codes])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layout_name", LAYOUTS)
+def test_the_first_codebooks_may_do(codes, tmp_path, layout_name):
+    options = {"task": "speech_lm", "tokenizer": "t", "codes": [codes], "layout": layout_name, "num_codebooks": 2}
+    dataset = build_dataset(tmp_path / "data", **options)
+    assert dataset.vocab.num_codebooks == 2 and dataset.provenance["codec"]["num_codebooks"] == CODEBOOKS
+    for document, utterance in zip(dataset, CodesDataset(codes), strict=True):
+        (found,) = audio_of(document, dataset.vocab)
+        np.testing.assert_array_equal(found, utterance.codes[:2])

@@ -7,21 +7,18 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_most.data.documents import Document
 from megatron_most.data.indexed import DatasetWriter, TokenDataset, smallest_dtype
-from megatron_most.data.tasks import TASKS, Document, make_document
+from megatron_most.data.tasks import TASKS
 from megatron_most.errors import DataError
-from megatron_most.vocab import NO_CODE
-from tests.unit.data.tiny import LAYOUTS, LetterTokenizer, layout, random_codes, write_dataset
+from megatron_most.vocab import NO_CODE, VocabLayout
+from tests.unit.data.tiny import LAYOUTS, example_document, layout, random_codes, write_dataset
 
 
 def documents(task: str, layout_name: str) -> list[Document]:
     return [
-        make_document(
-            task, layout(layout_name), LetterTokenizer(), text="fox" * (1 + i % 3),
-            codes=None if task == "text_lm" else random_codes(1 + i, seed=i),
-        )
-        for i in range(6)
-    ]  # fmt: skip
+        example_document(task, layout(layout_name), "fox" * (1 + i % 3), random_codes(1 + i, seed=i)) for i in range(6)
+    ]
 
 
 @pytest.mark.parametrize("layout_name", LAYOUTS)
@@ -133,7 +130,7 @@ def test_codes_must_match_the_frames(tmp_path):
 def test_a_sidecar_of_another_format_or_task_is_refused(tmp_path):
     write_dataset(tmp_path / "data", "asr", 2)
     sidecar = json.loads((tmp_path / "data.json").read_text())
-    for key, value, rule in (("format", 99, "not of format 1"), ("task", "chat", "task='chat': must be one of")):
+    for key, value, rule in (("format", 99, "not of format 1"), ("task", "sing", "task='sing': must be one of")):
         (tmp_path / "data.json").write_text(json.dumps({**sidecar, key: value}))
         with pytest.raises(DataError, match=rule):
             TokenDataset(tmp_path / "data")
@@ -146,3 +143,42 @@ def test_text_has_no_codes_in_either_layout(tmp_path):
     frame = write_dataset(tmp_path / "frame", "text_lm", 2)
     assert (frame.document(0).codes == NO_CODE).all() and not (tmp_path / "frame.codes.bin").exists()
     assert write_dataset(tmp_path / "flat", "text_lm", 2, layout_name="flat").document(0).codes is None
+
+
+def test_an_older_dataset_with_codes_is_replaced_by_one_without(tmp_path):
+    write_dataset(tmp_path / "data", "asr", 3)
+    text = write_dataset(tmp_path / "data", "text_lm", 2)
+    assert (text.document(1).codes == NO_CODE).all()
+
+
+@pytest.mark.parametrize("layout_name", LAYOUTS)
+def test_documents_are_read_together_as_they_are_one_by_one(tmp_path, layout_name):
+    dataset = write_dataset(tmp_path / "data", "tts", 6, layout_name=layout_name)
+    together = dataset.read(np.array([4, 0, 4]))
+    alone = [dataset.document(index) for index in (4, 0, 4)]
+    for field in ("ids", "loss_mask", "codes"):
+        parts = [getattr(document, field) for document in alone]
+        if parts[0] is not None:
+            np.testing.assert_array_equal(getattr(together, field), np.concatenate(parts))
+
+
+def test_input_positions_are_counted_by_modality(tmp_path):
+    dataset = write_dataset(tmp_path / "data", "tts", 6)
+    ids = np.concatenate([document.ids[:-1] for document in dataset])
+    audio = int(dataset.vocab.is_audio(ids).sum())
+    assert dataset.input_positions == {"text": len(ids) - audio, "audio": audio}
+
+
+@pytest.mark.parametrize(("layout_name", "size"), [("frame", 256), ("frame_delay", 255), ("flat", 16)])
+def test_codes_take_one_byte_where_they_fit(tmp_path, layout_name, size):
+    vocab = VocabLayout(40, 2, size, layout_name)
+    codes = np.array([[0, size - 1], [size - 1, 0]])
+    with DatasetWriter(tmp_path / "data", "speech_lm", vocab) as writer:
+        writer.add(example_document("speech_lm", vocab, "", codes))
+        writer.commit({})
+    part = "ids" if layout_name == "flat" else "codes"
+    assert IndexedDataset(str(tmp_path / f"data.{part}")).index.dtype == np.uint8
+    document = TokenDataset(tmp_path / "data").document(0)
+    (segment,) = vocab.audio_segments(document.ids)
+    side_codes = None if document.codes is None else document.codes[slice(*segment)]
+    np.testing.assert_array_equal(vocab.codec_layout.decode(document.ids[slice(*segment)], side_codes), codes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,16 @@ import soundfile
 
 from megatron_most.config import RunConfig
 from megatron_most.config.load import build_config
-from megatron_most.data.indexed import DatasetWriter, TokenDataset
-from megatron_most.data.tasks import make_document
-from megatron_most.vocab import VocabLayout
+from megatron_most.data.blend import Row
+from megatron_most.data.codes import CodecIdentity, CodesDataset
+from megatron_most.data.documents import Document
+from megatron_most.data.indexed import FORMAT_VERSION, ArrayWriter, DatasetWriter, TokenDataset
+from megatron_most.data.tasks import ChatTurn, make_chat, make_document, make_interleaved
+from megatron_most.files import write_json
+from megatron_most.vocab import CODEC_LAYOUTS, VocabLayout
 
 CODEBOOKS, CODEBOOK_SIZE, TEXT_VOCAB = 3, 50, 40
-LAYOUTS = ("frame", "flat")
+LAYOUTS = tuple(CODEC_LAYOUTS)
 
 
 def layout(name: str = "frame") -> VocabLayout:
@@ -30,6 +35,9 @@ class LetterTokenizer:
         return [
             29 if letter == " " else ord(letter) - 94 for letter in text.lower() if letter == " " or letter.isalpha()
         ]
+
+    def special_id(self, token: str) -> int | None:
+        return None
 
     def decode(self, ids) -> str:
         return "".join(" " if token == 29 else chr(token + 94) for token in ids if token > 2)
@@ -47,12 +55,55 @@ class LoudnessCodec:
         loudness = np.abs(frames).mean(axis=1)
         return np.stack([(loudness * scale).astype(np.int64) % CODEBOOK_SIZE for scale in (10, 1000, 100000)])
 
+    def batch_shape(self, num_samples: int) -> tuple[int, int]:
+        return 3, -(-num_samples // 100) * 100
+
+    def encode_batch(self, waveforms) -> list[np.ndarray]:
+        return [self.encode(waveform) for waveform in waveforms]
+
     def decode(self, codes: np.ndarray) -> np.ndarray:
         return np.repeat(codes[0] / 10, 100).astype(np.float32)
 
 
 def random_codes(num_frames: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, CODEBOOK_SIZE, (CODEBOOKS, num_frames))
+
+
+def example_document(task: str, vocab: VocabLayout, text: str, codes: np.ndarray, **options) -> Document:
+    """A document of any task; conversations answer spoken words in speech, and interleaved ones begin with text."""
+    if task == "interleaved":
+        return make_interleaved(vocab, LetterTokenizer(), [text, codes], **options)
+    if task == "chat":
+        turns = [ChatTurn("user", text, codes), ChatTurn("assistant", text, codes)]
+        return make_chat(vocab, LetterTokenizer(), turns, **options)
+    given = {"text": None if task == "speech_lm" else text, "codes": None if task == "text_lm" else codes}
+    return make_document(task, vocab, LetterTokenizer(), **given, **options)
+
+
+def row_of(documents: list[Document], task: int = 0) -> Row:
+    """A row of these documents, with nothing hidden."""
+    lengths = np.array([len(document) for document in documents])
+    arrays = [
+        [getattr(document, name) for document in documents if getattr(document, name) is not None]
+        for name in ("ids", "loss_mask", "codes")
+    ]
+    return Row(Document(*(np.concatenate(parts) if parts else None for parts in arrays)), lengths, task)
+
+
+def parts_of(row: Row) -> list[Document]:
+    """The documents of a row, one by one."""
+    edges = np.cumsum(row.lengths)[:-1]
+    document = row.documents
+    codes = [None] * len(row.lengths) if document.codes is None else np.split(document.codes, edges)
+    return [
+        Document(*arrays)
+        for arrays in zip(np.split(document.ids, edges), np.split(document.loss_mask, edges), codes, strict=True)
+    ]
+
+
+def hidden_of(row: Row) -> list[np.ndarray]:
+    """What is hidden of each document of a row."""
+    return np.split(row.hidden, np.cumsum(row.lengths)[:-1])
 
 
 def write_dataset(
@@ -63,11 +114,27 @@ def write_dataset(
     vocab = layout(layout_name)
     with DatasetWriter(prefix, task, vocab) as writer:
         for index in range(num_documents):
-            codes = None if task == "text_lm" else random_codes(int(generator.integers(1, 7)), seed=index)
+            num_frames = 1 if task == "text_lm" else int(generator.integers(1, 7))
             text = "".join("abcdefghij"[int(digit)] for digit in str(index)) + "z" * int(generator.integers(0, 5))
-            writer.add(make_document(task, vocab, LetterTokenizer(), text=text, codes=codes))
+            writer.add(example_document(task, vocab, text, random_codes(num_frames, seed=index)))
         writer.commit(provenance or {})
     return TokenDataset(prefix)
+
+
+def write_codes(
+    prefix: Path, utterances: list[tuple[str, str, np.ndarray]], fingerprint: str = "0" * 64
+) -> CodesDataset:
+    """Tokenised speech: ids, texts and codes ``[C, F]``."""
+    writer = ArrayWriter(f"{prefix}.codes", np.uint8)
+    entries = []
+    for name, text, codes in utterances:
+        writer.add(codes.T.reshape(-1))
+        entries.append({"id": name, "text": text, "num_frames": codes.shape[1]})
+    writer.commit()
+    Path(f"{prefix}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    codec = CodecIdentity.of(LoudnessCodec()).to_dict()
+    write_json(f"{prefix}.json", {"format": FORMAT_VERSION, "codec": codec, "source": {"licences": {"CC0": 1}}})
+    return CodesDataset(prefix)
 
 
 def write_wavs(folder: Path, num_files: int, seconds: float = 0.2) -> list[dict]:

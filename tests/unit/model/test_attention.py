@@ -15,13 +15,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_most import parallel
 from megatron_most.data.batch import make_batch
-from megatron_most.data.blend import Row
 from megatron_most.data.tasks import Document
 from megatron_most.model import build_model, count_parameters
 from megatron_most.model.core_attention import PortableCoreAttention
 from megatron_most.training.step import packed_seq_params
 from tests.distributed.shards import fill_weights
 from tests.distributed.tiny import tiny_batch, tiny_config
+from tests.unit.data.tiny import row_of
 
 HEADS, HEAD_DIM, VALUE_DIM = 6, 5, 4
 GQA = {
@@ -170,11 +170,11 @@ def test_packed_and_padded_documents_have_the_losses_they_have_alone(attention, 
         for codes in [source.codes[0, start:end]]
     ]
     options = {"vocab": vocab, "packing": True}
-    together = make_batch([Row(documents, 0, None)], **options, seq_length=64, document_multiple=8)
+    together = make_batch([row_of(documents)], **options, seq_length=64, document_multiple=8)
     packed = model_losses(model, together)
     for document, start in zip(documents, together.cu_seqlens.tolist(), strict=False):
         length = len(document) - 1
-        alone = model_losses(model, make_batch([Row([document], 0, None)], **options, seq_length=length))
+        alone = model_losses(model, make_batch([row_of([document])], **options, seq_length=length))
         torch.testing.assert_close(packed[:, start : start + length], alone, rtol=1e-5, atol=1e-5)
 
 
