@@ -32,6 +32,10 @@ class TextTokenizer(Protocol):
         """Ids of ``text``, without beginning or end of sequence."""
         ...
 
+    def special_id(self, token: str) -> int | None:
+        """Id of the special token of that name, which text never becomes; None when there is none."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``; special ids vanish. Raises :class:`DataError` for ids outside the vocabulary."""
         ...
@@ -78,6 +82,11 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
 
+    def special_id(self, token: str) -> int | None:
+        token_id = self._processor.piece_to_id(token)
+        is_it = self._processor.id_to_piece(token_id) == token and self._processor.is_control(token_id)
+        return token_id if is_it else None
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode(_checked(ids, self.vocab_size))
 
@@ -95,6 +104,8 @@ class HuggingFaceTokenizer:
         # Text that spells a special token stays text: a transcript must not be able to end its own document.
         self._tokenizer.encode_special_tokens = True
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        self._special_ids = {entry.content: token_id for token_id, entry in added if entry.special}
         special = _special_tokens(path.parent)
         self.bos_id = self._special_id(path, special, "bos_token")
         self.eos_id = self._special_id(path, special, "eos_token")
@@ -115,6 +126,9 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def special_id(self, token: str) -> int | None:
+        return self._special_ids.get(token)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(_checked(ids, self.vocab_size), skip_special_tokens=True)
