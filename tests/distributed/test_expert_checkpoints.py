@@ -31,6 +31,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ep4 grouped interleaved": (4, {EP: 4}),
     "ep2 grouped contiguous, plain optimizer": (2, {EP: 2, ORDER: "contiguous", "optimizer__distributed": False}),
     "tp2 etp2 grouped": (2, {TP: 2}),
+    "tp2 etp1 grouped, copies on both ranks": (2, {TP: 2, ETP: 1}),
     "ep2 sequential contiguous": (2, {EP: 2, BACKEND: "sequential", ORDER: "contiguous"}),
 }
 
