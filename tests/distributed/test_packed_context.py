@@ -13,7 +13,7 @@ from megatron_most.config import RunConfig
 from megatron_most.data.batch import Batch
 from megatron_most.vocab import NO_CODE
 from tests.distributed.harness import run_ranks
-from tests.distributed.observe import Observation, assert_same, observe_each
+from tests.distributed.observe import BatchMaker, Observation, assert_same, observe
 from tests.distributed.tiny import tiny_batch
 from tests.integration.tiny_run import metric_lines, run_config, train
 
@@ -82,20 +82,24 @@ def documents(batch: Batch, lengths: list[int]) -> Batch:
     )
 
 
+def observe_both(overrides: dict[str, Any], batches_of: BatchMaker) -> list[Observation]:
+    """One step with each kind of attention."""
+    return [observe(options | overrides, 1, batches_of) for options in ATTENTION.values()]
+
+
 @functools.cache
 def one_process() -> list[Observation]:
-    """With each kind of attention."""
-    [observations] = run_ranks(
-        1, observe_each, [options | PACKED | UNSHARDED for options in ATTENTION.values()], 1, packed_rows
-    )
+    [observations] = run_ranks(1, observe_both, PACKED | UNSHARDED, packed_rows)
     return observations
 
 
+def assert_all_same(ranks: list[list[Observation]], expected: list[Observation]) -> None:
+    for observations, alone in zip(zip(*ranks, strict=True), expected, strict=True):
+        assert_same(observations, alone)
+
+
 def check(world_size: int, overrides: dict[str, Any]) -> None:
-    variants = [options | PACKED | overrides for options in ATTENTION.values()]
-    ranks = run_ranks(world_size, observe_each, variants, 1, packed_rows)
-    for observations, expected in zip(zip(*ranks, strict=True), one_process(), strict=True):
-        assert_same(observations, expected)
+    assert_all_same(run_ranks(world_size, observe_both, PACKED | overrides, packed_rows), one_process())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -110,12 +114,8 @@ def test_packed_rows_equal_one_process_in_more_layouts(layout):
 
 
 def test_one_document_in_a_packed_row_equals_the_row():
-    packed = [options | PACKED | {CP: 2} for options in ATTENTION.values()]
-    plain = [options | ROWS | UNSHARDED for options in ATTENTION.values()]
-    ranks = run_ranks(2, observe_each, packed, 1, whole_rows)
-    [expected] = run_ranks(1, observe_each, plain, 1, whole_rows)
-    for observations, alone in zip(zip(*ranks, strict=True), expected, strict=True):
-        assert_same(observations, alone)
+    [expected] = run_ranks(1, observe_both, ROWS | UNSHARDED, whole_rows)
+    assert_all_same(run_ranks(2, observe_both, PACKED | {CP: 2}, whole_rows), expected)
 
 
 def test_a_run_on_packed_data_logs_what_one_process_logs(tmp_path):
