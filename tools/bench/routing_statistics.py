@@ -1,0 +1,135 @@
+#!/usr/bin/env python
+"""What routing statistics cost: the passes of a training step with them against the same without.
+
+    python tools/bench/routing_statistics.py [--blocks 15] [--threads 1]
+
+The model is DeepSeek-V2-Lite's shape scaled down (64 experts, top 6, one layer without experts and one with). Timed are
+the forward and backward pass of one micro-batch of 1024 positions; with the update a step takes longer, so that the
+share told here is the larger one. Also printed, because it is steadier than the difference of two large numbers: the
+time of the counting alone over that of the step, and of the reduction that comes once per logged line.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+
+from megatron_most import cli, parallel, platform
+from megatron_most.config.load import build_config
+from megatron_most.data.batch import Batch
+from megatron_most.model import build_model
+from megatron_most.moe import ModalityAwareRouter, collect_routing
+from megatron_most.training.loss import LossTable
+from megatron_most.training.optimizer import wrap_model
+from megatron_most.training.step import run_microbatches
+from tools.bench import paired
+
+LENGTH, NUM_TEXT_IDS = 1024, 1000
+HUNDRED = "one layer's counting, 100 times"
+MODEL = {
+    "vocab": {"text_vocab_size": NUM_TEXT_IDS, "num_codebooks": 4, "codebook_size": 1000},
+    "model": {
+        "num_layers": 2,
+        "hidden_size": 512,
+        "ffn_hidden_size": 2736,
+        "attention": {
+            "num_heads": 8,
+            "kv_lora_rank": 128,
+            "qk_nope_head_dim": 64,
+            "qk_rope_head_dim": 32,
+            "v_head_dim": 64,
+        },
+        "moe": {"ffn_hidden_size": 352, "shared_ffn_hidden_size": 704},
+    },
+    "data": {"seq_length": LENGTH, "packing": False},
+    "training": {"precision": "fp32", "micro_batch_size": 1, "global_batch_size": 1},
+    "optimizer": {"overlap": False},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    paired.add_arguments(parser)
+    cli.run(parser, measure)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    cli.require_positive(arguments, "blocks", "threads")
+    platform.install()
+    torch.set_num_threads(arguments.threads)
+    config = build_config("bench", MODEL)
+    parallel.initialize(config.parallel, config.seed)
+    chunks = build_model(config)
+    wrapped = wrap_model(config, chunks)
+    loss_table = LossTable(config.vocab, config.model.codebook_weights(config.vocab))
+    batch = random_batch().to(platform.device())
+    routers = [module for module in chunks[0].modules() if isinstance(module, ModalityAwareRouter)]
+
+    def step() -> None:
+        for chunk in wrapped:
+            chunk.zero_grad_buffer()
+        run_microbatches(wrapped, [batch], loss_table)
+
+    def without() -> None:
+        switched_off(routers, step)
+
+    statistics = routers[0].statistics
+    tokens = recorded(routers[0], step)
+    arms = {
+        "step without statistics": without,
+        "step with statistics": step,
+        HUNDRED: lambda: [statistics.count(*tokens) for _ in range(100)],
+        "reduction of a logged line": lambda: collect_routing(chunks, config.model),
+    }
+    result = paired.compare(arms, "step without statistics", blocks=arguments.blocks)
+    print(result)
+    wall, cpu = (len(routers) / 100 * ratios[HUNDRED].median for ratios in (result.wall, result.cpu))
+    print(f"counting in all MoE layers: {wall:.3%} of the step's wall time, {cpu:.3%} of its CPU time")
+    parallel.destroy()
+
+
+def random_batch() -> Batch:
+    """One row, four fifths of it codec frames, without padding."""
+    generator = torch.Generator().manual_seed(0)
+    config = build_config("bench", MODEL)
+    is_frame = torch.rand(1, LENGTH, generator=generator) < 0.8
+    ids = torch.randint(0, NUM_TEXT_IDS, (1, LENGTH), generator=generator).where(~is_frame, config.vocab.frame)
+    codes = torch.randint(0, 1000, (1, LENGTH, 4), generator=generator).where(is_frame[..., None], -1)
+    return Batch(
+        ids=ids,
+        labels=ids,
+        loss_mask=torch.ones(1, LENGTH),
+        modality=config.vocab.modality_of(ids),
+        is_padding=torch.zeros(1, LENGTH, dtype=torch.bool),
+        task=torch.zeros_like(ids),
+        codes=codes,
+        code_labels=codes,
+        cu_seqlens=None,
+    )
+
+
+def switched_off(routers: list[ModalityAwareRouter], action: Callable[[], None]) -> None:
+    """Run ``action`` with routers that count nothing."""
+    for router in routers:
+        router.statistics.count = router.statistics.add_loss = lambda *arguments: None
+    action()
+    for router in routers:
+        del router.statistics.count, router.statistics.add_loss
+
+
+def recorded(router: ModalityAwareRouter, action: Callable[[], None]) -> tuple[torch.Tensor, ...]:
+    """What ``router`` hands to its statistics while ``action`` runs."""
+    calls: list[tuple[torch.Tensor, ...]] = []
+    count = type(router.statistics).count
+    type(router.statistics).count = lambda statistics, *arguments: calls.append(arguments)
+    try:
+        action()
+    finally:
+        type(router.statistics).count = count
+    return calls[0]
+
+
+if __name__ == "__main__":
+    main()
