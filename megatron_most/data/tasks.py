@@ -94,8 +94,10 @@ def prompt(
     """What a model reads before it answers: exactly the part of a training document that carries no loss.
 
     ``asr`` needs ``codes [C, F]``, ``tts`` needs ``text``; ``text_lm`` may be given the ``text`` to continue and
-    ``speech_lm`` the ``codes``.
+    ``speech_lm`` the ``codes``. Of a codec that has more codebooks than the layout, the first are taken.
     """
+    if codes is not None:
+        codes = codes[: vocab.num_codebooks]
     return _prompt(task, vocab, tokenizer, text, codes, where, instruction).document()
 
 
