@@ -50,6 +50,9 @@ from megatron_most.parallel import fail, on_rank_zero
 STATE = "state"
 """Folder of the sharded tensors in a checkpoint."""
 
+_FILE_BYTES = 4 << 30
+"""After so many bytes a file ends: several ranks can check a checkpoint at the same time."""
+
 
 @dataclass(frozen=True)
 class Region:
@@ -129,7 +132,10 @@ def write_checkpoint(
 
 
 class StateReader:
-    """Regions of the tensors that a checkpoint's ``state`` folder holds, whatever the layout that wrote them."""
+    """Regions of the tensors that a checkpoint's ``state`` folder holds, whatever the layout that wrote them.
+
+    ``forms`` has every tensor, those of the optimizer among them.
+    """
 
     def __init__(self, state: Path) -> None:
         """Raises :class:`CheckpointError` when the folder's index cannot be read."""
@@ -140,21 +146,21 @@ class StateReader:
         except Exception as error:  # a pickle: broken bytes raise anything
             raise CheckpointError(f"{state}: unreadable: {' '.join(str(error).split())}") from None
         self._reader.set_up_storage_reader(metadata, True)
-        self._tensors: dict[str, TensorStorageMetadata] = {
-            key: entry
-            for key, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
+        entries = metadata.state_dict_metadata.items()
+        self._tensors = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
+        self.forms = {
+            key: TensorForm(tuple(entry.size), entry.properties.dtype) for key, entry in self._tensors.items()
         }
 
-    @property
-    def forms(self) -> dict[str, TensorForm]:
-        """Every tensor of the checkpoint, those of the optimizer among them."""
-        return {key: TensorForm(tuple(entry.size), entry.properties.dtype) for key, entry in self._tensors.items()}
+    def read(self, region: Region, target: torch.Tensor | None = None) -> torch.Tensor:
+        """The region in the type it is stored in, or copied into ``target`` of its sizes.
 
-    def read(self, region: Region) -> torch.Tensor:
-        """The region, in the type it is stored in. Raises :class:`CheckpointError` when it cannot be read."""
+        Raises:
+            CheckpointError: it cannot be read.
+        """
         entry = self._tensors[region.key]
-        target = torch.empty(region.sizes, dtype=entry.properties.dtype)
+        if target is None:
+            target = torch.empty(region.sizes, dtype=entry.properties.dtype)
         box = ChunkStorageMetadata(torch.Size(region.offsets), torch.Size(region.sizes))
         items = create_read_items_for_chunk_list(region.key, entry, [box])
         try:
@@ -240,18 +246,22 @@ class _RegionWriter(torch_checkpoint.FileSystemWriter):
         self.entries: dict[str, directories.FileEntry] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        name = f"{plan.storage_data.prefix}0.distcp"
         results = []
-        with open(self._state / name, "wb") as raw:
-            stream = _SummingStream(raw)
-            for item in plan.items:
-                start = stream.size
-                torch.save(planner.resolve_data(item), stream)
-                length = stream.size - start
-                results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
-            raw.flush()
-            os.fsync(raw.fileno())
-        self.entries[name] = directories.FileEntry(stream.size, stream.crc32)
+        items = iter(plan.items)
+        item = next(items, None)
+        while item is not None:
+            name = f"{plan.storage_data.prefix}{len(self.entries)}.distcp"
+            with open(self._state / name, "wb") as raw:
+                stream = _SummingStream(raw)
+                while item is not None and stream.size < _FILE_BYTES:
+                    start = stream.size
+                    torch.save(planner.resolve_data(item), stream)
+                    length = stream.size - start
+                    results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
+                    item = next(items, None)
+                raw.flush()
+                os.fsync(raw.fileno())
+            self.entries[name] = directories.FileEntry(stream.size, stream.crc32)
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done

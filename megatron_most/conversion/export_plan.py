@@ -18,7 +18,7 @@ from megatron_most.conversion.extension import Extension, shape_config
 from megatron_most.conversion.hugging_face import is_finite, read_json
 from megatron_most.conversion.import_plan import RECORD, most_ids
 from megatron_most.conversion.native import EMBEDDING, native_shapes
-from megatron_most.conversion.weight_map import Block, Correspondence, IdRun, Origin, all_blocks, open_regions
+from megatron_most.conversion.weight_map import Block, Correspondence, IdRun, Origin, all_blocks, cut, open_regions
 from megatron_most.errors import CheckpointError, ConfigError
 from megatron_most.moe import ExpertGroups
 
@@ -57,22 +57,19 @@ class ExportPlan:
 
     def produce(self, name: str) -> torch.Tensor:
         """A foreign tensor. Raises :class:`CheckpointError` where the format has one place for what differs here."""
-        form = self.forms[name]
-        result: torch.Tensor | None = None
+        form, blocks = self.forms[name], self.blocks[name]
+        result = torch.empty(form.shape, dtype=self.reader.forms[blocks[0].region.key].dtype)
         written: dict[tuple[int, int], Block] = {}
-        for block in self.blocks[name]:
-            part = self.reader.read(block.region).reshape(block.shape)
+        for block in blocks:
+            rows = result[block.row : block.row + block.rows]
+            first = written.setdefault((block.row, block.rows), block)
+            part = self.reader.read(block.region, rows.view(block.region.sizes) if first is block else None)
+            part = part.view(block.shape)
             if not is_finite(part):
                 raise CheckpointError(f"{self.checkpoint}: {block.region.key} holds values that are not finite")
             if block.scale != 1:
-                part = part / block.scale
-            if result is None:
-                result = torch.empty(form.shape, dtype=part.dtype)
-            rows = result[block.row : block.row + block.rows]
-            first = written.setdefault((block.row, block.rows), block)
-            if first is block:
-                rows.copy_(part)
-            elif not torch.equal(rows, part):
+                part /= block.scale
+            if first is not block and not torch.equal(rows, part):
                 raise CheckpointError(
                     f"{self.checkpoint}: {self.architecture.name} has one {name} for what differs here:"
                     f" {_place(first)} and {_place(block)}"
@@ -136,7 +133,8 @@ def plan_export(
         stored = forms[blocks[0].region.key].dtype
         exported[tensor] = TensorForm(shape, stored if dtype is None else DTYPES[dtype])
     covered = [block.region for blocks in by_name.values() for block in blocks]
-    regions = {_region_name(region): region for region in open_regions(shapes, covered)}
+    rest = [piece for region in open_regions(shapes, covered) for piece in cut(region)]
+    regions = {_region_name(region): region for region in rest}
     values = {**shape_config(config), "tokenizer": None, "codec": config.codec}
     extension = Extension(values, both, regions) if regions and with_extension else None
     left_out = {} if with_extension else {name: "not wanted" for name in regions}

@@ -15,6 +15,7 @@ from typing import Any
 from megatron_most.checkpointing.streaming import Region
 from megatron_most.config import RunConfig
 from megatron_most.conversion.hugging_face import HuggingFaceModel, read_json
+from megatron_most.conversion.native import EMBEDDING, native_shapes
 from megatron_most.conversion.weight_map import Correspondence, IdRun, Origin
 from megatron_most.errors import CheckpointError
 
@@ -27,11 +28,13 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Extension:
-    """Args:
-    config: nested values of a run configuration.
-    both: experts and ids of the foreign model beside it.
-    regions: name of a tensor -> the native region it holds.
-    source: where the tensors are; None while the extension is being made.
+    """What is written beside a model.
+
+    Args:
+        config: nested values of a run configuration.
+        both: experts and ids of the foreign model beside it.
+        regions: name of a tensor -> the native region it holds.
+        source: where the tensors are; None while the extension is being made.
     """
 
     config: dict[str, Any]
@@ -69,6 +72,24 @@ class Extension:
             if extension.source.tensors[name].shape != region.sizes:
                 raise CheckpointError(f"{path}: tensor {name} has another shape than its region")
         return extension
+
+    def check(self, config: RunConfig) -> None:
+        """Raise :class:`CheckpointError` unless everything named is a part of the model of ``config``."""
+        shapes, model = native_shapes(config), config.model
+        where = f"{self.source.directory / EXTENSION}"
+        layers = [len(layer) for layer in self.both.experts]
+        if layers != [model.moe.num_experts] * (model.num_layers - model.num_dense_layers):
+            raise CheckpointError(f"{where}: experts must name {model.moe.num_experts} for each MoE layer")
+        for run in self.both.ids:
+            if min(dataclasses.astuple(run)) < 0 or run.native + run.count > shapes[EMBEDDING][0]:
+                raise CheckpointError(f"{where}: ids {list(dataclasses.astuple(run))} are outside of the vocabulary")
+        for name, region in self.regions.items():
+            shape = shapes.get(region.key, ())
+            if not len(shape) == len(region.offsets) == len(region.sizes) or any(
+                not 0 <= offset < offset + size <= most
+                for offset, size, most in zip(region.offsets, region.sizes, shape, strict=True)
+            ):
+                raise CheckpointError(f"{where}: {name} is no region of a tensor of the model")
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -21,7 +21,16 @@ from megatron_most.conversion.extension import Extension
 from megatron_most.conversion.fresh import FreshWeights, RowDistribution, generator
 from megatron_most.conversion.hugging_face import CONFIG, HuggingFaceModel
 from megatron_most.conversion.native import EMBEDDING, EXPERT_BIAS, HEAD, native_shapes
-from megatron_most.conversion.weight_map import Block, Correspondence, IdRun, Origin, all_blocks, open_regions
+from megatron_most.conversion.weight_map import (
+    Block,
+    Correspondence,
+    IdRun,
+    Origin,
+    all_blocks,
+    cut,
+    cut_block,
+    open_regions,
+)
 from megatron_most.errors import CheckpointError, ConfigError
 from megatron_most.vocab import VocabLayout
 
@@ -135,18 +144,28 @@ def plan_import(directory: str | Path, options: ImportOptions) -> ImportPlan:
         raise ConfigError("--usage: is for --experts partition and expand")
     if extension is not None:
         config = build_config(f"{source.directory}: extension", extension.config, options.overrides)
+        extension.check(config)
         both = extension.both
     else:
         config = _config(source, architecture, foreign, mode, options)
         both = _correspondence(mode, config, foreign, options)
     rules = architecture.rules_for(foreign.tied)
-    blocks = all_blocks(rules, config, both)
+    # What an export did not read, because it may differ from what is in the model, is in the extension.
+    blocks = [
+        piece
+        for block in all_blocks(rules, config, both)
+        if extension is None or not block.copy
+        for piece in cut_block(block)
+    ]
     shapes = native_shapes(config)
     unused = _check_tensors(source, architecture, foreign, blocks)
     sources: dict[Region, Block | str | None] = {block.region: block for block in blocks}
     if extension is not None:
         sources |= {region: name for name, region in extension.regions.items()}
-    rest = open_regions(shapes, sources)
+    try:
+        rest = open_regions(shapes, sources)
+    except ValueError as error:
+        raise CheckpointError(f"{source.directory}: {error}") from None
     forms = _forms(source, shapes, blocks, config, extension)
     # New rows are drawn from the distribution of the base's text ids.
     num_text_ids = min(config.vocab.text_vocab_size, foreign.vocab_size)
@@ -159,7 +178,7 @@ def plan_import(directory: str | Path, options: ImportOptions) -> ImportPlan:
     for region in rest:
         if not fresh.covers(region):
             raise CheckpointError(f"{source.directory}: holds nothing for {region.key}")
-        sources[region] = None
+        sources |= dict.fromkeys(cut(region))
     place = {key: index for index, key in enumerate(shapes)}
     sources = dict(sorted(sources.items(), key=lambda item: (place[item[0].key], item[0].offsets)))
     return ImportPlan(

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
-from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,11 @@ from megatron_most.conversion.verification import check_logits, is_small
 from megatron_most.errors import CheckpointError, ConfigError
 from megatron_most.files import write_text
 from megatron_most.text import load_tokenizer
+from megatron_most.training.run_directory import versions
 
 TOKENIZER = "tokenizer"
 
 CHECKED_BYTES = 1 << 28
-_VERSIONS = ("megatron-core", "safetensors", "torch")
 
 
 def import_model(directory: str | Path, out: str | Path, options: ImportOptions) -> Path:
@@ -112,7 +111,7 @@ def _metadata(plan: ImportPlan, out: Path) -> CheckpointMetadata:
         codec=Fingerprint.of_codec(plan.config),
         world_size=dist.get_world_size(),
         pending={},
-        versions={name: packages.version(name) for name in _VERSIONS},
+        versions=versions(),
         datasets=[],
     )
 

@@ -78,6 +78,6 @@ def write_file(
             tensor = produce(name)
             if tuple(tensor.shape) != form.shape or tensor.dtype != form.dtype:
                 raise RuntimeError(f"{name}: made {tuple(tensor.shape)} {tensor.dtype} for {form}")
-            stream.write(memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B"))
+            stream.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
         stream.flush()
         os.fsync(stream.fileno())

@@ -11,6 +11,7 @@ blocks serve import and export.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,8 +19,8 @@ from megatron_most.checkpointing.streaming import Region
 from megatron_most.config import RunConfig
 from megatron_most.conversion.native import Shapes, native_shapes
 
-_MAX_ELEMENTS = 1 << 24
-"""Of a region: larger blocks are cut, so that 64 MB of fp32 is all that is in memory at a time."""
+MAX_ELEMENTS = 1 << 24
+"""Of a region that is written: larger ones are cut, so that 64 MB of fp32 is all that is in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Block:
 
 
 def all_blocks(rules: Sequence[Rule], config: RunConfig, both: Correspondence) -> list[Block]:
-    """What ``rules`` come to for the model of ``config``, in the order of its forward pass."""
+    """What ``rules`` come to for the model of ``config``, in the order of its forward pass, as few as possible."""
     shapes = native_shapes(config)
     dense = config.model.num_dense_layers
     layers = {
@@ -142,7 +143,7 @@ def open_regions(shapes: Shapes, regions: Iterable[Region]) -> list[Region]:
                 if start < row:
                     raise ValueError(f"{key}{list(place)}: row {start} is written twice")
                 if start > row:
-                    left += _cut(key, place, row, start - row, shape)
+                    left.append(_rows(key, place, row, start - row, shape))
                 row = stop
     return left
 
@@ -156,14 +157,14 @@ def _rule_blocks(
     origins = () if rule.layers != "moe" else both.experts[layer - config.model.num_dense_layers]
     if rule.along == "ids":
         for run in both.ids:
-            yield from _blocks(key, (), run.native, run.count, shape, names[0], run.foreign, scale)
+            yield Block(_rows(key, (), run.native, run.count, shape), names[0], run.foreign, scale)
     elif rule.along == "expert_rows":
         for lead in range(shape[0]) if len(shape) == 3 else [None]:
             place = () if lead is None else (lead,)
             for first, origin, count in _expert_runs(origins):
                 # One matrix serves all modalities there: the first modality's is the one that export reads.
                 copy = origin.copy or bool(lead)
-                yield from _blocks(key, place, first, count, shape, names[0], origin.expert, scale, copy)
+                yield Block(_rows(key, place, first, count, shape), names[0], origin.expert, scale, copy)
     else:
         pairs = enumerate(origins) if rule.along == "experts" else [(None, Origin(0))]
         for expert, origin in pairs:
@@ -172,7 +173,7 @@ def _rule_blocks(
             place = () if expert is None else (expert,)
             own = [name.replace("{expert}", str(origin.expert)) for name in names]
             for name, foreign_row, row, count in _stacked(rule, config, own, shape[_row_axis(shape)]):
-                yield from _blocks(key, place, row, count, shape, name, foreign_row, scale, origin.copy)
+                yield Block(_rows(key, place, row, count, shape), name, foreign_row, scale, origin.copy)
 
 
 def _stacked(rule: Rule, config: RunConfig, names: list[str], rows: int) -> Iterator[tuple[str, int, int, int]]:
@@ -202,32 +203,31 @@ def _expert_runs(origins: Sequence[Origin | None]) -> Iterator[tuple[int, Origin
             start = place
 
 
-def _blocks(
-    key: str,
-    place: tuple[int, ...],
-    row: int,
-    count: int,
-    shape: tuple[int, ...],
-    name: str,
-    foreign_row: int,
-    scale: float,
-    copy: bool = False,
-) -> Iterator[Block]:
-    axis = _row_axis(shape)
-    for region in _cut(key, place, row, count, shape):
-        yield Block(region, name, foreign_row + region.offsets[axis] - row, scale, copy)
+def cut(region: Region, max_elements: int = MAX_ELEMENTS) -> list[Region]:
+    """``region`` by rows, in regions of at most ``max_elements``, and at least a row."""
+    axis = _row_axis(region.sizes)
+    row, count = region.offsets[axis], region.sizes[axis]
+    most = max(1, max_elements // math.prod(region.sizes[axis + 1 :]))
+    return [
+        _rows(region.key, region.offsets[:axis], start, min(most, row + count - start), region.sizes)
+        for start in range(row, row + count, most)
+    ]
 
 
-def _cut(key: str, place: tuple[int, ...], row: int, count: int, shape: tuple[int, ...]) -> list[Region]:
-    """``count`` rows from ``row`` on, in regions of a bounded size."""
-    axis = _row_axis(shape)
-    columns = shape[axis + 1 :]
-    most = max(1, _MAX_ELEMENTS // max(1, *columns)) if columns else count
-    regions = []
-    for start in range(row, row + count, most):
-        rows = min(most, row + count - start)
-        regions.append(Region(key, (*place, start, *(0 for _ in columns)), (*(1 for _ in place), rows, *columns)))
-    return regions
+def cut_block(block: Block) -> list[Block]:
+    """A block in blocks of the regions that :func:`cut` gives."""
+    axis = _row_axis(block.region.sizes)
+    start = block.region.offsets[axis]
+    return [
+        dataclasses.replace(block, region=region, row=block.row + region.offsets[axis] - start)
+        for region in cut(block.region)
+    ]
+
+
+def _rows(key: str, place: tuple[int, ...], row: int, count: int, shape: tuple[int, ...]) -> Region:
+    """``count`` rows from ``row`` on of a tensor of ``shape``, at ``place`` on the axis before them."""
+    columns = shape[_row_axis(shape) + 1 :]
+    return Region(key, (*place, row, *(0 for _ in columns)), (*(1 for _ in place), count, *columns))
 
 
 def _row_axis(shape: tuple[int, ...]) -> int:

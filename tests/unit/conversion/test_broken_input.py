@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_most.checkpointing.streaming import Region
-from megatron_most.conversion import export_model, import_model
+from megatron_most.conversion import ImportOptions, export_model, import_model
 from megatron_most.conversion import importing as importing_module
 from megatron_most.conversion.export_plan import plan_export
 from megatron_most.errors import CheckpointError, ConfigError, MostError
@@ -30,6 +31,13 @@ def good(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("good") / "hf"
     deepseek(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def exported(good, tmp_path_factory) -> Path:
+    """An export with an extension."""
+    folder = tmp_path_factory.mktemp("exported")
+    return export_model(import_model(good, folder / "native", options("expand")), folder / "out", "deepseek-v2")
 
 
 @pytest.fixture
@@ -281,6 +289,25 @@ def test_interrupted_conversion_leaves_nothing_that_looks_whole_and_can_be_repea
     assert not (target.parent / ".tmp-native").exists()
 
 
+@pytest.mark.parametrize("change, match", [
+    (lambda values: values.pop("ids"), "not the description of an extension"),
+    (lambda values: values.update(format=9), "has format 9, this version reads 1"),
+    (lambda values: values["experts"].pop(), "must name 12 for each MoE layer"),
+    (lambda values: values["ids"].append([120, 0, 50]), r"ids \[120, 0, 50\] are outside"),
+    (lambda values: values["ids"].append([0, 0, 5]), "row 0 is written twice"),
+    (lambda values: values["tensors"].popitem(), "in the description or in the files, not in both"),
+    (lambda values: next(iter(values["tensors"].values())).update(key="ghost"), "is no region of a tensor"),
+])  # fmt: skip
+def test_broken_extension(exported, tmp_path, change, match):
+    exported = Path(shutil.copytree(exported, tmp_path / "exported"))
+    values = json.loads((exported / "most_extension.json").read_text())
+    change(values)
+    (exported / "most_extension.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=match):
+        import_model(exported, tmp_path / "again", ImportOptions())
+    assert not (tmp_path / "again").exists()
+
+
 def test_corrupt_checkpoint_is_not_exported(folder):
     checkpoint = import_model(folder, folder.parent / "native", options("expand"))
     file = checkpoint / "state" / "__0_0.distcp"
@@ -312,9 +339,9 @@ def test_llama_whose_experts_have_parted_is_refused(tmp_path):
     plan = plan_export(import_model(tmp_path / "hf", tmp_path / "native", options("upcycle")), "llama", None)
     read = plan.reader.read
 
-    def trained(region: Region) -> torch.Tensor:
+    def trained(region: Region, target: torch.Tensor | None = None) -> torch.Tensor:
         moved = region.key.endswith("layers.0.mlp.experts.experts.linear_fc2.weight") and region.offsets[0] == 3
-        return read(region) + 1 if moved else read(region)
+        return read(region, target) + 1 if moved else read(region, target)
 
     plan.reader.read = trained
     with pytest.raises(CheckpointError, match=r"llama has one model.layers.0.mlp.down_proj.weight for what differs"):

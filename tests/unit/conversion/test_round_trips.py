@@ -16,6 +16,7 @@ from megatron_most.config import ParallelConfig, load_config
 from megatron_most.conversion import ImportOptions, export_model, import_model
 from megatron_most.conversion.export_plan import stored_config
 from megatron_most.conversion.verification import whole_model
+from megatron_most.errors import ConfigError
 from megatron_most.vocab import NO_CODE
 from tests.unit.conversion.models import DEEPSEEK_SHAPES, VOCAB, deepseek, fresh_copy, llama
 
@@ -130,9 +131,11 @@ def test_upcycling_may_leave_the_first_layers_dense(tmp_path):
     assert_same_files(tmp_path / "hf", tmp_path / "back")
 
 
-def test_an_extension_brings_everything_back(tmp_path):
+@pytest.mark.parametrize("router", ["shared", "per_modality"])
+def test_an_extension_brings_everything_back(tmp_path, router):
     deepseek(tmp_path / "hf", torch.bfloat16)
-    checkpoint = import_model(tmp_path / "hf", tmp_path / "native", options("expand", noise=0.05))
+    wanted = options("expand", f"model.moe.router_weights={router}", noise=0.05)
+    checkpoint = import_model(tmp_path / "hf", tmp_path / "native", wanted)
     export_model(checkpoint, tmp_path / "out", "deepseek-v2", max_shard_size="20KB")
     again = import_model(tmp_path / "out", tmp_path / "again", ImportOptions())
     first, second = (StateReader(path / STATE) for path in (checkpoint, again))
@@ -141,6 +144,49 @@ def test_an_extension_brings_everything_back(tmp_path):
         assert torch.equal(first.read_whole(key), second.read_whole(key)), key
     configs = [read_metadata(path).config for path in (checkpoint, again)]
     assert configs[0]["model"] == configs[1]["model"] and configs[0]["vocab"] == configs[1]["vocab"]
+
+
+THREE = """
+vocab:
+  further_modalities: [{name: image, start: 40, stop: 60}]
+  num_codebooks: 2
+  codebook_size: 16
+training: {precision: fp32}
+"""
+
+
+@pytest.mark.parametrize("mode", ["expand", "partition"])
+def test_three_modalities(tmp_path, mode):
+    model = deepseek(tmp_path / "hf")
+    (tmp_path / "run.yaml").write_text(THREE)
+    wanted = ImportOptions(mode, config=str(tmp_path / "run.yaml"), overrides=SEQUENTIAL)
+    checkpoint = import_model(tmp_path / "hf", tmp_path / "native", wanted)
+    groups = read_metadata(checkpoint).config["model"]["moe"]["groups"]
+    assert [group["modality"] for group in groups] == ["text", "audio", "image"]
+    assert [group["size"] for group in groups] == ([6, 6, 6] if mode == "expand" else [2, 2, 2])
+    if mode == "expand":
+        # Copies: image tokens compute what text tokens do, too.
+        assert_same_logits(native_logits(checkpoint, tokens())[..., :VOCAB], model, tokens())
+
+
+@pytest.fixture(scope="module")
+def expanded(tmp_path_factory) -> Path:
+    """A checkpoint whose base stands beside it as ``hf``."""
+    folder = tmp_path_factory.mktemp("expanded")
+    deepseek(folder / "hf")
+    return import_model(folder / "hf", folder / "native", options("expand"))
+
+
+def test_every_mix_of_modalities_is_finite_and_leaves_text_before_it_alone(expanded):
+    checkpoint = expanded
+    vocab = read_metadata(checkpoint).vocab
+    text = tokens(rows=2, length=16)
+    mixed = text.clone()
+    mixed[0, 8:] = vocab.frame
+    mixed[1] = torch.tensor([vocab.begin_of_audio, vocab.frame, vocab.frame, vocab.end_of_audio] * 4)
+    found = native_logits(checkpoint, mixed)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found[0, :8], native_logits(checkpoint, text)[0, :8], rtol=1e-6, atol=1e-6)
 
 
 def test_noise_is_on_copies_alone(tmp_path):
@@ -155,10 +201,8 @@ def test_noise_is_on_copies_alone(tmp_path):
     assert 0.09 < share < 0.11
 
 
-def test_new_rows_have_the_scale_of_the_old(tmp_path):
-    deepseek(tmp_path / "hf")
-    checkpoint = import_model(tmp_path / "hf", tmp_path / "native", options("expand"))
-    reader = StateReader(checkpoint / STATE)
+def test_new_rows_have_the_scale_of_the_old(expanded):
+    reader = StateReader(expanded / STATE)
     embedding = reader.read_whole("embedding.word_embeddings.weight")
     old, new = embedding[:VOCAB], embedding[VOCAB:]
     frame = sum(reader.read_whole(f"codebook_embeddings.tables.{codebook}.weight") for codebook in range(2))
@@ -166,9 +210,13 @@ def test_new_rows_have_the_scale_of_the_old(tmp_path):
         assert 0.9 < rows.std() / old.std() < 1.1
 
 
-def test_the_configuration_beside_the_weights_starts_a_run_from_them(tmp_path):
-    deepseek(tmp_path / "hf")
-    checkpoint = import_model(tmp_path / "hf", tmp_path / "native", options("expand"))
-    config = load_config(checkpoint / "config.yaml")
-    assert config.checkpoint.load == str(checkpoint)
-    assert config.model == stored_config(checkpoint, read_metadata(checkpoint)).model
+def test_the_configuration_beside_the_weights_starts_a_run_from_them(expanded):
+    config = load_config(expanded / "config.yaml")
+    assert config.checkpoint.load == str(expanded)
+    assert config.model == stored_config(expanded, read_metadata(expanded)).model
+
+
+def test_a_model_that_most_cannot_hold_is_refused(expanded, tmp_path):
+    with pytest.raises(ConfigError, match="score_rule.*softmax over all"):
+        export_model(expanded, tmp_path / "out", "most")
+    assert not (tmp_path / "out").exists()
