@@ -90,6 +90,9 @@ class DataConfig:
     ``audio_frame_dropout`` hides that share of the codec frames of speech that is to be generated (loss on audio)
     from the input, so that the model cannot live on continuing audio and must read the text.
 
+    ``audio_share`` changes the weights of ``train`` as little as it takes for that share of the tokens to be audio;
+    null leaves the weights as they are.
+
     ``document_multiple`` pads each packed document to a multiple of that many positions, which context parallelism
     needs; being an option of its own, the rows are the same in every parallel layout.
     """
@@ -99,6 +102,7 @@ class DataConfig:
     seq_length: int = 4096
     packing: bool = True
     audio_frame_dropout: float = 0.0
+    audio_share: float | None = None
     document_multiple: int = 1
 
     def __post_init__(self) -> None:
@@ -108,6 +112,12 @@ class DataConfig:
             "data.document_multiple",
             self.document_multiple,
             f"must divide data.seq_length, {self.seq_length}",
+        )
+        require(
+            self.audio_share is None or 0 < self.audio_share < 1,
+            "data.audio_share",
+            self.audio_share,
+            "must be between 0 and 1, or null",
         )
         require(
             0 <= self.audio_frame_dropout < 1, "data.audio_frame_dropout", self.audio_frame_dropout, "must be in [0, 1)"

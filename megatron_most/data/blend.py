@@ -6,8 +6,8 @@ nothing else: any rank can compute any row, and a resumed run needs only the num
 * A row holds documents of one dataset; attention and loss stay inside each document, so mixing tasks inside a row
   would change nothing but the bookkeeping.
 * Weights are shares of **tokens**: datasets with longer rows get fewer of them. The order of datasets is fixed for
-  ``BLOCK`` rows and repeats. Each dataset's rows are spread evenly, with a random jitter, so that every stretch of rows
-  holds about its share and no data-parallel rank always meets the same dataset.
+  ``BLOCK`` rows and repeats. Every stretch of rows, and so every expert-parallel group at every micro-batch, holds each
+  dataset's share and the share of audio to within a row or two.
 * In every epoch of a dataset each document appears once. Documents are packed once; an epoch then swaps documents that
   take equally many positions and shuffles rows. So neighbours change and the number of rows of an epoch does not, which
   is what makes row k computable without computing the rows before it.
@@ -24,9 +24,11 @@ from megatron_most.data.documents import Document
 from megatron_most.data.indexed import TokenDataset
 from megatron_most.data.packing import pack, padded_length
 from megatron_most.data.tasks import TASKS
-from megatron_most.errors import DataError
+from megatron_most.errors import ConfigError, DataError
 
 BLOCK = 1 << 16
+
+_GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 # What a random stream is for.
 _PACK, _EPOCH, _BLEND, _DROPOUT = range(1, 5)
@@ -85,7 +87,9 @@ class Rows:
             for index, dataset in enumerate(datasets)
         ]
         tokens_per_row = np.array([stream.tokens_per_row for stream in self._streams])
-        self._block, self._rank_in_block, self._per_block = _blend(np.asarray(weights) / tokens_per_row, seed)
+        audio_shares = np.array([dataset.audio_share for dataset in datasets])
+        row_shares = np.asarray(weights) / tokens_per_row
+        self._block, self._rank_in_block, self._per_block = _blend(row_shares, audio_shares, seed)
 
     @property
     def rows_per_epoch(self) -> list[int]:
@@ -179,8 +183,15 @@ def _stream(seed: int, purpose: int, *place: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(purpose, *place)))
 
 
-def _blend(row_shares: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _blend(row_shares: np.ndarray, audio_shares: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The order of datasets in a block.
+
+    Datasets lie side by side on a line of length 1, from the one with least audio to the one with most, each as long as
+    its share; row k takes the dataset at the fractional part of k times the golden ratio. Such points fill every part
+    of the line evenly in every stretch of rows (low discrepancy: Kuipers and Niederreiter, Uniform Distribution of
+    Sequences, chapter 2), hence each dataset, and audio as a whole: also among the rows that the ranks of an
+    expert-parallel group read at the same time. The ratio being irrational, no data-parallel size ever falls into step
+    with it.
 
     Returns:
         ``[BLOCK]`` dataset of each row; ``[BLOCK]`` how many rows of that dataset come before it in the block; and
@@ -193,9 +204,44 @@ def _blend(row_shares: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, n
         counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
     else:  # datasets of tiny weight were given their one row; the largest gives it
         counts[np.argmax(counts)] += missing
-    generator = _stream(seed, _BLEND)
-    places = np.concatenate([(np.arange(count) + generator.random(count)) / count for count in counts])
-    order = np.argsort(places, kind="stable")
-    dataset_of = np.repeat(np.arange(len(counts)), counts)[order]
-    rank = np.concatenate([np.arange(count) for count in counts])[order]
-    return dataset_of.astype(np.int32), rank, counts
+    line = np.argsort(audio_shares, kind="stable")
+    points = (np.arange(BLOCK) * _GOLDEN_RATIO + _stream(seed, _BLEND).random()) % 1.0
+    dataset_of = np.empty(BLOCK, dtype=np.int32)
+    dataset_of[np.argsort(points)] = np.repeat(line, counts[line])
+    rank = np.empty(BLOCK, dtype=np.int64)
+    rank[np.argsort(dataset_of, kind="stable")] = np.concatenate([np.arange(count) for count in counts])
+    return dataset_of, rank, counts
+
+
+def weights_for_audio_share(weights: Sequence[float], audio_shares: Sequence[float], target: float) -> np.ndarray:
+    """The shares of tokens nearest to ``weights`` of which ``target`` is audio.
+
+    Nearest in relative entropy: each weight is multiplied by ``exp(x * audio share)`` with the x that meets the target.
+
+    Args:
+        audio_shares: of each dataset's tokens.
+
+    Raises:
+        ConfigError: no blend of the datasets has that share.
+    """
+    shares, base = np.asarray(audio_shares, dtype=np.float64), np.asarray(weights, dtype=np.float64)
+    low, high = float(shares.min()), float(shares.max())
+    if not low < target < high:
+        raise ConfigError(
+            f"data.audio_share={target}: must be between the datasets' least and most, {low:.3f} and {high:.3f}"
+        )
+
+    def tilted(x: float) -> np.ndarray:
+        logits = np.log(base) + x * shares
+        unnormalised = np.exp(logits - logits.max())
+        return unnormalised / unnormalised.sum()
+
+    below, above = -1.0, 1.0
+    while tilted(below) @ shares > target:
+        below *= 2
+    while tilted(above) @ shares < target:
+        above *= 2
+    for _ in range(100):
+        middle = (below + above) / 2
+        below, above = (middle, above) if tilted(middle) @ shares < target else (below, middle)
+    return tilted(below)

@@ -237,6 +237,11 @@ class TokenDataset(Sequence[Document]):
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def audio_share(self) -> float:
+        """Share of audio in the positions a model reads."""
+        return self.input_positions["audio"] / max(1, sum(self.input_positions.values()))
+
     def __getitem__(self, index: int) -> Document:
         if not 0 <= index < len(self):
             raise IndexError(index)

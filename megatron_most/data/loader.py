@@ -10,7 +10,7 @@ import numpy as np
 from megatron_most.audio import codec_file, file_fingerprint
 from megatron_most.config import DatasetConfig, RunConfig
 from megatron_most.data.batch import Batch, make_batch
-from megatron_most.data.blend import Row, Rows
+from megatron_most.data.blend import Row, Rows, weights_for_audio_share
 from megatron_most.data.indexed import TokenDataset
 from megatron_most.data.tasks import TASKS
 from megatron_most.errors import ConfigError, DataError
@@ -32,9 +32,12 @@ def train_batches(config: RunConfig, *, dp_rank: int, dp_size: int, consumed_sam
     if not data.train:
         raise ConfigError("data.train=[]: training needs at least one dataset")
     datasets = open_datasets(config, data.train)
+    weights = [entry.weight for entry in data.train]
+    if data.audio_share is not None:
+        weights = weights_for_audio_share(weights, [dataset.audio_share for dataset in datasets], data.audio_share)
     rows = Rows(
         datasets,
-        [entry.weight for entry in data.train],
+        weights,
         seq_length=data.seq_length,
         packing=data.packing,
         document_multiple=data.document_multiple,

@@ -4,10 +4,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
-from megatron_most.data.blend import BLOCK, Rows
+from megatron_most.data.blend import BLOCK, Rows, weights_for_audio_share
+from megatron_most.data.indexed import TokenDataset
 from megatron_most.data.tasks import TASKS
-from megatron_most.errors import DataError
+from megatron_most.errors import ConfigError, DataError
 from tests.unit.data.tiny import LAYOUTS, hidden_of, parts_of, write_dataset
 
 
@@ -22,8 +25,6 @@ def folder(tmp_path_factory):
 
 
 def open_rows(folder, names, weights, **options) -> Rows:
-    from megatron_most.data.indexed import TokenDataset
-
     settings = {"seq_length": 96, "packing": True, "seed": 5} | options
     return Rows([TokenDataset(folder / name) for name in names], weights, **settings)
 
@@ -93,14 +94,86 @@ def test_weights_are_shares_of_tokens(folder, packing):
     np.testing.assert_allclose(shares, [0.5, 0.3, 0.2], atol=0.01)
 
 
-def test_every_stretch_holds_about_its_share(folder):
-    rows = open_rows(folder, ["asr", "tts"], [1.0, 1.0], packing=False)
-    tasks = np.array([rows[k].task for k in range(400)])
-    share = tasks.mean()
-    ahead = np.cumsum(tasks - share)
-    assert np.abs(ahead).max() < 2.5
-    # ... and no data-parallel rank always meets the same dataset.
-    assert 0.2 < tasks[::2].mean() < 0.8
+def stretches_off(of_kind: np.ndarray, length: int) -> float:
+    """How many rows of a kind any ``length`` rows in a row have more or less than their share, at most."""
+    counts = np.convolve(of_kind.astype(float), np.ones(length), mode="valid")
+    return float(np.abs(counts - of_kind.mean() * length).max())
+
+
+@pytest.mark.parametrize("weights", [[1, 1, 1, 1], [5, 1, 2, 8], [40, 40, 10, 10]])
+@pytest.mark.parametrize("length", [2, 4, 8, 16, 64])
+def test_any_rows_in_a_row_hold_their_share_of_each_dataset_and_of_audio(folder, weights, length):
+    """As the ranks of an expert-parallel group do, of any size and in any place, at every micro-batch."""
+    names = ["asr", "tts", "text", "tts"]
+    rows = open_rows(folder, names, weights)
+    block, audio_shares = rows._block, np.array([TokenDataset(folder / name).audio_share for name in names])
+    for index in range(4):
+        assert stretches_off(block == index, length) < 2.5
+    is_audio = audio_shares[block] > 0
+    assert stretches_off(is_audio, length) < 2.5
+    shuffled = np.random.default_rng(0).permutation(is_audio)
+    assert length < 8 or stretches_off(shuffled, length) > 1.5 * stretches_off(is_audio, length)
+    # The tokens too: audio per group of ranks, off its mean by less than half of what drawing at random gives.
+    groups = audio_shares[block[: len(block) // length * length]].reshape(-1, length).mean(axis=1)
+    assert length < 8 or groups.std() < 0.5 * audio_shares[block].std() / length**0.5
+
+
+def test_no_data_parallel_rank_always_meets_the_same_dataset(folder):
+    block = open_rows(folder, ["asr", "tts"], [1.0, 1.0], packing=False)._block
+    for size in range(2, 65):
+        for rank in range(size):
+            assert abs(block[rank::size].mean() - block.mean()) < 0.03
+
+
+def test_proportions_hold_over_ten_thousand_rows(folder):
+    names, weights = ["asr", "tts", "text"], np.array([0.4, 0.35, 0.25])
+    rows = open_rows(folder, names, weights)
+    lengths = {name: TokenDataset(folder / name).lengths for name in names}
+    tokens = np.zeros(3)
+    for k in range(10_000):
+        index = int(rows._block[k])
+        stream = rows._streams[index]
+        tokens[index] += (lengths[names[index]][stream.row(int(rows._rank_in_block[k]))] - 1).sum()
+    np.testing.assert_allclose(tokens / tokens.sum(), weights, atol=0.005)
+
+
+@pytest.mark.parametrize("target", [0.1, 0.2, 0.35])
+def test_the_blend_has_the_audio_share_that_is_asked_for(folder, target):
+    datasets = [TokenDataset(folder / name) for name in ("asr", "tts", "text")]
+    shares = [dataset.audio_share for dataset in datasets]
+    weights = weights_for_audio_share([3.0, 1.0, 2.0], shares, target)
+    rows = Rows(datasets, weights, seq_length=96, packing=True, seed=3)
+    audio = total = 0
+    for k in range(3000):
+        for document in parts_of(rows[k]):
+            audio += datasets[0].vocab.is_audio(document.ids[:-1]).sum()
+            total += len(document) - 1
+    assert abs(audio / total - target) < 0.005
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.01, 10), st.floats(0, 1)), min_size=2, max_size=6),
+    st.floats(0.02, 0.98),
+)
+def test_weights_are_changed_as_little_as_the_share_allows(datasets, place):
+    weights, shares = (np.array(values) for values in zip(*datasets, strict=True))
+    assume(np.ptp(shares) > 0.01)
+    target = shares.min() + place * np.ptp(shares)
+    found = weights_for_audio_share(weights, shares, target)
+    assert found @ shares == pytest.approx(target, abs=1e-6) and found.sum() == pytest.approx(1)
+    # Datasets of equal audio share keep their proportion; a target that the weights meet changes nothing.
+    base = weights / weights.sum()
+    same = weights_for_audio_share(weights, shares, float(np.clip(base @ shares, shares.min(), shares.max())))
+    np.testing.assert_allclose(same, base, atol=1e-6)
+    logs = np.log(found / base)
+    order = np.argsort(shares)
+    monotonous = np.diff(logs[order]) * np.sign(target - base @ shares)
+    assert (monotonous > -1e-6).all()
+
+
+def test_an_audio_share_out_of_reach_is_refused():
+    with pytest.raises(ConfigError, match=r"data.audio_share=0.9: must be between .* 0.100 and 0.800"):
+        weights_for_audio_share([1, 1], [0.1, 0.8], 0.9)
 
 
 def test_the_order_goes_on_after_a_block(folder):

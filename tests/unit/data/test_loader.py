@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 
 from megatron_most.audio import file_fingerprint
 from megatron_most.data import loader as module
-from megatron_most.data.loader import train_batches, validation_batches
+from megatron_most.data.blend import Rows
+from megatron_most.data.loader import open_datasets, train_batches, validation_batches
 from megatron_most.errors import ConfigError, DataError
 from tests.unit.data.tiny import LetterTokenizer, layout, run_config, write_dataset
 
@@ -44,6 +46,20 @@ def step_rows(config, dp_size: int, consumed: int, steps: int) -> list[list[tupl
     return result
 
 
+def epochs_read(config, steps: int) -> list[float]:
+    """How often each dataset was read through after some steps."""
+    data = config.data
+    rows = Rows(
+        open_datasets(config, data.train),
+        [entry.weight for entry in data.train],
+        seq_length=data.seq_length,
+        packing=data.packing,
+        seed=config.seed,
+    )
+    read = np.bincount(rows._block[: steps * config.training.global_batch_size], minlength=len(data.train))
+    return (read / np.array(rows.rows_per_epoch)).tolist()
+
+
 def _row(batch, row: int) -> tuple:
     values = [getattr(batch, field.name) for field in dataclasses.fields(batch) if field.name != "cu_seqlens"]
     return tuple(value[row].numpy().tobytes() for value in values)
@@ -56,6 +72,7 @@ def test_the_stream_is_the_same_at_any_data_parallel_size_and_after_any_resume(
 ):
     config = config_of(folder, packing=packing, micro_batch_size=1 if packing else 2, seed=seed)
     undisturbed = step_rows(config, 1, 0, 8)
+    assert max(epochs_read(config, 8)) > 1  # the border of an epoch lies among these steps
     resumed = step_rows(config, dp_size, resumed_at * 8, 8 - resumed_at)
     assert resumed == undisturbed[resumed_at:]
     assert undisturbed[0] != undisturbed[1]
@@ -70,6 +87,17 @@ def test_micro_batches_follow_the_written_order(folder):
 
 def _stream(config, rank, size):
     return train_batches(config, dp_rank=rank, dp_size=size, consumed_samples=0)
+
+
+def test_the_audio_share_of_the_config_is_that_of_the_batches(folder):
+    def share(**overrides) -> float:
+        batches = list(itertools.islice(_stream(config_of(folder, **overrides), 0, 1), 400))
+        audio = sum(int((batch.modality == 1).sum()) for batch in batches)
+        return audio / sum(int((~batch.is_padding).sum()) for batch in batches)
+
+    assert abs(share(audio_share=0.3) - 0.3) < 0.01 < abs(share() - 0.3)
+    with pytest.raises(ConfigError, match=r"data\.audio_share=0.9: must be between the datasets' least and most"):
+        share(audio_share=0.9)
 
 
 def test_the_global_batch_size_may_change_between_runs(folder):

@@ -1,6 +1,7 @@
 """Packing: every document in one row, no row too full, few positions wasted."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,10 +22,25 @@ def test_the_fullest_row_that_fits_is_chosen():
     assert row_of.tolist() == [0, 1, 0, 1]
 
 
-def test_short_documents_waste_little():
-    lengths = np.random.default_rng(0).integers(20, 200, 20000)
-    row_of, _ = pack(lengths, 2048)
-    assert lengths.sum() / ((row_of.max() + 1) * 2048) > 0.99
+def realistic_lengths(kind: str, num_documents: int = 20_000) -> np.ndarray:
+    """Positions of documents: read speech of 2 to 30 s, or web texts (log-normal), cut at the row."""
+    random = np.random.default_rng(0)
+    if kind == "text":
+        return np.clip(random.lognormal(6.0, 1.1, num_documents), 20, 4096).astype(int)
+    seconds = np.clip(random.lognormal(2.4, 0.6, num_documents), 2, 30)
+    frames_per_second, codebooks = (12.5, 1) if kind == "frame" else (21.5, 8)
+    return (np.ceil(seconds * frames_per_second) * codebooks + 3.3 * seconds + 6).astype(int)
+
+
+@pytest.mark.parametrize("capacity", [4096, 8192])
+@pytest.mark.parametrize("kind", ["frame", "flat", "text"])
+def test_little_is_wasted_on_realistic_lengths(kind, capacity):
+    lengths = realistic_lengths(kind)
+    lengths = lengths[lengths <= capacity]
+    row_of, _ = pack(lengths, capacity)
+    waste = 1 - lengths.sum() / ((row_of.max() + 1) * capacity)
+    alone = 1 - lengths.mean() / capacity
+    assert waste < 0.05 and alone > 0.4
 
 
 def test_rows_close_when_too_many_are_open():

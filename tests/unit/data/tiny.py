@@ -162,7 +162,7 @@ def run_config(train: list[tuple[Path, float]], validation: list[Path] = (), **o
         "training": {"micro_batch_size": 1, "global_batch_size": 8},
     }
     for name, value in overrides.items():
-        if name in ("seq_length", "packing", "document_multiple", "audio_frame_dropout"):
+        if name in ("seq_length", "packing", "document_multiple", "audio_frame_dropout", "audio_share"):
             values["data"][name] = value
         elif name in ("micro_batch_size", "global_batch_size", "eval_batches"):
             values["training"][name] = value
