@@ -8,7 +8,14 @@ from typing import Any
 from megatron_most.report.charts import LineChart, Series, line_chart
 from megatron_most.report.run_files import number
 
-_TASKS = {"asr": "ASR", "tts": "TTS", "text_lm": "text LM"}
+_TASKS = {
+    "asr": "ASR",
+    "tts": "TTS",
+    "text_lm": "text LM",
+    "speech_lm": "speech LM",
+    "interleaved": "interleaved",
+    "chat": "chat",
+}
 _MARKERS = ("circle", "diamond", "square")
 PALETTE = 8
 """Colours of the page: 0 and 1 are text's and audio's, 2 is grey, the tasks' start at 3."""
@@ -35,7 +42,7 @@ def loss_charts(metrics: list[dict[str, Any]], modalities: Sequence[str]) -> lis
         Series(name, points_of(metrics, f"loss/{name}"), modality_color(index)) for index, name in enumerate(modalities)
     ]
 
-    task_colors = {task: 3 + index for index, task in enumerate(_TASKS)}
+    task_colors = {task: (3 + index) % PALETTE for index, task in enumerate(_TASKS)}
     tasks = [Series(label, points_of(metrics, f"loss/{task}"), task_colors[task]) for task, label in _TASKS.items()]
     validation: list[Series] = []
     sets_of: dict[str, int] = {}

@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from megatron_most.data.tasks import TASKS
 from megatron_most.report.curves import loss_charts, points_of, training_charts
 from megatron_most.report.run_files import RunFiles, read_run
 from megatron_most.report.samples import MAX_SAMPLES, speech_samples
@@ -144,3 +145,8 @@ def test_the_size_of_the_sound_is_bounded(tmp_path):
     run = run_with(tmp_path, evaluation={"tts": {"set": "s", "items": items}})
     assert len(speech_samples(run)) == 1
     assert any(note.startswith("1 of 3 utterances") for note in run.notes)
+
+
+def test_every_task_that_data_can_have_has_a_curve():
+    (chart,) = loss_charts([{"step": 1, **{f"loss/{task}": 1.0 for task in TASKS}}], [])
+    assert len(chart.curves) == len({curve.series.color for curve in chart.curves}) == len(TASKS)

@@ -49,12 +49,12 @@ def test_frame_layout_by_hand() -> None:
     loss_sum, count, rows = reduce(LossTable(FRAME, [0.5, 0.25]), batch, slots)
     assert (loss_sum, count) == (1 + (2 + 5 + 5) + 4, 3)
     assert rows == {
+        **{f"loss/{task}": (0, 0) for task in TASKS},
         "loss": (17, 3),
         "loss/text": (1, 1),
         "loss/audio": (16, 2),
         "loss/asr": (1, 1),
         "loss/tts": (16, 2),
-        "loss/text_lm": (0, 0),
         "loss/codebook_0": (10, 1),
         "loss/codebook_1": (20, 1),
         "tokens": (4, 1),
