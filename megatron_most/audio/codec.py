@@ -6,6 +6,7 @@ Shape letters: T samples, C codebooks, F codec frames.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -43,8 +44,22 @@ class AudioCodec(Protocol):
         """
         ...
 
+    def batch_shape(self, num_samples: int) -> tuple[int, int]:
+        """Rows and samples of the batches in which waveforms of this length are encoded."""
+        ...
+
+    def encode_batch(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """:meth:`encode` of each, to the bit, in one go. They share a :meth:`batch_shape` and fit its rows."""
+        ...
+
+    def to(self, device: str) -> None:
+        """Compute on ``cpu``, ``cuda`` or ``cuda:N`` from now on. Another device may round codes otherwise."""
+        ...
+
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Codes ``[C, F]`` -> waveform ``[F * samples_per_frame]`` float32.
+
+        Codes of the first codebooks only are decoded as well as these alone can be.
 
         Raises DataError for codes outside their codebook, and when the codec gives too few samples.
         """

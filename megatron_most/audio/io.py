@@ -105,7 +105,7 @@ def _pieces(
         if file.frames == 0:
             raise DataError(f"{name}: holds no audio samples")
         raise DataError(f"{name}: holds {file.frames / rate:.2f} s, nothing at offset {offset:.2f} s")
-    file.seek(start)
+    file.seek(start)  # also to 0: MP3 decodes to other last bits without
     wanted = None if duration is None else round(duration * rate)
     blocks = _blocks(file, name, channel, file.frames - start, wanted, offset)
     # One chunk and a sample more tell whether there is a second chunk.

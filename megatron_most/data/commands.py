@@ -5,38 +5,34 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable
-
-import numpy as np
+from pathlib import Path
 
 from megatron_most.audio import load_codec, write_wav
 from megatron_most.cli import require_positive
 from megatron_most.data.build import build_dataset
+from megatron_most.data.examples import TemplateOptions
 from megatron_most.data.indexed import TokenDataset
+from megatron_most.data.inspection import audio_of, describe, statistics, summary, totals
+from megatron_most.data.instructions import FIRST_INSTRUCTIONS
+from megatron_most.data.length_limit import LengthLimit
 from megatron_most.data.manifest import read_manifest
-from megatron_most.data.tasks import INSTRUCTIONS, Document
-from megatron_most.data.tokenise import tokenise
+from megatron_most.data.source_commands import manifest, tokenize
+from megatron_most.data.speechify import speak_chats
 from megatron_most.errors import ConfigError
 from megatron_most.files import require_writable
-from megatron_most.text import TextTokenizer, load_tokenizer, train_sentencepiece
-from megatron_most.vocab import Modality, ModalityRange, VocabLayout
+from megatron_most.text import load_tokenizer, train_sentencepiece
+from megatron_most.vocab import ModalityRange
 
 
 def train_tokenizer(arguments: argparse.Namespace, command: str) -> None:
     require_writable(arguments.output)
     texts = [record.text for path in arguments.manifest for record in read_manifest(path, needs_audio=False)]
-    tokenizer = train_sentencepiece(itertools.chain(texts, INSTRUCTIONS), arguments.output, arguments.vocab_size)
+    tokenizer = train_sentencepiece(itertools.chain(texts, FIRST_INSTRUCTIONS), arguments.output, arguments.vocab_size)
     print(f"{arguments.output}: {tokenizer.vocab_size} ids from {len(texts)} texts")
 
 
-def tokenize(arguments: argparse.Namespace, command: str) -> None:
-    require_positive(arguments, "workers")
-    require_writable(f"{arguments.output}.json")
-    codes = tokenise(arguments.manifest, arguments.codec, arguments.output, workers=arguments.workers, command=command)
-    print(f"{arguments.output}: {len(codes)} utterances, {codes.seconds / 3600:.2f} h, codec {codes.codec.name}")
-
-
 def build(arguments: argparse.Namespace, command: str) -> None:
-    require_positive(arguments, "text_vocab_size", "num_codebooks", "codebook_size")
+    require_positive(arguments, "text_vocab_size", "num_codebooks", "codebook_size", "max_length")
     require_writable(f"{arguments.output}.json")
     dataset = build_dataset(
         arguments.output,
@@ -44,6 +40,13 @@ def build(arguments: argparse.Namespace, command: str) -> None:
         tokenizer=arguments.tokenizer,
         codes=arguments.codes,
         texts=arguments.text,
+        chats=arguments.chat,
+        template=TemplateOptions(
+            wordings=arguments.wordings,
+            loss=arguments.loss,
+            limit=LengthLimit(arguments.max_length, arguments.over_length),
+            modes=arguments.modes,
+        ),
         layout=arguments.layout,
         text_vocab_size=arguments.text_vocab_size,
         num_codebooks=arguments.num_codebooks,
@@ -51,20 +54,33 @@ def build(arguments: argparse.Namespace, command: str) -> None:
         further_modalities=[_modality_range(text) for text in arguments.modality],
         command=command,
     )
-    print(_summary(dataset))
+    counts = dataset.provenance["counts"]
+    print(summary(dataset))
+    print(
+        f"  {counts['examples']} examples, {counts['cut']} of them cut; {counts['rejected']} examples or parts rejected"
+        + (f"; {counts['unspoken']} conversations without the recordings for any mode" if "unspoken" in counts else "")
+    )
 
 
 def inspect(arguments: argparse.Namespace, command: str) -> None:
-    dataset = TokenDataset(arguments.dataset)
-    print(_summary(dataset))
-    for key, value in dataset.provenance.items():
-        print(f"  {key}: {value}")
-    quantiles = np.percentile(dataset.lengths, (0, 50, 100)).astype(int) if len(dataset) else ()
-    print(f"  positions a document (least, median, most): {', '.join(map(str, quantiles))}")
-    if arguments.document is None:
-        if arguments.codec or arguments.wav:
-            raise ConfigError("--codec and --wav: need --document")
-        return
+    datasets = [TokenDataset(prefix) for prefix in arguments.dataset]
+    if arguments.document is None and (arguments.codec or arguments.wav):
+        raise ConfigError("--codec and --wav: need --document")
+    if arguments.document is not None and len(datasets) > 1:
+        raise ConfigError("--document: needs a single --dataset")
+    for dataset in datasets:
+        print(summary(dataset))
+        for key, value in dataset.provenance.items():
+            print(f"  {key}: {value}")
+        if arguments.document is None:
+            print(*(f"  {line}" for line in statistics(dataset)), sep="\n")
+    if arguments.document is not None:
+        _show_document(arguments, datasets[0])
+    elif len(datasets) > 1:
+        print(*totals(datasets), sep="\n")
+
+
+def _show_document(arguments: argparse.Namespace, dataset: TokenDataset) -> None:
     if not 0 <= arguments.document < len(dataset):
         raise ConfigError(f"--document={arguments.document}: must be in 0..{len(dataset) - 1}")
     document = dataset.document(arguments.document)
@@ -75,49 +91,41 @@ def inspect(arguments: argparse.Namespace, command: str) -> None:
         raise ConfigError("--codec and --wav: each needs the other")
     if arguments.codec:
         require_writable(arguments.wav)
-        codes = _audio(document, dataset.vocab)
+        segments = audio_of(document, dataset.vocab)
         codec = load_codec(arguments.codec)
         made_with = dataset.provenance["codec"] or {}
         if made_with.get("fingerprint") != codec.fingerprint:
             name = made_with.get("name")
             raise ConfigError(f"--codec={arguments.codec}: the dataset was made with another codec, {name}")
-        write_wav(arguments.wav, codec.decode(codes), codec.sample_rate)
-        print(f"{arguments.wav}: {codes.shape[1] / codec.frame_rate:.2f} s")
+        wav = Path(arguments.wav)
+        for number, codes in enumerate(segments, start=1):
+            path = wav if len(segments) == 1 else wav.with_stem(f"{wav.stem}-{number}")
+            write_wav(path, codec.decode(codes), codec.sample_rate)
+            print(f"{path}: {codes.shape[1] / codec.frame_rate:.2f} s")
+
+
+def speechify(arguments: argparse.Namespace, command: str) -> None:
+    require_positive(arguments, "workers", "max_characters")
+    counts = speak_chats(
+        arguments.chat,
+        arguments.output,
+        arguments.synthesiser,
+        roles=arguments.roles,
+        voices=arguments.voices,
+        max_characters=arguments.max_characters,
+        workers=arguments.workers,
+    )
+    print(f"{arguments.output}: {', '.join(f'{count} {what}' for what, count in counts.items())}")
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace, str], None]] = {
     "tokenizer": train_tokenizer,
+    "manifest": manifest,
     "tokenize": tokenize,
     "build": build,
     "inspect": inspect,
+    "speechify": speechify,
 }
-
-
-def describe(document: Document, vocab: VocabLayout, tokenizer: TextTokenizer) -> str:
-    """One line: text as text, audio as a number of frames, other modalities as a number of ids, targets in brackets."""
-    parts = []
-    modality = vocab.modality_of(document.ids)
-    edges = np.flatnonzero((np.diff(modality) != 0) | np.diff(document.loss_mask)) + 1
-    for start, end in itertools.pairwise((0, *edges.tolist(), len(document))):
-        if modality[start] == Modality.TEXT:
-            part = tokenizer.decode(document.ids[start:end].tolist())
-        elif modality[start] == Modality.AUDIO:
-            frames = vocab.codec_layout.is_leading(document.ids[start:end]).sum()
-            part = f"<{frames} frames>" if frames else ""
-        else:
-            part = f"<{end - start} {vocab.modality_names[modality[start]]}>"
-        if part:
-            parts.append(f"[{part}]" if document.loss_mask[start] else part)
-    return " ".join(parts)
-
-
-def _audio(document: Document, vocab: VocabLayout) -> np.ndarray:
-    """The codes ``[C, F]`` of a document."""
-    positions = np.flatnonzero(document.ids >= vocab.frame)
-    if not positions.size:
-        raise ConfigError("--codec: the document holds no audio")
-    side_codes = np.empty(0) if document.codes is None else document.codes[positions]
-    return vocab.codec_layout.decode(document.ids[positions], side_codes)
 
 
 def _modality_range(text: str) -> ModalityRange:
@@ -128,12 +136,3 @@ def _modality_range(text: str) -> ModalityRange:
     except ValueError:
         raise ConfigError(f"--modality={text}: must be NAME=START:STOP, ids START to STOP - 1") from None
     return ModalityRange(name, start, stop)
-
-
-def _summary(dataset: TokenDataset) -> str:
-    counts = dataset.provenance["counts"]
-    return (
-        f"{dataset.prefix}: task {dataset.task}, layout {dataset.vocab.layout}, {counts['documents']} documents,"
-        f" {counts['positions']} positions ({counts['target_positions']} with loss),"
-        f" {counts['audio_frames']} audio frames"
-    )

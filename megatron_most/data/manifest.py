@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +17,7 @@ import numpy as np
 
 from megatron_most.audio import read_audio
 from megatron_most.audio.io import DURATION_TOLERANCE
-from megatron_most.data.lines import read_lines
+from megatron_most.data.lines import Line, read_lines
 from megatron_most.errors import DataError
 
 
@@ -87,17 +87,10 @@ class Rejection:
 
 
 def iterate_manifest(
-    path: str | Path, *, needs_audio: bool = True, needs_text: bool = True
+    path: Path, lines: Iterable[Line], *, needs_audio: bool = True, needs_text: bool = True
 ) -> Iterator[Record | Rejection]:
-    """Each line of a manifest as a record, or why it is none. Relative audio paths are relative to its folder.
-
-    Raises:
-        DataError: the manifest cannot be read.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise DataError(f"{path}: no such manifest")
-    for line in read_lines(path):
+    """Each line of a manifest as a record, or why it is none. Relative audio paths are relative to its folder."""
+    for line in lines:
         where = f"{path}, line {line.number}"
         if line.problem:
             yield Rejection(where, line.problem)
@@ -116,9 +109,12 @@ def read_manifest(path: str | Path, *, needs_audio: bool = True) -> list[Record]
         DataError: unreadable or empty manifest; a line (named by its number) that is no JSON object, lacks a field,
             holds a field of the wrong type, or repeats an id.
     """
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path}: no such manifest")
     records: list[Record] = []
     seen: dict[str, str] = {}
-    for record in iterate_manifest(path, needs_audio=needs_audio):
+    for record in iterate_manifest(path, read_lines(path), needs_audio=needs_audio):
         if isinstance(record, Rejection):
             raise DataError(f"{record.where}: {record.reason}")
         if record.id in seen:

@@ -1,19 +1,24 @@
-"""Audio -> codec codes, in several processes, in shards that survive an interruption."""
+"""Audio -> codec codes, by several processes of one or many machines, in shards that survive an interruption.
+
+While a job runs, ``<output>.parts`` holds the collected manifest and the finished shards, and ``<output>.lock`` tells
+the job's tasks of each other. The last task to end puts the output together and removes both.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -23,92 +28,184 @@ import torch
 from megatron_most import __version__
 from megatron_most.audio import AudioCodec, codec_file, file_fingerprint, load_codec
 from megatron_most.data.codes import CodecIdentity, CodesDataset
+from megatron_most.data.collect import Collected, SourceSpec, collect
 from megatron_most.data.indexed import FORMAT_VERSION, ArrayWriter, read_json, smallest_dtype
-from megatron_most.data.manifest import Record, read_manifest, read_waveform
-from megatron_most.errors import DataError
-from megatron_most.files import write_json, write_text
+from megatron_most.data.lines import read_lines
+from megatron_most.data.progress import Progress
+from megatron_most.data.shards import Limits, Shard, encode_shard, hostname_and_pid, locked
+from megatron_most.data.sources import Roots
+from megatron_most.errors import ConfigError, DataError
+from megatron_most.files import write_json
 
 SHARD_SIZES = (32, 1024)
-"""Fewest and most utterances of a shard: what an interruption can cost each process."""
+"""Fewest and most records of a shard: what an interruption can cost each process."""
 
 NUM_SHARDS = 64
 """How many shards to aim at between these sizes, so that all processes have work to the end."""
 
+MAX_QUARANTINE = 0.01
+"""Share of a source that may be unusable before that is an error."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything that decides what comes out."""
+
+    source: SourceSpec
+    collected: Collected
+    codec: CodecIdentity
+    limits: Limits
+    device: str
+
+    def to_dict(self) -> dict:
+        return {
+            "source": self.source.to_dict() | {"licences": self.collected.licences},
+            "records_sha256": self.collected.sha256,
+            "codec": self.codec.to_dict(),
+            "limits": asdict(self.limits),
+            "device": self.device,
+        }
+
 
 def tokenise(
-    manifest: str | Path,
+    source: SourceSpec | str | Path,
     codec: str | Path,
     output: str | Path,
     *,
     workers: int | None = None,
+    task: tuple[int, int] = (0, 1),
+    limits: Limits | None = None,
+    max_quarantine: float = MAX_QUARANTINE,
+    device: str = "auto",
     command: str = "",
-) -> CodesDataset:
-    """Encode every utterance of ``manifest`` with ``codec`` into ``<output>.{codes.bin,codes.idx,jsonl,json}``.
+) -> CodesDataset | None:
+    """Encode every record of ``source`` with ``codec`` into ``<output>.{codes.bin,codes.idx,jsonl,json}``.
 
-    The result does not depend on the number of workers. Finished shards stay in ``<output>.parts`` until everything is
-    done; running the same job again takes them as they are, and a finished job returns at once.
+    What cannot be used is listed in ``<output>.quarantine.jsonl`` with its reason. The result does not depend on the
+    number of workers or tasks, nor on interruptions: the same job run again takes finished shards as they are, and a
+    finished job returns at once.
 
     Args:
+        source: what to read; a path is a NeMo manifest.
         codec: as :func:`~megatron_most.audio.load_codec` takes it.
         workers: processes; None takes one per CPU core this process may use.
+        task: (i, n): do only every n-th shard from the i-th on, beside other tasks that do the others.
+        device: ``cpu``, ``cuda``, or ``auto``: CUDA where there is one.
         command: the command line, kept in the sidecar.
 
-    Raises:
-        DataError: a broken manifest or audio file, or an output made from another manifest or codec.
-    """
-    output, parts = Path(output), Path(f"{output}.parts")
-    records = read_manifest(manifest)
-    manifest_sha256 = hashlib.sha256(Path(manifest).read_bytes()).hexdigest()
-    if Path(f"{output}.json").is_file():
-        # Loading a codec takes seconds; the fingerprint of a file is enough to see that there is nothing to do.
-        file = codec_file(codec)
-        fingerprint = file_fingerprint(file) if file else load_codec(codec).fingerprint
-        _require_same_job(f"{output}.json", manifest_sha256, fingerprint)
-        shutil.rmtree(parts, ignore_errors=True)
-        return CodesDataset(output)
-    loaded = load_codec(codec)
-    job = {"manifest": str(manifest), "manifest_sha256": manifest_sha256, "codec": CodecIdentity.of(loaded).to_dict()}
-    if (parts / "job.json").is_file():
-        _require_same_job(parts / "job.json", manifest_sha256, loaded.fingerprint)
-    else:
-        write_json(parts / "job.json", {"format": FORMAT_VERSION, **job})
+    Returns:
+        None when other tasks have not done their shards yet; the last of them puts the output together.
 
-    size = min(max(len(records) // NUM_SHARDS, SHARD_SIZES[0]), SHARD_SIZES[1])
-    shards = [
-        _Shard(parts / f"{start:09d}", tuple(records[start : start + size])) for start in range(0, len(records), size)
-    ]
-    waiting = [shard for shard in shards if not shard.is_done]
-    already_done = len(records) - sum(len(shard.records) for shard in waiting)
-    progress = _Progress(len(records), already_done)
-    if waiting:
-        _encode_all(waiting, loaded, workers or len(os.sched_getaffinity(0)), progress)
-    _merge(shards, output, loaded.codebook_size)
-    write_json(f"{output}.json", {"format": FORMAT_VERSION, **job, "tool_version": __version__, "command": command})
-    shutil.rmtree(parts)
+    Raises:
+        DataError: a source that cannot be read; more of it in quarantine than ``max_quarantine``; a full disk; or an
+            output made from another source, with another codec or other limits.
+    """
+    output, limits = Path(output), limits or Limits()
+    if not isinstance(source, SourceSpec):
+        source = SourceSpec("nemo", str(source))
+    parts, lock, finished = (Path(f"{output}.{ending}") for ending in ("parts", "lock", "json"))
+    if not 0 <= task[0] < task[1]:
+        raise ConfigError(f"shard {task[0]}/{task[1]}: must be i/n with i in 0..n-1")
+    if not source.open().has_audio:
+        raise ConfigError(f"source {source.name}: is text without audio; prepare_data.py build takes its manifest")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with _one_line_when_the_disk_is_full(output):
+        with _task(lock, parts):
+            job, loaded = _prepare(source, codec, output, parts, limits, _device(device))
+            if loaded is not None:
+                shards = _shards(parts, job.collected.num_records)
+                mine = shards[task[0] :: task[1]]
+                _encode_all(mine, loaded, job, workers or len(os.sched_getaffinity(0)))
+        if not finished.is_file() and not all(shard.is_done for shard in shards):
+            return None
+        with locked(lock):
+            if not finished.is_file():
+                _merge(shards, job, parts, output, max_quarantine, command)
+            shutil.rmtree(parts, ignore_errors=True)
+            lock.unlink(missing_ok=True)
     return CodesDataset(output)
 
 
-@dataclass(frozen=True)
-class _Shard:
-    """Consecutive utterances whose codes are committed together."""
+@contextlib.contextmanager
+def _task(lock: Path, parts: Path) -> Iterator[None]:
+    """Be one of the job's tasks; a lock that nothing is begun under goes with the last of them."""
+    try:
+        with locked(lock, shared=True):
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            parts.rmdir()  # only if it is empty
+        with locked(lock, wait=False) as is_last:
+            if is_last and not parts.exists():
+                lock.unlink()
 
-    prefix: Path
-    records: tuple[Record, ...]
 
-    @property
-    def is_done(self) -> bool:
-        return Path(f"{self.prefix}.jsonl").is_file()
+def _device(name: str) -> str:
+    # Counting devices asks the driver's library; anything more would start CUDA here, and workers are forked from here.
+    num_devices = torch.cuda.device_count()
+    if name == "auto":
+        return "cuda" if num_devices else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name}: must be auto, cpu or cuda")
+    if name == "cuda" and not num_devices:
+        raise ConfigError("device cuda: this machine has none")
+    return name
 
 
-def _require_same_job(path: str | Path, manifest_sha256: str, fingerprint: str) -> None:
+def _prepare(
+    source: SourceSpec, codec: str | Path, output: Path, parts: Path, limits: Limits, device: str
+) -> tuple[_Job, AudioCodec | None]:
+    """The job, and the codec unless the output is already there; refuses what another job has begun or finished."""
+    own = parts / f"collecting.{hostname_and_pid()}"
+    records, rejected = own / "records.jsonl", own / "rejected.jsonl"
+    try:
+        collected = collect(source, records, rejected)
+        finished = Path(f"{output}.json")
+        if finished.is_file():
+            # Loading a codec takes seconds; the fingerprint of a file is enough to see that there is nothing to do.
+            file = codec_file(codec)
+            fingerprint = file_fingerprint(file) if file else load_codec(codec).fingerprint
+            _require_same_job(finished, collected, fingerprint, limits, device)
+            return None, None
+        loaded = load_codec(codec)
+        job = _Job(source, collected, CodecIdentity.of(loaded), limits, device)
+        if (parts / "job.json").is_file():
+            _require_same_job(parts / "job.json", collected, loaded.fingerprint, limits, device)
+        os.replace(records, parts / records.name)
+        os.replace(rejected, parts / rejected.name)
+        write_json(parts / "job.json", {"format": FORMAT_VERSION, **job.to_dict()})
+        return job, loaded
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+
+
+def _require_same_job(path: Path, collected: Collected, fingerprint: str, limits: Limits, device: str) -> None:
     found = read_json(path, "tokenisation")
     codec = found.get("codec") or {}
+    advice = "remove it or choose another output"
     if codec.get("fingerprint") != fingerprint:
-        name = codec.get("name")
-        raise DataError(f"{path}: was made with another codec, {name}; remove it or choose another output")
-    if found.get("manifest_sha256") != manifest_sha256:
-        source = found.get("manifest")
-        raise DataError(f"{path}: was made from {source} in another state; remove it or choose another output")
+        raise DataError(f"{path}: was made with another codec, {codec.get('name')}; {advice}")
+    if found.get("records_sha256") != collected.sha256:
+        root = (found.get("source") or {}).get("root")
+        raise DataError(f"{path}: was made from {root} in another state; {advice}")
+    for name, value in (("limits", asdict(limits)), ("device", device)):
+        if found.get(name) != value:
+            raise DataError(f"{path}: was made with {name} {found.get(name)}, not {value}; {advice}")
+
+
+def _shards(parts: Path, num_records: int) -> list[Shard]:
+    size = min(max(num_records // NUM_SHARDS, SHARD_SIZES[0]), SHARD_SIZES[1])
+    manifest = parts / "records.jsonl"
+    starts = [0]
+    with open(manifest, "rb") as file:
+        for number, _ in enumerate(iter(file.readline, b""), start=1):
+            if number % size == 0 or number == num_records:
+                starts.append(file.tell())
+    counts = [size] * (num_records // size) + [num_records % size] * bool(num_records % size)
+    return [
+        Shard(parts / f"{index * size:09d}", manifest, starts[index], starts[index + 1], count)
+        for index, count in enumerate(counts)
+    ]
 
 
 @dataclass
@@ -116,9 +213,19 @@ class _Worker:
     """What a worker process is born with: the codec, and counters it shares with the parent."""
 
     codec: AudioCodec
+    job: _Job
+    number: Synchronized
     files: Synchronized
     samples: Synchronized
+    rejected: Synchronized
     stop: Event
+    roots: Roots
+
+    def report(self, files: int, samples: int, rejected: int) -> None:
+        with self.files.get_lock():
+            self.files.value += files
+            self.samples.value += samples
+            self.rejected.value += rejected
 
 
 _worker: _Worker | None = None  # set once in each worker process
@@ -129,6 +236,11 @@ def _start_worker(worker: _Worker) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent asks to stop
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
+    if worker.job.device == "cuda":
+        with worker.number.get_lock():
+            device = worker.number.value % torch.cuda.device_count()
+            worker.number.value += 1
+        worker.codec.to(f"cuda:{device}")
     _worker = worker
 
 
@@ -139,43 +251,46 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def _encode_shard(shard: _Shard) -> None:
-    """Encode and commit one shard; leaves nothing when asked to stop."""
-    codec = _worker.codec
-    writer = ArrayWriter(f"{shard.prefix}.codes", smallest_dtype(codec.codebook_size))
-    lines = []
-    try:
-        for record in shard.records:
-            if _worker.stop.is_set():
-                return
-            waveform = read_waveform(record, codec.sample_rate)
-            codes = codec.encode(waveform)
-            writer.add(codes.T.reshape(-1))
-            lines.append({"id": record.id, "text": record.text, "num_frames": codes.shape[1]})
-            with _worker.files.get_lock():
-                _worker.files.value += 1
-                _worker.samples.value += len(waveform)
-        writer.commit()
-    finally:
-        writer.discard()
-    write_text(f"{shard.prefix}.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+def _encode(shard: Shard, wait_for_others: bool) -> bool:
+    """Whether the shard is done; False when another task is at it and we do not wait."""
+    worker = _worker
+    while not worker.stop.is_set():
+        with (
+            _one_line_when_the_disk_is_full(shard.prefix),
+            locked(f"{shard.prefix}.lock", wait=False) as is_ours,
+        ):
+            if is_ours and not shard.is_done:
+                encode_shard(shard, worker.codec, worker.roots, worker.job.limits, worker.report, worker.stop.is_set)
+        if is_ours or not wait_for_others:
+            return is_ours
+        time.sleep(0.2)
+    return True
 
 
-def _encode_all(shards: list[_Shard], codec: AudioCodec, workers: int, progress: _Progress) -> None:
+def _encode_all(shards: list[Shard], codec: AudioCodec, job: _Job, workers: int) -> None:
+    todo = [shard for shard in shards if not shard.is_done]
+    total = sum(shard.num_records for shard in shards)
+    progress = Progress(total, total - sum(shard.num_records for shard in todo))
+    if not todo:
+        return
     # Forking hands every worker the loaded codec; importing NeMo anew would cost each 8 s. One thread each, also here:
     # a forked process must not inherit a thread pool, and sums must not depend on the number of threads.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     context = multiprocessing.get_context("fork")
-    shared = _Worker(codec, context.Value("q", 0), context.Value("q", 0), context.Event())
-    executor = ProcessPoolExecutor(min(workers, len(shards)), context, _start_worker, (shared,))
+    counters = [context.Value("q", 0) for _ in range(4)]
+    shared = _Worker(codec, job, *counters, context.Event(), job.source.open().roots)
+    executor = ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker, (shared,))
     try:
-        waiting = {executor.submit(_encode_shard, shard) for shard in shards}
+        waiting = {executor.submit(_encode, shard, False): shard for shard in todo}
         while waiting:
-            finished, waiting = wait(waiting, timeout=progress.interval, return_when=FIRST_COMPLETED)
+            finished, _ = wait(waiting, timeout=progress.interval, return_when=FIRST_COMPLETED)
             for future in finished:
-                future.result()
-            progress.show(shared.files.value, shared.samples.value / codec.sample_rate, last=not waiting)
+                shard = waiting.pop(future)
+                if not future.result():  # another task is at it: come back when there is nothing else to do
+                    waiting[executor.submit(_encode, shard, True)] = shard
+            seconds = shared.samples.value / codec.sample_rate
+            progress.show(shared.files.value, seconds, shared.rejected.value, last=not waiting)
     except BrokenProcessPool:
         raise DataError("tokenise: a worker process was killed (out of memory?); finished shards are kept") from None
     finally:
@@ -184,41 +299,70 @@ def _encode_all(shards: list[_Shard], codec: AudioCodec, workers: int, progress:
         torch.set_num_threads(threads)
 
 
-def _merge(shards: list[_Shard], output: Path, codebook_size: int) -> None:
-    writer = ArrayWriter(f"{output}.codes", smallest_dtype(codebook_size))
-    temporary = Path(f"{output}.jsonl.{os.getpid()}.tmp")
+def _merge(shards: list[Shard], job: _Job, parts: Path, output: Path, max_quarantine: float, command: str) -> None:
+    """Put the shards together under temporary names, check the counts, and give the files their own."""
+    merged = parts / "merged"
+    shutil.rmtree(merged, ignore_errors=True)  # of a merge that was cut short
+    merged.mkdir()
+    num_rejected = _merge_quarantine(shards, parts, merged / "quarantine.jsonl")
+    total = job.collected.num_records + job.collected.num_rejected
+    if num_rejected > max_quarantine * total:
+        os.replace(merged / "quarantine.jsonl", f"{output}.quarantine.jsonl")
+        raise DataError(
+            f"{output}.quarantine.jsonl: {num_rejected} of {total} records are in quarantine, more than"
+            f" {max_quarantine:.2%} (--max-quarantine); the first: {_first(f'{output}.quarantine.jsonl')}"
+        )
+    counts = Counter(records=total, tokenised=0, quarantined=num_rejected, chunked=0, utterances=0, frames=0)
+    num_codebooks, dtype = job.codec.num_codebooks, smallest_dtype(job.codec.codebook_size)
+    writer = ArrayWriter(str(merged / "codes"), dtype)
     try:
-        with open(temporary, "wb") as merged:
+        with open(merged / "jsonl", "w", encoding="utf-8") as lines:
             for shard in shards:
-                writer.add_all(f"{shard.prefix}.codes")
-                merged.write(Path(f"{shard.prefix}.jsonl").read_bytes())
+                for line, codes in shard.utterances(num_codebooks, dtype):
+                    number, pieces = json.loads(line).get("chunk", (0, 1))
+                    counts["tokenised"] += number == 0
+                    counts["chunked"] += number == 0 and pieces > 1
+                    counts["utterances"] += 1
+                    counts["frames"] += len(codes) // num_codebooks
+                    writer.add(codes)
+                    lines.write(line)
         writer.commit()
-        os.replace(temporary, f"{output}.jsonl")
     finally:
         writer.discard()
-        temporary.unlink(missing_ok=True)
+    if not counts["utterances"]:
+        raise DataError(
+            f"{output}: all of {total} records are in quarantine; the first: {_first(merged / 'quarantine.jsonl')}"
+        )
+    if counts["tokenised"] + counts["quarantined"] != counts["records"]:
+        raise DataError(f"{parts}: {dict(counts)} do not add up; remove it and run again")
+    for ending in ("bin", "idx"):
+        os.replace(merged / f"codes.{ending}", f"{output}.codes.{ending}")
+    for ending in ("jsonl", "quarantine.jsonl"):
+        os.replace(merged / ending, f"{output}.{ending}")
+    sidecar = {**job.to_dict(), "counts": dict(counts), "tool_version": __version__, "command": command}
+    write_json(merged / "json", {"format": FORMAT_VERSION, **sidecar})
+    os.replace(merged / "json", f"{output}.json")
 
 
-class _Progress:
-    """One line with files, hours and time left: rewritten every second on a terminal, printed every 5 s elsewhere."""
+def _merge_quarantine(shards: list[Shard], parts: Path, path: Path) -> int:
+    count = 0
+    with open(path, "w", encoding="utf-8") as file:
+        file.write((parts / "rejected.jsonl").read_text(encoding="utf-8"))
+        for shard in shards:
+            file.writelines(shard.rejected())
+    with open(path, "rb") as file:
+        count = sum(1 for _ in file)
+    return count
 
-    def __init__(self, total: int, already_done: int) -> None:
-        self._total, self._already_done = total, already_done
-        self._terminal = sys.stderr.isatty()
-        self.interval = 1.0 if self._terminal else 5.0
-        self._started = self._shown = time.monotonic()
 
-    def show(self, files: int, seconds: float, *, last: bool = False) -> None:
-        """``files`` and ``seconds`` of audio were encoded since the start; says so when it is time to."""
-        now = time.monotonic()
-        if now - self._shown < self.interval and not last:
-            return
-        self._shown, elapsed = now, now - self._started
-        done = self._already_done + files
-        line = f"tokenise: {done}/{self._total} files, {seconds / 3600:.2f} h of audio at {seconds / elapsed:.0f}x"
-        if files and not last:
-            line += f", {(self._total - done) * elapsed / files:.0f} s left"
-        if self._terminal:
-            print(f"\r\x1b[K{line}", end="\n" if last else "", file=sys.stderr, flush=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
+def _first(quarantine: str | Path) -> str:
+    first = json.loads(next(read_lines(quarantine)).text)
+    return f"{first['where']}: {first['reason']}"
+
+
+@contextlib.contextmanager
+def _one_line_when_the_disk_is_full(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error.strerror or error}; finished shards are kept") from None

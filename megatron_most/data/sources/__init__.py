@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_most.data.sources.base import Source, SourceOptions
@@ -9,13 +10,13 @@ from megatron_most.data.sources.common_voice import CommonVoice
 from megatron_most.data.sources.lhotse import LhotseCuts, LibriHeavy
 from megatron_most.data.sources.librispeech import LibriSpeech
 from megatron_most.data.sources.nemo import NemoManifest
-from megatron_most.data.sources.roots import AudioRoots
+from megatron_most.data.sources.roots import Roots
 from megatron_most.data.sources.tar import NemoTarred, WebDataset
 from megatron_most.data.sources.text import Chat, TextCorpus
 from megatron_most.data.sources.voxpopuli import VoxPopuli
 from megatron_most.errors import ConfigError
 
-__all__ = ["SOURCES", "AudioRoots", "Source", "SourceOptions", "open_source"]
+__all__ = ["SOURCES", "Roots", "Source", "SourceOptions", "open_source"]
 
 SOURCES: dict[str, type[Source]] = {
     source.name: source
@@ -35,8 +36,10 @@ SOURCES: dict[str, type[Source]] = {
 """Every source by the name that a user gives."""
 
 
-def open_source(name: str, root: str | Path, options: SourceOptions | None = None) -> Source:
-    """The source called ``name`` at ``root``.
+def open_source(
+    name: str, root: str | Path, options: SourceOptions | None = None, further_roots: Sequence[str | Path] = ()
+) -> Source:
+    """The source called ``name`` at ``root``, which may read from there and from ``further_roots``.
 
     Raises:
         ConfigError: no source of that name.
@@ -44,4 +47,4 @@ def open_source(name: str, root: str | Path, options: SourceOptions | None = Non
     """
     if name not in SOURCES:
         raise ConfigError(f"source {name}: must be one of {', '.join(SOURCES)}")
-    return SOURCES[name](root, options)
+    return SOURCES[name](root, options, further_roots)

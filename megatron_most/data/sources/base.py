@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from megatron_most.data.lines import Line, read_lines
 from megatron_most.data.manifest import Record, Rejection
+from megatron_most.data.sources.roots import Roots
 from megatron_most.errors import ConfigError, DataError
 
 
@@ -45,11 +46,14 @@ class Source(ABC):
 
     has_audio: ClassVar[bool] = True
 
-    def __init__(self, root: str | Path, options: SourceOptions | None = None) -> None:
+    def __init__(
+        self, root: str | Path, options: SourceOptions | None = None, further_roots: Sequence[str | Path] = ()
+    ) -> None:
         self.root = Path(root)
         self.options = options or SourceOptions()
         if not self.root.exists():
-            raise DataError(f"{self.root}: no such manifest, file or folder")
+            raise DataError(f"{self.root}: no such manifest or folder")
+        self.roots = Roots([self.folder, *further_roots])
 
     @property
     def folder(self) -> Path:
@@ -65,8 +69,8 @@ class Source(ABC):
         """
 
     def files(self, *patterns: str) -> list[Path]:
-        """The root itself if it is a file, else the files below it that match; sorted, of the wanted splits."""
-        if self.root.is_file():
+        """The root itself if it is no folder, else the files below it that match; sorted, of the wanted splits."""
+        if not self.root.is_dir():
             return [self.root]
         found = sorted({path for pattern in patterns for path in self.root.glob(pattern)})
         if self.options.splits:
@@ -75,6 +79,39 @@ class Source(ABC):
             splits = f" of {', '.join(self.options.splits)}" if self.options.splits else ""
             raise DataError(f"{self.root}: holds no {' or '.join(patterns)}{splits}")
         return found
+
+    def real(self, path: Path) -> Path:
+        """Where a file of the source really is: the one that a user named, or one that lies inside the roots."""
+        if path != self.root:
+            return self.roots.resolve(path)
+        if not path.is_file():
+            raise DataError(f"{path}: not a regular file")
+        return path
+
+    def lines(self, path: Path) -> Iterator[Line]:
+        """The lines of a file of the source."""
+        return read_lines(self.real(path))
+
+    def table(self, path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str] | Rejection]]:
+        """Rows of a tab-separated table with a header and no quoting: where each stands, and its fields.
+
+        Raises:
+            DataError: a header without one of ``columns``.
+        """
+        lines = self.lines(path)
+        header = next(lines, Line(1, "")).text.split("\t")
+        for column in columns:
+            if column not in header:
+                raise DataError(f"{path}: has no column {column!r}: {', '.join(header)}")
+        for line in lines:
+            where = f"{path}, line {line.number}"
+            fields = line.text.split("\t")
+            if line.problem:
+                yield where, Rejection(where, line.problem)
+            elif len(fields) == len(header):
+                yield where, dict(zip(header, fields, strict=True))
+            elif line.text.strip():
+                yield where, Rejection(where, f"has {len(fields)} columns, the header has {len(header)}")
 
     def _split_of(self, path: Path) -> str:
         """The split a file is: its name up to the first dot."""
@@ -91,26 +128,3 @@ def choose_splits(found: Sequence[str], wanted: Sequence[str], root: Path) -> li
         if split not in found:
             raise ConfigError(f"split {split}: {root} holds {', '.join(found) or 'no split'}")
     return [split for split in found if not wanted or split in wanted]
-
-
-def table_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str] | Rejection]]:
-    """Rows of a tab-separated table with a header and no quoting: where each stands, and its fields.
-
-    Raises:
-        DataError: a header without one of ``columns``.
-    """
-    lines = read_lines(path)
-    header = next(lines, Line(1, "")).text.split("\t")
-    for column in columns:
-        if column not in header:
-            raise DataError(f"{path}: has no column {column!r}: {', '.join(header)}")
-    for line in lines:
-        where = f"{path}, line {line.number}"
-        fields = line.text.split("\t")
-        if line.problem:
-            yield where, Rejection(where, line.problem)
-        elif len(fields) != len(header):
-            if line.text.strip():
-                yield where, Rejection(where, f"has {len(fields)} columns, the header has {len(header)}")
-        else:
-            yield where, dict(zip(header, fields, strict=True))

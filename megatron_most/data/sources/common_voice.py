@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_most.data.lines import read_lines
 from megatron_most.data.manifest import Record, Rejection
-from megatron_most.data.sources.base import Source, choose_splits, table_rows
+from megatron_most.data.sources.base import Source, choose_splits
 from megatron_most.errors import DataError
 
 _SPLITS = ("train", "dev", "test", "validated", "other", "invalidated")
@@ -23,7 +22,7 @@ class CommonVoice(Source):
         found = [split for split in _SPLITS if (self.root / f"{split}.tsv").is_file()]
         durations = self._durations()
         for split in choose_splits(found, self.options.splits or ("train",), self.root):
-            for where, row in table_rows(self.root / f"{split}.tsv", ("path", "sentence", "client_id")):
+            for where, row in self.table(self.root / f"{split}.tsv", ("path", "sentence", "client_id")):
                 if isinstance(row, Rejection):
                     yield row
                     continue
@@ -47,7 +46,7 @@ class CommonVoice(Source):
         if not path.is_file():
             return {}
         durations = {}
-        for line in read_lines(path):
+        for line in self.lines(path):
             clip, _, milliseconds = line.text.partition("\t")
             if line.number > 1 and clip:
                 if not milliseconds.isdigit() or int(milliseconds) == 0:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_most.data.lines import read_lines
 from megatron_most.data.manifest import Record, Rejection, parse_json_object, seconds_of, text_of
 from megatron_most.data.sources.base import Source
 from megatron_most.errors import ConfigError, DataError
@@ -24,7 +23,7 @@ class LhotseCuts(Source):
 
     def records(self) -> Iterator[Record | Rejection]:
         for path in self.files(*self.patterns):
-            for line in read_lines(path):
+            for line in self.lines(path):
                 where = f"{path}, line {line.number}"
                 if line.problem:
                     yield Rejection(where, line.problem)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_most.data.lines import read_lines
 from megatron_most.data.manifest import Record, Rejection
 from megatron_most.data.sources.base import Source, choose_splits
 
@@ -22,7 +21,7 @@ class LibriSpeech(Source):
                 yield from self._chapter(transcripts, split)
 
     def _chapter(self, transcripts: Path, split: str) -> Iterator[Record | Rejection]:
-        for line in read_lines(transcripts):
+        for line in self.lines(transcripts):
             where = f"{transcripts}, line {line.number}"
             name, _, text = line.text.partition(" ")
             if line.problem:

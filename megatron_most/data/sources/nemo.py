@@ -14,4 +14,4 @@ class NemoManifest(Source):
 
     def records(self) -> Iterator[Record | Rejection]:
         for path in self.files("*.jsonl", "*.json"):
-            yield from iterate_manifest(path, needs_text=self.options.needs_text)
+            yield from iterate_manifest(path, self.lines(path), needs_text=self.options.needs_text)

@@ -11,8 +11,8 @@ from pathlib import Path
 from megatron_most.errors import DataError
 
 
-class AudioRoots:
-    """The folders that audio may be read from. Links inside them are followed only to places inside them."""
+class Roots:
+    """The folders that may be read from. Links inside them are followed only to places inside them."""
 
     def __init__(self, folders: Sequence[str | Path]) -> None:
         self.folders = tuple(Path(os.path.realpath(folder)) for folder in folders)
@@ -22,7 +22,7 @@ class AudioRoots:
         self.resolve = functools.lru_cache(maxsize=1024)(self._resolve)  # many cuts are of one recording
 
     def _resolve(self, path: str | Path) -> Path:
-        """The real path of an audio file; relative ones are of the first folder.
+        """The real path of a file; relative ones are of the first folder.
 
         Raises:
             DataError: a place outside the folders, no file, or no regular one.
@@ -33,7 +33,7 @@ class AudioRoots:
         try:
             is_regular = stat.S_ISREG(real.stat().st_mode)
         except OSError as error:
-            raise DataError(f"{path}: no such audio file ({error.strerror})") from None
+            raise DataError(f"{path}: no such file ({error.strerror})") from None
         if not is_regular:
             raise DataError(f"{path}: not a regular file")
         return real

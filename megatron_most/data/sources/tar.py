@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
-from megatron_most.data.lines import read_lines
 from megatron_most.data.manifest import (
     Record,
     Rejection,
@@ -49,7 +48,7 @@ class WebDataset(Source):
     def records(self) -> Iterator[Record | Rejection]:
         for path in self.files("*.tar", "*/*.tar"):
             key, sample = None, _Sample()
-            for member, content in _members(path, _TEXT):
+            for member, content in _members(path, self.real(path), _TEXT):
                 name = PurePosixPath(member.name)
                 of_member = str(name.parent / name.name.partition(".")[0])
                 if of_member != key:
@@ -98,7 +97,7 @@ class NemoTarred(Source):
         wanted: dict[tuple[int, str], list[Record]] = {}
         manifests = ("tarred_audio_manifest.json", "manifest_*.json", "sharded_manifests/manifest_*.json")
         for manifest in self.files(*manifests):
-            for line in read_lines(manifest):
+            for line in self.lines(manifest):
                 where = f"{manifest}, line {line.number}"
                 try:
                     if line.problem:
@@ -123,7 +122,7 @@ class NemoTarred(Source):
         for number, name in wanted:
             if number == shard:
                 names.setdefault(_SEGMENT.sub("", name), []).append(name)
-        for member, _ in _members(path):
+        for member, _ in _members(path, self.real(path)):
             member_name = member.name.removeprefix("./")
             for name in names.pop(member_name, []):
                 for record in wanted.pop((shard, name)):
@@ -137,15 +136,13 @@ def _shard(entry: dict) -> int:
     return shard
 
 
-def _members(path: Path, read: tuple[str, ...] = ()) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
+def _members(path: Path, real: Path, read: tuple[str, ...] = ()) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
     """The regular files of an archive in its order, with the content of those whose name ends as in ``read``.
 
     Links are left out: nothing outside the archive is ever reached through it.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: not a regular file")
     try:
-        with tarfile.open(path, "r:") as archive:
+        with tarfile.open(real, "r:") as archive:
             for member in archive:
                 if not member.isreg() or member.issparse():
                     continue

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_most.data.lines import read_lines
+from megatron_most.data.lines import Line
 from megatron_most.data.manifest import Record, Rejection, parse_json_object, parse_turns, text_of
 from megatron_most.data.sources.base import Source
 from megatron_most.errors import DataError
@@ -56,9 +56,9 @@ class TextCorpus(Source):
         if path.suffix == ".parquet":
             yield from self._parquet(path)
         elif path.name.removesuffix(".gz").endswith(".txt"):
-            yield from _paragraphs(path)
+            yield from _paragraphs(self.lines(path))
         else:
-            for line in read_lines(path):
+            for line in self.lines(path):
                 number = f"line {line.number}"
                 if line.problem:
                     yield number, line.problem
@@ -72,10 +72,8 @@ class TextCorpus(Source):
         import pyarrow
         from pyarrow import parquet
 
-        if not path.is_file():
-            raise DataError(f"{path}: not a regular file")
         try:
-            with parquet.ParquetFile(path) as file:
+            with parquet.ParquetFile(self.real(path)) as file:
                 wanted = {self.options.text_field or self.default_field, "id", "language"}
                 columns = [name for name in file.schema_arrow.names if name in wanted]
                 number = 0
@@ -106,9 +104,9 @@ class Chat(TextCorpus):
         )  # fmt: skip
 
 
-def _paragraphs(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+def _paragraphs(lines_of_file: Iterator[Line]) -> Iterator[tuple[str, dict[str, Any] | str]]:
     start, lines = 0, []
-    for line in read_lines(path):
+    for line in lines_of_file:
         if line.problem:
             yield f"line {line.number}", line.problem
         if line.text.strip():

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_most.data.manifest import Record, Rejection
-from megatron_most.data.sources.base import Source, choose_splits, table_rows
+from megatron_most.data.sources.base import Source, choose_splits
 from megatron_most.errors import ConfigError, DataError
 
 _SPLITS = ("train", "dev", "test")
@@ -29,7 +29,7 @@ class VoxPopuli(Source):
         found = [split for split in _SPLITS if (self.root / f"asr_{split}.tsv").is_file()]
         for split in choose_splits(found, self.options.splits, self.root):
             audio = self._audio(split)
-            for where, row in table_rows(self.root / f"asr_{split}.tsv", ("id", "speaker_id", *_TEXTS)):
+            for where, row in self.table(self.root / f"asr_{split}.tsv", ("id", "speaker_id", *_TEXTS)):
                 if isinstance(row, Rejection):
                     yield row
                     continue

@@ -79,7 +79,7 @@ def test_further_modalities_are_named_when_data_is_built_and_looked_into(call, m
 
 def test_errors_are_one_line_and_a_status(call, manifest, tmp_path):
     status, _, err = call("tokenize", "--manifest", tmp_path / "none.jsonl", "--codec", "c", "--output", tmp_path / "o")
-    assert status == 1 and err == f"error: {tmp_path}/none.jsonl: no such manifest\n"
+    assert status == 1 and err == f"error: {tmp_path}/none.jsonl: no such manifest or folder\n"
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,13 @@
 """Tokenisation: the same codes from any number of workers, and nothing lost or left over by an interruption."""
 
+import contextlib
 import json
 import multiprocessing
 import os
+import random
+import resource
+import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +18,15 @@ import pytest
 from megatron_most.audio import read_audio
 from megatron_most.data import tokenise as module
 from megatron_most.data.codes import CodesDataset
+from megatron_most.data.collect import SourceSpec
+from megatron_most.data.shards import Limits
+from megatron_most.data.sources import SourceOptions
 from megatron_most.data.tokenise import tokenise
-from megatron_most.errors import DataError
+from megatron_most.errors import ConfigError, DataError
+from tests.unit.data import published
 from tests.unit.data.tiny import LoudnessCodec, write_wavs
+
+FILES = {"codes.json", "codes.jsonl", "codes.quarantine.jsonl", "codes.codes.bin", "codes.codes.idx"}
 
 
 @pytest.fixture(autouse=True)
@@ -26,21 +37,50 @@ def small_shards_and_no_nemo(monkeypatch):
 
 @pytest.fixture
 def manifest(tmp_path) -> Path:
-    path = tmp_path / "m.jsonl"
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in write_wavs(tmp_path / "wav", 11)))
+    return write_manifest(tmp_path, 11)
+
+
+def write_manifest(folder: Path, num_files: int, seconds: float = 0.2) -> Path:
+    path = folder / "m.jsonl"
+    entries = write_wavs(folder / "wav", num_files, seconds)
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return path
 
 
-def run(manifest: Path, output: Path, workers: int = 2) -> CodesDataset:
-    return tokenise(manifest, "codec", output, workers=workers)
+def run(source: Path | SourceSpec, output: Path, workers: int = 2, **options) -> CodesDataset | None:
+    return tokenise(source, "codec", output, workers=workers, **options)
 
 
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def in_a_process(function: Callable, *arguments) -> multiprocessing.Process:
+    """Start a function in a process of a group of its own, which can be killed as a whole."""
+
+    def call() -> None:
+        os.setpgid(0, 0)
+        function(*arguments)
+
+    process = multiprocessing.get_context("fork").Process(target=call)
+    process.start()
+    return process
+
+
+def is_running(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
 class DyingCodec(LoudnessCodec):
-    """Kills its process at the first frame of code 0."""
+    """Kills its process at the first waveform."""
 
     def encode(self, waveform):
         os._exit(9)
@@ -52,6 +92,30 @@ class FailingCodec(LoudnessCodec):
     def encode(self, waveform):
         if len(waveform) == 1600 + 37 * 4:
             raise DataError("wav/4.wav: no such codec frame")
+        return super().encode(waveform)
+
+
+class StallingCodec(LoudnessCodec):
+    """Says which process encodes, and never comes to an end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def encode(self, waveform):
+        (self.folder / f"worker-{os.getpid()}").touch()
+        time.sleep(60)
+
+
+class LoggingCodec(LoudnessCodec):
+    """Takes its time, and writes a line to a file for each waveform that it encodes."""
+
+    def __init__(self, log: Path, seconds: float = 0.005) -> None:
+        self.log, self.seconds = log, seconds
+
+    def encode(self, waveform):
+        time.sleep(self.seconds)
+        with open(self.log, "a") as file:
+            file.write(f"{waveform[0]:.6f}\n")
         return super().encode(waveform)
 
 
@@ -67,17 +131,47 @@ def test_utterances_keep_their_order_text_and_codes(manifest, tmp_path):
     assert dataset.seconds == pytest.approx(sum(utterance.codes.shape[1] for utterance in utterances) / 80)
 
 
-def test_any_number_of_workers_writes_the_same_files_and_no_others(manifest, tmp_path):
+@pytest.mark.parametrize("name", published.PUBLISHED)
+def test_every_source_becomes_codes(tmp_path, name):
+    expected = {item.id: item for item in published.PUBLISHED[name](tmp_path / "data")}
+    dataset = run(SourceSpec(name, str(tmp_path / "data")), tmp_path / "codes", workers=1)
+    found = {utterance.id: utterance for utterance in dataset}
+    assert found.keys() == expected.keys()
+    for identity, item in expected.items():
+        assert found[identity].text == item.text
+        np.testing.assert_array_equal(found[identity].codes, LoudnessCodec().encode(item.waveform))
+    source = dataset.provenance["source"]
+    assert (source["name"], source["root"]) == (name, str(tmp_path / "data"))
+    assert sum(source["licences"].values()) == len(expected)
+
+
+def test_any_number_of_workers_and_tasks_writes_the_same_files_and_no_others(manifest, tmp_path):
     for workers in (1, 3):
         run(manifest, tmp_path / str(workers) / "codes", workers)
-    assert files(tmp_path / "1") == files(tmp_path / "3")
-    assert set(files(tmp_path / "1")) == {"codes.json", "codes.jsonl", "codes.codes.bin", "codes.codes.idx"}
+    results = [run(manifest, tmp_path / "tasks" / "codes", 1, task=(index, 3)) for index in (2, 0, 1)]
+    assert [result is None for result in results] == [True, True, False]
+    assert files(tmp_path / "1") == files(tmp_path / "3") == files(tmp_path / "tasks")
+    assert set(files(tmp_path / "1")) == FILES
+
+
+def test_a_task_does_its_own_shards_only(manifest, tmp_path):
+    assert run(manifest, tmp_path / "codes", task=(1, 3)) is None
+    committed = {path.name for path in (tmp_path / "codes.parts").glob("0*.jsonl")}
+    assert committed == {"000000004.jsonl", "000000004.rejected.jsonl"}
+    with pytest.raises(ConfigError, match="shard 3/3: must be i/n with i in 0..n-1"):
+        run(manifest, tmp_path / "codes", task=(3, 3))
 
 
 def test_a_finished_job_is_not_done_again(manifest, tmp_path, monkeypatch):
     run(manifest, tmp_path / "codes")
+    before = files_beside(tmp_path)
     monkeypatch.setattr(module, "_encode_all", None)
     assert len(run(manifest, tmp_path / "codes")) == 11
+    assert files_beside(tmp_path) == before
+
+
+def files_beside(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("codes*") if path.is_file()}
 
 
 def test_finished_shards_survive_a_failure(manifest, tmp_path, monkeypatch):
@@ -86,13 +180,12 @@ def test_finished_shards_survive_a_failure(manifest, tmp_path, monkeypatch):
     with pytest.raises(DataError, match="wav/4.wav: no such codec frame"):
         run(manifest, tmp_path / "cut" / "codes", workers=1)
     assert not (tmp_path / "cut" / "codes.json").exists()
-    assert [path.name for path in (tmp_path / "cut" / "codes.parts").glob("*.jsonl")] == ["000000000.jsonl"]
-    encoded = []
-    monkeypatch.setattr(module, "load_codec", lambda name: LoudnessCodec())
-    original = module._encode_all
-    monkeypatch.setattr(module, "_encode_all", lambda shards, *rest: (encoded.extend(shards), original(shards, *rest)))
+    assert (tmp_path / "cut" / "codes.parts" / "000000000.jsonl").exists()
+    assert not (tmp_path / "cut" / "codes.parts" / "000000004.jsonl").exists()
+    log = tmp_path / "log"
+    monkeypatch.setattr(module, "load_codec", lambda name: LoggingCodec(log, 0))
     run(manifest, tmp_path / "cut" / "codes")
-    assert len(encoded) == 2  # of three
+    assert len(log.read_text().splitlines()) == 7  # of eleven
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
@@ -102,21 +195,9 @@ def test_a_killed_worker_is_an_error_and_not_a_hang(manifest, tmp_path, monkeypa
         run(manifest, tmp_path / "codes")
 
 
-class StallingCodec(LoudnessCodec):
-    """Says which process encodes, and never comes to an end."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def encode(self, waveform):
-        (self.folder / f"worker-{os.getpid()}").touch()
-        time.sleep(60)
-
-
 def test_workers_end_when_their_parent_is_killed(manifest, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "load_codec", lambda name: StallingCodec(tmp_path))
-    parent = multiprocessing.get_context("fork").Process(target=run, args=(manifest, tmp_path / "codes"))
-    parent.start()
+    parent = in_a_process(run, manifest, tmp_path / "codes")
     wait_until(lambda: len(list(tmp_path.glob("worker-*"))) == 2)
     parent.kill()
     parent.join()
@@ -124,26 +205,75 @@ def test_workers_end_when_their_parent_is_killed(manifest, tmp_path, monkeypatch
     wait_until(lambda: not any(is_running(worker) for worker in workers))
 
 
-def is_running(pid: int) -> bool:
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.timeout(300)
+def test_killed_anywhere_and_run_again_it_writes_the_same(tmp_path, monkeypatch, kills):
+    """The whole group of processes is killed without warning after a random time, again and again."""
+    manifest = write_manifest(tmp_path, 60)
+    monkeypatch.setattr(module, "load_codec", lambda name: LoggingCodec(tmp_path / "log"))
+    started = time.monotonic()
+    run(manifest, tmp_path / "whole" / "codes")
+    undisturbed = time.monotonic() - started
+    moment, killed = random.Random(0), tmp_path / "killed"
+    for _ in range(kills):
+        process = in_a_process(run, manifest, killed / "codes")
+        process.join(moment.uniform(0, undisturbed))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        if (killed / "codes.json").exists():  # killed at the very end: see that nothing is missing, and begin anew
+            run(manifest, killed / "codes")
+            assert files(killed) == files(tmp_path / "whole")
+            shutil.rmtree(killed)
+    log = (tmp_path / "log").read_text().splitlines()
+    assert len(log) > 60  # something was indeed begun and begun again
+    assert len(run(manifest, killed / "codes")) == 60
+    assert files(killed) == files(tmp_path / "whole")
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
+def test_two_runs_of_one_job_at_once_do_nothing_twice(tmp_path, monkeypatch):
+    manifest = write_manifest(tmp_path, 40)
+    run(manifest, tmp_path / "alone" / "codes")
+    log = tmp_path / "log"
+    monkeypatch.setattr(module, "load_codec", lambda name: LoggingCodec(log, 0.01))
+    racers = [in_a_process(run, manifest, tmp_path / "race" / "codes") for _ in range(3)]
+    for racer in racers:
+        racer.join()
+    assert [racer.exitcode for racer in racers] == [0, 0, 0]
+    lines = log.read_text().splitlines()
+    assert len(lines) == len(set(lines)) == 40
+    assert files(tmp_path / "race") == files(tmp_path / "alone")
 
 
-def test_corrupt_audio_is_named(manifest, tmp_path):
-    (tmp_path / "wav" / "7.wav").write_bytes(b"RIFFnonsense")
-    with pytest.raises(DataError, match=r"7\.wav: not readable as audio"):
-        run(manifest, tmp_path / "codes")
+@pytest.mark.parametrize(
+    ("limit", "seconds", "where"),
+    [(1000, 0.2, "records.jsonl"), (5000, 12.0, "codes.parts/0000000"), (6000, 3.0, "codes")],
+    ids=["manifest", "shard", "merge"],
+)
+def test_a_full_disk_is_one_line_and_the_next_run_goes_on(tmp_path, limit, seconds, where):
+    """A limit on the size of files stands for the disk: writing fails in the same way, at a chosen place."""
+    manifest = write_manifest(tmp_path, 11, seconds)
+    run(manifest, tmp_path / "whole" / "codes")
+
+    def on_a_full_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            run(manifest, tmp_path / "full" / "codes")
+        except (ConfigError, DataError) as error:
+            (tmp_path / "error").write_text(str(error))
+
+    in_a_process(on_a_full_disk).join()
+    error = (tmp_path / "error").read_text()
+    assert where in error and "cannot be written: File too large" in error and "\n" not in error
+    assert not (tmp_path / "full" / "codes.json").exists()
+    run(manifest, tmp_path / "full" / "codes")
+    assert files(tmp_path / "full") == files(tmp_path / "whole")
 
 
-def test_an_output_of_another_manifest_or_codec_is_refused(manifest, tmp_path, monkeypatch):
+def test_an_output_of_another_manifest_codec_or_limit_is_refused(manifest, tmp_path, monkeypatch):
     run(manifest, tmp_path / "codes")
+    with pytest.raises(DataError, match=r"codes\.json: was made with limits .*60.0.*, not .*10.0.*; remove it"):
+        run(manifest, tmp_path / "codes", limits=Limits(10.0))
     other = LoudnessCodec()
     other.fingerprint = "1" * 64
     monkeypatch.setattr(module, "load_codec", lambda name: other)
@@ -153,11 +283,37 @@ def test_an_output_of_another_manifest_or_codec_is_refused(manifest, tmp_path, m
     manifest.write_text(manifest.read_text().splitlines()[0])
     with pytest.raises(DataError, match=r"codes\.json: was made from .*m\.jsonl in another state"):
         run(manifest, tmp_path / "codes")
+    assert set(files_beside(tmp_path)) == FILES and not (tmp_path / "codes.parts").exists()
+
+
+def test_a_begun_job_is_not_gone_on_with_another_codec(manifest, tmp_path, monkeypatch):
+    run(manifest, tmp_path / "codes", task=(0, 2))
+    other = LoudnessCodec()
+    other.fingerprint = "1" * 64
+    monkeypatch.setattr(module, "load_codec", lambda name: other)
+    with pytest.raises(DataError, match=r"codes\.parts/job\.json: was made with another codec, loudness"):
+        run(manifest, tmp_path / "codes", task=(1, 2))
+
+
+def test_text_without_audio_cannot_be_tokenised(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(ConfigError, match="source text: is text without audio"):
+        run(SourceSpec("text", str(tmp_path)), tmp_path / "codes")
+
+
+def test_a_device_that_is_not_there(manifest, tmp_path, monkeypatch):
+    monkeypatch.setattr(module.torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ConfigError, match="device cuda: this machine has none"):
+        run(manifest, tmp_path / "codes", device="cuda")
+    with pytest.raises(ConfigError, match="device tpu: must be auto, cpu or cuda"):
+        run(manifest, tmp_path / "codes", device="tpu")
 
 
 def test_progress_counts_files_and_audio(manifest, tmp_path, capsys):
-    run(manifest, tmp_path / "codes")
-    assert capsys.readouterr().err.splitlines()[-1].startswith("tokenise: 11/11 files, 0.00 h of audio at ")
+    (tmp_path / "wav" / "0.wav").write_bytes(b"")
+    run(manifest, tmp_path / "codes", max_quarantine=0.1)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("tokenise: 11/11 files, 0.00 h of audio at ") and last.endswith(" h/h, 1 rejected")
 
 
 def test_texts_that_do_not_fit_the_codes_are_refused(manifest, tmp_path):
@@ -169,3 +325,13 @@ def test_texts_that_do_not_fit_the_codes_are_refused(manifest, tmp_path):
     path.write_text(path.read_text().replace('"num_frames"', '"frames"'))
     with pytest.raises(DataError, match=r"codes\.jsonl, line 1 does not fit the codes"):
         list(dataset)
+
+
+def test_audio_without_text_is_taken_when_asked_for(tmp_path):
+    path = write_manifest(tmp_path, 2)
+    path.write_text(path.read_text().replace('"text": "w0"', '"speaker": 5'))
+    with pytest.raises(DataError, match="1 of 2 records are in quarantine"):
+        run(path, tmp_path / "codes")
+    spec = SourceSpec("nemo", str(path), options=SourceOptions(needs_text=False))
+    first = next(iter(run(spec, tmp_path / "audio")))
+    assert (first.text, first.speaker) == ("", "5")

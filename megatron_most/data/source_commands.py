@@ -1,0 +1,138 @@
+"""The commands of ``tools/prepare_data.py`` that read sources: ``manifest`` and ``tokenize``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_most import __version__
+from megatron_most.cli import require_positive
+from megatron_most.data.collect import SourceSpec, collect
+from megatron_most.data.indexed import FORMAT_VERSION
+from megatron_most.data.shards import Limits
+from megatron_most.data.sources import SOURCES, SourceOptions
+from megatron_most.data.tokenise import MAX_QUARANTINE, tokenise
+from megatron_most.errors import ConfigError
+from megatron_most.files import require_writable, write_json
+
+_LAYOUTS = "\n".join(f"  {name:14} {source.layout}" for name, source in SOURCES.items())
+
+
+def add_parsers(commands: argparse._SubParsersAction) -> None:
+    """Add the two commands to a parser."""
+    sub = commands.add_parser(
+        "manifest",
+        help="a data set in its published layout -> a checked manifest",
+        epilog=f"sources and what they read:\n{_LAYOUTS}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_source(sub)
+    sub.add_argument("--output", required=True, help="the manifest to write; beside it its quarantine and provenance")
+
+    sub = commands.add_parser(
+        "tokenize",
+        help="audio -> codec codes",
+        epilog=f"sources and what they read:\n{_LAYOUTS}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_source(sub)
+    sub.add_argument("--codec", required=True, help=".nemo file or pretrained model's name")
+    sub.add_argument("--output", required=True, help="path prefix of the codes")
+    sub.add_argument("--workers", type=int, help="processes (default: one per core)")
+    sub.add_argument("--shard", default="0/1", metavar="I/N", help="do the I-th of N shares of the work, from 0")
+    sub.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    sub.add_argument("--max-seconds", type=float, default=60.0, help="longest utterance (default %(default)g)")
+    sub.add_argument(
+        "--chunk-transcribed",
+        action="store_true",
+        help="cut longer audio with a text into chunks without one, as is done without a text (default: quarantine)",
+    )
+    sub.add_argument(
+        "--max-quarantine",
+        type=float,
+        default=MAX_QUARANTINE,
+        help="share of unusable records that is no error yet (default %(default)g)",
+    )
+
+
+def _add_source(sub: argparse.ArgumentParser) -> None:
+    which = sub.add_mutually_exclusive_group(required=True)
+    which.add_argument("--manifest", help="NeMo manifest (JSON lines); the same as --source nemo --root FILE")
+    which.add_argument("--source", choices=SOURCES, help="published layout of the data set below --root")
+    sub.add_argument("--root", help="folder (or file) of the source")
+    sub.add_argument(
+        "--audio-root", action="append", default=[], help="further folder that audio may lie in; may be repeated"
+    )
+    sub.add_argument("--split", nargs="+", default=[], help="only these splits")
+    sub.add_argument("--language", help="of records that do not name theirs")
+    sub.add_argument("--licence", help="of records that do not name theirs")
+    sub.add_argument("--text-field", help="which text, where the source has several")
+    sub.add_argument("--audio-only", action="store_true", help="take audio without a text too")
+
+
+def _spec(arguments: argparse.Namespace) -> SourceSpec:
+    if bool(arguments.source) != bool(arguments.root):
+        raise ConfigError("--source and --root: each needs the other (--manifest needs neither)")
+    options = SourceOptions(
+        splits=tuple(arguments.split),
+        language=arguments.language,
+        licence=arguments.licence,
+        text_field=arguments.text_field,
+        needs_text=not arguments.audio_only,
+    )
+    root = arguments.root or arguments.manifest
+    return SourceSpec(arguments.source or "nemo", root, tuple(arguments.audio_root), options)
+
+
+def manifest(arguments: argparse.Namespace, command: str) -> None:
+    spec, output = _spec(arguments), Path(arguments.output)
+    require_writable(output)
+    base = output.with_suffix("") if output.suffix in (".jsonl", ".json") else output
+    quarantine, sidecar = Path(f"{base}.quarantine.jsonl"), Path(f"{base}.provenance.json")
+    collected = collect(spec, output, quarantine)
+    counts = {"records": collected.num_records, "quarantined": collected.num_rejected}
+    source = spec.to_dict() | {"licences": collected.licences}
+    provenance = {"source": source, "counts": counts, "tool_version": __version__, "command": command}
+    write_json(sidecar, {"format": FORMAT_VERSION, **provenance})
+    print(f"{output}: {collected.num_records} records ({_join(collected.licences)})")
+    if collected.num_rejected:
+        print(f"{quarantine}: {collected.num_rejected} that cannot be used")
+
+
+def tokenize(arguments: argparse.Namespace, command: str) -> None:
+    require_positive(arguments, "workers", "max_seconds")
+    if not 0 <= arguments.max_quarantine <= 1:
+        raise ConfigError(f"--max-quarantine={arguments.max_quarantine}: must be in 0..1")
+    require_writable(f"{arguments.output}.json")
+    codes = tokenise(
+        _spec(arguments),
+        arguments.codec,
+        arguments.output,
+        workers=arguments.workers,
+        task=_share(arguments.shard),
+        limits=Limits(arguments.max_seconds, arguments.chunk_transcribed),
+        max_quarantine=arguments.max_quarantine,
+        device=arguments.device,
+        command=command,
+    )
+    if codes is None:
+        print(f"{arguments.output}: shard {arguments.shard} is done, others are not; the last one puts them together")
+        return
+    counts = codes.provenance["counts"]
+    print(
+        f"{arguments.output}: {len(codes)} utterances, {codes.seconds / 3600:.2f} h, codec {codes.codec.name};"
+        f" {counts['records']} records = {counts['tokenised']} tokenised + {counts['quarantined']} in quarantine"
+    )
+    if counts["chunked"]:
+        print(f"  {counts['chunked']} recordings are longer than {arguments.max_seconds:g} s and became chunks")
+
+
+def _share(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise ConfigError(f"--shard={text}: must be i/n with i in 0..n-1")
+    return int(index), int(count)
+
+
+def _join(licences: dict[str, int]) -> str:
+    return ", ".join(f"{count} {licence}" for licence, count in licences.items()) or "none"
