@@ -6,6 +6,7 @@ format, in the cuts that suit the writer, and whoever loads takes what it needs 
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import warnings
@@ -211,11 +212,13 @@ class _RegionSavePlanner(DefaultSavePlanner):
         return self.plan
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """torch finds gaps and overlaps inside a tensor, but not a tensor of which no region is written."""
+        """torch finds overlaps (and raises), but no gap of a single rank, nor a tensor of which no region is written."""
         plans, metadata = super().create_global_plan(all_plans)
-        missing = sorted(self._forms.keys() - metadata.state_dict_metadata.keys())
-        if missing:
-            raise CheckpointError(f"nothing is written of {', '.join(missing)}")
+        for key, form in self._forms.items():
+            entry = metadata.state_dict_metadata.get(key)
+            written = sum(math.prod(chunk.sizes) for chunk in entry.chunks) if entry else 0
+            if written != math.prod(form.shape):
+                raise CheckpointError(f"{written} of the {math.prod(form.shape)} elements of {key} are written")
         return plans, metadata
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:

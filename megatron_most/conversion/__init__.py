@@ -1,7 +1,7 @@
 """Checkpoints from and to Hugging Face formats: declarative weight maps, streaming, verification."""
 
 from megatron_most.conversion.exporting import export_model
-from megatron_most.conversion.import_plan import ImportOptions
+from megatron_most.conversion.import_config import ImportOptions
 from megatron_most.conversion.importing import import_model
 from megatron_most.conversion.inspection import describe
 

@@ -17,7 +17,7 @@ from megatron_most.conversion.architectures import read_foreign
 from megatron_most.conversion.export_plan import stored_config
 from megatron_most.conversion.exporting import export_model
 from megatron_most.conversion.hugging_face import CONFIG, HuggingFaceModel
-from megatron_most.conversion.import_plan import ImportOptions
+from megatron_most.conversion.import_config import ImportOptions
 from megatron_most.conversion.importing import import_model
 from megatron_most.conversion.inspection import describe
 from megatron_most.conversion.verification import (

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 
-from megatron_most.checkpointing.metadata import first_difference
 from megatron_most.checkpointing.streaming import Region, TensorForm
 from megatron_most.config import RunConfig
 from megatron_most.config.load import build_config
 from megatron_most.conversion.architectures import Architecture, ForeignModel, read_foreign
-from megatron_most.conversion.experts import default_groups, most_groups, origins, read_usage
-from megatron_most.conversion.extension import Extension
+from megatron_most.conversion.experts import origins, read_usage
+from megatron_most.conversion.extension import EXTENSION, Extension
 from megatron_most.conversion.fresh import FreshWeights, RowDistribution, generator
 from megatron_most.conversion.hugging_face import CONFIG, HuggingFaceModel
+from megatron_most.conversion.import_config import ImportOptions, import_config, import_mode
 from megatron_most.conversion.native import EMBEDDING, EXPERT_BIAS, HEAD, native_shapes
 from megatron_most.conversion.weight_map import (
     Block,
@@ -36,35 +32,6 @@ from megatron_most.vocab import VocabLayout
 
 RECORD = "conversion.json"
 """What an import did, in the checkpoint."""
-
-MOST_TEXT_IDS = 100002
-MOST_AUDIO_UNITS = 500
-"""Of the published MoST checkpoints: text ids, then one id for each unit, begin and end of audio."""
-
-
-@dataclass(frozen=True)
-class ImportOptions:
-    """What the user asks for.
-
-    Args:
-        experts: ``partition``, ``expand`` or ``upcycle``; None for a model that has expert groups already.
-        audio_vocab: ``layout:codebooksxsize``, as ``frame:4x4032``.
-        config: YAML file with sections of a run configuration.
-        overrides: ``section.key=value``.
-        usage: JSON file with how often experts are used.
-        noise: standard deviation of the noise on copied experts, as a share of the weights' root mean square.
-        seed: of new weights and noise.
-        allow_pickle: read ``pytorch_model.bin``.
-    """
-
-    experts: str | None = None
-    audio_vocab: str | None = None
-    config: str | None = None
-    overrides: Sequence[str] = ()
-    usage: str | None = None
-    noise: float = 0.0
-    seed: int = 1234
-    allow_pickle: bool = False
 
 
 @dataclass
@@ -137,7 +104,7 @@ def plan_import(directory: str | Path, options: ImportOptions) -> ImportPlan:
     source = HuggingFaceModel(directory, options.allow_pickle)
     architecture, foreign = read_foreign(source.config, str(source.path_of(CONFIG)))
     extension = Extension.read(source) if options.experts is None else None
-    mode = _mode(architecture, extension, options)
+    mode = import_mode(architecture, extension is not None, options)
     if options.noise < 0 or (options.noise and mode != "expand"):
         raise ConfigError(f"--noise={options.noise}: must not be negative, and is for --experts expand")
     if options.usage is not None and mode not in ("partition", "expand"):
@@ -147,7 +114,7 @@ def plan_import(directory: str | Path, options: ImportOptions) -> ImportPlan:
         extension.check(config)
         both = extension.both
     else:
-        config = _config(source, architecture, foreign, mode, options)
+        config = import_config(source, architecture, foreign, mode, options)
         both = _correspondence(mode, config, foreign, options)
     rules = architecture.rules_for(foreign.tied)
     # What an export did not read, because it may differ from what is in the model, is in the extension.
@@ -159,11 +126,13 @@ def plan_import(directory: str | Path, options: ImportOptions) -> ImportPlan:
     ]
     shapes = native_shapes(config)
     unused = _check_tensors(source, architecture, foreign, blocks)
+    if extension is None and source.path_of(EXTENSION).is_file():
+        unused[EXTENSION] = "--experts is given"
+    kept = {} if extension is None else extension.regions
     sources: dict[Region, Block | str | None] = {block.region: block for block in blocks}
-    if extension is not None:
-        sources |= {region: name for name, region in extension.regions.items()}
+    sources |= {region: name for name, region in kept.items()}
     try:
-        rest = open_regions(shapes, sources)
+        rest = open_regions(shapes, [*(block.region for block in blocks), *kept.values()])
     except ValueError as error:
         raise CheckpointError(f"{source.directory}: {error}") from None
     forms = _forms(source, shapes, blocks, config, extension)
@@ -196,82 +165,6 @@ def plan_import(directory: str | Path, options: ImportOptions) -> ImportPlan:
         seed=options.seed,
         unused=unused,
     )
-
-
-def _mode(architecture: Architecture, extension: Extension | None, options: ImportOptions) -> str:
-    valid = {"deepseek-v2": ("partition", "expand"), "llama": ("upcycle",), "most": ()}[architecture.name]
-    if extension is not None:
-        if options.config is not None or options.audio_vocab is not None:
-            raise ConfigError("--config, --audio-vocab: the extension beside the model says what it is; give --experts"
-                              " to take the model without it")  # fmt: skip
-        return "extension"
-    if options.experts is None:
-        if valid:
-            raise ConfigError(f"--experts: a {architecture.name} model needs one of {', '.join(valid)}")
-        return "as they are"
-    if options.experts not in valid:
-        rule = f"must be {' or '.join(valid)}" if valid else "leave it out, the model has its groups"
-        raise ConfigError(f"--experts={options.experts}: for a {architecture.name} model {rule}")
-    return options.experts
-
-
-def _config(
-    source: HuggingFaceModel, architecture: Architecture, foreign: ForeignModel, mode: str, options: ImportOptions
-) -> RunConfig:
-    wanted = _read_yaml(options.config) if options.config else {}
-    values: dict[str, Any] = {
-        "model": copy.deepcopy(foreign.model),
-        "training": {"precision": foreign.precision},
-        "vocab": _vocab(architecture, foreign, options.audio_vocab, wanted.get("vocab")),
-    }
-    moe = values["model"]["moe"]
-    if architecture.name == "most":
-        moe |= most_groups(foreign)
-    if mode == "upcycle":
-        moe["normalize_top_k"] = True
-    _merge(values, wanted)
-    if "groups" not in moe:
-        names = VocabLayout(**values["vocab"]).modality_names
-        moe["groups"] = default_groups(mode, foreign, names, options.usage is not None)
-    config = build_config(options.config or str(source.directory), values, options.overrides)
-    fixed = {**foreign.model, "moe": {**foreign.model["moe"]}}
-    for name in ("init_std", *(("num_dense_layers",) if mode == "upcycle" else ())):
-        del fixed[name]
-    if mode == "upcycle":
-        del fixed["moe"]["shared_ffn_hidden_size"]
-    mine = asdict(config)["model"]
-    difference = first_difference(fixed, _only(mine, fixed), "model")
-    if difference:
-        name, theirs, ours = difference
-        raise ConfigError(f"{name}={ours!r}: {source.directory} has {theirs!r}")
-    if architecture.name == "most":
-        groups = [group["experts"] for group in moe["groups"]]
-        if [group.experts for group in config.model.moe.groups] != groups:
-            raise ConfigError(f"model.moe.groups: {source.directory} has its own, {groups}")
-    return config
-
-
-def _vocab(
-    architecture: Architecture, foreign: ForeignModel, audio_vocab: str | None, wanted: dict[str, Any] | None
-) -> dict[str, Any]:
-    """The default of the ``vocab`` section."""
-    if audio_vocab is not None:
-        try:
-            layout, _, sizes = audio_vocab.partition(":")
-            num_codebooks, codebook_size = map(int, sizes.split("x"))
-        except ValueError:
-            raise ConfigError(f"--audio-vocab={audio_vocab}: must be LAYOUT:CODEBOOKSxSIZE, as frame:4x4032") from None
-        if wanted and {"layout", "num_codebooks", "codebook_size"} & wanted.keys():
-            raise ConfigError("--audio-vocab: the --config file has a vocab section, too; give one of them")
-        audio = {"layout": layout, "num_codebooks": num_codebooks, "codebook_size": codebook_size}
-    elif architecture.name == "most":
-        audio = {"layout": "flat", "num_codebooks": 1, "codebook_size": MOST_AUDIO_UNITS}
-    elif wanted:
-        audio = {}
-    else:
-        raise ConfigError("--audio-vocab: is needed, or a vocab section in the --config file")
-    text = MOST_TEXT_IDS if architecture.name == "most" else foreign.vocab_size
-    return {"text_vocab_size": text, **audio}
 
 
 def _correspondence(mode: str, config: RunConfig, foreign: ForeignModel, options: ImportOptions) -> Correspondence:
@@ -358,28 +251,3 @@ def _forms(
     for layer in range(config.model.num_dense_layers, config.model.num_layers):
         dtypes.setdefault(EXPERT_BIAS.format(layer=layer), torch.float32)
     return {key: TensorForm(shape, dtypes.get(key, dtypes[EMBEDDING])) for key, shape in shapes.items()}
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
-        raise ConfigError(f"{path}: not readable as YAML: {reason}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must hold a mapping of config sections")
-    return values
-
-
-def _merge(values: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Put ``wanted`` over ``values``, section by section."""
-    for key, value in wanted.items():
-        if isinstance(value, dict) and isinstance(values.get(key), dict):
-            _merge(values[key], value)
-        else:
-            values[key] = value
-
-
-def _only(values: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
-    """The entries of ``values`` that ``like`` has, too."""
-    return {key: _only(values[key], entry) if isinstance(entry, dict) else values[key] for key, entry in like.items()}

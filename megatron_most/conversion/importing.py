@@ -17,7 +17,8 @@ from megatron_most.checkpointing import CheckpointMetadata, Fingerprint
 from megatron_most.checkpointing.streaming import STATE, Region, StateReader, TensorForm, write_checkpoint
 from megatron_most.config import ParallelConfig, dump_config
 from megatron_most.conversion.hugging_face import TOKENIZER_FILES, HuggingFaceModel
-from megatron_most.conversion.import_plan import RECORD, ImportOptions, ImportPlan, num_bytes, plan_import
+from megatron_most.conversion.import_config import ImportOptions
+from megatron_most.conversion.import_plan import RECORD, ImportPlan, num_bytes, plan_import
 from megatron_most.conversion.progress import Progress
 from megatron_most.conversion.verification import check_logits, is_small
 from megatron_most.errors import CheckpointError, ConfigError

@@ -295,6 +295,7 @@ def test_interrupted_conversion_leaves_nothing_that_looks_whole_and_can_be_repea
     (lambda values: values["experts"].pop(), "must name 12 for each MoE layer"),
     (lambda values: values["ids"].append([120, 0, 50]), r"ids \[120, 0, 50\] are outside"),
     (lambda values: values["ids"].append([0, 0, 5]), "row 0 is written twice"),
+    (lambda values: values["tensors"]["output_layer.weight[90]"].update(offsets=[0, 0]), "row 0 is written twice"),
     (lambda values: values["tensors"].popitem(), "in the description or in the files, not in both"),
     (lambda values: next(iter(values["tensors"].values())).update(key="ghost"), "is no region of a tensor"),
 ])  # fmt: skip
@@ -319,6 +320,19 @@ def test_corrupt_checkpoint_is_not_exported(folder):
     assert not (folder.parent / "out").exists()
 
 
+@pytest.mark.parametrize("text, match", [
+    ("vocab: {colour: blue, num_codebooks: 2, codebook_size: 4}", "run.yaml: vocab: .*colour"),
+    ("vocab: {num_codebooks: 2, codebook_size: 4}\nmodel: {num_layer: 3}", "model.num_layer: unknown key"),
+    ("vocab: {num_codebooks: 2, codebook_size: 4}\nmodel: {num_layers: 9}", "model.num_layers=9: .* has 3"),
+    ("- a list", "must hold a mapping"),
+    ("model: {}", "--audio-vocab: is needed"),
+])  # fmt: skip
+def test_wrong_configuration_file(folder, tmp_path, text, match):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=match):
+        import_model(folder, tmp_path / "native", ImportOptions("expand", config=str(tmp_path / "run.yaml")))
+
+
 @pytest.mark.parametrize("overrides, match", [
     (["model.hidden_size=64"], "model.hidden_size=64: .* has 32"),
     (["model.attention.rope.base=5"], "model.attention.rope.base=5"),
@@ -329,7 +343,7 @@ def test_corrupt_checkpoint_is_not_exported(folder):
     (["model.moe.groups.1.size=9"], "size=9: the base has 6 experts to copy"),
     (["model.moe.score_rule=all"], "would change text's scores"),
 ])  # fmt: skip
-def test_groups_that_do_not_fit_the_base(folder, overrides, match):
+def test_wishes_that_do_not_fit_the_base(folder, overrides, match):
     with pytest.raises(ConfigError, match=match):
         import_model(folder, folder.parent / "native", options("expand", *overrides))
 
