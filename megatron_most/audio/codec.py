@@ -44,6 +44,11 @@ class AudioCodec(Protocol):
         """
         ...
 
+    @property
+    def min_samples(self) -> int:
+        """Shortest waveform that codes are worth having of: one frame, or more where the codec needs more."""
+        ...
+
     def batch_shape(self, num_samples: int) -> tuple[int, int]:
         """Rows and samples of the batches in which waveforms of this length are encoded."""
         ...

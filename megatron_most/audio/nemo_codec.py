@@ -26,6 +26,9 @@ from megatron_most.vocab import check_codes
 
 _TRUSTED_PACKAGES = ("nemo.", "torch.")
 
+_MOST_FRAMES_NEEDED = 32
+"""Every codec is expected to encode this many frames, and a layer that looks ahead to change the last of them."""
+
 _BATCH_SECONDS = {"cpu": 4.0, "cuda": 240.0}
 """Audio of a batch. On a CPU more falls out of the caches; a GPU needs that much to be busy."""
 
@@ -104,6 +107,8 @@ class NemoCodec:
         for waveform in waveforms:
             if waveform.ndim != 1 or not waveform.size:
                 raise DataError(f"codec {self.name}: a waveform needs shape [samples], not {list(waveform.shape)}")
+            if self.batch_shape(waveform.size)[1] < self.min_samples:
+                raise DataError(f"codec {self.name}: needs {self.min_samples} samples or more, not {waveform.size}")
         shapes = {self.batch_shape(waveform.size) for waveform in waveforms}
         assert len(shapes) == 1 and len(waveforms) <= next(iter(shapes))[0], f"{len(waveforms)} waveforms of {shapes}"
         rows, samples = shapes.pop()
@@ -129,21 +134,32 @@ class NemoCodec:
         return encoded
 
     @functools.cached_property
+    def min_samples(self) -> int:
+        """Convolutions that pad by reflection fail on fewer frames than they reflect; tried out as well."""
+        for frames in range(1, _MOST_FRAMES_NEEDED):
+            samples = frames * self.samples_per_frame
+            with contextlib.suppress(RuntimeError):
+                self._encode_audio(torch.zeros(1, samples))
+                return samples
+        raise DataError(f"codec {self.name}: cannot encode {_MOST_FRAMES_NEEDED} frames of silence")
+
+    @functools.cached_property
     def _is_causal(self) -> bool:
         """Whether what stands after a waveform leaves its frames as they are; only then may a batch be padded.
 
         Tried out, not read off the configuration: any layer of any codec may look ahead.
         """
-        frames = 16
-        sound = torch.from_numpy(np.random.default_rng(0).uniform(-0.5, 0.5, (1, frames * self.samples_per_frame)))
-        sound = sound.float().to(self._device)
-        followed = torch.nn.functional.pad(sound, (0, sound.shape[1]))
-        with torch.inference_mode():
-            alone, longer = (
-                self._model.encode_audio(audio=audio, audio_len=torch.tensor([audio.shape[1]], device=self._device))[0]
-                for audio in (sound, followed)
-            )
+        samples = _MOST_FRAMES_NEEDED * self.samples_per_frame
+        sound = torch.from_numpy(np.random.default_rng(0).uniform(-0.5, 0.5, (1, samples))).float()
+        alone = self._encode_audio(sound)
+        longer = self._encode_audio(torch.nn.functional.pad(sound, (0, samples)))
         return torch.allclose(longer[..., : alone.shape[-1]], alone, rtol=1e-3, atol=1e-3 * float(alone.abs().max()))
+
+    @torch.inference_mode()
+    def _encode_audio(self, audio: torch.Tensor) -> torch.Tensor:
+        """What the encoder makes of audio ``[1, T]``, before it is rounded to codes: ``[1, features, F]``."""
+        num_samples = torch.tensor([audio.shape[1]], device=self._device)
+        return self._model.encode_audio(audio=audio.to(self._device), audio_len=num_samples)[0]
 
     @torch.inference_mode()
     def decode(self, codes: np.ndarray) -> np.ndarray:

@@ -166,7 +166,7 @@ def _line(record: Record, num_frames: int, chunk: tuple[int, int] | None) -> dic
 
 
 def utterances_of(record: Record, codec: AudioCodec, roots: Roots, limits: Limits) -> Iterator[np.ndarray]:
-    """The waveforms that a record becomes: one, or chunks of the greatest length and a shorter last one.
+    """The waveforms that a record becomes: one, or chunks of the greatest length and a last one of another length.
 
     Raises:
         DataError: whatever is wrong with the audio; maybe only after some chunks, and then of the record as a whole.
@@ -185,6 +185,8 @@ def utterances_of(record: Record, codec: AudioCodec, roots: Roots, limits: Limit
     peak = samples = 0
     waiting: np.ndarray | None = None
     for piece in pieces:
+        if waiting is not None and len(piece) < codec.min_samples:  # only the last one can be that short
+            piece, samples, waiting = np.concatenate([waiting, piece]), samples - len(waiting), None
         if waiting is not None:
             if record.text and not limits.chunk_transcribed:
                 raise DataError(
@@ -195,8 +197,8 @@ def utterances_of(record: Record, codec: AudioCodec, roots: Roots, limits: Limit
         waiting, samples, peak = piece, samples + len(piece), max(peak, float(np.abs(piece).max()))
     if record.offset is None:
         check_duration(record, samples / rate)
-    if samples < codec.samples_per_frame:
-        raise DataError(f"{record.audio}: {samples} samples at {rate} Hz are less than one frame of the codec")
+    if samples < codec.min_samples:
+        raise DataError(f"{record.audio}: {samples} samples at {rate} Hz; the codec needs {codec.min_samples}")
     if peak < SILENCE_PEAK:
         raise DataError(f"{record.audio}: silence: no sample exceeds {SILENCE_PEAK:g}")
     yield waiting

@@ -308,6 +308,8 @@ def _merge(shards: list[Shard], job: _Job, parts: Path, output: Path, max_quaran
     total = job.collected.num_records + job.collected.num_rejected
     if num_rejected > max_quarantine * total:
         os.replace(merged / "quarantine.jsonl", f"{output}.quarantine.jsonl")
+        if not shards:  # nothing was encoded that the next try, maybe with other folders, could use
+            shutil.rmtree(parts)
         raise DataError(
             f"{output}.quarantine.jsonl: {num_rejected} of {total} records are in quarantine, more than"
             f" {max_quarantine:.2%} (--max-quarantine); the first: {_first(f'{output}.quarantine.jsonl')}"

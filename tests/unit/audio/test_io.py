@@ -1,10 +1,14 @@
 """Reading and writing audio: any rate and channel count, and one clear line for what cannot be read."""
 
+import io
+import os
+
 import numpy as np
 import pytest
 import soundfile
 
 from megatron_most.audio import read_audio, write_wav
+from megatron_most.audio.io import stream_audio
 from megatron_most.errors import DataError
 
 
@@ -109,3 +113,52 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         write_wav(tmp_path / "a.wav", tone(16000), "not a rate")
     assert (tmp_path / "a.wav").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
+
+
+@pytest.mark.parametrize(("name", "subtype"), [("a.mp3", "MPEG_LAYER_III"), ("a.ogg", "VORBIS"), ("a.opus", "OPUS")])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_lossy_formats_are_read_whole_and_cut_off_ones_refused(tmp_path, name, subtype, channels):
+    path = tmp_path / name
+    audio_format = "MP3" if name.endswith("mp3") else "OGG"
+    samples = np.repeat(tone(48000, 2.0)[:, None], channels, axis=1)
+    soundfile.write(path, samples, 48000, format=audio_format, subtype=subtype)
+    waveform = read_audio(path, 16000)
+    assert len(waveform) == 32000 and abs(strongest_frequency(waveform, 16000) - 440) <= 1
+    whole = path.read_bytes()
+    for share in (0.4, 0.7, 0.95):
+        path.write_bytes(whole[: int(len(whole) * share)])
+        with pytest.raises(DataError, match=rf"{name}: (cut off|not readable as audio)"):
+            read_audio(path, 16000)
+
+
+def test_one_channel_can_be_chosen(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.stack([tone(16000), tone(16000, frequency=880)], axis=1), 16000)
+    for channel, frequency in ((0, 440), (1, 880)):
+        assert abs(strongest_frequency(read_audio(tmp_path / "a.wav", 16000, channel=channel), 16000) - frequency) <= 1
+    with pytest.raises(DataError, match="has 2 channels, channel 2 is asked for"):
+        read_audio(tmp_path / "a.wav", 16000, channel=2)
+
+
+@pytest.mark.parametrize(("rate", "sample_rate"), [(16000, 16000), (44100, 16000), (8000, 22050)])
+def test_a_stream_is_the_same_audio_in_pieces(tmp_path, rate, sample_rate):
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, round(rate * 3.3)).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", noise, rate, subtype="FLOAT")
+    whole = read_audio(tmp_path / "a.wav", sample_rate)
+    pieces = list(stream_audio(tmp_path / "a.wav", sample_rate, chunk=sample_rate))
+    assert [len(piece) for piece in pieces] == [sample_rate] * 3 + [len(whole) - 3 * sample_rate]
+    np.testing.assert_allclose(np.concatenate(pieces), whole, atol=1e-5)
+    [single] = stream_audio(tmp_path / "a.wav", sample_rate, chunk=len(whole) + 1)
+    np.testing.assert_array_equal(single, whole)
+
+
+def test_an_open_file_is_read_as_a_named_one(tmp_path):
+    for name in ("a.wav", "a.flac", "a.ogg"):
+        soundfile.write(tmp_path / name, tone(16000), 16000)
+        content = io.BytesIO((tmp_path / name).read_bytes())
+        np.testing.assert_array_equal(read_audio(content, 16000), read_audio(tmp_path / name, 16000))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.wav")
+    with pytest.raises(DataError, match=r"a\.wav: not a regular file"):
+        read_audio(tmp_path / "a.wav", 16000)

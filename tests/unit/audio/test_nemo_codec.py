@@ -85,6 +85,20 @@ def codec(codec_path):
 
 
 @pytest.fixture(scope="module")
+def looking_ahead(tmp_path_factory):
+    """As ``codec``, but every frame depends on what follows it."""
+    models = pytest.importorskip("nemo.collections.tts.models")
+    omegaconf = pytest.importorskip("omegaconf")
+    torch.manual_seed(0)
+    encoder = {**CONFIG["audio_encoder"], "_target_": f"{MODULES}.HiFiGANEncoder"}
+    model = models.AudioCodecModel(cfg=omegaconf.OmegaConf.create({**CONFIG, "audio_encoder": encoder})).eval()
+    model.audio_encoder.post_conv.conv.parametrizations.weight.original0.data.mul_(300.0)
+    path = tmp_path_factory.mktemp("codec") / "ahead.nemo"
+    model.save_to(str(path))
+    return load_codec(path)
+
+
+@pytest.fixture(scope="module")
 def shipped_codec():
     pytest.importorskip("nemo.collections.tts.models")
     return load_codec(Path(__file__).parents[3] / "examples" / "quickstart" / "codec" / "tiny_codec.nemo")
@@ -205,8 +219,11 @@ class WrongLengths:
     num_codebooks, codebook_size, sample_rate, output_sample_rate, samples_per_frame = 2, 1000, 16000, 16000, 640
 
     def encode(self, audio, audio_len):
-        frames = audio.shape[1] // 640 + 2
-        return torch.zeros(1, 2, frames, dtype=torch.long), torch.tensor([frames])
+        rows, frames = len(audio), audio.shape[1] // 640 + 1
+        return torch.zeros(rows, 2, frames, dtype=torch.long), torch.full((rows,), frames)
+
+    def encode_audio(self, audio, audio_len):
+        return torch.ones(1, 8, audio.shape[1] // 640 + 1), None
 
     def decode(self, tokens, tokens_len):
         return torch.zeros(1, 640 * tokens.shape[2] - 1), None
@@ -214,7 +231,7 @@ class WrongLengths:
 
 def test_a_codec_that_does_not_keep_the_length_is_refused():
     codec = NemoCodec(WrongLengths(), name="wrong", fingerprint="")
-    with pytest.raises(DataError, match="codec wrong: gave 3 frames for 1000 samples, 2 are expected"):
+    with pytest.raises(DataError, match="codec wrong: gave 3 frames for 1280 samples, 2 are expected"):
         codec.encode(noise(1000))
     with pytest.raises(DataError, match="codec wrong: gave 1919 samples for 3 frames, 1920 are expected"):
         codec.decode(np.zeros((2, 3), dtype=np.int64))
@@ -225,3 +242,67 @@ def test_the_shipped_codec_keeps_the_length(shipped_codec, num_samples, num_fram
     codes = shipped_codec.encode(noise(num_samples))
     assert codes.shape == (4, num_frames)
     assert shipped_codec.decode(codes).shape == (num_frames * 640,)
+
+
+def alone(codec: NemoCodec, waveform: np.ndarray) -> np.ndarray:
+    """What NeMo itself makes of a single file."""
+    with torch.inference_mode():
+        audio = torch.from_numpy(waveform)[None]
+        tokens, num_frames = codec._model.encode(audio=audio, audio_len=torch.tensor([len(waveform)]))
+    return tokens[0, :, : int(num_frames[0])].numpy()
+
+
+def test_codes_do_not_depend_on_the_batch(shipped_codec):
+    """Every mix of neighbours, places in the batch and numbers of rows gives each file the codes it has alone."""
+    generator = np.random.default_rng(0)
+    by_shape: dict[tuple[int, int], list[np.ndarray]] = {}
+    for seed, seconds in enumerate(np.exp(generator.uniform(np.log(0.05), np.log(3), 30))):
+        waveform = noise(round(16000 * seconds), seed)
+        by_shape.setdefault(shipped_codec.batch_shape(len(waveform)), []).append(waveform)
+    assert max(map(len, by_shape.values())) > 1
+    for (rows, samples), waveforms in by_shape.items():
+        assert rows * samples <= max(samples, 4 * 16000)
+        single = [shipped_codec.encode(waveform) for waveform in waveforms]
+        for codes, waveform in zip(single, waveforms, strict=True):
+            np.testing.assert_array_equal(codes, alone(shipped_codec, waveform))
+        chosen = generator.permutation(len(waveforms))[:rows]
+        for index, codes in zip(chosen, shipped_codec.encode_batch([waveforms[i] for i in chosen]), strict=True):
+            np.testing.assert_array_equal(codes, single[index])
+
+
+def test_a_codec_that_looks_ahead_is_found_out_and_never_padded(codec, looking_ahead):
+    assert codec._is_causal and not looking_ahead._is_causal
+    with pytest.raises(DataError, match="codec ahead: needs 2560 samples or more, not 1900"):
+        looking_ahead.encode(noise(1900))  # NeMo's reflection fails on three frames
+    assert (codec.min_samples, looking_ahead.min_samples) == (640, 2560)
+    for num_samples in (1921, 9999, 64000):
+        rows, samples = looking_ahead.batch_shape(num_samples)
+        assert rows == 1 and 0 <= samples - num_samples < 640
+        waveform = noise(num_samples, seed=num_samples)
+        np.testing.assert_array_equal(looking_ahead.encode(waveform), alone(looking_ahead, waveform))
+    # The trap: padded as a batch would, the last frames come out as others.
+    waveform = noise(16000)
+    padded = alone(looking_ahead, np.pad(waveform, (0, 16000)))[:, :25]
+    assert (padded != alone(looking_ahead, waveform)).any()
+
+
+def test_folding_weight_norm_keeps_every_bit(codec_path, codec):
+    models = pytest.importorskip("nemo.collections.tts.models")
+    original = models.AudioCodecModel.restore_from(str(codec_path), map_location="cpu").eval()
+    assert [name for name, _ in original.named_parameters() if "parametrizations" in name]
+    assert not [name for name, _ in codec._model.named_parameters() if "parametrizations" in name]
+    waveform = torch.from_numpy(noise(9000))[None]
+    with torch.inference_mode():
+        before, after = (
+            model.encode_audio(audio=waveform, audio_len=torch.tensor([9000]))[0] for model in (original, codec._model)
+        )
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_codes_on_a_gpu_do_not_depend_on_the_batch():
+    codec = load_codec(Path(__file__).parents[3] / "examples" / "quickstart" / "codec" / "tiny_codec.nemo")
+    codec.to("cuda")
+    waveforms = [noise(30000 - seed, seed) for seed in range(20)]
+    for codes, waveform in zip(codec.encode_batch(waveforms), waveforms, strict=True):
+        np.testing.assert_array_equal(codes, codec.encode(waveform))

@@ -66,8 +66,8 @@ def bad_audio(folder: Path) -> dict[str, str]:
         "text.wav": "not readable as audio",
         "raw.raw": "not readable as audio",
         "header.wav": "holds no audio samples",
-        "one.wav": "1 samples at 8000 Hz are less than one frame",
-        "short.wav": "99 samples at 8000 Hz are less than one frame",
+        "one.wav": "1 samples at 8000 Hz; the codec needs 100",
+        "short.wav": "99 samples at 8000 Hz; the codec needs 100",
         "silence.wav": "silence",
         "hiss.wav": "silence",
         "nan.wav": "not finite",
@@ -161,6 +161,13 @@ def test_long_audio_with_a_text_is_chunked_only_when_asked_for(tmp_path):
     limits = Limits(2.0, chunk_transcribed=True)
     chunks = list(tokenise(tmp_path / "m.jsonl", "codec", tmp_path / "chunks", workers=1, limits=limits))
     assert [(chunk.text, chunk.chunk) for chunk in chunks] == [("", (0, 3)), ("", (1, 3)), ("", (2, 3))]
+
+
+def test_a_rest_that_is_too_short_for_the_codec_stays_with_the_last_chunk(tmp_path):
+    soundfile.write(tmp_path / "long.wav", noise(4 * RATE + 99), RATE)
+    record = Record("x", "", tmp_path / "long.wav", None, None)
+    pieces = utterances_of(record, LoudnessCodec(), Roots([tmp_path]), Limits(2.0))
+    assert [len(piece) for piece in pieces] == [2 * RATE, 2 * RATE + 99]
 
 
 @pytest.mark.slow

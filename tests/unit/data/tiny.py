@@ -12,11 +12,11 @@ from megatron_most.config import RunConfig
 from megatron_most.config.load import build_config
 from megatron_most.data.blend import Row
 from megatron_most.data.codes import CodecIdentity, CodesDataset
-from megatron_most.data.documents import Document
+from megatron_most.data.documents import Document, Documents
 from megatron_most.data.indexed import FORMAT_VERSION, ArrayWriter, DatasetWriter, TokenDataset
 from megatron_most.data.tasks import ChatTurn, make_chat, make_document, make_interleaved
 from megatron_most.files import write_json
-from megatron_most.vocab import CODEC_LAYOUTS, VocabLayout
+from megatron_most.vocab import CODEC_LAYOUTS, NO_CODE, VocabLayout
 
 CODEBOOKS, CODEBOOK_SIZE, TEXT_VOCAB = 3, 50, 40
 LAYOUTS = tuple(CODEC_LAYOUTS)
@@ -48,7 +48,7 @@ class LoudnessCodec:
 
     name, fingerprint = "loudness", "0" * 64
     num_codebooks, codebook_size, sample_rate, samples_per_frame = CODEBOOKS, CODEBOOK_SIZE, 8000, 100
-    frame_rate = 80.0
+    frame_rate, min_samples = 80.0, 100
 
     def encode(self, waveform: np.ndarray) -> np.ndarray:
         frames = np.pad(waveform, (0, -len(waveform) % 100)).reshape(-1, 100)
@@ -81,29 +81,32 @@ def example_document(task: str, vocab: VocabLayout, text: str, codes: np.ndarray
 
 
 def row_of(documents: list[Document], task: int = 0) -> Row:
-    """A row of these documents, with nothing hidden."""
+    """A row of these documents of layout ``frame``, with nothing hidden."""
+    ids, loss_mask, codes = (
+        np.concatenate([getattr(document, name) for document in documents]) for name in ("ids", "loss_mask", "codes")
+    )
     lengths = np.array([len(document) for document in documents])
-    arrays = [
-        [getattr(document, name) for document in documents if getattr(document, name) is not None]
-        for name in ("ids", "loss_mask", "codes")
-    ]
-    return Row(Document(*(np.concatenate(parts) if parts else None for parts in arrays)), lengths, task)
+    return Row(Documents(ids, loss_mask, codes[(codes != NO_CODE).any(1)], lengths), task)
 
 
-def parts_of(row: Row) -> list[Document]:
-    """The documents of a row, one by one."""
-    edges = np.cumsum(row.lengths)[:-1]
-    document = row.documents
-    codes = [None] * len(row.lengths) if document.codes is None else np.split(document.codes, edges)
+def parts_of(row: Row, vocab: VocabLayout | None = None) -> list[Document]:
+    """The documents of a row, one by one; their codes only where ``vocab`` is given."""
+    documents = row.documents
+    edges = np.cumsum(documents.lengths)[:-1]
+    codes = [None] * len(documents.lengths)
+    if vocab is not None and documents.codes is not None:
+        dense = np.full((len(documents.ids), vocab.num_codebooks), NO_CODE)
+        dense[vocab.codec_layout.holds_side_codes(documents.ids)] = documents.codes
+        codes = np.split(dense, edges)
     return [
         Document(*arrays)
-        for arrays in zip(np.split(document.ids, edges), np.split(document.loss_mask, edges), codes, strict=True)
+        for arrays in zip(np.split(documents.ids, edges), np.split(documents.loss_mask, edges), codes, strict=True)
     ]
 
 
 def hidden_of(row: Row) -> list[np.ndarray]:
     """What is hidden of each document of a row."""
-    return np.split(row.hidden, np.cumsum(row.lengths)[:-1])
+    return np.split(row.hidden, np.cumsum(row.documents.lengths)[:-1])
 
 
 def write_dataset(
