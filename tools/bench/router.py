@@ -1,0 +1,189 @@
+#!/usr/bin/env python
+"""What routing by modality costs: against Megatron's plain router, on one MoE layer and on a training step.
+
+    python tools/bench/router.py [--tokens N] [--hidden N] [--ffn N] [--experts N] [--top-k N] [--blocks N]
+
+Both arms are the same layers with the same weights, experts, dispatcher and sequence balance loss on one rank; only the
+router is exchanged. Ours also keeps its statistics. Targets: at most 1.02 on the layer, 1.01 on the step. Beside them
+stands the router alone, and its time against that of copying the bytes it must read and write.
+Defaults are DeepSeek-V2-Lite's sizes in bf16 on a GPU, and about a quarter of them in fp32 on a CPU.
+
+Shape letters: n tokens, E experts, h hidden size.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.router import TopKRouter
+
+from megatron_most import cli, parallel, platform
+from megatron_most.config import RunConfig
+from megatron_most.config.load import build_config
+from megatron_most.data.batch import Batch
+from megatron_most.model import build_model
+from megatron_most.moe.token_planes import pack_planes
+from megatron_most.training.loss import LossTable
+from megatron_most.training.optimizer import build_optimizer, wrap_model
+from megatron_most.training.step import run_microbatches
+from tools.bench import paired
+
+LAYERS = 4  # the first has no experts
+VOCABULARY = 4096
+PLAIN, AWARE = "plain router", "modality-aware router"
+
+
+class PlainRouter(TopKRouter):
+    """Megatron's router over all experts; it has no use for planes."""
+
+    def forward(
+        self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().forward(input)
+
+
+def bench_router(arguments: argparse.Namespace) -> None:
+    cli.require_positive(arguments, "tokens", "hidden", "ffn", "experts", "top_k", "blocks", "threads")
+    platform.install()
+    platform.set_threads(arguments.threads)
+    config = model_config(arguments)
+    parallel.initialize(config.parallel, config.seed)
+    chunks = build_model(config)
+    wrapped = wrap_model(config, chunks)
+    optimizer = build_optimizer(config, wrapped)
+    layers = [layer.mlp for layer in chunks[0].decoder.layers[1:]]
+    routers = {AWARE: [layer.router for layer in layers], PLAIN: [plain_router(layer.router) for layer in layers]}
+
+    def with_router(arm: str, call: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            for layer, router in zip(layers, routers[arm], strict=True):
+                layer.router = router
+            call()
+
+        return run
+
+    batch = half_audio(config)
+    planes = pack_planes(batch.modality, batch.is_padding, 2)
+    dtype = next(chunks[0].parameters()).dtype
+    tokens = torch.randn(arguments.tokens, 1, arguments.hidden, dtype=dtype, device=planes.device, requires_grad=True)
+    gradient = torch.randn_like(tokens)
+    loss_table = LossTable(config.vocab, config.model.codebook_weights(config.vocab))
+
+    def router_pass() -> None:
+        probs, _ = layers[0].router(tokens, planes.transpose(0, 1))
+        probs.backward(torch.ones_like(probs))
+
+    def layer_pass() -> None:
+        layers[0](tokens, padding_mask=planes)[0].backward(gradient)
+
+    def training_step() -> None:
+        for chunk in wrapped:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        run_microbatches(wrapped, [batch], loss_table)
+        optimizer.step()
+
+    print(
+        f"{arguments.tokens} tokens, half of them audio, top-{arguments.top_k} of {arguments.experts} experts,"
+        f" hidden {arguments.hidden}, ffn {arguments.ffn}, {dtype}, {platform.device()}"
+    )
+    # The step comes first: it sets the scale by which balance losses are weighed in the backward passes after it.
+    for what, call in (
+        (f"training step of {LAYERS} layers", training_step),
+        ("MoE layer, forward and backward", layer_pass),
+        ("router, forward and backward", router_pass),
+    ):
+        arms = {arm: with_router(arm, call) for arm in (PLAIN, AWARE)}
+        print(f"{what}: {paired.compare(arms, PLAIN, blocks=arguments.blocks)}")
+    with_router(AWARE, lambda: report_floor(arguments, layers[0].router, tokens, planes))()
+    parallel.destroy()
+
+
+def model_config(arguments: argparse.Namespace) -> RunConfig:
+    group = {"size": arguments.experts // 2, "top_k": arguments.top_k}
+    heads = max(1, arguments.hidden // 128)
+    values = {
+        "vocab": {"text_vocab_size": VOCABULARY, "num_codebooks": 4, "codebook_size": 1024},
+        "model": {
+            "num_layers": LAYERS,
+            "hidden_size": arguments.hidden,
+            "ffn_hidden_size": 4 * arguments.hidden,
+            "attention": {"num_heads": heads, "kv_lora_rank": arguments.hidden // 4},
+            "moe": {
+                "groups": [{"modality": name, **group} for name in ("text", "audio")],
+                "ffn_hidden_size": arguments.ffn,
+                "shared_ffn_hidden_size": 2 * arguments.ffn,
+                "balance_loss": "seq_aux_loss",
+            },
+        },
+        # Layers are timed by themselves too, where no hook may wait for the gradients of the whole model.
+        "optimizer": {"overlap": False},
+        "data": {"seq_length": arguments.tokens, "packing": False},
+        "training": {"precision": "bf16" if platform.device().type == "cuda" else "fp32"},
+    }
+    return build_config("bench", values, [])
+
+
+def plain_router(router: torch.nn.Module) -> PlainRouter:
+    """Megatron's router with the same weight and the same kind of balance loss."""
+    config = router.config
+    config.moe_router_load_balancing_type = "seq_aux_loss"
+    config.moe_aux_loss_coeff = router.moe.balance_coeff
+    plain = PlainRouter(config, ProcessGroupCollection.use_mpu_process_groups())
+    plain.set_layer_number(router.layer_number)
+    plain.weight = router.weight
+    return plain
+
+
+def half_audio(config: RunConfig) -> Batch:
+    """One row, text and codec frames in runs of 64 positions, a target at every position."""
+    vocab, length = config.vocab, config.data.seq_length
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocab.text_vocab_size, (1, length + 1), generator=generator)
+    is_audio = torch.arange(length + 1) // 64 % 2 == 1
+    ids[:, is_audio] = vocab.frame
+    codes = torch.randint(0, vocab.codebook_size, (1, length + 1, vocab.num_codebooks), generator=generator)
+    codes[:, ~is_audio] = -1
+    return Batch(
+        ids=ids[:, :-1],
+        labels=ids[:, 1:],
+        loss_mask=torch.ones(1, length),
+        modality=vocab.modality_of(ids[:, :-1]),
+        is_padding=torch.zeros(1, length, dtype=torch.bool),
+        task=torch.zeros(1, length, dtype=torch.long),
+        codes=codes[:, :-1],
+        code_labels=codes[:, 1:],
+        cu_seqlens=None,
+    ).to(platform.device())
+
+
+@torch.no_grad()
+def report_floor(
+    arguments: argparse.Namespace, router: torch.nn.Module, tokens: torch.Tensor, planes: torch.Tensor
+) -> None:
+    """Time of a forward pass against that of copying as many bytes as it must read and write.
+
+    It reads the hidden states and its weight, and writes a probability (fp32) and a flag for each token and expert.
+    """
+    num_bytes = tokens.nbytes + router.weight.nbytes + 5 * arguments.tokens * arguments.experts
+    source = torch.empty(num_bytes // 2, dtype=torch.uint8, device=tokens.device)
+    target = torch.empty_like(source)
+    arms = {
+        "copy of the bytes": lambda: target.copy_(source),
+        AWARE: lambda: router(tokens, planes.transpose(0, 1)),
+    }
+    print(f"router, forward, {num_bytes / 1e6:.1f} MB: {paired.compare(arms, 'copy of the bytes', arguments.blocks)}")
+
+
+if __name__ == "__main__":
+    full = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description="time routing by modality against Megatron's plain router")
+    for option, on_gpu, on_cpu in (("tokens", 16384, 2048), ("hidden", 2048, 512), ("ffn", 1408, 352)):
+        parser.add_argument(f"--{option}", type=int, default=on_gpu if full else on_cpu, metavar="N")
+    parser.add_argument("--experts", type=int, default=64, metavar="N", help="of both modalities (default: 64)")
+    parser.add_argument("--top-k", type=int, default=6, metavar="N")
+    paired.add_arguments(parser)
+    cli.run(parser, bench_router)
