@@ -109,8 +109,8 @@ def tokenise(
     if not source.open().has_audio:
         raise ConfigError(f"source {source.name}: is text without audio; prepare_data.py build takes its manifest")
     output.parent.mkdir(parents=True, exist_ok=True)
-    with _one_line_when_the_disk_is_full(output):
-        with _task(lock, parts):
+    with _one_line_when_the_disk_is_full(output), _tidied(lock, parts):
+        with locked(lock, shared=True):  # beside the job's other tasks
             job, loaded = _prepare(source, codec, output, parts, limits, _device(device))
             if loaded is not None:
                 shards = _shards(parts, job.collected.num_records)
@@ -118,26 +118,24 @@ def tokenise(
                 _encode_all(mine, loaded, job, workers or len(os.sched_getaffinity(0)))
         if not finished.is_file() and not all(shard.is_done for shard in shards):
             return None
-        with locked(lock):
+        with locked(lock):  # alone
             if not finished.is_file():
                 _merge(shards, job, parts, output, max_quarantine, command)
             shutil.rmtree(parts, ignore_errors=True)
-            lock.unlink(missing_ok=True)
     return CodesDataset(output)
 
 
 @contextlib.contextmanager
-def _task(lock: Path, parts: Path) -> Iterator[None]:
-    """Be one of the job's tasks; a lock that nothing is begun under goes with the last of them."""
+def _tidied(lock: Path, parts: Path) -> Iterator[None]:
+    """Afterwards, leave no empty folder, and no lock of a job that is finished or was never begun."""
     try:
-        with locked(lock, shared=True):
-            yield
+        yield
     finally:
         with contextlib.suppress(OSError):
             parts.rmdir()  # only if it is empty
         with locked(lock, wait=False) as is_last:
             if is_last and not parts.exists():
-                lock.unlink()
+                lock.unlink(missing_ok=True)
 
 
 def _device(name: str) -> str:

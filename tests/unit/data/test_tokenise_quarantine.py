@@ -1,6 +1,7 @@
 """Audio that cannot be used is set aside with its line and its reason; every record is counted once."""
 
 import json
+import shutil
 import tracemalloc
 from pathlib import Path
 
@@ -131,6 +132,11 @@ def test_nothing_but_quarantine_is_an_error(tmp_path):
     (tmp_path / "m.jsonl").write_text("{\n")
     with pytest.raises(DataError, match=r"all of 1 records are in quarantine; the first: .*m\.jsonl, line 1: not JSON"):
         tokenise(tmp_path / "m.jsonl", "codec", tmp_path / "codes", max_quarantine=1.0)
+    shutil.rmtree(tmp_path / "codes.parts")
+    with pytest.raises(DataError, match="1 of 1 records are in quarantine, more than 1.00%"):
+        tokenise(tmp_path / "m.jsonl", "codec", tmp_path / "codes")
+    # Nothing was encoded, so nothing is kept that would bind the next try to the same source.
+    assert {path.name for path in tmp_path.iterdir()} == {"m.jsonl", "codes.quarantine.jsonl"}
 
 
 @pytest.mark.parametrize("rate", [8000, 11025])
