@@ -51,7 +51,7 @@ class OptimizerState:
             if isinstance(part, DistributedOptimizer):
                 items = _split_state(part, metadata, loading)
             else:
-                items = _whole_state(part, model_state)
+                items = _whole_state(part, model_state, loading)
             for place, (sharded, destination) in enumerate(items):
                 # Keys of sharded tensors are no names: the experts of a layer share one.
                 self.tensors[f"{index}/{place}"] = sharded
@@ -158,11 +158,15 @@ def _gather(
     return whole.cpu()
 
 
-def _whole_state(part: MegatronOptimizer, model_state: dict[str, Any]) -> Iterator[Item]:
+def _whole_state(part: MegatronOptimizer, model_state: dict[str, Any], loading: bool) -> Iterator[Item]:
     """States that every data-parallel rank holds in full."""
     for sharded in nested_values(part.sharded_state_dict(model_state)):
         if isinstance(sharded, Sharded):
-            yield sharded, (sharded.data, slice(None))
+            destination = (sharded.data, slice(None))
+            if loading:
+                # Not into the optimizer's own tensors, which are set from the weights before what was read is applied.
+                sharded = dataclasses.replace(sharded, data=torch.empty_like(sharded.data))
+            yield sharded, destination
 
 
 def _set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
