@@ -83,7 +83,8 @@ def make_batch(
     is_padding = np.ones(shape, dtype=bool)
     task = np.empty(shape, dtype=np.int64)
     codes = code_labels = None
-    if vocab.codec_layout.uses_side_codes:
+    layout = vocab.codec_layout
+    if layout.uses_side_codes:
         codes = np.full((*shape, vocab.num_codebooks), NO_CODE, dtype=np.int64)
         code_labels = np.full((*shape, vocab.num_codebooks), NO_CODE, dtype=np.int64)
     boundaries = [0]
@@ -92,26 +93,27 @@ def make_batch(
         if row.documents is None:
             boundaries.append(seq_length)
             continue
-        document, inputs = row.documents, row.lengths - 1
-        # Each document's last id is only a label, its first only an input.
-        last = np.cumsum(row.lengths) - 1
-        is_input, is_label = np.ones(len(document), dtype=bool), np.ones(len(document), dtype=bool)
-        is_input[last] = is_label[last - inputs] = False
-        ends = np.cumsum(padded_length(inputs, document_multiple))
-        span: tuple[int, slice | np.ndarray] = (index, slice(0, int(inputs.sum())))
-        if document_multiple > 1:
-            moved = ends - padded_length(inputs, document_multiple) - (np.cumsum(inputs) - inputs)
-            span = (index, np.arange(span[1].stop) + np.repeat(moved, inputs))
-        targets = document.loss_mask[is_label]
-        ids[span], labels[span] = document.ids[is_input], document.ids[is_label]
-        loss_mask[span] = targets
-        is_padding[span] = False
-        if codes is not None:
-            codes[span] = document.codes[is_input]
-            code_labels[span] = np.where(targets[:, None], document.codes[is_label], NO_CODE)
+        # Position p of the documents is read at place[p] and, but for the first of a document, predicted at the place
+        # before. The last one of a document is not read.
+        documents, lengths = row.documents, row.documents.lengths
+        taken = padded_length(lengths - 1, document_multiple)
+        ends, stops = np.cumsum(taken), np.cumsum(lengths)
+        place = np.arange(len(documents.ids)) + np.repeat(ends - taken - (stops - lengths), lengths)
+        is_read = np.ones(len(documents.ids), dtype=bool)
+        is_read[stops - 1] = False
+        source = np.flatnonzero(is_read)
+        target = place[source] if document_multiple > 1 else slice(0, len(source))
+        ids[index, target] = documents.ids[source]
+        labels[index, target] = documents.ids[source + 1]
+        loss_mask[index, target] = documents.loss_mask[source + 1]
+        is_padding[index, target] = False
+        if codes is not None and len(documents.codes):
+            coded = np.flatnonzero(layout.holds_side_codes(documents.ids))
+            is_predicted = is_read[coded - 1] & documents.loss_mask[coded]
+            _scatter(codes[index], place[coded], documents.codes, is_read[coded])
+            _scatter(code_labels[index], place[coded] - 1, documents.codes, is_predicted)
         if row.hidden is not None:
-            hidden = np.zeros(seq_length, dtype=bool)
-            hidden[span[1]] = row.hidden[is_input]
+            hidden = place[row.hidden & is_read]
             if codes is not None:
                 codes[index, hidden] = NO_CODE
             else:
@@ -131,3 +133,11 @@ def make_batch(
         code_labels=None if code_labels is None else as_tensor(code_labels),
         cu_seqlens=torch.tensor(boundaries, dtype=torch.int32) if packing else None,
     )
+
+
+def _scatter(rows: np.ndarray, places: np.ndarray, values: np.ndarray, chosen: np.ndarray) -> None:
+    """``rows[places[i]] = values[i]`` for each i that is ``chosen``."""
+    if chosen.all():
+        rows[places] = values
+    elif chosen.any():
+        rows[places[chosen]] = values[chosen]

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_most.data.documents import Document
+from megatron_most.data.documents import Documents
 from megatron_most.data.indexed import TokenDataset
 from megatron_most.data.packing import pack, padded_length
 from megatron_most.data.tasks import TASKS
@@ -38,13 +38,11 @@ _PACK, _EPOCH, _BLEND, _DROPOUT = range(1, 5)
 class Row:
     """Documents of one task for one row of a batch.
 
-    documents: one after the other in the arrays of one, ``[n]``; None for a row of padding.
-    lengths: positions of each document.
+    documents: None in a row of padding.
     hidden: ``[n]`` bool, positions of codec frames to hide from the input; None hides nothing.
     """
 
-    documents: Document | None
-    lengths: np.ndarray
+    documents: Documents | None
     task: int
     hidden: np.ndarray | None = None
 
@@ -104,13 +102,13 @@ class Rows:
         dataset = stream.dataset
         documents = dataset.read(indices)
         hidden = self._hide_frames(documents, dataset, k) if self._dropout else None
-        return Row(documents, dataset.lengths[indices].astype(np.int64), TASKS.index(dataset.task), hidden)
+        return Row(documents, TASKS.index(dataset.task), hidden)
 
-    def _hide_frames(self, documents: Document, dataset: TokenDataset, k: int) -> np.ndarray:
+    def _hide_frames(self, documents: Documents, dataset: TokenDataset, k: int) -> np.ndarray:
         """Whole steps, also where a step takes several positions; drawn from the seed and k alone."""
         generator = _stream(self._seed, _DROPOUT, k)
         vocab = dataset.vocab
-        hidden = np.zeros(len(documents), dtype=bool)
+        hidden = np.zeros(len(documents.ids), dtype=bool)
         for start, end in vocab.audio_segments(documents.ids):
             if documents.loss_mask[start]:
                 steps = vocab.codec_layout.steps(end - start)

@@ -34,6 +34,21 @@ class Document:
         return len(self.ids)
 
 
+@dataclass
+class Documents:
+    """Several documents, one after the other.
+
+    ids, loss_mask: ``[n]``, as in :class:`Document`.
+    codes: ``[m, C]`` int64, of the m positions that hold side codes, in their order; None in the ``flat`` layouts.
+    lengths: int64, positions of each document.
+    """
+
+    ids: np.ndarray
+    loss_mask: np.ndarray
+    codes: np.ndarray | None
+    lengths: np.ndarray
+
+
 class DocumentBuilder:
     """Collects the pieces of a document in order; a piece with ``target`` carries loss.
 

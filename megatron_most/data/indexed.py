@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_most.data.documents import Document
+from megatron_most.data.documents import Document, Documents
 from megatron_most.data.tasks import TASKS
 from megatron_most.errors import ConfigError, DataError
 from megatron_most.files import write_json
@@ -120,12 +120,12 @@ class ArrayReader:
         start = self._starts[index]
         return self._values[start : start + self.lengths[index]]
 
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        """Documents ``indices`` one after the other, as int64."""
+    def read(self, indices: np.ndarray, dtype: type[np.generic] = np.int64) -> np.ndarray:
+        """Documents ``indices`` one after the other."""
         starts = self._starts[indices]
         ends = starts + self.lengths[indices]
         parts = [self._values[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
-        return np.concatenate(parts, dtype=np.int64)
+        return np.concatenate(parts, dtype=dtype, casting="unsafe")
 
 
 def read_json(path: str | Path, what: str) -> dict:
@@ -249,31 +249,33 @@ class TokenDataset(Sequence[Document]):
 
     def document(self, index: int) -> Document:
         """Document ``index``, checked against the layout."""
-        return self.read(np.array([index]))
+        found = self.read(np.array([index]))
+        if found.codes is None:
+            return Document(found.ids, found.loss_mask, None)
+        codes = np.full((len(found.ids), self.vocab.num_codebooks), NO_CODE, dtype=np.int64)
+        codes[self._layout.holds_side_codes(found.ids)] = found.codes
+        return Document(found.ids, found.loss_mask, codes)
 
-    def read(self, indices: np.ndarray) -> Document:
-        """Documents ``indices``, at least one, one after the other in the arrays of one; checked against the layout."""
+    def read(self, indices: np.ndarray) -> Documents:
+        """Documents ``indices``, at least one, checked against the layout."""
         ids = self._ids.read(indices)
         if ids.min() < 0 or ids.max() >= self._num_ids:
             for index in indices.tolist():
                 self.vocab.check_ids(self._ids[index].astype(np.int64), f"dataset {self.prefix}, document {index}")
-        loss_mask = self._mask.read(indices).astype(bool)
+        loss_mask = self._mask.read(indices, dtype=np.bool_)
+        lengths = self.lengths[indices].astype(np.int64)
         if not self._layout.uses_side_codes:
-            return Document(ids, loss_mask, None)
-        codes = np.full((len(ids), self.vocab.num_codebooks), NO_CODE, dtype=np.int64)
+            return Documents(ids, loss_mask, None, lengths)
+        num_codebooks = self.vocab.num_codebooks
         if self._codes is None:
-            return Document(ids, loss_mask, codes)
-        stored = self._codes.read(indices)
-        has_codes = self._layout.holds_side_codes(ids)
-        num_expected = np.count_nonzero(has_codes) * self.vocab.num_codebooks
-        if stored.size != num_expected or (
-            stored.size and (stored.min() < 0 or stored.max() >= _num_stored(self.vocab))
-        ):
+            return Documents(ids, loss_mask, np.empty((0, num_codebooks), dtype=np.int64), lengths)
+        codes = self._codes.read(indices)
+        num_expected = np.count_nonzero(self._layout.holds_side_codes(ids)) * num_codebooks
+        if codes.size != num_expected or (codes.size and (codes.min() < 0 or codes.max() >= _num_stored(self.vocab))):
             self._explain_codes(indices)
         if self._layout.is_delayed:
-            stored[stored == self.vocab.codebook_size] = NO_CODE
-        codes[has_codes] = stored.reshape(-1, self.vocab.num_codebooks)
-        return Document(ids, loss_mask, codes)
+            codes[codes == self.vocab.codebook_size] = NO_CODE
+        return Documents(ids, loss_mask, codes.reshape(-1, num_codebooks), lengths)
 
     def digest(self, index: int) -> bytes:
         """A hash of document ``index``: equal for documents of equal ids and codes."""

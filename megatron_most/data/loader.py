@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from megatron_most.audio import codec_file, file_fingerprint
 from megatron_most.config import DatasetConfig, RunConfig
 from megatron_most.data.batch import Batch, make_batch
@@ -82,7 +80,7 @@ def validation_batches(config: RunConfig, *, dp_rank: int, dp_size: int) -> dict
         )
         num_rows = min(training.eval_batches * training.global_batch_size, rows.rows_per_epoch[0])
         size = training.micro_batch_size
-        padding = Row(None, np.empty(0, dtype=np.int64), TASKS.index(dataset.task))
+        padding = Row(None, TASKS.index(dataset.task))
         batches[name] = []
         for start in range(0, num_rows, size * dp_size):
             first = start + dp_rank * size

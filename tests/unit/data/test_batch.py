@@ -33,9 +33,9 @@ def test_every_position_is_what_its_document_says(datasets, task, layout_name, p
     vocab = layout(layout_name)
     row = one_row(datasets[task, layout_name], packing, dropout=0.5)
     batch = make_batch([row], vocab, seq_length=80, packing=packing)
-    assert packing is (len(row.lengths) > 1)
+    assert packing is (len(row.documents.lengths) > 1)
     position = 0
-    for document, hidden in zip(parts_of(row), hidden_of(row), strict=True):
+    for document, hidden in zip(parts_of(row, vocab), hidden_of(row), strict=True):
         for i in range(len(document) - 1):
             shown = document.ids[i]
             if hidden[i] and layout_name.startswith("flat"):
@@ -86,14 +86,14 @@ def test_a_row_that_is_exactly_full_has_no_padding_document(datasets):
     row = one_row(datasets["text_lm", "frame"], True)
     length = sum(len(document) - 1 for document in parts_of(row))
     batch = make_batch([row], layout(), seq_length=length, packing=True)
-    assert not batch.is_padding.any() and len(batch.cu_seqlens) == len(row.lengths) + 1
+    assert not batch.is_padding.any() and len(batch.cu_seqlens) == len(row.documents.lengths) + 1
 
 
 def test_documents_are_padded_to_a_multiple_and_are_otherwise_what_they_were(datasets):
     row = one_row(datasets["tts", "frame"], True, dropout=0.5)
     tight = make_batch([row], layout(), seq_length=80, packing=True)
     padded = make_batch([row], layout(), seq_length=128, packing=True, document_multiple=16)
-    assert len(row.lengths) > 1 and padded.cu_seqlens[-1] == 128 and (padded.cu_seqlens % 16 == 0).all()
+    assert len(row.documents.lengths) > 1 and padded.cu_seqlens[-1] == 128 and (padded.cu_seqlens % 16 == 0).all()
     is_document = torch.zeros(128, dtype=torch.bool)
     for document, start, end in zip(parts_of(row), padded.cu_seqlens[:-1], padded.cu_seqlens[1:], strict=False):
         assert end - start == -(-(len(document) - 1) // 16) * 16
@@ -114,7 +114,7 @@ def test_a_share_of_positions_keeps_the_boundaries_of_the_row(datasets):
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_row_without_documents_is_all_padding(packing):
-    batch = make_batch([Row(None, np.empty(0, dtype=np.int64), 0)], layout(), seq_length=8, packing=packing)
+    batch = make_batch([Row(None, 0)], layout(), seq_length=8, packing=packing)
     assert batch.is_padding.all() and not batch.loss_mask.any() and (batch.code_labels == NO_CODE).all()
     assert batch.cu_seqlens is None or batch.cu_seqlens.tolist() == [0, 8]
 

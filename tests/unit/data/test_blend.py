@@ -49,7 +49,7 @@ def test_each_document_appears_once_an_epoch(folder, packing):
 def test_rows_never_exceed_their_length(folder, multiple):
     rows = open_rows(folder, ["asr", "tts", "text"], [1.0, 1.0, 1.0], document_multiple=multiple)
     taken = [sum(-(-(len(document) - 1) // multiple) * multiple for document in parts_of(rows[k])) for k in range(300)]
-    assert max(taken) <= 96 and min(len(rows[k].lengths) for k in range(300)) > 1
+    assert max(taken) <= 96 and min(len(rows[k].documents.lengths) for k in range(300)) > 1
 
 
 def test_each_document_appears_once_an_epoch_whatever_it_is_padded_to(folder):
@@ -179,7 +179,7 @@ def test_an_audio_share_out_of_reach_is_refused():
 def test_the_order_goes_on_after_a_block(folder):
     rows = open_rows(folder, ["asr", "text"], [0.99, 0.01], packing=False)
     before, after = [rows[k] for k in (BLOCK - 1, BLOCK)]
-    assert len(before.lengths) == len(after.lengths) == 1
+    assert len(before.documents.lengths) == len(after.documents.lengths) == 1
     # The epoch of the larger dataset goes on across the border: no document is skipped or repeated.
     around = [rows[k] for k in range(BLOCK - 150, BLOCK + 150)]
     seen = Counter(content(row)[0] for row in around if row.task == 0)

@@ -156,10 +156,12 @@ def test_documents_are_read_together_as_they_are_one_by_one(tmp_path, layout_nam
     dataset = write_dataset(tmp_path / "data", "tts", 6, layout_name=layout_name)
     together = dataset.read(np.array([4, 0, 4]))
     alone = [dataset.document(index) for index in (4, 0, 4)]
-    for field in ("ids", "loss_mask", "codes"):
-        parts = [getattr(document, field) for document in alone]
-        if parts[0] is not None:
-            np.testing.assert_array_equal(getattr(together, field), np.concatenate(parts))
+    assert together.lengths.tolist() == [len(document) for document in alone]
+    np.testing.assert_array_equal(together.ids, np.concatenate([document.ids for document in alone]))
+    np.testing.assert_array_equal(together.loss_mask, np.concatenate([document.loss_mask for document in alone]))
+    if together.codes is not None:
+        codes = np.concatenate([document.codes for document in alone])
+        np.testing.assert_array_equal(together.codes, codes[(codes != NO_CODE).any(1)])
 
 
 def test_input_positions_are_counted_by_modality(tmp_path):
