@@ -44,12 +44,10 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megatron_most.checkpointing import directory as directories
+from megatron_most.checkpointing.directory import STATE
 from megatron_most.checkpointing.metadata import METADATA, CheckpointMetadata
 from megatron_most.errors import CheckpointError, MostError
 from megatron_most.parallel import fail, on_rank_zero
-
-STATE = "state"
-"""Folder of the sharded tensors in a checkpoint."""
 
 _FILE_BYTES = 4 << 30
 """After so many bytes a file ends: several ranks can check a checkpoint at the same time."""
@@ -212,7 +210,7 @@ class _RegionSavePlanner(DefaultSavePlanner):
         return self.plan
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """torch finds overlaps (and raises), but no gap of a single rank, nor a tensor of which no region is written."""
+        """torch finds overlaps and raises, but sees no gap on a single rank, and no tensor that has no region."""
         plans, metadata = super().create_global_plan(all_plans)
         for key, form in self._forms.items():
             entry = metadata.state_dict_metadata.get(key)
