@@ -77,35 +77,32 @@ def make_batch(
     """
     assert len(rows) == 1 or not packing, "a packed batch has one row"
     shape = (len(rows), seq_length)
-    ids = np.full(shape, PADDING_ID, dtype=np.int64)
-    labels = np.full(shape, PADDING_ID, dtype=np.int64)
+    ids, labels, task = np.full((3, *shape), PADDING_ID, dtype=np.int64)
     loss_mask = np.zeros(shape, dtype=np.float32)
     is_padding = np.ones(shape, dtype=bool)
-    task = np.empty(shape, dtype=np.int64)
     codes = code_labels = None
     layout = vocab.codec_layout
     if layout.uses_side_codes:
-        codes = np.full((*shape, vocab.num_codebooks), NO_CODE, dtype=np.int64)
-        code_labels = np.full((*shape, vocab.num_codebooks), NO_CODE, dtype=np.int64)
+        codes, code_labels = np.full((2, *shape, vocab.num_codebooks), NO_CODE, dtype=np.int64)
     boundaries = [0]
     for index, row in enumerate(rows):
         task[index] = row.task
         if row.documents is None:
             boundaries.append(seq_length)
             continue
-        # Position p of the documents is read at place[p] and, but for the first of a document, predicted at the place
-        # before. The last one of a document is not read.
         documents, lengths = row.documents, row.documents.lengths
-        taken = padded_length(lengths - 1, document_multiple)
-        ends, stops = np.cumsum(taken), np.cumsum(lengths)
-        place = np.arange(len(documents.ids)) + np.repeat(ends - taken - (stops - lengths), lengths)
+        stops, taken = np.cumsum(lengths), padded_length(lengths - 1, document_multiple)
+        ends = np.cumsum(taken)
+        # The last id of a document is not read, only predicted.
         is_read = np.ones(len(documents.ids), dtype=bool)
         is_read[stops - 1] = False
-        source = np.flatnonzero(is_read)
-        target = place[source] if document_multiple > 1 else slice(0, len(source))
-        ids[index, target] = documents.ids[source]
-        labels[index, target] = documents.ids[source + 1]
-        loss_mask[index, target] = documents.loss_mask[source + 1]
+        last_read = np.cumsum(lengths - 1) - 1
+        # Position p of the documents is read at place[p] and, but for the first of a document, predicted one before.
+        place = np.arange(len(documents.ids)) + np.repeat(ends - taken - (stops - lengths), lengths)
+        target = place[is_read] if document_multiple > 1 else slice(0, last_read[-1] + 1)
+        read, predicted = _read_and_predicted(documents.ids, is_read, last_read, stops)
+        ids[index, target], labels[index, target] = read, predicted
+        loss_mask[index, target] = _read_and_predicted(documents.loss_mask, is_read, last_read, stops)[1]
         is_padding[index, target] = False
         if codes is not None and len(documents.codes):
             coded = np.flatnonzero(layout.holds_side_codes(documents.ids))
@@ -126,13 +123,24 @@ def make_batch(
         ids=as_tensor(ids),
         labels=as_tensor(labels),
         loss_mask=as_tensor(loss_mask),
-        modality=as_tensor(vocab.modality_of(ids).astype(np.int64)),
+        modality=as_tensor(vocab.modality_of(ids).astype(np.int64, copy=False)),
         is_padding=as_tensor(is_padding),
         task=as_tensor(task),
         codes=None if codes is None else as_tensor(codes),
         code_labels=None if code_labels is None else as_tensor(code_labels),
-        cu_seqlens=torch.tensor(boundaries, dtype=torch.int32) if packing else None,
+        cu_seqlens=as_tensor(np.array(boundaries, dtype=np.int32)) if packing else None,
     )
+
+
+def _read_and_predicted(
+    values: np.ndarray, is_read: np.ndarray, last_read: np.ndarray, stops: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """``values [n]`` of all positions -> those of the positions that are read, and of the position after each."""
+    read = values[is_read]
+    following = np.empty_like(read)
+    following[:-1] = read[1:]
+    following[last_read] = values[stops - 1]
+    return read, following
 
 
 def _scatter(rows: np.ndarray, places: np.ndarray, values: np.ndarray, chosen: np.ndarray) -> None:

@@ -39,7 +39,7 @@ class Documents:
     """Several documents, one after the other.
 
     ids, loss_mask: ``[n]``, as in :class:`Document`.
-    codes: ``[m, C]`` int64, of the m positions that hold side codes, in their order; None in the ``flat`` layouts.
+    codes: ``[m, C]`` of any integer type, for the m positions that hold side codes; None in the ``flat`` layouts.
     lengths: int64, positions of each document.
     """
 

@@ -120,8 +120,8 @@ class ArrayReader:
         start = self._starts[index]
         return self._values[start : start + self.lengths[index]]
 
-    def read(self, indices: np.ndarray, dtype: type[np.generic] = np.int64) -> np.ndarray:
-        """Documents ``indices`` one after the other."""
+    def read(self, indices: np.ndarray, dtype: type[np.generic] | None = None) -> np.ndarray:
+        """Documents ``indices`` one after the other, in the type they are stored in or another."""
         starts = self._starts[indices]
         ends = starts + self.lengths[indices]
         parts = [self._values[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
@@ -168,6 +168,7 @@ class DatasetWriter:
             array.discard()
 
     def add(self, document: Document) -> None:
+        assert len(document) > 1, "a document is read at all but its last position"
         self._arrays["ids"].add(document.ids)
         self._arrays["mask"].add(document.loss_mask.astype(np.uint8))
         # The last id is only a label.
@@ -258,11 +259,11 @@ class TokenDataset(Sequence[Document]):
 
     def read(self, indices: np.ndarray) -> Documents:
         """Documents ``indices``, at least one, checked against the layout."""
-        ids = self._ids.read(indices)
-        if ids.min() < 0 or ids.max() >= self._num_ids:
+        ids = self._ids.read(indices, np.int64)
+        if ids.view(np.uint64).max() >= self._num_ids:  # negative ones are huge without their sign
             for index in indices.tolist():
                 self.vocab.check_ids(self._ids[index].astype(np.int64), f"dataset {self.prefix}, document {index}")
-        loss_mask = self._mask.read(indices, dtype=np.bool_)
+        loss_mask = self._mask.read(indices, np.bool_)
         lengths = self.lengths[indices].astype(np.int64)
         if not self._layout.uses_side_codes:
             return Documents(ids, loss_mask, None, lengths)
@@ -274,6 +275,7 @@ class TokenDataset(Sequence[Document]):
         if codes.size != num_expected or (codes.size and (codes.min() < 0 or codes.max() >= _num_stored(self.vocab))):
             self._explain_codes(indices)
         if self._layout.is_delayed:
+            codes = codes.astype(np.int64)
             codes[codes == self.vocab.codebook_size] = NO_CODE
         return Documents(ids, loss_mask, codes.reshape(-1, num_codebooks), lengths)
 
