@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 import numpy as np
@@ -229,6 +230,55 @@ def test_killed_anywhere_and_run_again_it_writes_the_same(tmp_path, monkeypatch,
     assert len(log) > 60  # something was indeed begun and begun again
     assert len(run(manifest, killed / "codes")) == 60
     assert files(killed) == files(tmp_path / "whole")
+
+
+def test_killed_at_any_write_and_run_again_it_writes_the_same(tmp_path):
+    """Each step of committing is tried in turn: a file half written, or whole and not yet in its place."""
+    manifest = write_manifest(tmp_path, 5)
+    run(manifest, tmp_path / "whole" / "codes", workers=1)
+    expected, killed = files(tmp_path / "whole"), tmp_path / "killed"
+    for step in range(100):
+        steps = multiprocessing.get_context("fork").Value("i", step)
+        process = in_a_process(run_and_die, steps, manifest, killed / "codes")
+        process.join()
+        left = files(killed) if not (killed / "codes.parts").is_dir() else None
+        run(manifest, killed / "codes", workers=1)
+        assert files(killed) == expected, f"step {step}"
+        shutil.rmtree(killed)
+        if process.exitcode == 0:
+            assert left == expected
+            break
+    assert step > 15  # that many steps there are at least
+
+
+def run_and_die(steps: Synchronized, manifest: Path, output: Path) -> None:
+    """Run the job in a process group that kills itself at the write or renaming before which ``steps`` comes to 0."""
+
+    def is_time_to_die() -> bool:
+        with steps.get_lock():
+            steps.value -= 1
+            return steps.value == -1
+
+    def die() -> None:
+        os.killpg(0, signal.SIGKILL)
+        time.sleep(60)
+
+    def dying_write(write: Callable) -> Callable:
+        def written(path: Path, content, **options):
+            if is_time_to_die():
+                write(path, content[: len(content) // 2], **options)
+                die()
+            return write(path, content, **options)
+
+        return written
+
+    def replace(source, target, original=os.replace) -> None:
+        if is_time_to_die():
+            die()
+        original(source, target)
+
+    os.replace, Path.write_text, Path.write_bytes = replace, dying_write(Path.write_text), dying_write(Path.write_bytes)
+    run(manifest, output, workers=1)
 
 
 def test_two_runs_of_one_job_at_once_do_nothing_twice(tmp_path, monkeypatch):
