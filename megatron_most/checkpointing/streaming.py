@@ -256,7 +256,7 @@ class _RegionWriter(torch_checkpoint.FileSystemWriter):
                 stream = _SummingStream(raw)
                 while item is not None and stream.size < _FILE_BYTES:
                     start = stream.size
-                    torch.save(planner.resolve_data(item), stream)
+                    _save(planner.resolve_data(item), stream)
                     length = stream.size - start
                     results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
                     item = next(items, None)
@@ -266,6 +266,16 @@ class _RegionWriter(torch_checkpoint.FileSystemWriter):
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
+
+
+def _save(tensor: torch.Tensor, stream: _SummingStream) -> None:
+    """``torch.save`` without its own checksum, which takes as long as all the rest: the manifest has one."""
+    has_checksum = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(tensor, stream)
+    finally:
+        torch.serialization.set_crc32_options(has_checksum)
 
 
 class _SummingStream:
