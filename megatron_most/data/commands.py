@@ -58,7 +58,7 @@ def build(arguments: argparse.Namespace, command: str) -> None:
     print(summary(dataset))
     print(
         f"  {counts['examples']} examples, {counts['cut']} of them cut; {counts['rejected']} examples or parts rejected"
-        + (f"; {counts['unspoken']} conversations without the recordings for any mode" if "unspoken" in counts else "")
+        + (f"; {counts.get('unspoken', 0)} conversations without the recordings for any mode" if arguments.chat else "")
     )
 
 

@@ -58,6 +58,38 @@ def test_from_manifest_to_an_inspected_document(call, manifest, tmp_path, layout
     assert soundfile.info(wav).frames == 1700
 
 
+def test_from_a_written_conversation_to_a_spoken_one(call, manifest, tmp_path):
+    tokenizer, spoken, data = tmp_path / "t.model", tmp_path / "spoken", tmp_path / "data"
+    call("tokenizer", "--manifest", manifest, "--vocab-size", 320, "--output", tokenizer)
+    messages = [{"role": "user", "content": "what is red"}, {"role": "assistant", "content": "the fox"}]
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text("".join(json.dumps({"id": name, "messages": messages}) + "\n" for name in ("a", "b")))
+    program = tmp_path / "speak.py"
+    program.write_text(
+        "import sys, wave\nwith wave.open(sys.argv[1], 'wb') as file:\n"
+        "    file.setparams((1, 2, 8000, 0, 'NONE', ''))\n"
+        "    file.writeframes(b'ab' * 100 * len(sys.stdin.read()))"
+    )
+    synthesiser = f"{sys.executable} -I {program} {{output}}"
+    status, out, _ = call("speechify", "--chat", chat, "--synthesiser", synthesiser, "--output", spoken)
+    assert status == 0 and out == f"{spoken}: 4 spoken, 0 written, 0 failed\n"
+    tokenize = ("tokenize", "--manifest", spoken / "manifest.jsonl", "--codec", "c.nemo", "--workers", 1)
+    assert call(*tokenize, "--output", tmp_path / "codes")[0] == 0
+    build = ("build", "--task", "chat", "--chat", spoken / "chats.jsonl", "--codes", tmp_path / "codes")
+    build = (*build, "--tokenizer", tokenizer, "--output", data, "--modes", "S-S", "--layout", "flat_delay")
+    status, _, err = call(*build)
+    assert status == 1 and "special token system: " in err and "give text_vocab_size of at least" in err
+    status, out, _ = call(*build, "--text-vocab-size", 400)
+    assert status == 0 and "2 examples, 0 of them cut; 0 examples or parts rejected; 0 conversations without" in out
+    shown = ("--document", 1, "--tokenizer", tokenizer, "--codec", "c.nemo", "--wav", tmp_path / "x.wav")
+    status, out, _ = call("inspect", "--dataset", data, *shown)
+    assert status == 0 and "document 1: <11 frames> Answer aloud. [<7 frames>]" in out
+    assert [soundfile.info(tmp_path / f"x-{n}.wav").frames for n in (1, 2)] == [1100, 700]
+    status, out, _ = call("inspect", "--dataset", data, data)
+    assert status == 0 and "duplicates: 1 documents are equal to an earlier one" in out
+    assert re.search(r"chat +4 +0\.00", out) and out.count("#") > 0
+
+
 def test_further_modalities_are_named_when_data_is_built_and_looked_into(call, manifest, tmp_path):
     tokenizer, data = tmp_path / "t.model", tmp_path / "data"
     call("tokenizer", "--manifest", manifest, "--vocab-size", 320, "--output", tokenizer)
