@@ -216,6 +216,13 @@ class MoEConfig:
         names = [group.modality for group in self.groups]
         require(bool(names), f"{section}.groups", names, "needs a group for each modality")
         require(len(set(names)) == len(names), f"{section}.groups", names, "names a modality twice")
+        require("common" not in names, f"{section}.groups", names, "common is the name of the common experts")
+        require(
+            not self.common.modalities or self.common.size > 0,
+            f"{section}.common.modalities",
+            self.common.modalities,
+            "needs common experts (common.size or common.experts)",
+        )
         unknown = [name for name in self.common.modalities if name not in names]
         require(not unknown, f"{section}.common.modalities", unknown, f"must be among {', '.join(names)}")
         pools = [*self.groups, *([self.common] if self.common.size else [])]

@@ -62,7 +62,8 @@ class GroupedExperts(MegatronModule):
         counts = iter(tokens_per_expert.tolist())
         pools = list(self.children())
         ends = [list(itertools.accumulate(itertools.islice(counts, len(pool.experts)))) for pool in pools]
-        on_device = torch.tensor([*itertools.chain(*ends)], dtype=torch.int32, device=tokens.device)
+        on_host = torch.tensor([*itertools.chain(*ends)], dtype=torch.int32, pin_memory=tokens.is_cuda)
+        on_device = on_host.to(tokens.device, non_blocking=True)  # pinned: the host does not wait for the device
         rows = [pool_ends[-1] for pool_ends in ends]
         pieces = zip(
             tokens.split(rows), on_device.split([len(pool.experts) for pool in pools]), probs.split(rows), strict=True
@@ -115,8 +116,6 @@ class ExpertPool(torch.nn.Module):
                 torch.empty(shape, dtype=config.params_dtype, device=torch.cuda.current_device())
             )
             set_tensor_model_parallel_attributes(weight, True, split_axis, 1)
-            # Whether Megatron reduces its gradient over all data-parallel ranks, or over those with the same experts.
-            weight.allreduce = config.expert_model_parallel_size == 1
             # The generator that differs between the ranks of an expert-parallel group and agrees between copies.
             with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
                 init_method(weight)

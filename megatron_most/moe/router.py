@@ -91,10 +91,10 @@ class ModalityAwareRouter(Router):
         # second of the two forwards of a recomputed layer.
         if self.training and torch.is_grad_enabled():
             group_probs = choice_distribution(scores, group_logits, self.moe)
-            self.statistics.count(routing_map, scores, group_probs, modality, is_valid)
             membership = ((modality == self._modalities) & is_valid).float()
             num_sequences = num_rows if self.moe.balance_loss == "seq_aux_loss" else 1
             pairs = sum_by_modality(membership, routing_map.float(), num_sequences)
+            self.statistics.count(pairs.sum(dim=0), scores, group_probs, membership)
             if self.expert_bias is not None:
                 self.expert_bias.count(pairs.sum(dim=0))
             losses = self.losses(

@@ -38,36 +38,32 @@ class RoutingStatistics:
         routed, scores, self.entropy, self.tokens, losses = self.sums.split(sizes)
         self.routed, self.scores = routed.view(modalities, experts), scores.view(modalities, experts)
         self.losses = dict(zip(LOSSES, losses, strict=True))
-        self._modalities = torch.arange(modalities, device=device)[:, None]
         self._rank_pairs = torch.zeros(_KEPT, groups.expert_parallel_size, device=device)
         self._num_calls = 0
 
     @torch.no_grad()
     def count(
         self,
-        routing_map: torch.Tensor,
+        pairs: torch.Tensor,
         scores: torch.Tensor,
         group_probs: torch.Tensor,
-        modality: torch.Tensor,
-        is_valid: torch.Tensor,
+        membership: torch.Tensor,
     ) -> None:
-        """Add the tokens of one micro-batch; padding (``is_valid [n]`` False) is left out.
+        """Add the tokens of one micro-batch.
 
         Args:
-            routing_map: ``[n, E]`` bool, the experts chosen.
+            pairs: ``[M, E]``, (token, expert) pairs of each modality, as
+                :func:`~megatron_most.moe.balance.sum_by_modality` sums the routing map.
             scores: ``[n, E]``, what the probabilities are taken from, before the choice; 0 where a token has none.
             group_probs: ``[n, E]``, the distribution inside each token's choice, 0 outside.
-            modality: ``[n]`` int64.
+            membership: ``[M, n]`` fp32, 1 where the token is valid and of that modality, else 0.
         """
-        # Sums over tokens as products with a 0/1 matrix [M, n]: exact in fp32 for counts up to 2^24 a micro-batch.
-        counts = ((modality == self._modalities) & is_valid).float()
-        pairs = counts @ routing_map.float()
         # entr(p) = -p log p, several times faster than torch.special.entr on a CPU.
         entropy = -(group_probs * group_probs.clamp(min=torch.finfo(group_probs.dtype).tiny).log()).sum(dim=1)
         self.routed += pairs
-        self.scores += counts @ scores.float()
-        self.entropy += counts @ entropy.float()
-        self.tokens += counts.sum(dim=1)
+        self.scores += membership @ scores.float()
+        self.entropy += membership @ entropy.float()
+        self.tokens += membership.sum(dim=1)
         num_ranks = self._rank_pairs.shape[1]
         if num_ranks > 1:
             self._rank_pairs[self._num_calls % _KEPT] = pairs.sum(dim=0).view(num_ranks, -1).sum(dim=1)

@@ -140,6 +140,14 @@ FOUR = {"size": 4, "top_k": 2}
             lambda: text_and_audio(FOUR, FOUR, shared_expert_overlap=True, dispatcher="allgather"),
             "shared_expert_overlap=True: needs shared experts (shared_ffn_hidden_size) and dispatcher=alltoall",
         ),
+        (
+            lambda: text_and_audio(FOUR, FOUR, common=CommonExpertsConfig(modalities=["text"])),
+            "common.modalities=['text']: needs common experts",
+        ),
+        (
+            lambda: MoEConfig(groups=[ExpertGroupConfig("text", 4, 1), ExpertGroupConfig("common", 4, 1)]),
+            "groups=['text', 'common']: common is the name of the common experts",
+        ),
         (lambda: MoEConfig(groups=[]), "groups=[]: needs a group for each modality"),
         (
             lambda: MoEConfig(groups=[ExpertGroupConfig("text", 8)] * 2),

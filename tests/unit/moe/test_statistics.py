@@ -11,6 +11,7 @@ import torch
 from megatron_most import parallel
 from megatron_most.config import CommonExpertsConfig, ExpertGroupConfig, ModelConfig, MoEConfig, ParallelConfig
 from megatron_most.moe import ExpertGroups, collect_routing
+from megatron_most.moe.balance import sum_by_modality
 from megatron_most.moe.statistics import _KEPT, LOSSES, RoutingStatistics
 from tests.distributed.harness import run_ranks
 
@@ -56,6 +57,14 @@ def random_tokens(groups: ExpertGroups, seed: int) -> dict[str, torch.Tensor]:
     }
 
 
+def count(router: Router, batch: dict[str, torch.Tensor]) -> None:
+    """Count a batch as the router does."""
+    modalities = torch.arange(len(MOE.groups))[:, None]
+    membership = ((batch["modality"] == modalities) & batch["is_valid"]).float()
+    pairs = sum_by_modality(membership, batch["routing_map"].float(), num_sequences=1)[0]
+    router.statistics.count(pairs, batch["scores"], batch["group_probs"], membership)
+
+
 def by_hand(groups: ExpertGroups, seeds: range) -> dict[str, dict]:
     """The same sums from a loop over tokens and experts, in logical order."""
     names = ("text", "audio", "image")
@@ -88,7 +97,7 @@ def collected(expert_parallel_size: int) -> tuple[list[dict], list[dict]]:
     first = 5 * torch.distributed.get_rank()
     for seed in range(first, first + 5):
         for router in routers:
-            router.statistics.count(**random_tokens(groups, seed))
+            count(router, random_tokens(groups, seed))
             router.statistics.add_loss("z_loss", torch.tensor(0.5 * router.layer_number))
     return collect_routing(routers, MODEL), collect_routing(routers, MODEL)
 
@@ -134,7 +143,7 @@ def imbalance_of_many() -> tuple[float, float]:
     batch = random_tokens(groups, 0)
     for index in range(_KEPT + 30):
         is_valid = batch["is_valid"] & (index < _KEPT)
-        router.statistics.count(**{**batch, "is_valid": is_valid})
+        count(router, {**batch, "is_valid": is_valid})
     return collect_routing([router], MODEL)[0]["rank_imbalance"]
 
 
@@ -149,7 +158,7 @@ def one_batch(**changes: Callable) -> dict:
     groups = ExpertGroups.from_config(MOE)
     router = Router(groups, 2)
     batch = random_tokens(groups, 0)
-    router.statistics.count(**batch | {name: change(groups, batch) for name, change in changes.items()})
+    count(router, batch | {name: change(groups, batch) for name, change in changes.items()})
     return collect_routing([router], MODEL)[0]
 
 
