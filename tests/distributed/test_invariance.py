@@ -88,8 +88,10 @@ VARIANTS: dict[str, Overrides] = {
         "model__moe__common": {"size": 2, "modalities": ["audio", "image"]},
         "model__moe__router_weights": "per_modality",
     },
+    "micro-batch-balance": {"model__moe__balance_loss": "aux_loss"},
     "global-balance": {"model__moe__balance_loss": "global_aux_loss", "model__moe__normalize_top_k": True},
 }
+RECOMPUTED: dict[str, tuple[int, Overrides]] = {"pp2-recompute": (2, {PP: 2, RECOMPUTE: "full"})}
 VARIANT_LAYOUTS = {
     "packed": ("tp2", "ep2", "pp2-vpp2", "cp2"),
     "q-lora": ("tp2",),
@@ -98,6 +100,7 @@ VARIANT_LAYOUTS = {
     "sequential": ("ep2", "tp2-ep2-etp2"),
     "sigmoid": ("ep2", "tp2-ep2-etp1", "pp2-vpp2", "cp2-ep2", "dp2-ep2"),
     "modalities": ("tp2", "ep2", "cp2", "dp2-ep2"),
+    "micro-batch-balance": ("tp2", "cp2", "pp2-recompute"),
     # Its fractions are those of the step so far: data parallelism, which does more at a time, gives others.
     "global-balance": ("tp2", "cp2"),
 }
@@ -130,7 +133,7 @@ def test_layout_equals_one_process(layout):
     "variant, layout", [(v, layout) for v, layouts in VARIANT_LAYOUTS.items() for layout in layouts]
 )
 def test_variant_equals_one_process(variant, layout):
-    world_size, overrides = LAYOUTS[layout]
+    world_size, overrides = {**LAYOUTS, **RECOMPUTED}[layout]
     check(world_size, [(variant, overrides, 2)])
 
 
@@ -139,7 +142,8 @@ def test_variant_equals_one_process(variant, layout):
 @pytest.mark.parametrize("layout", EIGHT_RANKS)
 def test_eight_ranks_equal_one_process(layout):
     world_size, overrides = EIGHT_RANKS[layout]
-    check(world_size, [("frame", overrides | {RECOMPUTE: mode}, 5) for mode in MODES], timeout=500)
+    runs = [("frame", overrides | {RECOMPUTE: mode}, 5) for mode in MODES]
+    check(world_size, [*runs, ("flat", overrides | {RECOMPUTE: "full"}, 5)], timeout=500)
 
 
 @pytest.mark.slow
@@ -148,7 +152,7 @@ def test_eight_ranks_equal_one_process(layout):
 @pytest.mark.parametrize("variant", ["flat", "sigmoid", "modalities"])
 def test_variant_equals_one_process_everywhere(variant, layout):
     world_size, overrides = LAYOUTS[layout]
-    check(world_size, [(variant, overrides | {RECOMPUTE: mode}, 5) for mode in ("none", "moe")], timeout=500)
+    check(world_size, [(variant, overrides | {RECOMPUTE: mode}, 5) for mode in MODES], timeout=500)
 
 
 @pytest.mark.parametrize("variant", ["frame", "q-lora", "gqa", "modalities"])
