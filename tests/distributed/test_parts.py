@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tests.distributed.observe import (
     assert_same,
     mixed_batches,
     observe,
+    observe_each,
     starting_weights,
     train_step,
 )
@@ -155,6 +157,17 @@ def test_layout_equals_one_process(layout):
     ranks = run_ranks(world_size, observe_rates, overrides)
     for observations, expected in zip(zip(*ranks, strict=True), one_process(), strict=True):
         assert_same(observations, expected)
+
+
+@pytest.mark.parametrize("optimizer", [{}, UNSHARDED], ids=["sharded", "unsharded"])
+def test_norms_of_parts_add_up_to_the_whole_in_bf16(optimizer):
+    """Where the optimizer's parameters are fp32 copies, of which each must count once."""
+    layouts = ({TP: 2, BACKEND: "sequential"}, {EP: 2, MICRO: 1})
+    runs = [({**layout, **optimizer, "training__precision": "bf16"}, 1) for layout in layouts]
+    for observations in run_ranks(2, observe_each, runs):
+        for observation in observations:
+            whole = math.sqrt(sum(norm**2 for norm in observation.part_norms.values()))
+            assert whole == pytest.approx(observation.grad_norm, rel=1e-5) and whole > 0
 
 
 def memory_and_rates(scales: str) -> tuple[int, int, int, int, list[tuple[float, dict[str, float]]]]:
