@@ -13,6 +13,7 @@ from megatron_most.checkpointing.optimizer_state import OptimizerState
 from megatron_most.checkpointing.state import _model_state
 from megatron_most.config import RunConfig
 from megatron_most.model import build_model
+from megatron_most.moe import end_routing_step
 from megatron_most.training.loss import LossTable
 from megatron_most.training.optimizer import build_optimizer, wrap_model
 from megatron_most.training.step import run_microbatches
@@ -38,12 +39,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 def config_of(layout: str) -> RunConfig:
     groups = "[{modality: text, experts: [5, 0, 3, 1], top_k: 2}, {modality: audio, experts: [7, 2, 4], top_k: 1}]"
-    common = {"model__moe__common__experts": "[6]"}
-    return tiny_config(model__moe__groups=groups, model__num_layers=2, **common, **LAYOUTS[layout][1])
+    moe = {"model__moe__common__experts": "[6]", "model__moe__expert_bias_update_rate": 1e-2}
+    return tiny_config(model__moe__groups=groups, model__num_layers=2, **moe, **LAYOUTS[layout][1])
 
 
 def everything(chunks: list[torch.nn.Module], optimizer: Any) -> list[Piece]:
-    """This rank's pieces of the weights and of the optimizer's state."""
+    """This rank's pieces of the weights, expert biases among them, and of the optimizer's state."""
     state = _model_state(chunks)
     state["optimizer"] = OptimizerState(optimizer, state, loading=False).tensors
     return [(key, shape, at, piece.detach().clone()) for key, shape, at, piece in pieces_of(state)]
@@ -62,6 +63,7 @@ def step_and_save(layout: str, run_dir: Path) -> list[Piece]:
     batches = [tiny_batch(config, seed) for seed in range(4) if seed % dp_size == dp_rank]
     run_microbatches(wrapped, batches, LossTable(config.vocab, config.model.codebook_weights(config.vocab)))
     optimizer.step()
+    end_routing_step(chunks)
     save_checkpoint(run_dir, metadata_of(config, step=1), chunks, optimizer, keep_last=2)
     return everything(chunks, optimizer)
 
@@ -81,6 +83,8 @@ def test_weights_and_optimizer_state_load_in_every_layout(tmp_path: Path) -> Non
     writer = "ep2 sequential interleaved"
     written = assemble(run_ranks(LAYOUTS[writer][0], step_and_save, writer, tmp_path / writer))
     assert written["decoder.layers.1.mlp.experts.experts.linear_fc1.weight"].shape == (8, 48, 32)
+    bias = written["decoder.layers.1.mlp.router.expert_bias.values"]
+    assert bias.shape == (2, 8) and bias.unique().numel() == bias.numel()  # no two could change places unseen
     for kind in ("exp_avg", "exp_avg_sq"):
         assert written[f"optimizer.state.{kind}.decoder.layers.1.mlp.experts.experts.linear_fc2.weight.7"].any()
     source = tmp_path / writer
