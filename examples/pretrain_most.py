@@ -41,7 +41,7 @@ def pretrain(arguments: argparse.Namespace) -> None:
 
 
 def describe(arguments: argparse.Namespace) -> None:
-    from megatron_most.training.overview import describe_run, smallest_world_size
+    from megatron_most.planning import describe_run, smallest_world_size
 
     config = load_config(arguments.config, arguments.overrides)
     started = os.environ.get("WORLD_SIZE")

@@ -11,7 +11,7 @@ from megatron_most import platform
 from megatron_most.errors import ConfigError
 from megatron_most.model import build_model, check_libraries
 from megatron_most.model.transformer_config import transformer_config
-from megatron_most.training.overview import describe_run
+from megatron_most.planning import describe_run
 from tests.distributed.tiny import tiny_config
 
 EXPERTS_ON_TWO_RANKS = {"parallel__expert_model_parallel_size": 2}

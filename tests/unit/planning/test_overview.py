@@ -6,17 +6,21 @@ import pytest
 
 from megatron_most.errors import ConfigError
 from megatron_most.model import count_parameters
-from megatron_most.training.overview import describe_experts, describe_run, memory_per_rank, smallest_world_size
+from megatron_most.planning import describe_run, smallest_world_size
+from megatron_most.planning.overview import describe_experts, describe_memory, describe_shards
 from tests.distributed.tiny import tiny_config
 
 
-def test_overview_names_layout_parameters_and_memory() -> None:
+def test_overview_names_layout_parameters_flops_and_memory() -> None:
     config = tiny_config(parallel__expert_model_parallel_size=2)
     text = describe_run(config, world_size=4)
     counts = count_parameters(config)
     for part in ("ranks: 4", "expert 2", "data 4", f"{counts['total']:,} in total", f"{counts['active']:,} active"):
         assert part in text
     assert "hidden_size: 32" in text
+    assert "GFLOP to train on a token: text " in text
+    assert "fits, with room for CUDA and fragments: h100: yes, h200: yes" in text
+    assert "frozen" not in text
 
 
 def test_a_layout_that_does_not_fit_is_refused() -> None:
@@ -24,21 +28,9 @@ def test_a_layout_that_does_not_fit_is_refused() -> None:
         describe_run(tiny_config(parallel__tensor_model_parallel_size=2), world_size=1)
 
 
-def test_memory_follows_from_the_counts() -> None:
-    config = tiny_config()
-    total = count_parameters(config)["total"]
-    assert memory_per_rank(config, 1) == {"weights": 4 * total, "gradients": 4 * total, "optimizer": 8 * total}
-    bf16 = tiny_config(training__precision="bf16")
-    assert memory_per_rank(bf16, 1) == {"weights": 2 * total, "gradients": 4 * total, "optimizer": 12 * total}
-    assert memory_per_rank(bf16, 4)["optimizer"] == 3 * total
-    assert memory_per_rank(tiny_config(optimizer__distributed=False), 4)["optimizer"] == 8 * total
-
-
-def test_experts_are_split_over_expert_ranks() -> None:
-    config = tiny_config(parallel__expert_model_parallel_size=2)
-    counts = count_parameters(config)
-    experts = counts["experts/text"] + counts["experts/audio"]
-    assert memory_per_rank(config, 2)["weights"] == 4 * (counts["total"] - experts / 2)
+def test_frozen_parts_are_named() -> None:
+    config = tiny_config(optimizer__lr_scales="[{part: rest, scale: 0}, {part: experts.audio, scale: 1}]")
+    assert "frozen: experts.text, shared_experts, routers, dense_ffn, attention" in describe_run(config, 1)
 
 
 def test_smallest_world_size() -> None:
@@ -75,15 +67,29 @@ def test_unequal_shares_are_a_table() -> None:
     ]
 
 
-def test_experts_of_every_pool_count() -> None:
-    one, two = tiny_config(**MODALITIES), tiny_config(model__moe__router_weights="per_modality", **MODALITIES)
-    counts = count_parameters(one)
-    expert = 3 * 3 * 32 * 24  # three MoE layers, three matrices
-    pools = {"experts/text": 6 * expert, "experts/audio": 2 * expert, "experts/common": 4 * expert}
-    assert {name: count for name, count in counts.items() if name.startswith("experts/")} == pools
-    split = count_parameters(two)
-    assert split["total"] - counts["total"] == 2 * 3 * 12 * 32  # two more router matrices in each layer
-    assert split["active"] == counts["active"]
-    assert memory_per_rank(one, 1)["weights"] == 4 * counts["total"]
-    half = tiny_config(parallel__expert_model_parallel_size=2, **MODALITIES)
-    assert memory_per_rank(half, 2)["weights"] == 4 * (counts["total"] - sum(pools.values()) / 2)
+def test_ranks_that_hold_the_same_share_a_line() -> None:
+    expert = {"parallel__expert_model_parallel_size": 4}
+    title, names, *same = describe_shards(tiny_config(**expert))
+    assert (title, names.split()[:4]) == ("parameters on a rank:", ["pipeline", "rank", "expert", "rank"])
+    assert [line.split()[:2] for line in same] == [["0", "0-3"]]
+    contiguous = {**expert, "model__moe__expert_order": "contiguous"}
+    _, _, *apart = describe_shards(tiny_config(**contiguous))
+    assert [line.split()[:2] for line in apart] == [["0", "0-1"], ["0", "2-3"]]
+    four_stages = tiny_config(**contiguous, parallel__pipeline_model_parallel_size=4)
+    _, _, *stages = describe_shards(four_stages)
+    # The dense layer has no experts, so its stage needs one line; the stages between first and last are alike.
+    assert [line.split()[:2] for line in stages] == [
+        ["0", "0-3"],
+        ["1-2", "0-1"],
+        ["1-2", "2-3"],
+        ["3", "0-1"],
+        ["3", "2-3"],
+    ]
+
+
+def test_memory_names_the_mix_and_the_imbalance() -> None:
+    config = tiny_config(
+        parallel__expert_model_parallel_size=2, model__moe__expert_order="contiguous", data__audio_share=0.8
+    )
+    text = "\n".join(describe_memory(config, 2, 1.5))
+    assert "busiest expert-parallel rank: 1.60 of the mean at text 20%, audio 80%, x 1.5 for uneven routers" in text

@@ -1,0 +1,216 @@
+"""What --dry-run prints: layout, parameters, FLOPs, batches and memory of a configuration."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import fields
+
+from megatron_most.config import MoEConfig, ParallelConfig, RunConfig, dump_config
+from megatron_most.model import check_libraries, count_parameters
+from megatron_most.model.most_model import padded
+from megatron_most.moe import ExpertGroups
+from megatron_most.planning.flops import forward_flops, modality_shares, train_flops_per_token
+from megatron_most.planning.layouts import GPUS, fitting_layouts
+from megatron_most.planning.memory import DEFAULT_IMBALANCE, MemoryEstimate, expert_load, memory_per_rank
+from megatron_most.planning.shards import code_rows, shard_sizes
+
+_GIB = 1 << 30
+
+
+def smallest_world_size(parallel: ParallelConfig) -> int:
+    """The fewest ranks on which both the dense part and the experts fit their layout."""
+    experts = parallel.expert_tensor_size * parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
+    return math.lcm(parallel.model_parallel_size, experts)
+
+
+def describe_run(config: RunConfig, world_size: int, imbalance: float = DEFAULT_IMBALANCE) -> str:
+    """The resolved configuration and what follows from it on ``world_size`` ranks, as text for people.
+
+    Raises:
+        ConfigError: the layout does not fit ``world_size``, the batch does not fit the layout, or a library that the
+            model needs is missing.
+    """
+    check_libraries(config)
+    parallel, training = config.parallel, config.training
+    data_parallel = parallel.data_parallel_size(world_size)
+    microbatches = config.num_microbatches(data_parallel)
+    layout = {
+        "tensor": parallel.tensor_model_parallel_size,
+        "pipeline": parallel.pipeline_model_parallel_size,
+        "virtual stages": parallel.virtual_pipeline_model_parallel_size or 1,
+        "context": parallel.context_parallel_size,
+        "expert": parallel.expert_model_parallel_size,
+        "expert tensor": parallel.expert_tensor_size,
+        "data": data_parallel,
+    }
+    positions = training.global_batch_size * config.data.seq_length
+    return "\n".join(
+        [
+            dump_config(config).rstrip(),
+            "",
+            f"ranks: {world_size} ({', '.join(f'{name} {size}' for name, size in layout.items())})",
+            *describe_experts(config.model.moe, parallel.expert_model_parallel_size),
+            *describe_parameters(config),
+            f"batch: {training.global_batch_size} rows of {config.data.seq_length} positions = {positions:,} a step;"
+            f" micro-batches on each data-parallel rank: {microbatches}",
+            f"training: {training.steps:,} steps, {training.steps * positions:,} positions at most",
+            *describe_flops(config, positions),
+            *describe_shards(config),
+            *describe_memory(config, world_size, imbalance),
+        ]
+    )
+
+
+def describe_layouts(config: RunConfig, world_size: int, gpu: str, imbalance: float, limit: int) -> str:
+    """The first ``limit`` layouts that fit, as a table, and the overrides that give the first one.
+
+    Raises:
+        ConfigError: no layout fits.
+    """
+    layouts = fitting_layouts(config, world_size, GPUS[gpu], imbalance)
+    table = [
+        (
+            "tensor",
+            "expert tensor",
+            "pipeline",
+            "virtual",
+            "context",
+            "expert",
+            "recompute",
+            "micro-batches",
+            "GiB",
+            "time",
+        )
+    ]
+    for layout in layouts[:limit]:
+        parallel = layout.parallel
+        sizes = (
+            parallel.tensor_model_parallel_size,
+            parallel.expert_tensor_size,
+            parallel.pipeline_model_parallel_size,
+            parallel.virtual_pipeline_model_parallel_size or 1,
+            parallel.context_parallel_size,
+            parallel.expert_model_parallel_size,
+            layout.recompute,
+            layout.micro_batches,
+        )
+        relative = layout.seconds / layouts[0].seconds
+        table.append((*map(str, sizes), f"{layout.memory / _GIB:.1f}", f"{relative:.2f}"))
+    return "\n".join(
+        [
+            f"{len(layouts)} layouts of {world_size} x {gpu} fit {GPUS[gpu].usable / _GIB:.1f} GiB; memory of the"
+            " fullest rank and time of a step (first = 1) are estimates:",
+            *align(table),
+            f"the first as overrides: {' '.join(layouts[0].overrides(config)) or 'none, the configuration has it'}",
+        ]
+    )
+
+
+def describe_parameters(config: RunConfig) -> list[str]:
+    """Exact counts: of the whole model, of one token's way through it, of each part."""
+    counts = count_parameters(config)
+    parts = ", ".join(f"{name} {count:,}" for name, count in counts.items() if name not in ("total", "active"))
+    lines = [f"parameters: {counts['total']:,} in total, {counts['active']:,} active for a token ({parts})"]
+    base = counts["total"] - 2 * config.model.hidden_size * (
+        padded(config.vocab.size) - config.vocab.text_vocab_size + code_rows(config)
+    )
+    lines.append(f"parameters without the ids, codes and padding that audio adds to the base model's tables: {base:,}")
+    frozen = [part for part in config.part_names if config.lr_scale(part) == 0]
+    return lines + ([f"frozen: {', '.join(frozen)}"] if frozen else [])
+
+
+def describe_flops(config: RunConfig, positions: int) -> list[str]:
+    """Of a token of each modality, and of the average one."""
+    by_modality = ", ".join(
+        f"{name} {3 * sum(forward_flops(config, name).values()) / 1e9:.2f}" for name in config.vocab.modality_names
+    )
+    mean = train_flops_per_token(config)
+    mix = ", ".join(f"{name} {share:.0%}" for name, share in modality_shares(config).items())
+    step = f"{mean * positions / 1e15:,.3g} PFLOP a step"
+    return [f"GFLOP to train on a token: {by_modality}; {mean / 1e9:.2f} at {mix}, {step}"]
+
+
+def describe_shards(config: RunConfig) -> list[str]:
+    """Parameters on every rank by part, exactly; ranks that hold equal sizes share a line."""
+    parallel = config.parallel
+    places = [
+        (stage, expert)
+        for stage in range(parallel.pipeline_model_parallel_size)
+        for expert in range(parallel.expert_model_parallel_size)
+    ]
+    shards = [shard_sizes(config, *place) for place in places]
+    rows = [(f"{sum(shard.values()):,}", *(f"{size:,}" for size in shard.values())) for shard in shards]
+    return ["parameters on a rank:", *_by_place(("total", *config.part_names), places, rows)]
+
+
+def describe_memory(config: RunConfig, world_size: int, imbalance: float) -> list[str]:
+    """The estimate of every rank, and which GPUs it fits."""
+    estimates = memory_per_rank(config, world_size, imbalance)
+    names = [field.name for field in fields(MemoryEstimate)]
+    rows = [
+        (f"{estimate.total / _GIB:.2f}", *(f"{getattr(estimate, name) / _GIB:.2f}" for name in names))
+        for estimate in estimates.values()
+    ]
+    worst = max(estimate.total for estimate in estimates.values())
+    fits = ", ".join(f"{name}: {'yes' if worst <= gpu.usable else 'no'}" for name, gpu in GPUS.items())
+    mix, load = modality_shares(config), max(expert_load(config))
+    return [
+        "memory on a rank, GiB, estimated:",
+        *_by_place(("total", *(name.replace("_", " ") for name in names)), list(estimates), rows),
+        f"  (busiest expert-parallel rank: {load:.2f} of the mean at"
+        f" {', '.join(f'{name} {share:.0%}' for name, share in mix.items())}, x {imbalance:g} for uneven routers)",
+        f"fits, with room for CUDA and fragments: {fits}",
+    ]
+
+
+def describe_experts(moe: MoEConfig, expert_parallel_size: int) -> list[str]:
+    """Pools and choices, and every expert-parallel rank's share of the pools: one line when all hold the same."""
+    groups = ExpertGroups.from_config(moe, expert_parallel_size)
+    pools = ", ".join(f"{name} {len(experts)}" for name, experts in groups.pools.items())
+    choices = ", ".join(
+        f"{group.modality} {group.top_k} of {len(choice)}"
+        for group, choice in zip(moe.groups, groups.choices, strict=True)
+    )
+    lines = [f"experts in each MoE layer: {pools}; a token is sent to: {choices}"]
+    shares = [
+        tuple(len(experts) for experts in groups.local_experts(rank).values()) for rank in range(expert_parallel_size)
+    ]
+    if len(set(shares)) == 1:
+        share = ", ".join(f"{name} {count}" for name, count in zip(groups.pools, shares[0], strict=True))
+        return [*lines, f"each expert-parallel rank holds: {share}"]
+    lines.append("expert-parallel ranks hold unequal shares of the pools, so their work follows the mix of modalities:")
+    rows = [("rank", *groups.pools)]
+    first = 0
+    for share, ranks in itertools.groupby(shares):
+        last = first + len(list(ranks)) - 1
+        rows.append((_span(first, last), *map(str, share)))
+        first = last + 1
+    return lines + align(rows)
+
+
+def _by_place(names: Sequence[str], places: list[tuple[int, int]], rows: list[tuple[str, ...]]) -> list[str]:
+    """A table with a line for each run of equal ``rows`` among the (pipeline rank, expert-parallel rank) ``places``."""
+    table = [("pipeline rank", "expert rank", *names)]
+    by_stage: dict[int, list[tuple[str, tuple[str, ...]]]] = {}
+    for stage, group in itertools.groupby(zip(places, rows, strict=True), key=lambda entry: entry[0][0]):
+        runs = []
+        for row, run in itertools.groupby(group, key=lambda entry: entry[1]):
+            ranks = [expert for (_, expert), _ in run]
+            runs.append((_span(ranks[0], ranks[-1]), row))
+        by_stage[stage] = runs
+    for runs, stages in itertools.groupby(by_stage, key=lambda stage: by_stage[stage]):
+        numbers = list(stages)
+        table += [(_span(numbers[0], numbers[-1]), ranks, *row) for ranks, row in runs]
+    return align(table)
+
+
+def align(table: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table, each column as wide as its widest cell, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+
+
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"

@@ -1,0 +1,95 @@
+"""FLOPs of a token."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_most import parallel
+from megatron_most.model import build_model
+from megatron_most.planning import forward_flops, modality_shares, train_flops_per_token
+from megatron_most.planning.flops import recomputed_flops_per_token
+from tests.distributed.tiny import tiny_batch, tiny_config
+
+GQA = {"model__attention__type": "gqa", "model__attention__num_query_groups": 2, "model__attention__head_dim": 12}
+
+
+@pytest.mark.parametrize("modality", [0, 1])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"model__attention__q_lora_rank": 12},
+        GQA,
+        {"vocab__layout": "flat", "model__moe__router_weights": "per_modality"},
+    ],
+    ids=["mla", "q-lora", "gqa", "flat"],
+)
+def test_products_are_those_the_model_executes(overrides: dict[str, Any], modality: int) -> None:
+    groups = "[{modality: text, size: 4, top_k: 3}, {modality: audio, size: 4, top_k: 1}]"
+    config = tiny_config(model__moe__expert_backend="sequential", model__moe__groups=groups, **overrides)
+    parallel.initialize(config.parallel, seed=1)
+    [model] = build_model(config)
+    batch = tiny_batch(config, seed=1, audio_share=float(modality))
+    # No padding, and a frame to predict at every position of audio.
+    batch.is_padding.zero_()
+    if batch.code_labels is not None:
+        batch.code_labels = batch.codes
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(
+            batch.ids, batch.modality, batch.is_padding, batch.codes, labels=batch.labels, code_labels=batch.code_labels
+        )
+    products = counter.get_flop_counts()["Global"]
+    executed = sum(count for operator, count in products.items() if "scaled_dot_product" not in str(operator))
+    expected = forward_flops(config, ("text", "audio")[modality])
+    assert executed / batch.ids.numel() == sum(expected.values()) - expected["attention_core"]
+
+
+def test_attention_counts_the_causal_half() -> None:
+    config = tiny_config()
+    length, heads, layers = config.data.seq_length, 4, 4
+    pairs = sum(range(1, length + 1))  # query i sees i keys
+    assert forward_flops(config, "text")["attention_core"] == layers * heads * 2 * (12 + 12) * pairs / length
+
+
+def test_the_mean_follows_the_mix() -> None:
+    config = tiny_config(
+        data__audio_share=0.75,
+        model__moe__groups="[{modality: text, size: 4, top_k: 3}, {modality: audio, size: 4, top_k: 1}]",
+    )
+    assert modality_shares(config) == {"text": 0.25, "audio": 0.75}
+    text, audio = (sum(forward_flops(config, name).values()) for name in ("text", "audio"))
+    assert train_flops_per_token(config) == pytest.approx(3 * (0.25 * text + 0.75 * audio))
+    even = tiny_config(
+        vocab__further_modalities="[{name: image, start: 30, stop: 40}]",
+        model__moe__groups="[{modality: text, size: 4, top_k: 1}, {modality: audio, size: 2, top_k: 1},"
+        " {modality: image, size: 2, top_k: 1}]",
+    )
+    assert modality_shares(even) == dict.fromkeys(("text", "audio", "image"), 1 / 3)
+    half = dataclasses.replace(even, data=dataclasses.replace(even.data, audio_share=0.5))
+    assert modality_shares(half) == {"text": 0.25, "audio": 0.5, "image": 0.25}
+
+
+def test_recomputation_is_counted_apart() -> None:
+    config = tiny_config()
+    by_part = [forward_flops(config, name) for name in ("text", "audio")]
+    assert recomputed_flops_per_token(config) == 0
+    experts = sum(sum(flops[part] for part in ("routers", "shared_experts", "experts")) for flops in by_part) / 2
+    assert recomputed_flops_per_token(tiny_config(training__recompute="moe")) == pytest.approx(experts)
+    everything = sum(sum(flops.values()) - flops["heads"] for flops in by_part) / 2
+    assert recomputed_flops_per_token(tiny_config(training__recompute="full")) == pytest.approx(everything)
+
+
+def test_deepseek_v2_lite_takes_16_gflop() -> None:
+    config = tiny_config()
+    config = dataclasses.replace(
+        config,
+        model=type(config.model)(),
+        vocab=dataclasses.replace(config.vocab, text_vocab_size=102400),
+        data=dataclasses.replace(config.data, seq_length=4096),
+    )
+    assert 3 * sum(forward_flops(config, "text").values()) / 1e9 == pytest.approx(16.4, abs=0.05)

@@ -1,0 +1,158 @@
+"""The configurations in examples/configs are what they say they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_most.config import RunConfig, load_config
+from megatron_most.conversion.architectures import read_foreign
+from megatron_most.planning import describe_run
+
+CONFIGS = Path(__file__).parents[3] / "examples" / "configs"
+RECIPES = sorted(path.stem for path in CONFIGS.glob("most_*.yaml"))
+
+DEEPSEEK_V2_LITE = {
+    "model_type": "deepseek_v2",
+    "vocab_size": 102400,
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 1408,
+    "n_shared_experts": 2,
+    "n_routed_experts": 64,
+    "num_experts_per_tok": 6,
+    "topk_method": "greedy",
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 40,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 4096,
+    },
+    "torch_dtype": "bfloat16",
+}
+LLAMA_3_2_3B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+"""What ``config.json`` of the base models says."""
+
+
+def recipe(name: str) -> RunConfig:
+    return load_config(CONFIGS / f"{name}.yaml")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_says_for_how_many_gpus_it_is_and_fits_them(name: str) -> None:
+    header = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").split("\nrun_dir")[0]
+    [gpus] = re.findall(r"Laid out for (\d+) H100s", header)
+    text = describe_run(recipe(name), int(gpus))
+    assert "h100: yes" in text
+    assert f"ranks: {gpus} (" in text
+
+
+def test_all_recipes_are_there() -> None:
+    assert RECIPES == ["most_16b_expand", "most_16b_stage1", "most_16b_stage2", "most_3b_upcycled", "most_debug"]
+
+
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [
+        ("most_16b_stage1", DEEPSEEK_V2_LITE),
+        ("most_16b_stage2", DEEPSEEK_V2_LITE),
+        ("most_16b_expand", DEEPSEEK_V2_LITE),
+        ("most_3b_upcycled", LLAMA_3_2_3B),
+    ],
+)
+def test_models_are_those_that_conversion_makes_of_the_base(name: str, base: dict[str, Any]) -> None:
+    config = recipe(name)
+    _, foreign = read_foreign(base, name)
+    assert contains(dataclasses.asdict(config.model), foreign.model) == []
+    assert config.vocab.text_vocab_size == foreign.vocab_size
+    assert config.training.precision == foreign.precision
+    text, audio = config.model.moe.groups
+    if base is DEEPSEEK_V2_LITE:
+        sizes = (64, 64) if name == "most_16b_expand" else (32, 32)
+        assert (text.size, audio.size, text.top_k, audio.top_k) == (*sizes, foreign.top_k, foreign.top_k)
+    else:
+        assert config.model.moe.normalize_top_k
+
+
+def contains(whole: dict[str, Any], part: dict[str, Any], path: str = "") -> list[str]:
+    """Fields of ``part`` that ``whole`` has otherwise."""
+    found = []
+    for key, value in part.items():
+        if isinstance(value, dict):
+            found += contains(whole[key], value, f"{path}{key}.")
+        elif whole[key] != value:
+            found.append(f"{path}{key}: {whole[key]!r}, the base has {value!r}")
+    return found
+
+
+def test_deepseek_v2_lite_is_counted_as_published() -> None:
+    text = describe_run(recipe("most_16b_stage1"), 64)
+    assert "adds to the base model's tables: 15,706,484,224\n" in text
+
+
+def test_stages_follow_the_paper() -> None:
+    one, two = recipe("most_16b_stage1"), recipe("most_16b_stage2")
+    assert (one.training.steps, one.training.global_batch_size) == (500_000, 512)
+    assert (two.training.steps, two.training.global_batch_size) == (10_000, 128)
+    assert blend(one) == {"asr": 0.4, "tts": 0.4, "refinedweb": 0.2}
+    assert blend(two) == {"spoken": 0.4, "smoltalk": 0.4, "asr": 0.1, "tts": 0.1}
+    # Stage 2 goes on from the weights of stage 1's run in a directory of its own: fresh optimizer, fresh data.
+    assert two.checkpoint.load == one.run_dir != two.run_dir
+    assert (two.model, two.vocab, two.codec, two.tokenizer) == (one.model, one.vocab, one.codec, one.tokenizer)
+    assert "5e-5" in (CONFIGS / "most_16b_stage1.yaml").read_text(encoding="utf-8")
+
+
+def blend(config: RunConfig) -> dict[str, float]:
+    """Summed weights by the last word of the datasets' names."""
+    shares: dict[str, float] = {}
+    for entry in config.data.train:
+        task = Path(entry.path).name.split("_")[-1]
+        shares[task] = round(shares.get(task, 0.0) + entry.weight, 6)
+    return shares
+
+
+def test_debug_has_every_part_of_the_recipes() -> None:
+    debug, recipe_of_the_paper = recipe("most_debug"), recipe("most_16b_stage1")
+    assert debug.part_names == recipe_of_the_paper.part_names
+    assert debug.model.attention.rope.type == recipe_of_the_paper.model.attention.rope.type
+    on_cpu = load_config(CONFIGS / "most_debug.yaml", ["training.precision=fp32", "optimizer.overlap=false"])
+    assert on_cpu.num_microbatches(on_cpu.parallel.data_parallel_size(2)) == 4
