@@ -3,10 +3,9 @@
 Megatron's own portable attention takes no separate head sizes for keys and values, which multi-latent attention
 needs, and knows neither packed documents nor context parallelism.
 
-Shape letters: s query positions and k key positions (of this rank), b rows, t positions of a packed row over all
+Shape letters: s query positions and k key positions (of this rank), b rows, t positions of a row over all
 context-parallel ranks, n query heads and g key-value heads (of this rank; query head i reads key-value head
-i * g // n), d head size of queries and keys, v head size of values; of a few documents of similar length: D their
-number, L positions and l positions on this rank of the longest.
+i * g // n), d head size of queries and keys, v head size of values.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_most.parallel import zigzag_positions_packed
+from megatron_most.model.packed_row import PackedRow
+from megatron_most.parallel import zigzag_positions
 
 
 class PortableCoreAttention(MegatronModule):
@@ -55,7 +54,7 @@ class PortableCoreAttention(MegatronModule):
         attention_mask: torch.Tensor | None,
         attn_mask_type: Any = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedRow | None = None,
     ) -> torch.Tensor:
         """Attend causally.
 
@@ -63,59 +62,46 @@ class PortableCoreAttention(MegatronModule):
             query: ``[s, b, n, d]``, or ``[s, n, d]`` when packed.
             key, value: ``[k, b, g, d]`` and ``[k, b, g, v]`` (``k >= s``: a cache precedes the queries), or packed.
             attention_mask: bool, broadcastable to ``[b, n, s, k]``, True where attention is forbidden beside causality.
-            packed_seq_params: boundaries of the documents in the whole row; attention stays inside each document.
+            packed_seq_params: the documents of the whole row, as this rank sees them; attention stays inside each.
 
         Returns:
             ``[s, b, n * v]``, or ``[s, n * v]`` when packed.
         """
         if packed_seq_params is not None:
-            return self._packed(query, key, value, packed_seq_params.cu_seqlens_q)
-        num_queries, size = query.shape[0], self.cp_group.size()
+            return self._packed(query, key, value, packed_seq_params)
+        num_queries, size, device = query.shape[0], self.cp_group.size(), key.device
         if size > 1:
-            row = torch.tensor([0, key.shape[0] * size], device=key.device)
-            key, value = self._whole_row(key, row), self._whole_row(value, row)
-            query_at = zigzag_positions_packed(row, self.cp_group.rank(), size)
-        else:
-            query_at = torch.arange(key.shape[0] - num_queries, key.shape[0], device=key.device)
+            shares = [zigzag_positions(key.shape[0] * size, rank, size, device) for rank in range(size)]
+            gather_order = torch.cat(shares).argsort()
+            key, value = self._whole_row(key, gather_order), self._whole_row(value, gather_order)
         may_attend = None
         if attention_mask is not None or num_queries < key.shape[0]:
-            may_attend = torch.arange(key.shape[0], device=key.device) <= query_at[:, None]
+            key_at = torch.arange(key.shape[0], device=device)
+            query_at = shares[self.cp_group.rank()] if size > 1 else key_at[-num_queries:]
+            may_attend = key_at <= query_at[:, None]
             if attention_mask is not None:
                 may_attend = may_attend & ~attention_mask
         out = self._attend(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), may_attend)
         return out.transpose(0, 1).flatten(2)
 
-    def _packed(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor
-    ) -> torch.Tensor:
-        """Documents whose lengths share their highest bit become one batch: few calls, less than half of it padding."""
-        size = self.cp_group.size()
-        if size > 1:
-            key, value = self._whole_row(key, cu_seqlens), self._whole_row(value, cu_seqlens)
-        query_at = zigzag_positions_packed(cu_seqlens, self.cp_group.rank(), size)
-        starts, lengths = cu_seqlens[:-1, None].long(), cu_seqlens.diff()[:, None].long()
-        magnitude = torch.frexp(lengths[:, 0].double()).exponent
-        outputs, places = [], []
-        for documents in (magnitude == m for m in magnitude.unique()):
-            start, length = starts[documents], lengths[documents]
-            # Beyond its end a document repeats its last position: causality hides it as a key, and below as a query.
-            key_offset = torch.arange(int(length.max()), device=key.device)
-            query_offset = torch.arange(int(length.max()) // size, device=key.device)
-            key_index = start + key_offset.minimum(length - 1)  # [D, L]
-            query_index = start // size + query_offset.minimum(length // size - 1)  # [D, l]
-            may_attend = None
-            if size > 1:
-                may_attend = ((start + key_offset)[:, None] <= query_at[query_index][:, :, None])[:, None]
-            out = self._attend(query[query_index], key[key_index], value[key_index], may_attend)
-            is_query = query_offset < length // size
-            outputs.append(out[is_query])
-            places.append(query_index[is_query])
-        return torch.cat(outputs)[torch.cat(places).argsort()].flatten(1)
+    def _packed(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: PackedRow) -> torch.Tensor:
+        """``[s, n, d]``, ``[s, g, d]``, ``[s, g, v]`` -> ``[s, n * v]``, without waiting for the device."""
+        if row.gather_order is not None:
+            key, value = self._whole_row(key, row.gather_order), self._whole_row(value, row.gather_order)
+        outputs = []
+        for batch in row.batches:
+            may_attend = None if batch.query_at is None else batch.key_at <= batch.query_at
+            out = self._attend(query[batch.query_index], key[batch.key_index], value[batch.key_index], may_attend)
+            outputs.append(out.flatten(0, 1))
+        return torch.cat(outputs)[row.output_order].flatten(1)
 
     def _attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, may_attend: torch.Tensor | None
     ) -> torch.Tensor:
         """``[b, s, n, d]``, ``[b, k, g, d]``, ``[b, k, g, v]`` -> ``[b, s, n, v]``; causal without ``may_attend``."""
+        if may_attend is not None and q.shape[2] != k.shape[2]:
+            # On a GPU the kernel that takes a mask and needs no memory for the logits knows no grouped queries.
+            k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -127,8 +113,6 @@ class PortableCoreAttention(MegatronModule):
         )
         return out.transpose(1, 2)
 
-    def _whole_row(self, mine: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    def _whole_row(self, mine: torch.Tensor, gather_order: torch.Tensor) -> torch.Tensor:
         """This rank's positions ``[t / size, ...]`` -> those of all context ranks ``[t, ...]``, in the row's order."""
-        size = self.cp_group.size()
-        held = torch.cat([zigzag_positions_packed(cu_seqlens, rank, size) for rank in range(size)])
-        return gather_from_sequence_parallel_region(mine, group=self.cp_group)[held.argsort()]
+        return gather_from_sequence_parallel_region(mine, group=self.cp_group)[gather_order]

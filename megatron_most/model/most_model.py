@@ -9,12 +9,12 @@ import torch
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.models.common.embeddings import RotaryEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_most.config.model import VOCAB_MULTIPLE
 from megatron_most.model.codebooks import CodebookEmbeddings, CodebookHeads
+from megatron_most.model.packed_row import PackedRow
 from megatron_most.moe.token_planes import pack_planes
 from megatron_most.vocab import VocabLayout
 
@@ -71,7 +71,7 @@ class MoSTModel(GPTModel):
         labels: torch.Tensor | None = None,
         code_labels: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedRow | None = None,
         inference_context: BaseInferenceContext | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         """Run this stage. Every stage is given the same batch; it uses what it needs.
@@ -83,7 +83,7 @@ class MoSTModel(GPTModel):
             codes: ``[b, s, C]``, ``NO_CODE`` where a position holds no visible frame (layout ``frame`` only).
             labels, code_labels: ``[b, s]`` and ``[b, s, C]``, what each position predicts.
             attention_mask: bool, True where attention is forbidden beside causality.
-            packed_seq_params: document boundaries of a packed row; positions restart and attention ends there.
+            packed_seq_params: the documents of a packed row; positions restart and attention ends there.
             inference_context: key-value cache.
 
         Returns:
@@ -119,7 +119,7 @@ class MoSTModel(GPTModel):
         return embeddings + self.codebook_embeddings(codes)
 
     def _angles(
-        self, num_positions: int, packed: PackedSeqParams | None, inference_context: BaseInferenceContext | None
+        self, num_positions: int, packed: PackedRow | None, inference_context: BaseInferenceContext | None
     ) -> torch.Tensor | None:
         """Of this rank's positions; of those of the longest document or of a whole cache where attention chooses."""
         if self.rotary is None:

@@ -11,16 +11,24 @@ from __future__ import annotations
 import torch
 
 
-def zigzag_positions(length: int, rank: int, size: int) -> torch.Tensor:
+def zigzag_positions(length: int, rank: int, size: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """Positions ``[s / size]`` that context-parallel ``rank`` of ``size`` holds of a sequence of ``length`` positions.
 
-    ``length`` is divisible by ``2 * size`` (any when ``size`` is 1).
+    ``length`` is divisible by ``2 * size`` (any when ``size`` is 1). The host does not wait for ``device``.
     """
-    return zigzag_positions_packed(torch.tensor([0, length]), rank, size)
+    if size == 1:
+        return torch.arange(length, device=device)
+    assert length % (2 * size) == 0, "a sequence cannot be shared out evenly"
+    chunk = length // (2 * size)
+    return torch.cat(
+        [torch.arange(place * chunk, (place + 1) * chunk, device=device) for place in (rank, 2 * size - 1 - rank)]
+    )
 
 
 def zigzag_positions_packed(cu_seqlens: torch.Tensor, rank: int, size: int) -> torch.Tensor:
     """Positions ``[t / size]`` that a rank holds of a packed row: its share of every document, one after the other.
+
+    The host waits for the device of ``cu_seqlens``: give it on the host, and once for all layers.
 
     Args:
         cu_seqlens: ``[D + 1]``, where the documents of the row begin and end; every length is divisible by

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_most import platform
 from megatron_most.data.batch import Batch
-from megatron_most.parallel import zigzag_positions, zigzag_positions_packed
+from megatron_most.model.packed_row import PackedRow, packed_row
+from megatron_most.parallel import zigzag_positions
 from megatron_most.training.loss import LossTable
 
 
@@ -25,13 +25,12 @@ def forward_step(
 ) -> tuple[torch.Tensor, Callable]:
     """Run one stage on the next micro-batch; the second value turns the last stage's output into losses."""
     batch = next(batches)
+    packed = packed_seq_params(batch)
     context_size = parallel_state.get_context_parallel_world_size()
     if context_size > 1:
         rank = parallel_state.get_context_parallel_rank()
-        if batch.cu_seqlens is None:
-            positions = zigzag_positions(batch.ids.shape[1], rank, context_size)
-        else:
-            positions = zigzag_positions_packed(batch.cu_seqlens, rank, context_size)
+        length, device = batch.ids.shape[1], batch.ids.device
+        positions = zigzag_positions(length, rank, context_size, device) if packed is None else packed.positions
         batch = batch.take_positions(positions)
     output = model(
         batch.ids,
@@ -40,22 +39,20 @@ def forward_step(
         codes=batch.codes,
         labels=batch.labels,
         code_labels=batch.code_labels,
-        packed_seq_params=packed_seq_params(batch),
+        packed_seq_params=packed,
     )
     return output, functools.partial(loss_table, batch)
 
 
-def packed_seq_params(batch: Batch) -> PackedSeqParams | None:
-    """Document boundaries of the whole packed row, on every context-parallel rank alike; None for a padded batch."""
+def packed_seq_params(batch: Batch) -> PackedRow | None:
+    """The documents of the whole packed row, as this context-parallel rank sees them; None for a padded batch."""
     if batch.cu_seqlens is None:
         return None
-    longest = int(batch.cu_seqlens.diff().max())
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=batch.cu_seqlens,
-        cu_seqlens_kv=batch.cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+    return packed_row(
+        batch.cu_seqlens,
+        parallel_state.get_context_parallel_rank(),
+        parallel_state.get_context_parallel_world_size(),
+        batch.ids.device,
     )
 
 

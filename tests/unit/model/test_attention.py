@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_most import parallel
@@ -18,6 +17,7 @@ from megatron_most.data.batch import make_batch
 from megatron_most.data.tasks import Document
 from megatron_most.model import build_model, count_parameters
 from megatron_most.model.core_attention import PortableCoreAttention
+from megatron_most.model.packed_row import packed_row
 from megatron_most.training.step import packed_seq_params
 from tests.distributed.shards import fill_weights
 from tests.distributed.tiny import tiny_batch, tiny_config
@@ -76,11 +76,25 @@ def test_packed_queries_see_what_comes_before_them_in_their_document(lengths, nu
     ends = [0, *itertools.accumulate(lengths)]
     start_of = [start for start, end in itertools.pairwise(ends) for _ in range(start, end)]
     query, key, value = inputs = tensors(seed, ends[-1], ends[-1], num_groups)
-    boundaries = torch.tensor(ends, dtype=torch.int32)
-    packed = PackedSeqParams("thd", boundaries, boundaries, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths))
+    packed = packed_row(torch.tensor(ends, dtype=torch.int32))
     actual = core(0.3)(query, key, value, None, packed_seq_params=packed)
     expected = one_by_one(query, key, value, 0.3, lambda i: list(range(start_of[i], i + 1)))
     assert_same_with_gradients(actual, expected, inputs)
+
+
+WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::_unique2", "aten::equal"}
+"""Operations whose result the host has to know before it can go on."""
+
+
+@pytest.mark.parametrize("num_groups", [2, 6])
+def test_the_host_does_not_wait_for_the_device_on_a_packed_row(num_groups):
+    query, key, value = tensors(0, 30, 30, num_groups)
+    packed = packed_row(torch.tensor([0, 3, 4, 16, 30], dtype=torch.int32))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        core()(query, key, value, None, packed_seq_params=packed)
+    called = {event.key: event.count for event in profile.key_averages()}
+    assert "aten::scaled_dot_product_attention" in called
+    assert {name: count for name, count in called.items() if name in WAITS} == {}
 
 
 @pytest.mark.parametrize("cached", [0, 4])

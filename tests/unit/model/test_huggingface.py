@@ -6,13 +6,13 @@ import itertools
 
 import pytest
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from megatron_most import parallel
 from megatron_most.config import RunConfig
 from megatron_most.config.load import build_config
 from megatron_most.model import MoSTModel, build_model
+from megatron_most.model.packed_row import packed_row
 from megatron_most.moe import ExpertGroups
 from tests.distributed.shards import local_pieces
 
@@ -136,8 +136,7 @@ def assert_same_logits(hf: torch.nn.Module, model: MoSTModel) -> None:
 def our_logits(model: MoSTModel, ids: torch.Tensor, lengths: tuple[int, ...] | None = None) -> torch.Tensor:
     packed = None
     if lengths is not None:
-        boundaries = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-        packed = PackedSeqParams("thd", boundaries, boundaries, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths))
+        packed = packed_row(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32))
     is_padding = torch.zeros_like(ids, dtype=torch.bool)
     logits, _ = model(ids, model.vocab.modality_of(ids), is_padding, packed_seq_params=packed)
     return logits[..., :VOCAB]

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_most import parallel
 from megatron_most.data.batch import Batch
 from megatron_most.model import MoSTModel, build_model, count_parameters
+from megatron_most.model.packed_row import PackedRow
 from megatron_most.training.step import packed_seq_params
 from megatron_most.vocab import NO_CODE
 from tests.distributed.shards import fill_weights
@@ -28,7 +28,7 @@ def built(config) -> MoSTModel:
     return chunk
 
 
-def losses(model: MoSTModel, batch: Batch, packed: PackedSeqParams | None = None) -> torch.Tensor:
+def losses(model: MoSTModel, batch: Batch, packed: PackedRow | None = None) -> torch.Tensor:
     return model(
         batch.ids,
         batch.modality,
