@@ -7,10 +7,12 @@ from megatron_most.checkpointing.metadata import (
     check_same_data,
     read_metadata,
 )
-from megatron_most.checkpointing.store import find_checkpoint, load_checkpoint, load_model_weights, save_checkpoint
+from megatron_most.checkpointing.saving import CheckpointSave, save_checkpoint
+from megatron_most.checkpointing.store import find_checkpoint, load_checkpoint, load_model_weights
 
 __all__ = [
     "CheckpointMetadata",
+    "CheckpointSave",
     "Fingerprint",
     "check_same_data",
     "complete_checkpoints",

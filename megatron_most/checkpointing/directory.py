@@ -18,6 +18,9 @@ from pathlib import Path
 
 from megatron_most.errors import CheckpointError
 
+STATE = "state"
+"""Folder of the sharded tensors in a checkpoint."""
+
 MANIFEST = "manifest.json"
 TEMPORARY_PREFIX = ".tmp-"
 _STEP_NAME = re.compile(r"step_(\d{8,})")
@@ -146,11 +149,22 @@ def remove_leftovers(run_dir: str | Path) -> None:
         shutil.rmtree(path)
 
 
-def keep_newest(run_dir: str | Path, count: int) -> None:
-    """Delete all but the ``count`` newest complete checkpoints."""
+def retain(run_dir: str | Path, keep_last: int, keep_every: int = 0) -> None:
+    """Delete complete checkpoints, but for the ``keep_last`` newest and those of steps divisible by ``keep_every``.
+
+    ``keep_every`` 0 keeps none for its step. One that is being written or is torn is neither counted nor deleted.
+
+    Raises:
+        CheckpointError: the storage refused.
+    """
     complete, _ = complete_checkpoints(run_dir)
-    for path in complete[:-count]:
-        _discard(path)
+    for path in complete[:-keep_last]:
+        if keep_every and (step_of(path) or 0) % keep_every == 0:
+            continue
+        try:
+            _discard(path)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be deleted: {error.strerror}") from error
 
 
 def write_json(path: Path, values: object) -> None:

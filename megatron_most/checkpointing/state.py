@@ -17,22 +17,17 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import CheckpointingException, ShardedObject
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    TorchDistLoadShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed import checkpoint as torch_checkpoint
 
 from megatron_most.checkpointing.optimizer_state import OptimizerState
+from megatron_most.checkpointing.share import PlannedSave, Share
 from megatron_most.errors import CheckpointError
 from megatron_most.model import MoSTModel
 from megatron_most.parallel import fail
@@ -40,45 +35,25 @@ from megatron_most.parallel import fail
 StateDict = dict[str, Any]
 
 
-class InProcessSave(SaveShardedStrategy):
-    """Writes ``torch_dist`` files from the training process itself.
+def plan_state(directory: Path, model_chunks: list[MoSTModel], optimizer: MegatronOptimizer, copy: bool) -> Share:
+    """What this rank is to write of model, optimizer and random states. A collective call.
 
-    Megatron's own strategy starts a manager process and forks writers, which costs seconds on small models and waits
-    forever when one of them fails to start.
-    """
-
-    def __init__(self) -> None:
-        super().__init__("torch_dist", 1)
-
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        return True
-
-    def save(self, sharded_state_dict: StateDict, checkpoint_dir: str | Path) -> None:
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        torch_checkpoint.save(
-            mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=torch_checkpoint.FileSystemWriter(str(checkpoint_dir)),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
-
-
-def save_state(directory: Path, model_chunks: list[MoSTModel], optimizer: MegatronOptimizer) -> None:
-    """Write model, optimizer and random states into the empty ``directory``. A collective call.
+    Args:
+        directory: empty; files that do not depend on the size of the model are written at once.
+        copy: the share holds a copy of what it will write, so that training may go on.
 
     Raises:
-        CheckpointError: the storage refused; raised on one rank, the others leave with status 1.
+        CheckpointError: the storage refused.
     """
     state = _model_state(model_chunks)
     state |= {"optimizer": OptimizerState(optimizer, state, loading=False).tensors, "rng": _rng_state()}
-    strategy = FullyParallelSaveStrategyWrapper(InProcessSave(), _replica_group())
+    planned = PlannedSave(copy)
     try:
         with _without_deprecations():
-            dist_checkpointing.save(state, str(directory), strategy)
+            dist_checkpointing.save(state, str(directory), FullyParallelSaveStrategyWrapper(planned, _replica_group()))
     except (OSError, CheckpointingException) as error:
         raise CheckpointError(f"{directory}: cannot be written: {_one_line(error)}") from error
-    except torch_checkpoint.CheckpointException as error:
-        _fail_once(f"{directory}: cannot be written", error)
+    return planned.share
 
 
 def load_state(
@@ -89,7 +64,7 @@ def load_state(
     same_layout: bool,
     had_frozen_parts: bool,
 ) -> None:
-    """Read what :func:`save_state` wrote, in any layout; random states only in the ``same_layout``. A collective call.
+    """Read what :func:`plan_state` planned, in any layout; random states only in the ``same_layout``. Collective.
 
     Args:
         optimizer: without a step taken; it goes on from ``step``.

@@ -189,14 +189,28 @@ class TrainingConfig:
 
 @dataclass
 class CheckpointConfig:
-    """Checkpoints go to ``run_dir/checkpoints``; a run that finds some there continues from the newest."""
+    """Checkpoints go to ``run_dir/checkpoints``; a run that finds some there continues from the newest.
+
+    One is saved every ``interval`` steps, ``asynchronous`` while training goes on: every rank then holds a copy of what
+    it writes in host memory. The ``keep_last`` newest are kept, and for ever those of steps divisible by
+    ``keep_every`` (0: none).
+    """
 
     interval: int = 1000
+    asynchronous: bool = True
     keep_last: int = 2
+    keep_every: int = 0
     load: str | None = None
 
     def __post_init__(self) -> None:
         require_positive("checkpoint", self, ("interval", "keep_last"))
+        require_not_negative("checkpoint", self, ("keep_every",))
+        require(
+            self.keep_every % self.interval == 0,
+            "checkpoint.keep_every",
+            self.keep_every,
+            f"must be a multiple of checkpoint.interval, {self.interval}: there are no other steps to keep",
+        )
 
 
 @dataclass

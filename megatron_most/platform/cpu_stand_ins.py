@@ -126,6 +126,7 @@ def _replace_collectives() -> None:
 def _replace_megatron_functions() -> None:
     import megatron.core.tensor_parallel.random as random
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
     # tensor_parallel/random.py:41 and :72 reach into torch.cuda's generators.
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
@@ -138,6 +139,14 @@ def _replace_megatron_functions() -> None:
 
     # transformer/moe/moe_utils.py:1093 makes split sizes NumPy only when they come from a CUDA device.
     token_dispatcher.maybe_move_tensor_to_cpu = split_sizes_to_numpy
+
+    init_data = ShardedTensor.init_data
+
+    def init_data_on_cpu(self: ShardedTensor, device: Any, *args: Any, **kwargs: Any) -> None:
+        init_data(self, _CPU if device == "cuda" else device, *args, **kwargs)
+
+    # dist_checkpointing/exchange_utils.py:98 and :106 make room for what another rank has read on a CUDA device.
+    ShardedTensor.init_data = init_data_on_cpu
 
 
 def _mend_missing_transformer_engine() -> None:

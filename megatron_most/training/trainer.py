@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron_most import parallel, platform
 from megatron_most.checkpointing import (
     CheckpointMetadata,
+    CheckpointSave,
     Fingerprint,
     check_same_data,
     complete_checkpoints,
@@ -63,6 +64,7 @@ class Trainer:
             config.vocab, config.model.codebook_weights(config.vocab), config.model.text_loss_weight
         )
         self.accumulator = MetricAccumulator(self.loss_table.names, config.model.moe)
+        self._saving: CheckpointSave | None = None
         self._seconds = 0.0
         self._timed_steps = 0
         self._timed_tokens = 0
@@ -158,46 +160,56 @@ class Trainer:
         return {name: [batch.to(self.device) for batch in batches] for name, batches in datasets.items()}
 
     def _train(self) -> None:
-        training, logging = self.config.training, self.config.logging
-        saved_at = self.step
-        with StopRequest() as stop:
-            while self.step < training.steps:
-                began = time.perf_counter()
-                last = self.step + 1 == training.steps
-                is_logged = self.step == 0 or (self.step + 1) % logging.interval == 0 or last
-                grad_norm, part_norms, stopping = self._train_step(stop, is_logged)
-                self._seconds += time.perf_counter() - began
-                if is_logged:
-                    self._log(grad_norm, part_norms)
-                if training.eval_interval and (self.step % training.eval_interval == 0 or last):
-                    self._validate()
-                if self.step % self.config.checkpoint.interval == 0 or last or stopping:
-                    self._save()
-                    saved_at = self.step
-                if stopping:
-                    break
+        try:
+            with StopRequest() as stop:
+                saved_at = self._loop(stop)
+        except BaseException:
+            if self._saving is not None:
+                self._saving.abandon()
+            raise
         if self.writer is not None:
             self.writer.close()
-        if self.step < training.steps:
+        if self.step < self.config.training.steps:
             self._say(f"stopped by {stop.signal or 'another rank'} after step {saved_at}, saved; run again to continue")
         else:
-            self._say(f"finished {training.steps} steps in {self.run_dir}")
+            self._say(f"finished {self.config.training.steps} steps in {self.run_dir}")
 
-    def _train_step(self, stop: StopRequest, is_logged: bool) -> tuple[float, dict[str, float], bool]:
+    def _loop(self, stop: StopRequest) -> int:
+        """Steps, and what is due after each; returns the last one, which was saved."""
+        training, logging = self.config.training, self.config.logging
+        while True:
+            began = time.perf_counter()
+            last = self.step + 1 == training.steps
+            is_logged = self.step == 0 or (self.step + 1) % logging.interval == 0 or last
+            grad_norm, part_norms, stopping, is_writing = self._train_step(stop, is_logged)
+            self._seconds += time.perf_counter() - began
+            if is_logged:
+                self._log(grad_norm, part_norms)
+            if self._saving is not None and not is_writing and self._saving.advance():
+                self._saving = None
+            if training.eval_interval and (self.step % training.eval_interval == 0 or last):
+                self._validate()
+            if self.step % self.config.checkpoint.interval == 0 or last or stopping:
+                self._save(is_last=last or stopping)
+            if last or stopping:
+                return self.step
+
+    def _train_step(self, stop: StopRequest, is_logged: bool) -> tuple[float, dict[str, float], bool, bool]:
         """One optimizer step.
 
         Returns:
             The gradient norm before clipping; that of each part, in a step that is logged; whether any rank was asked
-            to stop.
+            to stop; whether any was still writing a checkpoint.
         """
         batches = self._read_batches()
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         table = run_microbatches(self.wrapped, batches, self.loss_table)
-        # The request to stop rides along, so that all ranks stop after the same step.
-        flag = table.new_tensor([[float(bool(stop)), 0.0]])
-        *sums, (requests, _) = sum_over_ranks(torch.cat([table, flag]))
+        # These ride along, so that all ranks stop after the same step and meet over a checkpoint when all can.
+        is_writing = self._saving is not None and self._saving.is_busy
+        flags = table.new_tensor([[float(bool(stop)), float(is_writing)]])
+        *sums, (requests, writing) = sum_over_ranks(torch.cat([table, flags]))
         self._require_finite("loss", sums[0][0])
         self.scheduler.step(1)
         part_norms = part_grad_norms(self.config, self.optimizer) if is_logged else {}
@@ -211,7 +223,7 @@ class Trainer:
         self.consumed_samples += samples
         self._timed_tokens += tokens
         self._timed_steps += 1
-        return grad_norm, part_norms, requests > 0
+        return grad_norm, part_norms, requests > 0, writing > 0
 
     def _read_batches(self) -> list[Batch]:
         """The micro-batches of this step; of the ranks that share broken rows, one tells it and all leave."""
@@ -253,7 +265,11 @@ class Trainer:
         if self.writer is not None and losses:
             self.writer.validation(self.step, losses)
 
-    def _save(self) -> None:
+    def _save(self, is_last: bool) -> None:
+        """Save this step: in the background if training goes on meanwhile, and after a save that is under way."""
+        if self._saving is not None:
+            self._saving.wait()
+            self._saving = None
         self.accumulator.routing.add(collect_routing(self.model_chunks, self.config.model))
         tokenizer, codec = self._fingerprints
         metadata = CheckpointMetadata(
@@ -268,7 +284,12 @@ class Trainer:
             versions=versions(),
             datasets=self._datasets,
         )
-        save_checkpoint(self.run_dir, metadata, self.model_chunks, self.optimizer, self.config.checkpoint.keep_last)
+        options = self.config.checkpoint
+        arguments = (self.run_dir, metadata, self.model_chunks, self.optimizer, options.keep_last, options.keep_every)
+        if options.asynchronous and not is_last:
+            self._saving = CheckpointSave(*arguments)
+        else:
+            save_checkpoint(*arguments)
 
     def _say(self, line: str) -> None:
         if dist.get_rank() == 0:

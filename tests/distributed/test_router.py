@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_most import parallel
-from megatron_most.checkpointing.state import load_model_state, save_state
+from megatron_most.checkpointing.state import load_model_state, plan_state
 from megatron_most.config import RunConfig
 from megatron_most.data.batch import Batch
 from megatron_most.model import build_model
@@ -101,7 +101,8 @@ def save_and_load(directory: Path) -> tuple[torch.Tensor, torch.Tensor]:
         chunk.zero_grad_buffer()
     optimizer.step()  # an optimizer has nothing to save before its first step
     directory.mkdir()
-    save_state(directory, saved, optimizer)
+    share = plan_state(directory, saved, optimizer, copy=False)
+    share.write_index([share.write().results])
     load_model_state(directory, loaded)
     return tuple(torch.stack([router.expert_bias.values for router in routers(chunks)]) for chunks in (saved, loaded))
 

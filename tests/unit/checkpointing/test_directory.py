@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -100,8 +101,42 @@ def test_retention_keeps_the_newest_and_never_counts_a_torn_one(tmp_path: Path) 
     for step in (1, 2, 3, 4):
         make_checkpoint(tmp_path, step)
     (directories.step_directory(tmp_path, 4) / "manifest.json").unlink()
-    directories.keep_newest(tmp_path, 2)
+    directories.retain(tmp_path, keep_last=2)
     assert complete_steps(tmp_path) == [2, 3]
+
+
+def test_retention_keeps_every_nth_step_for_ever(tmp_path: Path) -> None:
+    for step in range(10, 80, 10):
+        make_checkpoint(tmp_path, step)
+        directories.retain(tmp_path, keep_last=2, keep_every=30)
+    assert complete_steps(tmp_path) == [30, 60, 70]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        f"step_000000{step}" for step in (30, 60, 70)
+    ]
+
+
+def test_retention_never_deletes_the_only_complete_one_nor_one_being_written(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 1)
+    for step in (2, 3):
+        (make_checkpoint(tmp_path, step) / "state" / "shard").unlink()
+    being_written = directories.temporary_directory(directories.step_directory(tmp_path, 4))
+    being_written.mkdir()
+    directories.retain(tmp_path, keep_last=1)
+    assert complete_steps(tmp_path) == [1]
+    assert being_written.is_dir()
+
+
+def test_what_cannot_be_deleted_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = make_checkpoint(tmp_path, 1)
+    make_checkpoint(tmp_path, 2)
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(directories.shutil, "rmtree", refuse)
+    with pytest.raises(CheckpointError, match=f"{first}: cannot be deleted: Permission denied"):
+        directories.retain(tmp_path, keep_last=1)
+    assert complete_steps(tmp_path) == [2]
 
 
 def test_saving_a_step_again_replaces_a_torn_directory(tmp_path: Path) -> None:

@@ -1,0 +1,141 @@
+"""Saving a checkpoint: at once, or in the background while training goes on.
+
+A save has two pieces of work that need no other rank: every rank writes its share, then rank 0 commits. In between, and
+at the end, all ranks meet. In the background each piece runs in a thread of its own and the training loop asks, with
+its sums of the step, whether all ranks are ready to meet: no thread ever communicates.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_most.checkpointing import directory as directories
+from megatron_most.checkpointing.directory import STATE
+from megatron_most.checkpointing.metadata import METADATA, CheckpointMetadata
+from megatron_most.checkpointing.share import Share, Written
+from megatron_most.checkpointing.state import plan_state
+from megatron_most.errors import CheckpointError
+from megatron_most.model import MoSTModel
+from megatron_most.parallel import on_rank_zero, together
+
+
+def save_checkpoint(
+    run_dir: str | Path,
+    metadata: CheckpointMetadata,
+    model_chunks: list[MoSTModel],
+    optimizer: MegatronOptimizer,
+    keep_last: int,
+    keep_every: int = 0,
+) -> Path:
+    """Write and commit the checkpoint of ``metadata.step``, then delete those that are not to be kept. Collective.
+
+    A kill at any moment leaves the earlier checkpoints and at most a ``.tmp-`` directory.
+
+    Args:
+        keep_last, keep_every: see :func:`directories.retain`.
+
+    Raises:
+        CheckpointError: the storage refused.
+    """
+    return CheckpointSave(run_dir, metadata, model_chunks, optimizer, keep_last, keep_every, background=False).wait()
+
+
+class CheckpointSave:
+    """A checkpoint on its way to the disk. Arguments and errors are those of :func:`save_checkpoint`.
+
+    With ``background``, each rank first copies what it writes to host memory, then writes while the model may change;
+    errors of the writing are raised where the ranks meet, in :meth:`advance`. Making one is a collective call.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        metadata: CheckpointMetadata,
+        model_chunks: list[MoSTModel],
+        optimizer: MegatronOptimizer,
+        keep_last: int,
+        keep_every: int = 0,
+        background: bool = True,
+    ) -> None:
+        self.directory = directories.step_directory(run_dir, metadata.step)
+        self._temporary = directories.temporary_directory(self.directory)
+        self._retain = lambda: directories.retain(run_dir, keep_last, keep_every)
+        self._background = background
+        on_rank_zero(lambda: self._prepare(metadata))
+        self._share: Share = plan_state(self._temporary / STATE, model_chunks, optimizer, copy=background)
+        self._is_committing = False
+        self._work = self._start(self._share.write)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether this rank is at work; where the ranks meet before it is done, the others wait for it."""
+        return not self._work.done()
+
+    def advance(self) -> bool:
+        """Meet the other ranks and go on to the next piece of work; True when there is none left. Collective.
+
+        Raises:
+            CheckpointError: on the lowest rank whose work failed; the others leave with status 1.
+        """
+        result = together(self._work.result)
+        if self._is_committing:
+            return True
+        shares: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(result, shares)
+        self._is_committing = True
+        self._work = self._start(lambda: None if shares is None else self._commit(shares))
+        return False
+
+    def wait(self) -> Path:
+        """Go on to the end and return the checkpoint's directory. Collective; errors as in :meth:`advance`."""
+        while not self.advance():
+            pass
+        return self.directory
+
+    def abandon(self) -> None:
+        """Stop writing, because the run ends for another reason. What was written so far is no checkpoint."""
+        self._share.abandon()
+
+    def _prepare(self, metadata: CheckpointMetadata) -> None:
+        try:
+            if self._temporary.exists():
+                shutil.rmtree(self._temporary)
+            (self._temporary / STATE).mkdir(parents=True)
+            directories.write_json(self._temporary / METADATA, metadata.to_dict())
+        except OSError as error:
+            raise CheckpointError(f"{self._temporary}: cannot be written: {error.strerror}") from error
+
+    def _commit(self, shares: list[Written]) -> None:
+        entries = {f"{STATE}/{name}": entry for share in shares for name, entry in share.entries.items()}
+        try:
+            self._share.write_index([share.results for share in shares])
+            others = [name for name in directories.list_files(self._temporary) if name not in entries]
+            directories.write_manifest(self._temporary, {**entries, **directories.checksum(self._temporary, others)})
+            directories.commit(self._temporary, self.directory)
+            self._retain()
+        except OSError as error:
+            raise CheckpointError(f"{self.directory}: cannot be committed: {error.strerror}") from error
+
+    def _start(self, work: Callable[[], Any]) -> Future[Any]:
+        """Do ``work`` here and now, or let a thread do it."""
+        done: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(work())
+            except BaseException as error:
+                done.set_exception(error)
+
+        if self._background:
+            threading.Thread(target=run, name=f"save {self.directory.name}").start()
+        else:
+            run()
+        return done
