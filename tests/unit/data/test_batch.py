@@ -6,9 +6,10 @@ import torch
 
 from megatron_most.data.batch import Batch, make_batch
 from megatron_most.data.blend import Row, Rows
+from megatron_most.data.documents import Document
 from megatron_most.data.tasks import TASKS
 from megatron_most.vocab import NO_CODE, Modality
-from tests.unit.data.tiny import CODEBOOKS, LAYOUTS, hidden_of, layout, parts_of, write_dataset
+from tests.unit.data.tiny import CODEBOOKS, LAYOUTS, hidden_of, layout, parts_of, row_of, write_dataset
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +129,13 @@ def test_types_and_shapes(datasets):
     assert batch.loss_mask.dtype == torch.float32 and batch.is_padding.dtype == torch.bool
     assert batch.codes.shape == batch.code_labels.shape == (2, 80, CODEBOOKS)
     assert batch.task[:, 0].tolist() == [1, 0]
+
+
+def test_the_first_position_of_a_document_is_predicted_by_none():
+    vocab = layout()
+    ids, side_codes = vocab.codec_layout.encode(np.ones((CODEBOOKS, 4), dtype=np.int64))
+    document = Document(ids, np.ones(4, dtype=bool), side_codes)
+    batch = make_batch([row_of([document, document])], vocab, seq_length=6, packing=True)
+    assert (batch.code_labels == 1).all() and batch.cu_seqlens.tolist() == [0, 3, 6]
+    batch = make_batch([row_of([document, document])], vocab, seq_length=8, packing=True, document_multiple=4)
+    assert (batch.code_labels[0, [3, 7]] == NO_CODE).all()
