@@ -27,6 +27,7 @@ setup(
         "numpy",
         "omegaconf",
         "psutil",  # Megatron's checkpoint writer hangs without it
+        "pyarrow",
         "pyyaml",
         "safetensors",
         "sentencepiece",

@@ -162,3 +162,11 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.wav")
     with pytest.raises(DataError, match=r"a\.wav: not a regular file"):
         read_audio(tmp_path / "a.wav", 16000)
+
+
+def test_an_ogg_file_cut_off_between_two_pages_is_refused(tmp_path):
+    soundfile.write(tmp_path / "a.ogg", np.random.default_rng(0).uniform(-0.5, 0.5, 160000), 16000, subtype="VORBIS")
+    whole = (tmp_path / "a.ogg").read_bytes()
+    (tmp_path / "a.ogg").write_bytes(whole[: whole.rindex(b"OggS")])
+    with pytest.raises(DataError, match=r"a\.ogg: cut off: the end of the Ogg stream is missing"):
+        read_audio(tmp_path / "a.ogg", 16000)

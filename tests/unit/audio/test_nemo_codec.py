@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from megatron_most.audio import codec_file, file_fingerprint, load_codec
+from megatron_most.audio import codec_file, file_fingerprint, load_codec, nemo_codec
 from megatron_most.audio.nemo_codec import NemoCodec
 from megatron_most.errors import ConfigError, DataError
 
@@ -252,9 +252,10 @@ def alone(codec: NemoCodec, waveform: np.ndarray) -> np.ndarray:
     return tokens[0, :, : int(num_frames[0])].numpy()
 
 
-def test_codes_do_not_depend_on_the_batch(shipped_codec):
+def test_codes_do_not_depend_on_the_batch(shipped_codec, monkeypatch):
     """Every mix of neighbours, places in the batch and numbers of rows gives each file the codes it has alone."""
     generator = np.random.default_rng(0)
+    monkeypatch.setitem(nemo_codec._BATCH_SECONDS, "cpu", 4.0)  # several rows, as on a GPU
     heard: list[torch.Tensor] = []  # what the encoder gives, before it is rounded to codes
     hook = shipped_codec._model.audio_encoder.register_forward_hook(lambda _, __, output: heard.append(output[0]))
     by_shape: dict[tuple[int, int], list[np.ndarray]] = {}
