@@ -111,7 +111,11 @@ WRONG = {
         (["--config", "{config}", "model.num_layer=4"], "unknown key; did you mean 'num_layers'?", 1),
         (["--config", "{config}", "training.steps=many"], "training.steps='many': must be an integer", 1),
         (["--config", "{config}", "parallel.expert_model_parallel_size=3"], "must divide the 8 experts", 1),
-        (["--config", "{config}", "model.moe.groups.0.top_k=5"], "must not exceed the 4 experts its tokens may choose", 1),
+        (
+            ["--config", "{config}", "model.moe.groups.0.top_k=5"],
+            "must not exceed the 4 experts its tokens may choose",
+            1,
+        ),
         (["--config", "{config}", "parallel.pipeline_model_parallel_size=2"], "but only 1 were started", 1),
         (["--config", "{config}"], "error: ", 1),
     ],
