@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import math
 import os
 import signal
 import threading
@@ -11,14 +13,23 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemWriter
 
+from megatron_most import parallel
 from megatron_most.checkpointing import CheckpointSave, complete_checkpoints, read_metadata, saving
 from megatron_most.checkpointing import directory as directories
 from megatron_most.checkpointing.share import Share, _Planner
+from megatron_most.checkpointing.state import plan_state
+from megatron_most.checkpointing.streaming import StateReader
 from megatron_most.config import RunConfig
 from megatron_most.errors import MostError
+from megatron_most.model import build_model
+from megatron_most.parallel import on_rank_zero
 from megatron_most.training import Trainer
+from megatron_most.training.optimizer import build_optimizer, wrap_model
 from tests.distributed.harness import run_ranks
+from tests.distributed.observe import backward, mixed_batches
+from tests.distributed.tiny import tiny_config
 from tests.integration.tiny_run import assert_same_weights, metric_lines, run_config, train
 
 PATIENCE = 60
@@ -126,6 +137,27 @@ def test_a_request_to_stop_and_the_next_save_wait_for_the_one_under_way(
     assert not leftovers(config)
 
 
+def train_on_a_disk_that_fills(config: RunConfig, step: int) -> None:
+    """Rank 1 cannot write the checkpoint of ``step``."""
+    write_data = FileSystemWriter.write_data
+
+    def refuse(writer: FileSystemWriter, *rest: Any) -> Any:
+        if writer.path.parent.name.endswith(f"{step:08d}") and os.environ["RANK"] == "1":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_data(writer, *rest)
+
+    FileSystemWriter.write_data = refuse
+    train(config)
+
+
+def test_a_failed_write_ends_the_run_in_a_line_and_the_earlier_checkpoint_stays(tmp_path: Path) -> None:
+    config = ep2_config(tmp_path, "full", checkpoint__interval=2, checkpoint__keep_last=1)
+    told = r"state: cannot be written: \[Errno 28\] No space left on device \(rank 1\)\n$"
+    with pytest.raises(RuntimeError, match=rf"CheckpointError: \S+\.tmp-step_00000004/{told}"):
+        run_ranks(2, train_on_a_disk_that_fills, config, 4)
+    assert saved_steps(config) == [2]
+
+
 def train_and_die(config: RunConfig, moment: str) -> None:
     """``kill -9`` this rank while it saves step 3."""
 
@@ -211,3 +243,30 @@ def test_an_error_of_another_kind_does_not_wait_for_the_storage(tmp_path: Path) 
     config = run_config(tmp_path)
     assert run_ranks(1, train_and_fail, config) == [False]
     assert saved_steps(config) == []
+
+
+def copies_of_a_share(state: Path) -> int:
+    """Bytes of host memory that this rank holds from planning a checkpoint to writing it."""
+    config = tiny_config(training__precision="bf16")
+    parallel.initialize(config.parallel, seed=1)
+    chunks = build_model(config)
+    wrapped = wrap_model(config, chunks)
+    optimizer = build_optimizer(config, wrapped)
+    backward(config, wrapped, optimizer, mixed_batches(config, 0))
+    optimizer.step()
+    on_rank_zero(state.mkdir)
+    share = plan_state(state, chunks, optimizer, copy=True)
+    copies = [copy for copy in share._planner._copies.values() if isinstance(copy, torch.Tensor)]
+    assert all(copy.untyped_storage().nbytes() == copy.nbytes for copy in copies)
+    written = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(written, share.write().results)
+    on_rank_zero(lambda: share.write_index(written))
+    assert not share._planner._copies and not share._planner.state_dict
+    return sum(copy.nbytes for copy in copies)
+
+
+def test_ranks_hold_each_byte_of_a_checkpoint_once_and_let_it_go(tmp_path: Path) -> None:
+    first, second = run_ranks(2, copies_of_a_share, tmp_path / "state")
+    forms = StateReader(tmp_path / "state").forms.values()
+    assert first + second == sum(math.prod(form.shape) * form.dtype.itemsize for form in forms)
+    assert min(first, second) > 0.45 * (first + second)

@@ -159,6 +159,11 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     [
         (["vocab.layout=delay"], "vocab.layout='delay': must be one of frame, frame_delay, flat, flat_delay"),
         (["vocab.num_codebooks=0"], "vocab.num_codebooks=0: must be at least 1"),
+        (["checkpoint.keep_last=0"], "checkpoint.keep_last=0: must be greater than 0"),
+        (
+            ["checkpoint.interval=200", "checkpoint.keep_every=300"],
+            "checkpoint.keep_every=300: must be a multiple of checkpoint.interval, 200",
+        ),
         (["model.moe.groups.0.top_k=9"], "model.moe.groups[text].top_k=9: must not exceed the 4 experts"),
         (["model.moe.groups.1.modality=text"], "model.moe.groups=['text', 'text']: names a modality twice"),
         (["model.moe.groups.1.modality=video"], "needs one group for each modality, in this order: text, audio"),
