@@ -14,6 +14,7 @@ from megatron_most.data.chat import MODES
 from megatron_most.data.codes import CodesDataset
 from megatron_most.data.examples import Examples, TemplateOptions
 from megatron_most.data.inspection import audio_of
+from megatron_most.data.instructions import INSTRUCTIONS
 from megatron_most.data.interleave import group_of
 from megatron_most.data.length_limit import POLICIES, LengthLimit, sentences
 from megatron_most.data.special_tokens import special_tokens
@@ -243,3 +244,22 @@ def test_utterances_without_text_are_left_out_and_counted(tmp_path, task):
     examples = Examples(task, layout(), TOKENIZER, TemplateOptions(), codes=[source])
     assert len(list(examples)) == 1 and examples.counts["textless"] == 1 and examples.counts["examples"] == 2
     assert len(list(Examples("speech_lm", layout(), TOKENIZER, TemplateOptions(), codes=[source]))) == 2
+
+
+def test_wordings_vary_from_document_to_document(tmp_path):
+    utterances = [(f"u{n}", "fox", random_codes(1)) for n in range(60)]
+    source = write_codes(tmp_path / "codes", utterances)
+    chats = write_chats(tmp_path, {f"c{n}": exchange(f"u{n}") for n in range(60)})
+
+    def beginnings(task: str, purpose: str, wordings: int) -> Counter[str]:
+        options = TemplateOptions(wordings=wordings, modes=["S-T"])
+        examples = Examples(task, layout(), TOKENIZER, options, codes=[source], chats=[chats] if task == "chat" else [])
+        texts = [TOKENIZER.decode(document.ids[document.ids < TOKENIZER.vocab_size]) for document in examples]
+        plain = [TOKENIZER.decode(TOKENIZER.encode(wording)) for wording in INSTRUCTIONS[purpose]]
+        return Counter(next(n for n, wording in enumerate(plain) if text.startswith(wording)) for text in texts)
+
+    for task, purpose in (("asr", "asr"), ("tts", "tts"), ("chat", "answer_written")):
+        assert beginnings(task, purpose, 1) == {0: 60}
+        found = beginnings(task, purpose, 3)
+        assert set(found) == {0, 1, 2} and min(found.values()) > 8
+        assert found == beginnings(task, purpose, 3)
