@@ -18,6 +18,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import soundfile
@@ -26,10 +27,10 @@ import torch
 from megatron_most import cli
 from megatron_most.audio import load_codec
 from megatron_most.audio.nemo_codec import NemoCodec
+from megatron_most.data import tokenise
 from megatron_most.data.codes import CodesDataset
 from megatron_most.data.shards import Limits, Shard, encode_shard
 from megatron_most.data.sources import Roots
-from megatron_most.data.tokenise import tokenise
 from tools.bench import paired
 
 TINY_CODEC = Path(__file__).parents[2] / "examples" / "quickstart" / "codec" / "tiny_codec.nemo"
@@ -121,14 +122,13 @@ def encode(shard: Shard, codec: NemoCodec) -> Shard:
 
 
 def whole_job(folder: Path, path: Path, codec: NemoCodec, workers: int) -> CodesDataset | None:
-    """The command's work but for loading the codec, which the loop is spared too."""
-    from megatron_most.data import tokenise as module
-
-    module.load_codec = lambda _: codec
-    module.Progress.show = lambda *_, **__: None
+    """The command's work but for loading the codec, which the loop is spared too, in shards as small as this corpus."""
     shutil.rmtree(folder / "out", ignore_errors=True)
-    module.SHARD_SIZES = (8, 1024)
-    return tokenise(folder / "m.jsonl", path, folder / "out" / "codes", workers=workers)
+    with (
+        mock.patch.multiple(tokenise, load_codec=lambda _: codec, SHARD_SIZES=(4, 1024)),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        return tokenise.tokenise(folder / "m.jsonl", path, folder / "out" / "codes", workers=workers)
 
 
 def require_equal(expected: list[np.ndarray], shard: Shard, codec: NemoCodec) -> None:
