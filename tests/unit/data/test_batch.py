@@ -135,7 +135,7 @@ def test_the_first_position_of_a_document_is_predicted_by_none():
     vocab = layout()
     ids, side_codes = vocab.codec_layout.encode(np.ones((CODEBOOKS, 4), dtype=np.int64))
     document = Document(ids, np.ones(4, dtype=bool), side_codes)
-    batch = make_batch([row_of([document, document])], vocab, seq_length=6, packing=True)
+    batch = make_batch([row_of([document, document], vocab)], vocab, seq_length=6, packing=True)
     assert (batch.code_labels == 1).all() and batch.cu_seqlens.tolist() == [0, 3, 6]
-    batch = make_batch([row_of([document, document])], vocab, seq_length=8, packing=True, document_multiple=4)
+    batch = make_batch([row_of([document, document], vocab)], vocab, seq_length=8, packing=True, document_multiple=4)
     assert (batch.code_labels[0, [3, 7]] == NO_CODE).all()

@@ -80,13 +80,14 @@ def example_document(task: str, vocab: VocabLayout, text: str, codes: np.ndarray
     return make_document(task, vocab, LetterTokenizer(), **given, **options)
 
 
-def row_of(documents: list[Document], task: int = 0) -> Row:
-    """A row of these documents of layout ``frame``, with nothing hidden."""
-    ids, loss_mask, codes = (
-        np.concatenate([getattr(document, name) for document in documents]) for name in ("ids", "loss_mask", "codes")
-    )
-    lengths = np.array([len(document) for document in documents])
-    return Row(Documents(ids, loss_mask, codes[(codes != NO_CODE).any(1)], lengths), task)
+def row_of(documents: list[Document], vocab: VocabLayout, task: int = 0) -> Row:
+    """A row of these documents, with nothing hidden."""
+    ids = np.concatenate([document.ids for document in documents])
+    loss_mask = np.concatenate([document.loss_mask for document in documents])
+    codes = None
+    if vocab.codec_layout.uses_side_codes:
+        codes = np.concatenate([document.codes for document in documents])[vocab.codec_layout.holds_side_codes(ids)]
+    return Row(Documents(ids, loss_mask, codes, np.array([len(document) for document in documents])), task)
 
 
 def parts_of(row: Row, vocab: VocabLayout | None = None) -> list[Document]:

@@ -184,11 +184,11 @@ def test_packed_and_padded_documents_have_the_losses_they_have_alone(attention, 
         for codes in [source.codes[0, start:end]]
     ]
     options = {"vocab": vocab, "packing": True}
-    together = make_batch([row_of(documents)], **options, seq_length=64, document_multiple=8)
+    together = make_batch([row_of(documents, vocab)], **options, seq_length=64, document_multiple=8)
     packed = model_losses(model, together)
     for document, start in zip(documents, together.cu_seqlens.tolist(), strict=False):
         length = len(document) - 1
-        alone = model_losses(model, make_batch([row_of([document])], **options, seq_length=length))
+        alone = model_losses(model, make_batch([row_of([document], vocab)], **options, seq_length=length))
         torch.testing.assert_close(packed[:, start : start + length], alone, rtol=1e-5, atol=1e-5)
 
 
