@@ -44,6 +44,7 @@ MODELS: dict[str, Overrides] = {
         "model__moe__expert_order": "contiguous",
         "model__moe__router_weights": "per_modality",
         "model__attention__q_lora_rank": 20,
+        "model__num_dense_layers": 2,  # so that it matters which layers a virtual stage has
         "optimizer__lr_scales": "[{part: experts.text, scale: 0}, {part: embeddings, scale: 0}]",
     },
     "flat": {
