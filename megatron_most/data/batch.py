@@ -97,15 +97,17 @@ def make_batch(
         is_read = np.ones(len(documents.ids), dtype=bool)
         is_read[stops - 1] = False
         last_read = np.cumsum(lengths - 1) - 1
-        # Position p of the documents is read at place[p] and, but for the first of a document, predicted one before.
-        place = np.arange(len(documents.ids)) + np.repeat(ends - taken - (stops - lengths), lengths)
-        target = place[is_read] if document_multiple > 1 else slice(0, last_read[-1] + 1)
+        target: slice | np.ndarray = slice(0, last_read[-1] + 1)
+        if document_multiple > 1 or codes is not None or row.hidden is not None:
+            # Position p is read at place[p] and, but for the first of a document, predicted one before.
+            place = np.arange(len(documents.ids)) + np.repeat(ends - taken - (stops - lengths), lengths)
+            target = place[is_read] if document_multiple > 1 else target
         read, predicted = _read_and_predicted(documents.ids, is_read, last_read, stops)
         ids[index, target], labels[index, target] = read, predicted
         loss_mask[index, target] = _read_and_predicted(documents.loss_mask, is_read, last_read, stops)[1]
         is_padding[index, target] = False
         if codes is not None and len(documents.codes):
-            coded = np.flatnonzero(layout.holds_side_codes(documents.ids))
+            coded = documents.coded
             is_predicted = is_read[coded - 1] & documents.loss_mask[coded]
             _scatter(codes[index], place[coded], documents.codes, is_read[coded])
             _scatter(code_labels[index], place[coded] - 1, documents.codes, is_predicted)

@@ -40,12 +40,14 @@ class Documents:
 
     ids, loss_mask: ``[n]``, as in :class:`Document`.
     codes: ``[m, C]`` of any integer type, for the m positions that hold side codes; None in the ``flat`` layouts.
+    coded: ``[m]`` int64, these positions, ascending; None in the ``flat`` layouts.
     lengths: int64, positions of each document.
     """
 
     ids: np.ndarray
     loss_mask: np.ndarray
     codes: np.ndarray | None
+    coded: np.ndarray | None
     lengths: np.ndarray
 
 

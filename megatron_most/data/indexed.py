@@ -146,6 +146,11 @@ def _num_stored(vocab: VocabLayout) -> int:
     return vocab.codebook_size + vocab.codec_layout.is_delayed
 
 
+def _in_range(values: np.ndarray, stop: int) -> bool:
+    """Whether all values are in ``0 .. stop - 1``; unsigned ones are looked at once."""
+    return not values.size or (values.max() < stop and (values.dtype.kind == "u" or values.min() >= 0))
+
+
 class DatasetWriter:
     """Writes a :class:`TokenDataset`, document by document. Leaving its context without a commit leaves no file."""
 
@@ -254,30 +259,30 @@ class TokenDataset(Sequence[Document]):
         if found.codes is None:
             return Document(found.ids, found.loss_mask, None)
         codes = np.full((len(found.ids), self.vocab.num_codebooks), NO_CODE, dtype=np.int64)
-        codes[self._layout.holds_side_codes(found.ids)] = found.codes
+        codes[found.coded] = found.codes
         return Document(found.ids, found.loss_mask, codes)
 
     def read(self, indices: np.ndarray) -> Documents:
         """Documents ``indices``, at least one, checked against the layout."""
         ids = self._ids.read(indices, np.int64)
-        if ids.view(np.uint64).max() >= self._num_ids:  # negative ones are huge without their sign
+        if not _in_range(ids.view(np.uint64), self._num_ids):  # negative ones are huge without their sign
             for index in indices.tolist():
                 self.vocab.check_ids(self._ids[index].astype(np.int64), f"dataset {self.prefix}, document {index}")
         loss_mask = self._mask.read(indices, np.bool_)
         lengths = self.lengths[indices].astype(np.int64)
         if not self._layout.uses_side_codes:
-            return Documents(ids, loss_mask, None, lengths)
+            return Documents(ids, loss_mask, None, None, lengths)
         num_codebooks = self.vocab.num_codebooks
         if self._codes is None:
-            return Documents(ids, loss_mask, np.empty((0, num_codebooks), dtype=np.int64), lengths)
-        codes = self._codes.read(indices)
-        num_expected = np.count_nonzero(self._layout.holds_side_codes(ids)) * num_codebooks
-        if codes.size != num_expected or (codes.size and (codes.min() < 0 or codes.max() >= _num_stored(self.vocab))):
+            nothing = np.empty(0, dtype=np.int64)
+            return Documents(ids, loss_mask, nothing.reshape(0, num_codebooks), nothing, lengths)
+        codes, coded = self._codes.read(indices), np.flatnonzero(self._layout.holds_side_codes(ids))
+        if codes.size != coded.size * num_codebooks or not _in_range(codes, _num_stored(self.vocab)):
             self._explain_codes(indices)
         if self._layout.is_delayed:
             codes = codes.astype(np.int64)
             codes[codes == self.vocab.codebook_size] = NO_CODE
-        return Documents(ids, loss_mask, codes.reshape(-1, num_codebooks), lengths)
+        return Documents(ids, loss_mask, codes.reshape(-1, num_codebooks), coded, lengths)
 
     def digest(self, index: int) -> bytes:
         """A hash of document ``index``: equal for documents of equal ids and codes."""

@@ -84,10 +84,12 @@ def row_of(documents: list[Document], vocab: VocabLayout, task: int = 0) -> Row:
     """A row of these documents, with nothing hidden."""
     ids = np.concatenate([document.ids for document in documents])
     loss_mask = np.concatenate([document.loss_mask for document in documents])
-    codes = None
-    if vocab.codec_layout.uses_side_codes:
-        codes = np.concatenate([document.codes for document in documents])[vocab.codec_layout.holds_side_codes(ids)]
-    return Row(Documents(ids, loss_mask, codes, np.array([len(document) for document in documents])), task)
+    lengths = np.array([len(document) for document in documents])
+    if not vocab.codec_layout.uses_side_codes:
+        return Row(Documents(ids, loss_mask, None, None, lengths), task)
+    coded = np.flatnonzero(vocab.codec_layout.holds_side_codes(ids))
+    codes = np.concatenate([document.codes for document in documents])[coded]
+    return Row(Documents(ids, loss_mask, codes, coded, lengths), task)
 
 
 def parts_of(row: Row, vocab: VocabLayout | None = None) -> list[Document]:
