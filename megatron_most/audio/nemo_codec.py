@@ -29,11 +29,10 @@ _TRUSTED_PACKAGES = ("nemo.", "torch.")
 _MOST_FRAMES_NEEDED = 32
 """Every codec is expected to encode this many frames, and a layer that looks ahead to change the last of them."""
 
-_BATCH_SECONDS = {"cpu": 0.0, "cuda": 120.0}
-"""Audio of a batch, or one row. A single file keeps a CPU core busy; what it gains is that equal lengths compute alike,
-without a convolution made ready for each new length. A GPU needs many rows."""
+_GPU_BATCH_SECONDS = 120.0
+"""Audio of a batch on a GPU. On a CPU one file keeps a core busy, and batches were measured to gain nothing."""
 
-_ROWS_OF_EQUAL_LENGTH = {"cpu": 1, "cuda": 8}
+_GPU_ROWS_OF_EQUAL_LENGTH = 8
 """Rows where a batch cannot be padded: few waveforms have the same number of frames."""
 
 
@@ -79,6 +78,7 @@ class NemoCodec:
         self.samples_per_frame = int(model.samples_per_frame)
         self._model = model
         self._device = torch.device("cpu")
+        self._batch_seconds: float | None = None
 
     @property
     def frame_rate(self) -> float:
@@ -87,6 +87,7 @@ class NemoCodec:
     def to(self, device: str) -> None:
         self._device = torch.device(device)
         self._model.to(self._device)
+        self._batch_seconds = None if self._device.type == "cpu" else _GPU_BATCH_SECONDS
         if self._device.type == "cuda":
             # TF32 keeps 10 bits of a product; autotuning may choose another algorithm in another process.
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -97,11 +98,13 @@ class NemoCodec:
 
     def batch_shape(self, num_samples: int) -> tuple[int, int]:
         frames = max(1, math.ceil(num_samples / self.samples_per_frame))
+        if self._batch_seconds is None:
+            return 1, frames * self.samples_per_frame
         if not self._is_causal:
-            return _ROWS_OF_EQUAL_LENGTH[self._device.type], frames * self.samples_per_frame
+            return _GPU_ROWS_OF_EQUAL_LENGTH, frames * self.samples_per_frame
         step = 1 << max(0, frames.bit_length() - 4)  # eight lengths an octave: 6 % of padding on average
         samples = -(-frames // step) * step * self.samples_per_frame
-        return max(1, int(_BATCH_SECONDS[self._device.type] * self.sample_rate) // samples), samples
+        return max(1, int(self._batch_seconds * self.sample_rate) // samples), samples
 
     @torch.inference_mode()
     def encode_batch(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:

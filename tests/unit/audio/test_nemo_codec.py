@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from megatron_most.audio import codec_file, file_fingerprint, load_codec, nemo_codec
+from megatron_most.audio import codec_file, file_fingerprint, load_codec
 from megatron_most.audio.nemo_codec import NemoCodec
 from megatron_most.errors import ConfigError, DataError
 
@@ -255,7 +255,7 @@ def alone(codec: NemoCodec, waveform: np.ndarray) -> np.ndarray:
 def test_codes_do_not_depend_on_the_batch(shipped_codec, monkeypatch):
     """Every mix of neighbours, places in the batch and numbers of rows gives each file the codes it has alone."""
     generator = np.random.default_rng(0)
-    monkeypatch.setitem(nemo_codec._BATCH_SECONDS, "cpu", 4.0)  # several rows, as on a GPU
+    monkeypatch.setattr(shipped_codec, "_batch_seconds", 4.0)  # several rows, as on a GPU
     heard: list[torch.Tensor] = []  # what the encoder gives, before it is rounded to codes
     hook = shipped_codec._model.audio_encoder.register_forward_hook(lambda _, __, output: heard.append(output[0]))
     by_shape: dict[tuple[int, int], list[np.ndarray]] = {}
@@ -281,14 +281,15 @@ def test_codes_do_not_depend_on_the_batch(shipped_codec, monkeypatch):
     hook.remove()
 
 
-def test_a_codec_that_looks_ahead_is_found_out_and_never_padded(codec, looking_ahead):
+def test_a_codec_that_looks_ahead_is_found_out_and_never_padded(codec, looking_ahead, monkeypatch):
     assert codec._is_causal and not looking_ahead._is_causal
     with pytest.raises(DataError, match="codec ahead: needs 2560 samples or more, not 1900"):
         looking_ahead.encode(noise(1900))  # NeMo's reflection fails on three frames
     assert (codec.min_samples, looking_ahead.min_samples) == (640, 2560)
     for num_samples in (1921, 9999, 64000):
-        rows, samples = looking_ahead.batch_shape(num_samples)
-        assert rows == 1 and 0 <= samples - num_samples < 640
+        for batch_seconds in (None, 4.0):  # as on a CPU, as on a GPU
+            monkeypatch.setattr(looking_ahead, "_batch_seconds", batch_seconds)
+            assert 0 <= looking_ahead.batch_shape(num_samples)[1] - num_samples < 640
         waveform = noise(num_samples, seed=num_samples)
         np.testing.assert_array_equal(looking_ahead.encode(waveform), alone(looking_ahead, waveform))
     # The trap: padded as a batch would, the last frames come out as others.
