@@ -52,7 +52,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def build_config(source: str, values: DictConfig | dict, overrides: Sequence[str] = ()) -> RunConfig:
     """Turn ``values`` and dotted overrides into a checked :class:`RunConfig`; ``source`` names them in errors."""
     plain = OmegaConf.to_container(values) if isinstance(values, DictConfig) else values
-    _check_shape(plain, RunConfig, "", source)
+    check_shape(plain, RunConfig, "", source)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(RunConfig), plain)
         for override in overrides:
@@ -98,12 +98,18 @@ def _apply_override(config: DictConfig, override: str) -> None:
             path = _join(path, int(part))
         else:
             raise ConfigError(f"{source}: {path} is a single value and has no {part!r}")
-    _check_shape(value, hint, path, source)
+    check_shape(value, hint, path, source)
     OmegaConf.update(config, path, value, merge=True)
 
 
-def _check_shape(value: typing.Any, hint: typing.Any, path: str, source: str) -> None:
-    """Raise :class:`ConfigError` unless ``value``, plain data from YAML, has the keys and types of ``hint``."""
+def check_shape(value: typing.Any, hint: typing.Any, path: str, source: str) -> None:
+    """Raise :class:`ConfigError` unless ``value``, plain data from YAML, has the keys and types of ``hint``.
+
+    Args:
+        hint: a dataclass, a list of something, an optional or a scalar type.
+        path: dotted name of ``value`` inside the file, empty for the whole.
+        source: the file, for errors.
+    """
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         if value is None:
             return
@@ -115,12 +121,12 @@ def _check_shape(value: typing.Any, hint: typing.Any, path: str, source: str) ->
         if not isinstance(value, Mapping):
             raise ConfigError(f"{source}: {path}={value!r}: must be a section (key: value), not a single value or list")
         for key, entry in value.items():
-            _check_shape(entry, _field_types(hint, str(key), path, source)[key], _join(path, key), source)
+            check_shape(entry, _field_types(hint, str(key), path, source)[key], _join(path, key), source)
     elif typing.get_origin(hint) is list:
         if not isinstance(value, Sequence) or isinstance(value, str):
             raise ConfigError(f"{source}: {path}={value!r}: must be a list")
         for index, entry in enumerate(value):
-            _check_shape(entry, typing.get_args(hint)[0], _join(path, index), source)
+            check_shape(entry, typing.get_args(hint)[0], _join(path, index), source)
     else:
         name, accepted = _SCALARS[hint]
         if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):

@@ -1,0 +1,1 @@
+"""Ablation sweeps: one YAML file -> many runs -> one table and one page."""

@@ -1,0 +1,149 @@
+"""Starting the runs that are still to do, through submitit: processes of this machine, or SLURM arrays."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import submitit
+
+from megatron_most.config import dump_config
+from megatron_most.errors import ConfigError
+from megatron_most.files import write_json, write_text
+from megatron_most.sweep.job import CONFIG, FAILURE, LOG, RESULT, Job, last_error, lock
+from megatron_most.sweep.plan import PlannedRun
+from megatron_most.sweep.spec import Sweep
+
+_JOBS = "jobs.json"
+_QUEUED = ("PENDING", "RUNNING", "REQUEUED", "CONFIGURING", "COMPLETING", "SUSPENDED", "READY", "UNKNOWN")
+_POLL_SECONDS = 0.5
+
+
+def state(run: PlannedRun) -> str:
+    """``finished``, ``running`` (a process holds the run directory), ``failed``, ``interrupted`` or ``to do``."""
+    directory = run.directory
+    if not (directory / CONFIG).is_file():
+        return "to do"
+    if (directory / RESULT).is_file():
+        return "finished"
+    with lock(directory) as held:
+        if held is None:
+            return "running"
+    if (directory / FAILURE).is_file():
+        return "failed"
+    return "interrupted" if (directory / LOG).is_file() else "to do"
+
+
+def start(sweep: Sweep, runs: list[PlannedRun], executor: str, resume: bool, report: Callable[[str], None]) -> None:
+    """Run what is not finished. ``local`` returns when all is done, ``slurm`` when all is submitted.
+
+    Failed and interrupted runs are tried again; training goes on from their newest checkpoint.
+
+    Raises:
+        ConfigError: data or checkpoints are missing; the sweep was begun before and ``resume`` is not set; SLURM is not
+            there.
+    """
+    missing = sorted({file for run in runs for file in run.missing})
+    if missing:
+        raise ConfigError(f"{sweep.path}: not there: {', '.join(missing)}")
+    begun = [run for run in runs if state(run) != "to do"]
+    if begun and not resume:
+        raise ConfigError(f"{sweep.spec.output}: {len(begun)} of the {len(runs)} runs were begun; --resume goes on")
+    for run in runs:
+        if not (run.directory / CONFIG).is_file():
+            write_text(run.directory / CONFIG, dump_config(run.config))
+    todo = [run for run in runs if state(run) != "finished"]
+    report(f"{sweep.spec.name}: {len(runs) - len(todo)} of {len(runs)} runs are finished, {len(todo)} to do")
+    if not todo:
+        return
+    if executor == "slurm":
+        _submit_to_slurm(sweep, todo, report)
+    else:
+        _run_here(sweep, todo, report)
+
+
+def _executor(sweep: Sweep, cluster: str) -> submitit.AutoExecutor:
+    resources = sweep.spec.resources
+    try:
+        executor = submitit.AutoExecutor(folder=Path(sweep.spec.output) / "jobs", cluster=cluster)
+    except RuntimeError as error:
+        raise ConfigError(f"--executor={cluster}: {' '.join(str(error).split())}") from None
+    executor.update_parameters(name=sweep.spec.name, timeout_min=resources.minutes)
+    if cluster == "slurm":
+        options = {"partition": resources.partition, "account": resources.account}
+        executor.update_parameters(
+            nodes=resources.nodes,
+            tasks_per_node=1,
+            cpus_per_task=resources.cpus_per_task,
+            slurm_array_parallelism=resources.concurrent,
+            **({"gpus_per_node": resources.gpus_per_node} if resources.gpus_per_node else {}),
+            **{f"slurm_{key}": value for key, value in options.items() if value},
+        )
+    return executor
+
+
+def _job(sweep: Sweep, run: PlannedRun) -> Job:
+    return Job(str(run.directory.absolute()), run.identity, sweep.spec.resources, sweep.spec.evaluation)
+
+
+def _submit_to_slurm(sweep: Sweep, todo: list[PlannedRun], report: Callable[[str], None]) -> None:
+    folder = Path(sweep.spec.output) / "jobs"
+    path = Path(sweep.spec.output) / _JOBS
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def is_queued(run: PlannedRun) -> bool:
+        job_id = known.get(run.identity)
+        return job_id is not None and submitit.SlurmJob(folder, job_id).state in _QUEUED
+
+    waiting = [run for run in todo if is_queued(run)]
+    todo = [run for run in todo if run not in waiting]
+    if waiting:
+        report(f"{len(waiting)} runs are in the queue already")
+    if not todo:
+        return
+    executor = _executor(sweep, "slurm")
+    with executor.batch():
+        jobs = [executor.submit(_job(sweep, run)) for run in todo]
+    known |= {run.identity: job.job_id for run, job in zip(todo, jobs, strict=True)}
+    write_json(path, known)
+    report(f"submitted {len(jobs)} runs: {jobs[0].job_id} to {jobs[-1].job_id}; --resume collects them")
+
+
+def _run_here(sweep: Sweep, todo: list[PlannedRun], report: Callable[[str], None]) -> None:
+    """submitit's local engine has no queue: as many as may run are started, one more whenever one ends."""
+    executor = _executor(sweep, "local")
+    active: list[tuple[PlannedRun, submitit.Job | None]] = []
+    number, done = len(todo), 0
+    try:
+        while todo or active:
+            while todo and len(active) < sweep.spec.resources.concurrent:
+                run = todo.pop(0)
+                # One that a killed sweep left running is waited for.
+                job = None if state(run) == "running" else executor.submit(_job(sweep, run))
+                active.append((run, job))
+            time.sleep(_POLL_SECONDS)
+            for run, job in list(active):
+                if state(run) == "running" or (job is not None and not job.done()):
+                    continue
+                active.remove((run, job))
+                done += 1
+                report(f"[{done}/{number}] {run.name}: {_end(run)}")
+    except KeyboardInterrupt:
+        for _, job in active:
+            if job is not None:
+                job.cancel()
+        raise
+
+
+def _end(run: PlannedRun) -> str:
+    """How a run ended; a job that was killed leaves no word, so one is left for it."""
+    if (run.directory / RESULT).is_file():
+        seconds = json.loads((run.directory / RESULT).read_text(encoding="utf-8"))["seconds"]
+        return f"finished in {seconds:.0f} s"
+    failure = run.directory / FAILURE
+    if not failure.is_file():
+        error = f"its job was killed or ran out of time; the last it said: {last_error(run.directory / LOG)}"
+        write_json(failure, {"identity": run.identity, "attempts": 1, "error": error, "last_lines": []})
+    return f"failed: {json.loads(failure.read_text(encoding='utf-8'))['error']}"

@@ -1,0 +1,186 @@
+"""One run of a sweep, inside the process that a job engine starts for it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_most.files import write_json
+from megatron_most.sweep.spec import EvaluationConfig, ResourcesConfig
+
+ROOT = Path(__file__).parents[2]
+CONFIG = "config.yaml"
+RESULT = "sweep_result.json"
+FAILURE = "sweep_failure.json"
+LOG = "sweep.log"
+_LOCK = ".sweep.lock"
+_PORT = 20000
+_PORTS = 10000
+_SAVE_SECONDS = 600
+_LAST_LINES = 15
+
+
+@dataclass
+class Job:
+    """Train, evaluate, and leave a result or a failure in the run directory. Called twice, it does the work once.
+
+    Args:
+        directory: the run directory, which holds the resolved configuration.
+        identity: the run's, recorded with its result.
+    """
+
+    directory: str
+    identity: str
+    resources: ResourcesConfig
+    evaluation: list[EvaluationConfig]
+
+    def __call__(self) -> None:
+        directory = Path(self.directory)
+        node = int(os.environ.get("SLURM_NODEID", "0"))
+        if node > 0:  # the first node keeps the books
+            self._train(directory, directory / f"sweep_node_{node}.log", ())
+            return
+        with lock(directory) as held:
+            if held is not None and not (directory / RESULT).is_file():
+                self._run(directory, held)
+
+    def checkpoint(self) -> object:
+        """What submitit calls before SLURM takes the job away: have training save, then queue the same job again."""
+        import submitit
+
+        if _process is not None:
+            _process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                _process.wait(_SAVE_SECONDS)
+        return submitit.helpers.DelayedSubmission(self)
+
+    def _run(self, directory: Path, held: int) -> None:
+        log, failure = directory / LOG, directory / FAILURE
+        attempts = _attempts(failure) + 1
+        start = time.time()
+        what, status = "training", self._train(directory, log, (held,))
+        for one in self.evaluation:
+            if status:
+                break
+            what, status = f"evaluation {one.name}", self._evaluate(one, directory, log, (held,))
+        facts = {"identity": self.identity, "attempts": attempts, "seconds": time.time() - start}
+        if status:
+            error = f"{what} ended with status {status}: {last_error(log)}"
+            write_json(failure, {**facts, "error": error, "last_lines": _last_lines(log)})
+        else:
+            write_json(directory / RESULT, {**facts, "resources": asdict(self.resources)})
+            failure.unlink(missing_ok=True)
+
+    def _train(self, directory: Path, log: Path, descriptors: tuple[int, ...]) -> int:
+        resources = self.resources
+        environment = {"PET_NPROC_PER_NODE": str(resources.ranks)}
+        launcher = "single_node.sh"
+        if resources.nodes > 1:
+            launcher = "multi_node.sh"
+            first = subprocess.run(
+                ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout.split()[0]
+            number = int(os.environ["SLURM_JOB_ID"])
+            environment |= {
+                "PET_NNODES": str(resources.nodes),
+                "PET_RDZV_ENDPOINT": f"{first}:{_PORT + number % _PORTS}",
+                "PET_RDZV_ID": str(number),
+            }
+        command = [str(ROOT / "examples/launch" / launcher), "--config", str(directory / CONFIG)]
+        return _call(command, log, environment, descriptors)
+
+    def _evaluate(
+        self, one: EvaluationConfig, directory: Path, log: Path, descriptors: tuple[int, ...]
+    ) -> int:
+        output = directory / "evaluation" / f"{one.name}.json"
+        command = [sys.executable, str(ROOT / "tools/evaluate.py"), "--checkpoint", str(directory)]
+        command += ["--suite", one.suite, "--data", one.data, "--output", str(output)]
+        command += ["--limit", str(one.limit)] if one.limit else []
+        command += ["--vocabulary", *one.vocabulary] if one.vocabulary else []
+        return _call(command, log, {}, descriptors)
+
+
+_process: subprocess.Popen | None = None
+"""What runs now, so that a signal can be passed on to it."""
+
+
+def _call(command: list[str], log: Path, environment: dict[str, str], descriptors: tuple[int, ...]) -> int:
+    """Run a command to its end and return its status; it inherits ``descriptors``, and with them the lock."""
+    global _process
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # torchrun is beside python
+    # The job engine's own variables of this process must not reach torchrun, which has others of the same names.
+    inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    with open(log, "a", encoding="utf-8") as output:
+        _process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**inherited, "PATH": path, "PYTHONPATH": _python_path(), **environment},
+            pass_fds=descriptors,
+            preexec_fn=_end_with_parent,
+        )
+        try:
+            return _process.wait()
+        finally:
+            _process = None
+
+
+def _python_path() -> str:
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this child when the job's process is killed; a run without its job would go on unseen."""
+    import ctypes
+
+    parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
+    ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def lock(directory: Path) -> Iterator[int | None]:
+    """Hold a run directory as long as the block lasts, and as any process that inherits the descriptor lives.
+
+    None when another process holds it.
+    """
+    with open(directory / _LOCK, "a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield None
+        else:
+            yield file.fileno()
+
+
+def _attempts(failure: Path) -> int:
+    try:
+        return int(json.loads(failure.read_text(encoding="utf-8"))["attempts"])
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
+def last_error(log: Path) -> str:
+    """The last line of a log that tells of an error, else the last line at all."""
+    lines = _last_lines(log, 200)
+    errors = [line for line in lines if line.startswith("error:") or "Error" in line.split(":")[0]]
+    return (errors or lines or ["no output"])[-1]
+
+
+def _last_lines(log: Path, count: int = _LAST_LINES) -> list[str]:
+    try:
+        text = log.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    return [line.strip() for line in text.splitlines() if line.strip()][-count:]

@@ -1,0 +1,154 @@
+"""The runs of a sweep, every one of them checked before the first starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from megatron_most.config import RunConfig, load_config
+from megatron_most.errors import ConfigError
+from megatron_most.model import build, count_parameters
+from megatron_most.planning import memory_per_rank, train_flops_per_token
+from megatron_most.planning.overview import align
+from megatron_most.sweep.budget import COSTS, matched_width
+from megatron_most.sweep.spec import Sweep, Variant
+
+_NO_MATTER = ("run_dir", "logging")
+"""Sections of a configuration that do not change what is trained."""
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run.
+
+    identity: hash of the resolved configuration, of the provenance of its datasets and of what evaluates it.
+    missing: datasets and checkpoints that the configuration names and that are not there.
+    flops: to train on the average token.
+    memory: bytes of the fullest rank, estimated.
+    """
+
+    variant: Variant
+    seed: int
+    config: RunConfig
+    identity: str
+    missing: tuple[str, ...]
+    parameters: int
+    active_parameters: int
+    flops: float
+    memory: float
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.config.run_dir)
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant.name}, seed {self.seed}"
+
+
+def plan_runs(sweep: Sweep) -> list[PlannedRun]:
+    """Resolve and check the configuration of every run.
+
+    Raises:
+        ConfigError: names the variant whose configuration is wrong, that does not fit the resources, whose cost cannot
+            be matched, or that is the same as another.
+    """
+    spec = sweep.spec
+    world_size = spec.resources.nodes * spec.resources.ranks
+
+    def configure(variant: Variant, *more: str) -> RunConfig:
+        try:
+            config = load_config(spec.base, [*variant.overrides, *more])
+            config.num_microbatches(config.parallel.data_parallel_size(world_size))
+            build.check_libraries(config)
+        except ConfigError as error:
+            raise ConfigError(f"{sweep.path}: variant {variant.name}: {error}") from None
+        return config
+
+    target = COSTS[spec.budget.match](configure(sweep.baseline)) if spec.budget.match != "none" else None
+    runs = []
+    for variant in sweep.variants:
+        widths: list[str] = []
+        if target is not None:
+            widths = matched_width(
+                spec.budget, target, lambda more, variant=variant: configure(variant, *more), variant.name
+            )
+        variant = replace(variant, overrides=(*variant.overrides, *widths))
+        for seed in spec.seeds:
+            runs.append(_planned(sweep, variant, seed, configure(variant, f"seed={seed}"), world_size))
+    seen: dict[str, PlannedRun] = {}
+    for run in runs:
+        same = seen.setdefault(run.identity, run)
+        if same is not run:
+            raise ConfigError(f"{sweep.path}: the runs {same.name} and {run.name} are the same")
+    return runs
+
+
+def _planned(sweep: Sweep, variant: Variant, seed: int, config: RunConfig, world_size: int) -> PlannedRun:
+    datasets = [f"{entry.path}.json" for entry in (*config.data.train, *config.data.validation)]
+    files = [*datasets, *(file for file in (config.tokenizer, config.checkpoint.load) if file)]
+    content = {key: value for key, value in asdict(config).items() if key not in _NO_MATTER}
+    content["provenance"] = {path: _digest(Path(path)) for path in datasets}
+    content["evaluation"] = [asdict(one) for one in sweep.spec.evaluation]
+    identity = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    config.run_dir = str(Path(sweep.spec.output) / "runs" / f"{variant.slug}_seed-{seed}_{identity[:10]}")
+    counts = count_parameters(config)
+    return PlannedRun(
+        variant,
+        seed,
+        config,
+        identity,
+        tuple(dict.fromkeys(file for file in files if not Path(file).exists())),
+        counts["total"],
+        counts["active"],
+        train_flops_per_token(config),
+        max(estimate.total for estimate in memory_per_rank(config, world_size).values()),
+    )
+
+
+def _digest(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def describe_runs(sweep: Sweep, runs: list[PlannedRun]) -> str:
+    """What ``--dry-run`` prints: a line for each variant, its seeds, and what is missing."""
+    spec = sweep.spec
+    table = [("variant", "runs", "parameters", "active", "GFLOP a token", "GiB a rank", "positions at most")]
+    for variant, mine in by_variant(runs):
+        first = mine[0]
+        training = first.config.training
+        positions = training.steps * training.global_batch_size * first.config.data.seq_length
+        name = f"{variant.name}{' (baseline)' if variant.choices == sweep.baseline.choices else ''}"
+        table.append(
+            (
+                name,
+                str(len(mine)),
+                f"{first.parameters:,}",
+                f"{first.active_parameters:,}",
+                f"{first.flops / 1e9:.4g}",
+                f"{first.memory / (1 << 30):.2f}",
+                f"{positions:,}",
+            )
+        )
+    width = max(len(row[0]) for row in table)
+    resources = spec.resources
+    lines = [
+        f"{spec.name}: {len(runs)} runs, {resources.nodes} x {resources.ranks} ranks each, {resources.concurrent} at a"
+        f" time, seeds {', '.join(map(str, spec.seeds))}, budget: {spec.budget.match}",
+        *align([(row[0].ljust(width), *row[1:]) for row in table]),
+    ]
+    lines += [f"{variant.name}: {' '.join(variant.overrides)}" for variant, _ in by_variant(runs)]
+    missing = sorted({file for run in runs for file in run.missing})
+    if missing:
+        lines.append(f"not there yet: {', '.join(missing)}")
+    return "\n".join(lines)
+
+
+def by_variant(runs: list[PlannedRun]) -> list[tuple[Variant, list[PlannedRun]]]:
+    """Runs of each variant, in the order of the file."""
+    groups: dict[Variant, list[PlannedRun]] = {}
+    for run in runs:
+        groups.setdefault(run.variant, []).append(run)
+    return list(groups.items())
