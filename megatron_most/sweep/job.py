@@ -101,9 +101,7 @@ class Job:
         command = [str(ROOT / "examples/launch" / launcher), "--config", str(directory / CONFIG)]
         return _call(command, log, environment, descriptors)
 
-    def _evaluate(
-        self, one: EvaluationConfig, directory: Path, log: Path, descriptors: tuple[int, ...]
-    ) -> int:
+    def _evaluate(self, one: EvaluationConfig, directory: Path, log: Path, descriptors: tuple[int, ...]) -> int:
         output = directory / "evaluation" / f"{one.name}.json"
         command = [sys.executable, str(ROOT / "tools/evaluate.py"), "--checkpoint", str(directory)]
         command += ["--suite", one.suite, "--data", one.data, "--output", str(output)]

@@ -106,7 +106,11 @@ def markdown(sweep: Sweep, metrics: list[str], summaries: list[VariantSummary]) 
             *(_interval(one.estimates[metric]) for metric in metrics),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", f"| difference from {sweep.baseline.name} | {' | '.join(metrics)} |", f"|{'---|' * (1 + len(metrics))}"]
+    lines += [
+        "",
+        f"| difference from {sweep.baseline.name} | {' | '.join(metrics)} |",
+        f"|{'---|' * (1 + len(metrics))}",
+    ]
     for one in summaries:
         if not one.is_baseline:
             cells = [one.variant.name, *(_difference(one.differences[metric]) for metric in metrics)]

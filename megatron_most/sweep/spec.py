@@ -101,20 +101,26 @@ class SweepSpec:
 
 @dataclass(frozen=True)
 class Variant:
-    """One point of the axes: the choice on each, and all overrides (``key=value``) that make it of the base."""
+    """One point of the axes.
+
+    Args:
+        choices: (axis, choice) for each axis.
+        labels: what each choice is called: its name, or ``key=value`` where the axis is a key of the configuration.
+        overrides: all overrides, ``key=value``, that make it of the base configuration.
+    """
 
     choices: tuple[tuple[str, str], ...]
+    labels: tuple[str, ...]
     overrides: tuple[str, ...]
 
     @property
     def name(self) -> str:
-        return ", ".join(f"{axis} {choice}" for axis, choice in self.choices)
+        return ", ".join(self.labels)
 
     @property
     def slug(self) -> str:
         """Name for a folder."""
-        words = (f"{axis.rpartition('.')[2]}-{choice}" for axis, choice in self.choices)
-        return "".join(letter if letter.isalnum() or letter in "-_.=" else "-" for letter in "_".join(words))
+        return "".join(letter if letter.isalnum() or letter in "-_.=" else "-" for letter in "_".join(self.labels))
 
 
 @dataclass(frozen=True)
@@ -186,9 +192,7 @@ def _choices(where: str, name: str, choices: Any) -> dict[str, tuple[str, ...]]:
         return values
     if not isinstance(choices, Mapping) or not choices:
         raise ConfigError(f"{where}: must be a list of values, or map names to overrides")
-    return {
-        _text(choice): _overrides(f"{where}.{_text(choice)}", overrides) for choice, overrides in choices.items()
-    }
+    return {_text(choice): _overrides(f"{where}.{_text(choice)}", overrides) for choice, overrides in choices.items()}
 
 
 def _overrides(where: str, overrides: Any) -> tuple[str, ...]:
@@ -223,5 +227,11 @@ def _combined(
     for point in zip(*lists, strict=True) if combine == "zip" else itertools.product(*lists):
         yield Variant(
             tuple((axis, choice) for axis, choice, _ in point),
+            tuple(_label(axis, choice, overrides) for axis, choice, overrides in point),
             common + tuple(override for _, _, overrides in point for override in overrides),
         )
+
+
+def _label(axis: str, choice: str, overrides: tuple[str, ...]) -> str:
+    is_value = overrides == (f"{axis}={choice}",)
+    return f"{axis.rpartition('.')[2]}={choice}" if is_value else choice
