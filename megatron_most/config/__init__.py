@@ -9,6 +9,7 @@ from megatron_most.config.model import (
     MoEConfig,
     RopeConfig,
 )
+from megatron_most.config.precision import PrecisionConfig
 from megatron_most.config.run import (
     CheckpointConfig,
     DataConfig,
@@ -34,6 +35,7 @@ __all__ = [
     "MoEConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PrecisionConfig",
     "RopeConfig",
     "RunConfig",
     "TrainingConfig",

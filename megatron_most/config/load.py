@@ -6,6 +6,7 @@ full path of a wrong key or value is known, inside lists too.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import types
@@ -51,7 +52,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def build_config(source: str, values: DictConfig | dict, overrides: Sequence[str] = ()) -> RunConfig:
     """Turn ``values`` and dotted overrides into a checked :class:`RunConfig`; ``source`` names them in errors."""
-    plain = OmegaConf.to_container(values) if isinstance(values, DictConfig) else values
+    plain = OmegaConf.to_container(values) if isinstance(values, DictConfig) else copy.deepcopy(values)
+    section = plain.get("precision")
+    if isinstance(section, dict) and "fp8" in section:
+        section["fp8"] = _off(section["fp8"])
     check_shape(plain, RunConfig, "", source)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(RunConfig), plain)
@@ -98,6 +102,8 @@ def _apply_override(config: DictConfig, override: str) -> None:
             path = _join(path, int(part))
         else:
             raise ConfigError(f"{source}: {path} is a single value and has no {part!r}")
+    if path == "precision.fp8":
+        value = _off(value)
     check_shape(value, hint, path, source)
     OmegaConf.update(config, path, value, merge=True)
 
@@ -131,6 +137,11 @@ def check_shape(value: typing.Any, hint: typing.Any, path: str, source: str) -> 
         name, accepted = _SCALARS[hint]
         if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
             raise ConfigError(f"{source}: {path}={value!r}: must be {name}")
+
+
+def _off(value: typing.Any) -> typing.Any:
+    """The word that YAML reads as false."""
+    return "off" if value is False else value
 
 
 def _field_types(section: type, key: str, path: str, source: str) -> dict[str, typing.Any]:

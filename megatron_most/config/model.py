@@ -78,6 +78,22 @@ class AttentionConfig:
         if self.q_lora_rank is not None:
             require_positive(section, self, ("q_lora_rank",))
 
+    def projections(self) -> dict[str, tuple[int, bool]]:
+        """Sizes of the projections by the option that decides each; whether tensor parallelism cuts them."""
+        heads = self.num_heads
+        if self.type == "gqa":
+            return {
+                "model.attention.num_heads": (heads * self.head_dim, True),
+                "model.attention.num_query_groups": (self.num_query_groups * self.head_dim, True),
+            }
+        sizes = {
+            "model.attention.qk_nope_head_dim": (heads * (self.qk_nope_head_dim + self.qk_rope_head_dim), True),
+            "model.attention.v_head_dim": (heads * self.v_head_dim, True),
+            "model.attention.kv_lora_rank": (self.kv_lora_rank, False),
+            "model.attention.qk_rope_head_dim": (self.kv_lora_rank + self.qk_rope_head_dim, False),
+        }
+        return sizes | ({"model.attention.q_lora_rank": (self.q_lora_rank, False)} if self.q_lora_rank else {})
+
 
 @dataclass
 class ExpertGroupConfig:

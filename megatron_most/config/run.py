@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_most.config.model import VOCAB_MULTIPLE, ModelConfig
+from megatron_most.config.precision import PrecisionConfig
 from megatron_most.config.rules import require, require_not_negative, require_one_of, require_positive
 from megatron_most.errors import ConfigError
 from megatron_most.vocab import VocabLayout
@@ -174,7 +175,6 @@ class TrainingConfig:
     steps: int = 1000
     micro_batch_size: int = 1
     global_batch_size: int = 8
-    precision: str = "bf16"
     recompute: str = "none"
     eval_interval: int = 0
     eval_batches: int = 8
@@ -183,7 +183,6 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         require_positive("training", self, ("steps", "micro_batch_size", "global_batch_size", "eval_batches"))
         require_not_negative("training", self, ("eval_interval", "threads_per_rank"))
-        require_one_of("training.precision", self.precision, ("fp32", "bf16"))
         require_one_of("training.recompute", self.recompute, ("none", "moe", "full"))
 
 
@@ -238,6 +237,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -277,15 +277,16 @@ class RunConfig:
             f"must divide model.moe.ffn_hidden_size, {model.moe.ffn_hidden_size}",
         )
         width = model.moe.ffn_hidden_size // parallel.expert_tensor_size
-        multiple = 16 // {"fp32": 4, "bf16": 2}[self.training.precision]
+        multiple = 16 // {"fp32": 4, "bf16": 2}[self.precision.dtype]
         require(
             model.moe.expert_backend != "grouped" or not (model.hidden_size % multiple or width % multiple),
             "model.moe.expert_backend",
             model.moe.expert_backend,
             f"takes rows of whole 16 bytes: model.hidden_size ({model.hidden_size}) and each rank's share of"
-            f" model.moe.ffn_hidden_size ({width}) must be divisible by {multiple} in {self.training.precision};"
+            f" model.moe.ffn_hidden_size ({width}) must be divisible by {multiple} in {self.precision.dtype};"
             " else take sequential",
         )
+        self._check_fp8()
         expert = parallel.expert_model_parallel_size
         require(
             model.moe.dispatcher not in ("deepep", "hybridep") or expert * parallel.expert_tensor_size > 1,
@@ -349,6 +350,55 @@ class RunConfig:
             "optimizer.warmup_steps",
             warmup,
             f"must be less than training.steps, {self.training.steps}",
+        )
+
+    def _check_fp8(self) -> None:
+        """What FP8 asks of the model and its layout."""
+        precision, model, parallel = self.precision, self.model, self.parallel
+        if not precision.uses_fp8:
+            return
+        moe, tensor, multiple = model.moe, parallel.tensor_model_parallel_size, precision.alignment
+        shares = {
+            "model.hidden_size": (model.hidden_size, 1),
+            "model.ffn_hidden_size": (model.ffn_hidden_size if model.num_dense_layers else 0, tensor),
+            "model.moe.shared_ffn_hidden_size": (moe.shared_ffn_hidden_size, tensor),
+            "model.moe.ffn_hidden_size": (moe.ffn_hidden_size, parallel.expert_tensor_size),
+            **{name: (size, tensor if cut else 1) for name, (size, cut) in model.attention.projections().items()},
+        }
+        for name, (size, ranks) in shares.items():
+            share = size // ranks
+            require(
+                share % multiple == 0,
+                name,
+                size,
+                f"each rank's share, {share}, must be divisible by {multiple} for precision.fp8_recipe"
+                f"={precision.fp8_recipe}",
+            )
+        context = parallel.context_parallel_size
+        rows = self.training.micro_batch_size * self.data.seq_length // context
+        rows //= tensor  # with sequence parallelism, which the replicated projections of latent attention see
+        require(
+            rows % multiple == 0,
+            "data.seq_length",
+            self.data.seq_length,
+            f"gives {rows} positions to a rank; precision.fp8_recipe={precision.fp8_recipe} needs a multiple of"
+            f" {multiple}",
+        )
+        pools = [group.modality for group in moe.groups if group.size] + (["common"] if moe.common.size else [])
+        for pool in precision.bf16_expert_pools:
+            require_one_of("precision.bf16_expert_pools", pool, pools)
+        require(
+            not precision.bf16_expert_pools or moe.expert_backend == "grouped",
+            "precision.bf16_expert_pools",
+            precision.bf16_expert_pools,
+            "needs model.moe.expert_backend=grouped, which keeps the pools apart",
+        )
+        layers = precision.bf16_first_layers + precision.bf16_last_layers
+        require(
+            layers < model.num_layers,
+            "precision.bf16_first_layers",
+            precision.bf16_first_layers,
+            f"with bf16_last_layers, {precision.bf16_last_layers}, leaves none of {model.num_layers} layers for FP8",
         )
 
     @property

@@ -106,6 +106,6 @@ def shape_config(config: RunConfig) -> dict[str, Any]:
     return {
         "vocab": dataclasses.asdict(config.vocab),
         "model": dataclasses.asdict(config.model),
-        "training": {"precision": config.training.precision},
+        "precision": {"dtype": config.precision.dtype},
         "data": {"seq_length": config.data.seq_length},
     }

@@ -72,7 +72,7 @@ def import_config(
     wanted = _read_yaml(options.config) if options.config else {}
     values: dict[str, Any] = {
         "model": copy.deepcopy(foreign.model),
-        "training": {"precision": foreign.precision},
+        "precision": {"dtype": foreign.precision},
         "vocab": _vocab(architecture, foreign, options.audio_vocab, wanted.get("vocab")),
     }
     moe = values["model"]["moe"]

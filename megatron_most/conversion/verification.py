@@ -247,9 +247,9 @@ def whole_model(config: RunConfig, state: Path) -> torch.nn.Module:
     values = dataclasses.asdict(config)
     moe = {"expert_backend": "sequential", "dispatcher": "alltoall", "shared_expert_overlap": False}
     values["model"]["moe"] |= moe
-    training = {"training": {"precision": "fp32"}}
+    precision = {"precision": {"dtype": "fp32"}}
     sections = {name: values[name] for name in ("vocab", "model")}
-    chunks = build_model(build_config(str(state.parent), {**sections, **training}))
+    chunks = build_model(build_config(str(state.parent), {**sections, **precision}))
     load_model_state(state, chunks)
     return chunks[0]
 

@@ -7,15 +7,18 @@ from megatron.core import parallel_state
 from megatron_most import platform
 from megatron_most.config import RunConfig
 from megatron_most.config.model import AttentionConfig
+from megatron_most.model.fp8 import convert_to_fp8
 from megatron_most.model.most_model import MoSTModel, padded
 from megatron_most.model.rotary import rotary_embedding
 from megatron_most.model.specs import portable_block_spec
 from megatron_most.model.transformer_config import transformer_config
 from megatron_most.moe import ExpertGroups
+from megatron_most.precision import check_fp8
 
 
 def check_libraries(config: RunConfig) -> None:
     """Raise :class:`ConfigError` when the model needs a library that is not there. Allocates nothing."""
+    check_fp8(config)
     moe = config.model.moe
     if moe.expert_backend == "transformer_engine":
         platform.require_library("Transformer Engine", "model.moe.expert_backend", moe.expert_backend)
@@ -54,6 +57,8 @@ def build_model(config: RunConfig) -> list[MoSTModel]:
             rotary=rotary,
         )
         chunks.append(chunk.to(platform.device()))
+    if config.precision.uses_fp8:
+        convert_to_fp8(config, chunks)
     return chunks
 
 

@@ -16,7 +16,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
     """Megatron's configuration of the transformer, in its own words."""
     model, parallel, training = config.model, config.parallel, config.training
     attention, moe = model.attention, model.moe
-    dtype = DTYPES[training.precision]
+    dtype = DTYPES[config.precision.dtype]
     virtual = parallel.virtual_pipeline_model_parallel_size
     config_class, attention_options = (
         (MLATransformerConfig, _multi_latent(attention))
@@ -63,7 +63,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         # Numerics.
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        bf16=training.precision == "bf16",
+        bf16=config.precision.dtype == "bf16",
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,

@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_most.config import MoEConfig
 from megatron_most.moe.expert_groups import ExpertGroups
 from megatron_most.moe.sharding import Offsets, in_logical_order, shard_by_expert
+from megatron_most.precision import Fp8Product
 
 
 class GroupedExperts(MegatronModule):
@@ -59,14 +60,19 @@ class GroupedExperts(MegatronModule):
         self, tokens: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
         """Tokens ``[n, h]`` sorted by local expert, their number for each, and probs ``[n]`` -> ``[n, h]``, no bias."""
-        counts = iter(tokens_per_expert.tolist())
+        remaining = iter(tokens_per_expert.tolist())
         pools = list(self.children())
-        ends = [list(itertools.accumulate(itertools.islice(counts, len(pool.experts)))) for pool in pools]
+        counts = [list(itertools.islice(remaining, len(pool.experts))) for pool in pools]
+        ends = [list(itertools.accumulate(pool_counts)) for pool_counts in counts]
         on_host = torch.tensor([*itertools.chain(*ends)], dtype=torch.int32, pin_memory=tokens.is_cuda)
         on_device = on_host.to(tokens.device, non_blocking=True)  # pinned: the host does not wait for the device
         rows = [pool_ends[-1] for pool_ends in ends]
         pieces = zip(
-            tokens.split(rows), on_device.split([len(pool.experts) for pool in pools]), probs.split(rows), strict=True
+            tokens.split(rows),
+            on_device.split([len(pool.experts) for pool in pools]),
+            probs.split(rows),
+            counts,
+            strict=True,
         )
         outputs = [pool(*piece) for pool, piece in zip(pools, pieces, strict=True)]
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -99,6 +105,8 @@ class GroupedExperts(MegatronModule):
 class ExpertPool(torch.nn.Module):
     """The experts of one pool on one rank: ``linear_fc1 [e, 2f, h]``, gate above up, and ``linear_fc2 [e, h, f]``.
 
+    ``fp8`` holds who computes the two products in FP8, None where they stay in the dtype of the weights.
+
     Args:
         experts: their logical indices.
     """
@@ -106,6 +114,7 @@ class ExpertPool(torch.nn.Module):
     def __init__(self, experts: tuple[int, ...], config: TransformerConfig, tensor_parallel_size: int) -> None:
         super().__init__()
         self.experts = experts
+        self.fp8: dict[str, Fp8Product | None] = {"linear_fc1": None, "linear_fc2": None}
         hidden, width = config.hidden_size, config.moe_ffn_hidden_size // tensor_parallel_size
         shapes = {
             "linear_fc1": ((len(experts), 2 * width, hidden), 1, config.init_method),
@@ -121,8 +130,18 @@ class ExpertPool(torch.nn.Module):
                 init_method(weight)
             self.register_parameter(name, weight)
 
-    def forward(self, tokens: torch.Tensor, ends: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
-        """Tokens ``[n, h]`` of which expert i has those from ``ends[i - 1]`` to ``ends[i]``; probs ``[n]``."""
+    def forward(self, tokens: torch.Tensor, ends: torch.Tensor, probs: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        """Tokens ``[n, h]`` of which expert i has those from ``ends[i - 1]`` to ``ends[i]``; probs ``[n]``.
+
+        counts: tokens of each expert, on the host.
+        """
+        fc1, fc2 = self.fp8["linear_fc1"], self.fp8["linear_fc2"]
+        if fc1 is not None and fc2 is not None:
+            places, ends, num_rows = fc1.padding(counts, tokens.device)
+            tokens = tokens.new_zeros(num_rows, tokens.shape[1]).index_copy(0, places, tokens)
+            probs = probs.new_zeros(num_rows).index_copy(0, places, probs)
+            hidden = _weighted_swiglu(fc1.grouped(tokens, self.linear_fc1, ends), probs)
+            return fc2.grouped(hidden, self.linear_fc2, ends)[places]
         hidden = torch.nn.functional.grouped_mm(tokens, self.linear_fc1.transpose(1, 2), offs=ends)
         hidden = _weighted_swiglu(hidden, probs)
         return torch.nn.functional.grouped_mm(hidden, self.linear_fc2.transpose(1, 2), offs=ends)

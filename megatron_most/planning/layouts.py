@@ -163,7 +163,7 @@ def _message_seconds(config: RunConfig, world_size: int, gpu: Gpu, imbalance: fl
     parallel, moe, shares = config.parallel, config.model.moe, modality_shares(config)
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     pipeline, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
-    tokens, width = _tokens(config, world_size), {"bf16": 2, "fp32": 4}[config.training.precision]
+    tokens, width = _tokens(config, world_size), {"bf16": 2, "fp32": 4}[config.precision.dtype]
     row = config.model.hidden_size * width
     passes = {"none": 2, "moe": 3, "full": 3}[config.training.recompute]  # forward, backward, forward again
     layers, moe_layers = config.model.num_layers, config.model.num_layers - config.model.num_dense_layers

@@ -64,7 +64,7 @@ def memory_of_rank(
     learning = {part: size for part, size in sizes.items() if config.lr_scale(part) > 0}
     experts = sum(size for part, size in learning.items() if part.startswith("experts."))
     dense = sum(learning.values()) - experts
-    is_bf16 = config.training.precision == "bf16"
+    is_bf16 = config.precision.dtype == "bf16"
     # AdamW's two moments, and beside bf16 weights a master copy, in fp32.
     state = 12 if is_bf16 else 8
     dense_ranks, expert_ranks = _copies(config, world_size) if config.optimizer.distributed else (1, 1)
@@ -88,7 +88,7 @@ def _copies(config: RunConfig, world_size: int) -> tuple[int, int]:
 
 def _width(config: RunConfig) -> int:
     """Bytes of a weight and of an element of an activation."""
-    return {"bf16": 2, "fp32": 4}[config.training.precision]
+    return {"bf16": 2, "fp32": 4}[config.precision.dtype]
 
 
 def _positions(config: RunConfig) -> float:

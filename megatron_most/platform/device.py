@@ -19,6 +19,11 @@ def backend() -> str:
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
+def has_fp8() -> bool:
+    """Whether the accelerator multiplies FP8 numbers: Ada, Hopper and later."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+
+
 def set_threads(count: int = 0) -> int:
     """Set the intra-op threads of this process and return their number.
 

@@ -42,7 +42,7 @@ def matched_width(
     reached = cost(configure([override]))
     if abs(reached - target) > budget.tolerance * target:
         raise ConfigError(
-            f"variant {variant}: {override} gives {reached:,.0f} {budget.match}, the baseline has {target:,.0f}: further"
-            f" off than budget.tolerance={budget.tolerance:g}"
+            f"variant {variant}: {override} gives {reached:,.0f} {budget.match}, the baseline has {target:,.0f}:"
+            f" further off than budget.tolerance={budget.tolerance:g}"
         )
     return [override]

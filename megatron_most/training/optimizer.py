@@ -37,7 +37,7 @@ def wrap_model(config: RunConfig, model_chunks: list[MoSTModel]) -> list[Distrib
     )
     wrapped = []
     for index, chunk in enumerate(model_chunks):
-        module = Float16Module(megatron, chunk) if config.training.precision == "bf16" else chunk
+        module = Float16Module(megatron, chunk) if config.precision.dtype == "bf16" else chunk
         # As in Megatron's own training loop: with virtual stages, only the first chunk is worth splitting into buckets.
         wrapped.append(DistributedDataParallel(megatron, ddp_config, module, disable_bucketing=index > 0))
     return wrapped
@@ -73,8 +73,8 @@ def build_optimizer(config: RunConfig, wrapped: list[DistributedDataParallel]) -
         adam_beta2=options.beta2,
         adam_eps=options.eps,
         clip_grad=options.clip_grad,
-        bf16=config.training.precision == "bf16",
-        params_dtype=torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
+        bf16=config.precision.dtype == "bf16",
+        params_dtype=torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32,
         use_distributed_optimizer=options.distributed,
     )
     overrides = {**get_standard_config_overrides(megatron_config), **group_overrides(config, wrapped)}

@@ -26,7 +26,7 @@ ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
 ROUTING = "routing.jsonl"
 _PACKAGES = ("megatron-most", "megatron-core", "torch", "transformer-engine", "nemo-toolkit", "numpy")
-_IDENTITY = ("seed", "vocab", "model", "data", "training.precision")
+_IDENTITY = ("seed", "vocab", "model", "data", "precision.dtype")
 _CHANGEABLE = TRAINING_ONLY | {"data.validation"}
 
 

@@ -30,6 +30,7 @@ from megatron_most.data.batch import Batch
 from megatron_most.data.loader import train_batches, validation_batches
 from megatron_most.errors import DataError, MostError
 from megatron_most.model import build_model, check_libraries
+from megatron_most.model.fp8 import collect_fp8_padding, end_fp8_step
 from megatron_most.moe import collect_routing, end_routing_step
 from megatron_most.parallel import fail, on_rank_zero, together
 from megatron_most.training.loss import LossTable
@@ -216,6 +217,7 @@ class Trainer:
         _, grad_norm, _ = self.optimizer.step()
         self._require_finite("gradient norm", grad_norm)
         end_routing_step(self.model_chunks)
+        end_fp8_step(self.model_chunks)
         self.step += 1
         self.accumulator.add(sums)
         tokens, samples = (int(value) for value in sums[-1])
@@ -255,6 +257,9 @@ class Trainer:
             "tokens_per_second": self._timed_tokens / self._seconds,
             "step_seconds": self._seconds / self._timed_steps,
         }
+        padding = collect_fp8_padding(self.model_chunks) if self.config.precision.uses_fp8 else None
+        if padding is not None:
+            values["fp8_padding"] = padding
         if self.writer is not None:
             self.writer.training(values, self.accumulator.routing.layers())
         self.accumulator.reset()

@@ -163,7 +163,7 @@ def test_layout_equals_one_process(layout):
 def test_norms_of_parts_add_up_to_the_whole_in_bf16(optimizer):
     """Where the optimizer's parameters are fp32 copies, of which each must count once."""
     layouts = ({TP: 2, BACKEND: "sequential"}, {EP: 2, MICRO: 1})
-    runs = [({**layout, **optimizer, "training__precision": "bf16"}, 1) for layout in layouts]
+    runs = [({**layout, **optimizer, "precision__dtype": "bf16"}, 1) for layout in layouts]
     for observations in run_ranks(2, observe_each, runs):
         for observation in observations:
             whole = math.sqrt(sum(norm**2 for norm in observation.part_norms.values()))
@@ -255,7 +255,7 @@ def test_parts_are_frozen_and_thawed_between_runs(precision, readers, tmp_path):
         "dp2": (2, {}),
         "plain": (1, UNSHARDED),
     }
-    common = {"training__precision": precision}
+    common = {"precision__dtype": precision}
     stages = ["audio experts and heads", "not text experts"]
     writer = "plain" if "plain" not in readers else "dp2"
     world_size, overrides = layouts[writer]

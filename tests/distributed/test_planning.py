@@ -55,7 +55,7 @@ MODELS: dict[str, Overrides] = {
         "model__num_dense_layers": 0,
         "model__moe__shared_ffn_hidden_size": 0,
         "model__moe__expert_backend": "sequential",
-        "training__precision": "bf16",
+        "precision__dtype": "bf16",
     },
 }
 
@@ -82,7 +82,7 @@ def differences(cases: list[Overrides]) -> list[str]:
         gradients = sum(
             parameter.numel() for chunk in chunks for parameter in chunk.parameters() if parameter.requires_grad
         )
-        width = {"fp32": 4, "bf16": 2}[config.training.precision]
+        width = {"fp32": 4, "bf16": 2}[config.precision.dtype]
         if (estimate.weights, estimate.gradients) != (width * sum(sizes.values()), 4 * gradients):
             found.append(f"rank {rank} of {overrides}: weights {estimate.weights}, gradients {estimate.gradients}")
         # Ranks share the optimizer's state out by the byte, not evenly: all ranks together hold what is planned.

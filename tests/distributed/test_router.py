@@ -90,7 +90,7 @@ def test_global_aux_loss_accumulates_alike_in_every_layout():
 
 def save_and_load(directory: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Biases of a bf16 model, and those of a fresh one that loaded its checkpoint."""
-    config = tiny_config(**BIASED, training__precision="bf16")
+    config = tiny_config(**BIASED, precision__dtype="bf16")
     parallel.initialize(config.parallel, seed=1)
     saved, loaded = build_model(config), build_model(config)
     for seed, router in enumerate(routers(saved)):

@@ -44,7 +44,8 @@ def tiny_config(**overrides: Any) -> RunConfig:
             },
         },
         "data": {"seq_length": SEQ_LENGTH, "packing": False},
-        "training": {"precision": "fp32", "micro_batch_size": 2, "global_batch_size": 8},
+        "precision": {"dtype": "fp32"},
+        "training": {"micro_batch_size": 2, "global_batch_size": 8},
     }
     dotted = [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]
     return build_config("tiny", values, dotted)

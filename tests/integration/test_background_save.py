@@ -247,7 +247,7 @@ def test_an_error_of_another_kind_does_not_wait_for_the_storage(tmp_path: Path) 
 
 def copies_of_a_share(state: Path) -> int:
     """Bytes of host memory that this rank holds from planning a checkpoint to writing it."""
-    config = tiny_config(training__precision="bf16")
+    config = tiny_config(precision__dtype="bf16")
     parallel.initialize(config.parallel, seed=1)
     chunks = build_model(config)
     wrapped = wrap_model(config, chunks)

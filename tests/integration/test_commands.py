@@ -129,7 +129,7 @@ model:
   hidden_size: 64
   ffn_hidden_size: 128
   moe: {groups: [{modality: text, size: 4, top_k: 2}, {modality: audio, size: 4, top_k: 2}]}
-training: {precision: fp32}
+precision: {dtype: fp32}
 """
 
 

@@ -15,7 +15,7 @@ EXPERT = {"parallel__expert_model_parallel_size": 2, "model__moe__expert_order":
 
 
 def test_frozen_parts_log_and_resume(tmp_path: Path) -> None:
-    options = {"optimizer__lr_scales": SCALES, "training__precision": "bf16", **EXPERT}
+    options = {"optimizer__lr_scales": SCALES, "precision__dtype": "bf16", **EXPERT}
     whole = run_config(tmp_path, "whole", **options)
     run_ranks(2, train, whole)
     lines = [line for line in metric_lines(whole) if "grad_norm" in line]

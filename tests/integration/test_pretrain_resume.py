@@ -25,8 +25,8 @@ LAYOUTS = {
         2,
         {"parallel__expert_model_parallel_size": 2, "optimizer__distributed": False, "optimizer__overlap": False},
     ),
-    "expert-parallel-bf16": (2, {"parallel__expert_model_parallel_size": 2, "training__precision": "bf16"}),
-    "bf16-plain-optimizer": (1, {"training__precision": "bf16", "optimizer__distributed": False}),
+    "expert-parallel-bf16": (2, {"parallel__expert_model_parallel_size": 2, "precision__dtype": "bf16"}),
+    "bf16-plain-optimizer": (1, {"precision__dtype": "bf16", "optimizer__distributed": False}),
     "virtual-pipeline": (
         2,
         {"parallel__pipeline_model_parallel_size": 2, "parallel__virtual_pipeline_model_parallel_size": 2},
@@ -116,7 +116,7 @@ def train_with_many_buckets(config: RunConfig) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_resumed_run_equals_undisturbed_run_with_many_gradient_buckets(precision: str, tmp_path: Path) -> None:
     # A rank of 10 leaves parameters whose sizes are no multiple of Megatron's padding.
-    overrides = {"training__precision": precision, "model__attention__kv_lora_rank": 10}
+    overrides = {"precision__dtype": precision, "model__attention__kv_lora_rank": 10}
     whole = run_config(tmp_path, "whole", **overrides)
     weights = run_ranks(2, train_with_many_buckets, whole)
     resumed = run_config(tmp_path, "resumed", **overrides)

@@ -215,7 +215,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         (["parallel.expert_tensor_parallel_size=3"], "must divide model.moe.ffn_hidden_size, 1408"),
         (["model.moe.ffn_hidden_size=68"], "model.moe.expert_backend='grouped': takes rows of whole 16 bytes"),
         (["model.hidden_size=2052"], "must be divisible by 8 in bf16"),
-        (["model.hidden_size=2050", "training.precision=fp32"], "must be divisible by 4 in fp32"),
+        (["model.hidden_size=2050", "precision.dtype=fp32"], "must be divisible by 4 in fp32"),
         (["parallel.expert_tensor_parallel_size=2", "model.moe.ffn_hidden_size=72"], "rank's share of model.moe.ffn"),
         (["model.moe.dispatcher=deepep"], "model.moe.dispatcher='deepep': needs experts on several ranks"),
         (["model.moe.dispatcher=hybridep"], "model.moe.dispatcher='hybridep': needs experts on several ranks"),
@@ -247,7 +247,7 @@ def test_a_broken_rule_names_field_value_and_rule(error, overrides, message):
 
 
 def test_sizes_that_grouped_experts_do_not_take_are_left_to_sequential_ones(load):
-    assert load("model.moe.ffn_hidden_size=68", "training.precision=fp32").model.moe.expert_backend == "grouped"
+    assert load("model.moe.ffn_hidden_size=68", "precision.dtype=fp32").model.moe.expert_backend == "grouped"
     assert load("model.moe.ffn_hidden_size=65", "model.moe.expert_backend=sequential").model.moe.ffn_hidden_size == 65
 
 

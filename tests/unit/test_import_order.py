@@ -14,6 +14,7 @@ LAYERS = (
     ("audio", "text"),
     ("parallel",),
     ("data",),
+    ("precision",),
     ("moe",),
     ("model",),
     ("checkpointing",),

@@ -91,7 +91,7 @@ def layer_config(arguments: argparse.Namespace, backend: str) -> RunConfig:
                 "expert_backend": backend,
             },
         },
-        "training": {"precision": "bf16" if platform.device().type == "cuda" else "fp32"},
+        "precision": {"dtype": "bf16" if platform.device().type == "cuda" else "fp32"},
     }
     return build_config("bench", values, [])
 

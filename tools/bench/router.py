@@ -123,7 +123,7 @@ def model_config(arguments: argparse.Namespace) -> RunConfig:
         # Layers are timed by themselves too, where no hook may wait for the gradients of the whole model.
         "optimizer": {"overlap": False},
         "data": {"seq_length": arguments.tokens, "packing": False},
-        "training": {"precision": "bf16" if platform.device().type == "cuda" else "fp32"},
+        "precision": {"dtype": "bf16" if platform.device().type == "cuda" else "fp32"},
     }
     return build_config("bench", values, [])
 

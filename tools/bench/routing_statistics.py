@@ -44,7 +44,8 @@ MODEL = {
         "moe": {"ffn_hidden_size": 352, "shared_ffn_hidden_size": 704},
     },
     "data": {"seq_length": LENGTH, "packing": False},
-    "training": {"precision": "fp32", "micro_batch_size": 1, "global_batch_size": 1},
+    "precision": {"dtype": "fp32"},
+    "training": {"micro_batch_size": 1, "global_batch_size": 1},
     "optimizer": {"overlap": False},
 }
 

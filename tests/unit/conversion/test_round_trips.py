@@ -151,7 +151,7 @@ vocab:
   further_modalities: [{name: image, start: 40, stop: 60}]
   num_codebooks: 2
   codebook_size: 16
-training: {precision: fp32}
+precision: {dtype: fp32}
 """
 
 

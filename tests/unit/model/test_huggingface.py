@@ -69,7 +69,7 @@ def run_config(attention: dict, moe: dict) -> RunConfig:
             "vocab": {"text_vocab_size": VOCAB, "num_codebooks": 2, "codebook_size": 8, "layout": "flat"},
             "model": model,
             "data": {"seq_length": 64},
-            "training": {"precision": "fp32"},
+            "precision": {"dtype": "fp32"},
         },
     )
 

@@ -84,7 +84,7 @@ def test_grouped_equals_sequential_in_bf16() -> None:
     counts = [5, 0, 11, 2, 30]
     mine, theirs = (
         run(
-            filled(tiny_config(**POOLS, training__precision="bf16", model__moe__expert_backend=backend)),
+            filled(tiny_config(**POOLS, precision__dtype="bf16", model__moe__expert_backend=backend)),
             counts,
             torch.bfloat16,
         )

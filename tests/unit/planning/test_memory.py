@@ -28,7 +28,7 @@ def test_weights_gradients_and_states_follow_from_the_counts() -> None:
     total = count_parameters(config)["total"]
     estimate = only_rank(config)
     assert (estimate.weights, estimate.gradients, estimate.optimizer) == (4 * total, 4 * total, 8 * total)
-    bf16 = tiny_config(training__precision="bf16")
+    bf16 = tiny_config(precision__dtype="bf16")
     estimate = only_rank(bf16)
     assert (estimate.weights, estimate.gradients, estimate.optimizer) == (2 * total, 4 * total, 12 * total)
     assert only_rank(bf16, 4).optimizer == 3 * total

@@ -104,7 +104,7 @@ def test_models_are_those_that_conversion_makes_of_the_base(name: str, base: dic
     _, foreign = read_foreign(base, name)
     assert contains(dataclasses.asdict(config.model), foreign.model) == []
     assert config.vocab.text_vocab_size == foreign.vocab_size
-    assert config.training.precision == foreign.precision
+    assert config.precision.dtype == foreign.precision
     text, audio = config.model.moe.groups
     if base is DEEPSEEK_V2_LITE:
         sizes = (64, 64) if name == "most_16b_expand" else (32, 32)
@@ -154,5 +154,5 @@ def test_debug_has_every_part_of_the_recipes() -> None:
     debug, recipe_of_the_paper = recipe("most_debug"), recipe("most_16b_stage1")
     assert debug.part_names == recipe_of_the_paper.part_names
     assert debug.model.attention.rope.type == recipe_of_the_paper.model.attention.rope.type
-    on_cpu = load_config(CONFIGS / "most_debug.yaml", ["training.precision=fp32", "optimizer.overlap=false"])
+    on_cpu = load_config(CONFIGS / "most_debug.yaml", ["precision.dtype=fp32", "optimizer.overlap=false"])
     assert on_cpu.num_microbatches(on_cpu.parallel.data_parallel_size(2)) == 4

@@ -45,7 +45,7 @@ def test_claim_records_config_and_environment(tmp_path: Path) -> None:
         ({"vocab__num_codebooks": 3}, "vocab.num_codebooks is 2 there, 3"),
         ({"data__seq_length": 64}, "data.seq_length is 32 there, 64"),
         ({"data__train": "[{path: elsewhere}]"}, "data.train"),
-        ({"training__precision": "bf16"}, "training.precision is 'fp32' there, 'bf16'"),
+        ({"precision__dtype": "bf16"}, "precision.dtype is 'fp32' there, 'bf16'"),
         ({"model__moe__score_rule": "all"}, "model.moe.score_rule is 'group' there, 'all'"),
     ],
 )

@@ -1,0 +1,61 @@
+"""Number formats: of weights and activations, and of matrix products in FP8."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron_most.config.rules import require, require_not_negative, require_one_of, require_positive
+
+
+@dataclass
+class PrecisionConfig:
+    """``dtype`` of weights and activations; FP8 matrix products by ``fp8``, which docs/fp8.md describes.
+
+    ``fp8`` is ``off``, ``e4m3`` (everywhere) or ``hybrid`` (e4m3 forward, e5m2 for gradients). Routers, embeddings,
+    heads and the attention's scores are never in FP8; the first and last layers and the named expert pools stay in
+    ``dtype``, too. ``fp8_amax_history`` is for the recipe ``delayed``: steps over which the largest value counts.
+    """
+
+    dtype: str = "bf16"
+    fp8: str = "off"
+    fp8_recipe: str = "tensorwise"
+    fp8_backend: str = "auto"
+    fp8_amax_history: int = 16
+    bf16_first_layers: int = 1
+    bf16_last_layers: int = 1
+    bf16_expert_pools: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        choices = {
+            "dtype": ("fp32", "bf16"),
+            "fp8": ("off", "e4m3", "hybrid"),
+            "fp8_recipe": ("delayed", "tensorwise", "blockwise", "mxfp8"),
+            "fp8_backend": ("auto", "transformer_engine", "torch", "emulate"),
+        }
+        for name, valid in choices.items():
+            require_one_of(f"precision.{name}", getattr(self, name), valid)
+        require_positive("precision", self, ("fp8_amax_history",))
+        require_not_negative("precision", self, ("bf16_first_layers", "bf16_last_layers"))
+        if not self.uses_fp8:
+            return
+        require(
+            self.fp8_recipe != "mxfp8" or self.fp8 == "e4m3",
+            "precision.fp8",
+            self.fp8,
+            "mxfp8 scales blocks of 32, for which e4m3 has range enough: take e4m3",
+        )
+        require(
+            self.dtype == "bf16" or self.fp8_backend == "emulate",
+            "precision.dtype",
+            self.dtype,
+            "FP8 products are of bf16 tensors; only fp8_backend=emulate takes fp32",
+        )
+
+    @property
+    def uses_fp8(self) -> bool:
+        return self.fp8 != "off"
+
+    @property
+    def alignment(self) -> int:
+        """What the sizes of an FP8 product must be divisible by: rows of 16 bytes, and mxfp8's blocks of 32."""
+        return 32 if self.fp8_recipe == "mxfp8" else 16

@@ -1,0 +1,54 @@
+"""FP8 products by torch's own kernels, on GPUs that have them: per-tensor recipes."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import ScalingType, scaled_grouped_mm, scaled_mm
+
+from megatron_most.precision import formats
+from megatron_most.precision.product import Fp8Product
+
+
+class ScaledMMProduct(Fp8Product):
+    """:class:`Fp8Product` executed in FP8 by ``scaled_mm`` and ``scaled_grouped_mm``.
+
+    The weight gradients of experts are the emulated product (FP8 values multiplied in bf16): grouped kernels that sum
+    over tokens want one scale for each row and expert, which a per-tensor recipe does not gain from.
+    """
+
+    def multiply(self, a: torch.Tensor, a_role: str, b: torch.Tensor, b_role: str) -> torch.Tensor:
+        a8, a_scale = self._cast(a, a_role)
+        b8, b_scale = self._cast(b, b_role)
+        return scaled_mm(
+            a8.contiguous(),
+            b8.contiguous().t(),
+            a_scale.reshape(()),
+            ScalingType.TensorWise,
+            b_scale.reshape(()),
+            ScalingType.TensorWise,
+            output_dtype=a.dtype,
+        )
+
+    def multiply_grouped(
+        self, a: torch.Tensor, role: str, weight: torch.Tensor, ends: torch.Tensor, owner: torch.Tensor
+    ) -> torch.Tensor:
+        a8, a_scale = self._cast(a, role, owner)
+        weight8, weight_scale = self._cast(weight, "weight")
+        return scaled_grouped_mm(
+            a8.contiguous(),
+            weight8.contiguous().transpose(1, 2),
+            a_scale.flatten(),
+            ScalingType.RowWise,
+            weight_scale.flatten(1).expand(-1, weight.shape[1]).contiguous(),
+            ScalingType.RowWise,
+            offs=ends,
+            output_dtype=a.dtype,
+        )
+
+    def _cast(
+        self, tensor: torch.Tensor, role: str, owner: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tensor in FP8, and what turns it back (the inverse of its scale)."""
+        name, scale = self.formats[role], self.scale(tensor, role, owner)
+        limit = formats.largest(name)
+        return (tensor.float() * scale).clamp(-limit, limit).to(formats.FORMATS[name]), scale.reciprocal()
