@@ -180,6 +180,7 @@ class MoEConfig:
     router_weights: str = "shared"
     expert_order: str = "interleaved"
     balance_loss: str = "seq_aux_loss"
+    balance_scope: str = "modality"
     balance_coeff: float = 1e-3
     z_loss_coeff: float = 0.0
     orthogonality_coeff: float = 0.0
@@ -207,6 +208,7 @@ class MoEConfig:
             "score_rule": ("group", "all"),
             "router_weights": ("shared", "per_modality"),
             "expert_order": ("interleaved", "contiguous"),
+            "balance_scope": ("modality", "pooled"),
             "balance_loss": ("none", "aux_loss", "seq_aux_loss", "global_aux_loss"),
             "expert_backend": ("grouped", "sequential", "transformer_engine"),
             "dispatcher": ("alltoall", "allgather", "deepep", "hybridep"),

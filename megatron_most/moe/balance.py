@@ -41,6 +41,9 @@ class BalanceLoss:
     - ``global_aux_loss``: those of all data-parallel ranks and of the step's micro-batches up to this one (arXiv
       2501.11873).
 
+    ``is_pooled`` takes ``f`` and the E_m experts over all modalities at once, as a router without modalities does: the
+    sum over modalities is then the loss of all tokens. A modality with few tokens has little say in it.
+
     Args:
         row_group: ranks that hold other tokens of the same rows (tensor x context parallel).
         step_group: these and the ranks that hold other rows (x data parallel).
@@ -49,13 +52,16 @@ class BalanceLoss:
     def __init__(
         self,
         kind: str,
+        is_pooled: bool,
         groups: ExpertGroups,
         device: torch.device,
         row_group: dist.ProcessGroup,
         step_group: dist.ProcessGroup,
     ) -> None:
         self.kind = kind
-        self._choice_sizes = torch.tensor([float(len(choice)) for choice in groups.choices], device=device)
+        self.is_pooled = is_pooled
+        sizes = [groups.num_experts if is_pooled else len(choice) for choice in groups.choices]
+        self._choice_sizes = torch.tensor(sizes, dtype=torch.float32, device=device)
         self._count_group = step_group if kind == "global_aux_loss" else row_group
         self._step_pairs = torch.zeros(1, len(groups.choices), groups.num_experts, dtype=torch.float64, device=device)
 
@@ -77,6 +83,8 @@ class BalanceLoss:
         if self.kind == "global_aux_loss":
             self._step_pairs += pairs
             pairs = self._step_pairs
+        if self.is_pooled:
+            pairs = pairs.sum(dim=1, keepdim=True)
         fractions = (pairs / pairs.sum(dim=-1, keepdim=True).clamp(min=1)).float()
         probs = sum_by_modality(membership, group_probs, num_sequences=fractions.shape[0])
         return (probs * fractions).sum(dim=(0, 2)) * self._choice_sizes

@@ -58,7 +58,9 @@ class RouterLosses:
         self._coefficients: dict[str, torch.Tensor | float] = {}
         if moe.balance_loss != "none":
             self._coefficients["balance_loss"] = of_group("balance_coeff")
-            self._balance = BalanceLoss(moe.balance_loss, groups, device, pg_collection.tp_cp, pg_collection.tp_dp_cp)
+            is_pooled = moe.balance_scope == "pooled"
+            ranks = (pg_collection.tp_cp, pg_collection.tp_dp_cp)
+            self._balance = BalanceLoss(moe.balance_loss, is_pooled, groups, device, *ranks)
         z_coefficients = of_group("z_loss_coeff")
         if z_coefficients.any():
             self._coefficients["z_loss"] = z_coefficients

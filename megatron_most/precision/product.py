@@ -105,7 +105,7 @@ class Fp8Product:
         return found.to(tensor.dtype)
 
     def scale(self, tensor: torch.Tensor, role: str, owner: torch.Tensor | None = None) -> torch.Tensor:
-        """The per-tensor scale: of each row's expert ``[n, 1]``, of each expert's weight ``[e, 1, 1]``, else ``[1, 1]``."""
+        """The per-tensor scale: of each row's expert ``[n, 1]``, of each expert's weight ``[e, 1, 1]``, or one."""
         magnitudes = tensor.detach().abs()
         if owner is not None:
             amax = torch.zeros(self.count, device=tensor.device)

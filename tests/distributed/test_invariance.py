@@ -89,7 +89,11 @@ VARIANTS: dict[str, Overrides] = {
         "model__moe__router_weights": "per_modality",
     },
     "micro-batch-balance": {"model__moe__balance_loss": "aux_loss"},
-    "global-balance": {"model__moe__balance_loss": "global_aux_loss", "model__moe__normalize_top_k": True},
+    "global-balance": {
+        "model__moe__balance_loss": "global_aux_loss",
+        "model__moe__balance_scope": "pooled",
+        "model__moe__normalize_top_k": True,
+    },
 }
 RECOMPUTED: dict[str, tuple[int, Overrides]] = {"pp2-recompute": (2, {PP: 2, RECOMPUTE: "full"})}
 VARIANT_LAYOUTS = {

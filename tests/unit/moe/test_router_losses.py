@@ -8,7 +8,7 @@ from megatron_most import parallel
 from megatron_most.config import CommonExpertsConfig, ExpertGroupConfig, MoEConfig
 from megatron_most.moe.router import end_routing_step
 from tests.distributed.tiny import tiny_config
-from tests.unit.moe.routing import HIDDEN, make_router, make_tokens, route
+from tests.unit.moe.routing import HIDDEN, flat, make_router, make_tokens, reference_logits, reference_routing, route
 
 LOSSES = {
     "aux_loss": {"balance_loss": "aux_loss"},
@@ -120,3 +120,19 @@ def test_evaluation_has_no_losses():
     (probs * 0).sum().backward()
     assert not router.weight.grad.any()
     assert all(value == 0 for value in router.statistics.losses.values())
+
+
+@pytest.mark.parametrize("shares", [(0.6, 0.4), (0.95, 0.05)])
+def test_pooled_balance_is_that_of_all_tokens_over_all_experts(shares):
+    """``E sum_i f_i P_i`` over all valid tokens, times their number, whatever their modality; Switch's equation 4."""
+    router = make_router(text_and_audio(balance_loss="aux_loss", balance_scope="pooled", balance_coeff=1.0))
+    hidden, modality, is_padding = make_tokens(shares=shares)
+    found = []
+    router.losses.attach = lambda probs, losses: found.append(losses["balance_loss"]) or probs
+    route(router, hidden, modality, is_padding)
+    logits = reference_logits(router.moe, router.weight.detach(), hidden, flat(modality))
+    valid = ~flat(is_padding)
+    _, routing_map, distribution = reference_routing(router.moe, logits, flat(modality), valid)
+    fractions = routing_map.float().sum(dim=0) / routing_map.sum()
+    expected = logits.shape[1] * (fractions * distribution[valid].mean(dim=0)).sum() * valid.sum()
+    assert torch.allclose(found[0].sum(), expected, rtol=1e-5)

@@ -1,0 +1,76 @@
+"""One run's books: a result or a failure, once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_most.sweep import job as job_module
+from megatron_most.sweep.job import FAILURE, LOG, RESULT, Job, lock
+from megatron_most.sweep.spec import EvaluationConfig, ResourcesConfig
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What would be executed; the statuses are those of ``calls.statuses``, 0 when it is empty."""
+
+    class Calls(list):
+        statuses: list[int] = []
+
+    found = Calls()
+
+    def call(command: list[str], log: Path, environment: dict, descriptors: tuple) -> int:
+        found.append(command)
+        log.write_text("some line\nerror: model.hidden_size=3: must be even\nSignal caught\n")
+        return found.statuses.pop(0) if found.statuses else 0
+
+    monkeypatch.setattr(job_module, "_call", call)
+    monkeypatch.delenv("SLURM_NODEID", raising=False)
+    return found
+
+
+def make(directory: Path, *evaluation: EvaluationConfig) -> Job:
+    return Job(str(directory), "abc", ResourcesConfig(), list(evaluation))
+
+
+def test_it_trains_evaluates_and_leaves_a_result_once(tmp_path, calls):
+    job = make(tmp_path, EvaluationConfig("asr", "sets/clean.jsonl", limit=7))
+    job()
+    assert "--config" in calls[0] and str(tmp_path / "config.yaml") in calls[0]
+    assert calls[1][-2:] == ["--limit", "7"] and str(tmp_path / "evaluation/asr_clean.json") in calls[1]
+    result = json.loads((tmp_path / RESULT).read_text())
+    assert result["identity"] == "abc" and result["attempts"] == 1
+    job()
+    assert len(calls) == 2
+
+
+def test_a_failure_is_kept_with_its_last_error_and_the_next_attempt_counts(tmp_path, calls):
+    calls.statuses = [1, 0]
+    make(tmp_path)()
+    failure = json.loads((tmp_path / FAILURE).read_text())
+    assert failure["error"] == "training ended with status 1: error: model.hidden_size=3: must be even"
+    assert failure["last_lines"][-1] == "Signal caught" and not (tmp_path / RESULT).exists()
+    make(tmp_path)()
+    assert json.loads((tmp_path / RESULT).read_text())["attempts"] == 2
+    assert not (tmp_path / FAILURE).exists()
+
+
+def test_a_failed_evaluation_is_a_failure(tmp_path, calls):
+    calls.statuses = [0, 3]
+    make(tmp_path, EvaluationConfig("asr", "clean.jsonl"))()
+    assert "evaluation asr_clean ended with status 3" in json.loads((tmp_path / FAILURE).read_text())["error"]
+
+
+def test_a_directory_that_another_process_holds_is_left_alone(tmp_path, calls):
+    with lock(tmp_path) as held:
+        assert held is not None
+        make(tmp_path)()
+    assert not calls and not (tmp_path / LOG).exists()
+
+
+def test_only_the_first_node_keeps_the_books(tmp_path, calls, monkeypatch):
+    monkeypatch.setenv("SLURM_NODEID", "1")
+    make(tmp_path, EvaluationConfig("asr", "clean.jsonl"))()
+    assert len(calls) == 1 and not (tmp_path / RESULT).exists()
