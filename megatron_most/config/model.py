@@ -302,8 +302,13 @@ class ModelConfig:
     ``codebook_loss_weights`` (1 each when empty; where codes are ids, the code's own loss is weighted), and a text
     target's is multiplied by ``text_loss_weight``: a
     transcript has a few targets where its speech has hundreds.
+
+    ``backend`` says whose modules compute attention, norms and linear layers: ``transformer_engine``, ``portable``
+    (torch alone), or ``auto``: Transformer Engine's where it is installed and there is a GPU. Weights and checkpoints
+    are the same.
     """
 
+    backend: str = "auto"
     num_layers: int = 27
     hidden_size: int = 2048
     ffn_hidden_size: int = 10944
@@ -321,6 +326,7 @@ class ModelConfig:
             self,
             ("num_layers", "hidden_size", "ffn_hidden_size", "norm_epsilon", "init_std", "text_loss_weight"),
         )
+        require_one_of("model.backend", self.backend, ("auto", "portable", "transformer_engine"))
         require(
             0 <= self.num_dense_layers < self.num_layers,
             "model.num_dense_layers",

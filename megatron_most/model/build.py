@@ -10,14 +10,15 @@ from megatron_most.config.model import AttentionConfig
 from megatron_most.model.fp8 import convert_to_fp8
 from megatron_most.model.most_model import MoSTModel, padded
 from megatron_most.model.rotary import rotary_embedding
-from megatron_most.model.specs import portable_block_spec
+from megatron_most.model.specs import block_spec
 from megatron_most.model.transformer_config import transformer_config
 from megatron_most.moe import ExpertGroups
-from megatron_most.precision import check_fp8
+from megatron_most.precision import check_fp8, fp8_backend
 
 
 def check_libraries(config: RunConfig) -> None:
     """Raise :class:`ConfigError` when the model needs a library that is not there. Allocates nothing."""
+    platform.model_backend(config.model.backend)
     check_fp8(config)
     moe = config.model.moe
     if moe.expert_backend == "transformer_engine":
@@ -37,6 +38,7 @@ def build_model(config: RunConfig) -> list[MoSTModel]:
     """
     check_libraries(config)
     megatron = transformer_config(config)
+    backend = platform.model_backend(config.model.backend)
     attention = config.model.attention
     rotary = None
     if attention.type == "gqa":
@@ -48,7 +50,7 @@ def build_model(config: RunConfig) -> list[MoSTModel]:
         vp_stage = stage if virtual else None
         chunk = MoSTModel(
             config=megatron,
-            transformer_layer_spec=portable_block_spec(megatron, config.model.moe, vp_stage),
+            transformer_layer_spec=block_spec(megatron, config.model.moe, backend, vp_stage),
             vocab=config.vocab,
             max_sequence_length=config.data.seq_length,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -57,7 +59,7 @@ def build_model(config: RunConfig) -> list[MoSTModel]:
             rotary=rotary,
         )
         chunks.append(chunk.to(platform.device()))
-    if config.precision.uses_fp8:
+    if config.precision.uses_fp8 and fp8_backend(config) != "transformer_engine":
         convert_to_fp8(config, chunks)
     return chunks
 

@@ -28,11 +28,11 @@ def convert_to_fp8(config: RunConfig, chunks: Iterable[torch.nn.Module]) -> None
                 continue
             for name, module in list(layer.named_modules()):
                 if type(module) in FP8_CLASSES:
-                    as_fp8_linear(module, fp8_product(precision))
+                    as_fp8_linear(module, fp8_product(config))
                 elif isinstance(module, ExpertPool):
                     pool = name.rpartition(".")[2].removesuffix("_experts")
                     if pool not in precision.bf16_expert_pools:
-                        module.fp8 = {key: fp8_product(precision, len(module.experts)) for key in module.fp8}
+                        module.fp8 = {key: fp8_product(config, len(module.experts)) for key in module.fp8}
 
 
 def end_fp8_step(chunks: Iterable[torch.nn.Module]) -> None:

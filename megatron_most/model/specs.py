@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from megatron.core.extensions import transformer_engine
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -20,26 +24,76 @@ from megatron_most.model.norm import RMSNorm
 from megatron_most.moe import GroupedExperts, ModalityAwareRouter, SequentialExperts, TransformerEngineExperts
 
 
-def portable_block_spec(
-    config: TransformerConfig, moe: MoEConfig, vp_stage: int | None = None
+def block_spec(
+    config: TransformerConfig, moe: MoEConfig, backend: str, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """Layers of one pipeline stage from parts that need nothing but torch, on CPU and GPU alike."""
+    """Layers of one pipeline stage.
+
+    Args:
+        backend: ``portable``, parts that need nothing but torch, on CPU and GPU alike; or ``transformer_engine``.
+            Either names its weights in the same way: norms are modules of their own, fused with no linear layer.
+    """
+    parts = _PARTS[backend]
     spec = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
     )
     for layer in spec.layer_specs:
-        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = parts.norm
         # Checkpoints name each norm by its own module, not by the linear layer that another spec would fuse it with.
         layer.submodules.sharded_state_dict_keys_map = {}
         attention = layer.submodules.self_attention.submodules
-        attention.core_attention = PortableCoreAttention
+        attention.core_attention = parts.core_attention
+        attention.linear_proj = parts.row
         if config.multi_latent_attention:
-            _complete_multi_latent(attention, has_query_compression=config.q_lora_rank is not None)
-        if layer.submodules.mlp.module is MoELayer:
-            layer.submodules.mlp.submodules.router = functools.partial(ModalityAwareRouter, moe=moe)
-            layer.submodules.mlp.submodules.experts = experts_spec(moe)
-    spec.layer_norm = RMSNorm
+            _complete_multi_latent(attention, parts)
+        else:
+            attention.linear_qkv = parts.column
+        mlp = layer.submodules.mlp
+        if mlp.module is MoELayer:
+            mlp.submodules.router = functools.partial(ModalityAwareRouter, moe=moe)
+            mlp.submodules.experts = experts_spec(moe)
+            _complete_mlp(mlp.submodules.shared_experts.submodules, parts)
+        else:
+            _complete_mlp(mlp.submodules, parts)
+    spec.layer_norm = parts.norm
     return spec
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The modules of a backend: norm, core attention, and linear layers cut by columns, by rows and not at all."""
+
+    norm: type
+    core_attention: type
+    column: type
+    row: type
+    replicated: type
+
+
+class PackedTEAttention(transformer_engine.TEDotProductAttention):
+    """Transformer Engine's attention, which wants the boundaries of packed documents on the device."""
+
+    def forward(self, query: torch.Tensor, *tensors: Any, packed_seq_params: Any = None, **options: Any) -> Any:
+        if packed_seq_params is not None:
+            device = query.device
+            packed_seq_params = dataclasses.replace(
+                packed_seq_params,
+                cu_seqlens_q=packed_seq_params.cu_seqlens_q.to(device, non_blocking=True),
+                cu_seqlens_kv=packed_seq_params.cu_seqlens_kv.to(device, non_blocking=True),
+            )
+        return super().forward(query, *tensors, packed_seq_params=packed_seq_params, **options)
+
+
+_PARTS = {
+    "portable": _Parts(RMSNorm, PortableCoreAttention, ColumnParallelLinear, RowParallelLinear, Linear),
+    "transformer_engine": _Parts(
+        transformer_engine.TENorm,
+        PackedTEAttention,
+        transformer_engine.TEColumnParallelLinear,
+        transformer_engine.TERowParallelLinear,
+        transformer_engine.TELinear,
+    ),
+}
 
 
 def experts_spec(moe: MoEConfig) -> ModuleSpec:
@@ -57,10 +111,13 @@ def experts_spec(moe: MoEConfig) -> ModuleSpec:
     return ModuleSpec(module=module, submodules=submodules, params={"moe": moe})
 
 
-def _complete_multi_latent(attention: MLASelfAttentionSubmodules, has_query_compression: bool) -> None:
-    attention.kv_layernorm = RMSNorm
+def _complete_multi_latent(attention: MLASelfAttentionSubmodules, parts: _Parts) -> None:
+    """Of the projections of queries, the module builds those that its configuration has."""
+    attention.q_layernorm = attention.kv_layernorm = parts.norm
+    attention.linear_q_proj = attention.linear_q_up_proj = attention.linear_kv_up_proj = parts.column
     # Column-parallel by default, which gives wrong gradients under tensor parallelism (0.16.1); replicated instead.
-    attention.linear_kv_down_proj = Linear
-    if has_query_compression:
-        attention.q_layernorm = RMSNorm
-        attention.linear_q_down_proj = Linear
+    attention.linear_q_down_proj = attention.linear_kv_down_proj = parts.replicated
+
+
+def _complete_mlp(mlp: MLPSubmodules, parts: _Parts) -> None:
+    mlp.linear_fc1, mlp.linear_fc2 = parts.column, parts.row

@@ -8,6 +8,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron_most.config import RunConfig
 from megatron_most.config.model import AttentionConfig
 from megatron_most.model.rotary import softmax_scale
+from megatron_most.precision import fp8_backend
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -70,7 +71,24 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         **_recompute(training.recompute),
+        **_transformer_engine_fp8(config),
     )
+
+
+def _transformer_engine_fp8(config: RunConfig) -> dict[str, object]:
+    """What Transformer Engine's modules have to know of FP8; nothing where others compute it."""
+    precision = config.precision
+    if not precision.uses_fp8 or fp8_backend(config) != "transformer_engine":
+        return {}
+    return {
+        "fp8": precision.fp8,
+        "fp8_recipe": precision.fp8_recipe,
+        "fp8_amax_history_len": precision.fp8_amax_history,
+        "fp8_amax_compute_algo": "max",
+        "first_last_layers_bf16": bool(precision.bf16_first_layers or precision.bf16_last_layers),
+        "num_layers_at_start_in_bf16": precision.bf16_first_layers,
+        "num_layers_at_end_in_bf16": precision.bf16_last_layers,
+    }
 
 
 def _dispatcher(name: str) -> dict[str, object]:

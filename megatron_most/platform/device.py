@@ -21,7 +21,7 @@ def backend() -> str:
 
 def has_fp8() -> bool:
     """Whether the accelerator multiplies FP8 numbers: Ada, Hopper and later."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device()) >= (8, 9)
 
 
 def set_threads(count: int = 0) -> int:

@@ -1,7 +1,6 @@
-"""What this machine can run: an examination of hardware, packages and space, without importing anything heavy.
+"""What this machine can run: an examination of hardware, packages and space, and what is chosen for it.
 
-Packages are judged by their metadata, so the answer comes in the time torch takes to import. A package that is there
-but broken is found when it is used.
+Packages are judged by their metadata; one that is there but broken is found when it is used.
 """
 
 from __future__ import annotations
@@ -18,12 +17,15 @@ from typing import Any, Literal
 
 import torch
 
+from megatron_most.platform.choices import part_choices
+
 MEGATRON_VERSION = "0.16.1"
 NEMO_VERSION = "3.0.0"
 MINIMUM_TORCH = (2, 13)
 _GIB = 2**30
 _COMFORTABLE_MEMORY_GIB = 6
 _COMFORTABLE_DISK_GIB = 5
+_GPU_PARTS = "an FP8-capable NVIDIA GPU and pip install -c constraints.txt '.[gpu]'"
 
 _REQUIRED_PACKAGES = {
     "omegaconf": "configuration",
@@ -66,7 +68,7 @@ class Finding:
 
 def examine(run_dir: Path) -> list[Finding]:
     """Look at everything; ``run_dir`` (it need not exist) is where space is measured."""
-    return [*_foundations(), *_accelerators(), *_speech_and_tracking(), *_machine(run_dir)]
+    return [*_foundations(), *_accelerators(), *_parts(), *_speech_and_tracking(), *_machine(run_dir)]
 
 
 def can_train(findings: list[Finding]) -> bool:
@@ -190,6 +192,24 @@ def _accelerators() -> list[Finding]:
         ),
         _package(section, "transformer-engine", "fused kernels and FP8 on GPUs", extra="gpu"),
         _package(section, "apex", "Megatron's fused optimizer kernels on GPUs", remedy="build it from NVIDIA's source"),
+    ]
+
+
+def _parts() -> list[Finding]:
+    """Who computes what where the configuration says ``auto``; nothing before Megatron is installed."""
+    if _version("megatron-core") is None:
+        return []
+    section = "Chosen here (where the configuration says auto)"
+    return [
+        Finding(
+            section,
+            choice.part,
+            "missing" if choice.loses else "present",
+            f"{choice.chosen} ({choice.reason})",
+            gives=choice.loses,
+            remedy=_GPU_PARTS,
+        )
+        for choice in part_choices()
     ]
 
 

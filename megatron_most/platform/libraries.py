@@ -11,20 +11,21 @@ _REMEDIES = {
 }
 
 
-def require_library(library: str, field: str, value: str) -> None:
-    """Raise :class:`ConfigError` unless Megatron can use ``library``, which ``field=value`` of the configuration needs.
-
-    Megatron's own verdict counts: a library that is installed and cannot be imported is of no use to it.
-    """
+def has_library(library: str) -> bool:
+    """Whether Megatron can use ``library``: one that is installed and cannot be imported is of no use to it."""
     from megatron.core.extensions import transformer_engine
     from megatron.core.transformer.moe import fused_a2a
 
-    usable = {
+    return {
         "Transformer Engine": transformer_engine.HAVE_TE,
         "DeepEP": fused_a2a.HAVE_DEEP_EP,
         "HybridEP": fused_a2a.HAVE_HYBRIDEP,
-    }
-    if not usable[library]:
+    }[library]
+
+
+def require_library(library: str, field: str, value: str) -> None:
+    """Raise :class:`ConfigError` unless Megatron can use ``library``, which ``field=value`` asks for."""
+    if not has_library(library):
         raise ConfigError(
             f"{field}={value!r}: needs {library}, which is not there or cannot be imported; {_REMEDIES[library]}"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_most import platform
-from megatron_most.config import PrecisionConfig, RunConfig
+from megatron_most.config import RunConfig
 from megatron_most.errors import ConfigError
 from megatron_most.precision.product import Fp8Product
 from megatron_most.precision.scaled_mm import ScaledMMProduct
@@ -11,15 +11,25 @@ from megatron_most.precision.scaled_mm import ScaledMMProduct
 _TORCH_RECIPES = ("delayed", "tensorwise")
 
 
-def fp8_backend(precision: PrecisionConfig) -> str:
-    """``precision.fp8_backend``, with ``auto`` decided: torch's kernels where the GPU has FP8.
+def fp8_backend(config: RunConfig) -> str:
+    """``precision.fp8_backend``, with ``auto`` decided: Transformer Engine where the model's modules are its own, else
+    torch's kernels.
 
     Raises:
         ConfigError: this machine cannot execute the configured products.
     """
-    backend = "torch" if precision.fp8_backend == "auto" else precision.fp8_backend
+    precision = config.precision
+    field = f"precision.fp8={precision.fp8!r}, fp8_backend={precision.fp8_backend!r}"
+    is_engine = platform.model_backend(config.model.backend) == "transformer_engine"
+    backend = precision.fp8_backend
+    if backend == "auto":
+        backend = "transformer_engine" if is_engine else "torch"
+    if is_engine != (backend == "transformer_engine"):
+        wanted = "transformer_engine" if backend == "transformer_engine" else "portable"
+        raise ConfigError(f"{field}: needs model.backend={wanted}")
+    if backend == "transformer_engine":
+        _check_transformer_engine(config, field)
     if backend == "torch":
-        field = f"precision.fp8={precision.fp8!r}, fp8_backend={precision.fp8_backend!r}"
         if not platform.has_fp8():
             raise ConfigError(
                 f"{field}: needs a GPU with FP8 (compute capability 8.9 or more);"
@@ -33,12 +43,23 @@ def fp8_backend(precision: PrecisionConfig) -> str:
     return backend
 
 
+def _check_transformer_engine(config: RunConfig, field: str) -> None:
+    precision, moe = config.precision, config.model.moe
+    if moe.expert_backend != "transformer_engine":
+        raise ConfigError(f"{field}: experts need model.moe.expert_backend=transformer_engine")
+    if precision.fp8_recipe == "delayed" and (precision.bf16_first_layers or precision.bf16_last_layers):
+        raise ConfigError(
+            f"{field}: Transformer Engine's delayed scaling knows no layers in bf16: set precision.bf16_first_layers"
+            " and bf16_last_layers to 0, or take another recipe"
+        )
+
+
 def check_fp8(config: RunConfig) -> None:
     """Raise :class:`ConfigError` unless this machine can compute what the configuration asks for in FP8."""
     if config.precision.uses_fp8:
-        fp8_backend(config.precision)
+        fp8_backend(config)
 
 
-def fp8_product(precision: PrecisionConfig, count: int = 1) -> Fp8Product:
-    """The product of a linear layer, or of ``count`` experts, by the configured backend."""
-    return {"torch": ScaledMMProduct, "emulate": Fp8Product}[fp8_backend(precision)](precision, count)
+def fp8_product(config: RunConfig, count: int = 1) -> Fp8Product:
+    """The product of a linear layer, or of ``count`` experts, by torch's kernels or emulated."""
+    return {"torch": ScaledMMProduct, "emulate": Fp8Product}[fp8_backend(config)](config.precision, count)

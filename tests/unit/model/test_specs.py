@@ -1,0 +1,153 @@
+"""Which modules stand in a layer under either backend, without Transformer Engine being there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from megatron.core.extensions import transformer_engine
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.multi_latent_attention import Linear
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from megatron_most import parallel, platform
+from megatron_most.config import RunConfig
+from megatron_most.errors import ConfigError
+from megatron_most.model import check_libraries
+from megatron_most.model.core_attention import PortableCoreAttention
+from megatron_most.model.norm import RMSNorm
+from megatron_most.model.specs import PackedTEAttention, block_spec
+from megatron_most.model.transformer_config import _transformer_engine_fp8, transformer_config
+from megatron_most.moe import ModalityAwareRouter
+from tests.distributed.tiny import tiny_config
+
+ENGINE = (
+    transformer_engine.TENorm,
+    PackedTEAttention,
+    transformer_engine.TEColumnParallelLinear,
+    transformer_engine.TERowParallelLinear,
+    transformer_engine.TELinear,
+)
+ATTENTION = {
+    "mla": {"model__attention__q_lora_rank": 16},
+    "mla without q_lora": {},
+    "gqa": {
+        "model__attention__type": "gqa",
+        "model__attention__num_query_groups": 2,
+        "model__attention__head_dim": 16,
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def process_groups():
+    parallel.initialize(tiny_config().parallel, seed=1)
+    yield
+    parallel.destroy()
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """Transformer Engine and a GPU, as far as questions about them go."""
+    monkeypatch.setattr(transformer_engine, "HAVE_TE", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+
+
+def modules_of(config: RunConfig, backend: str) -> dict[str, object]:
+    """Norms, attention and linear layers by their place; Megatron has stand-ins for the engine's classes."""
+    found: dict[str, object] = {}
+
+    def collect(prefix: str, submodules: object) -> None:
+        for name, value in vars(submodules).items():
+            place = f"{prefix}.{name}"
+            if getattr(value, "submodules", None) is not None and isinstance(value, ModuleSpec):
+                if name != "experts":
+                    collect(place, value.submodules)
+            elif name.startswith("linear_") or name.endswith("norm") or name == "core_attention":
+                found[place] = value
+
+    spec = block_spec(transformer_config(config), config.model.moe, backend)
+    for index, layer in enumerate(spec.layer_specs):
+        collect(str(index), layer.submodules)
+        assert layer.submodules.sharded_state_dict_keys_map == {}
+        if layer.submodules.mlp.module is MoELayer:
+            assert layer.submodules.mlp.submodules.router.func is ModalityAwareRouter
+    return {
+        **{place: module for place, module in found.items() if module not in (IdentityOp, None)},
+        "norm": spec.layer_norm,
+    }
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_every_norm_linear_layer_and_attention_is_the_backends(attention):
+    config = tiny_config(**ATTENTION[attention])
+    engine_modules, portable = modules_of(config, "transformer_engine"), modules_of(config, "portable")
+    assert engine_modules.keys() == portable.keys() and len(portable) > 20
+    assert all(module in ENGINE for module in engine_modules.values())
+    # One for one: what one backend cuts by columns the other does, too.
+    kinds = (RMSNorm, PortableCoreAttention, ColumnParallelLinear, RowParallelLinear, Linear)
+    for place, module in portable.items():
+        assert ENGINE[kinds.index(module)] is engine_modules[place], place
+
+
+def test_auto_takes_the_engine_where_there_is_one(engine):
+    assert platform.model_backend("auto") == "transformer_engine"
+    assert platform.model_backend("portable") == "portable"
+    assert {choice.chosen for choice in platform.part_choices()} >= {"Transformer Engine"}
+    assert not any(choice.loses for choice in platform.part_choices())
+
+
+def test_without_one_auto_is_portable_and_asking_for_it_is_an_error():
+    assert platform.model_backend("auto") == "portable"
+    with pytest.raises(ConfigError, match=r"model.backend='transformer_engine': needs Transformer Engine.*pip install"):
+        check_libraries(tiny_config(model__backend="transformer_engine"))
+    assert all(choice.reason for choice in platform.part_choices())
+
+
+def test_a_gpu_without_the_engine_says_what_that_costs(engine, monkeypatch):
+    monkeypatch.setattr(transformer_engine, "HAVE_TE", False)
+    by_part = {choice.part: choice for choice in platform.part_choices()}
+    assert by_part["FP8"].chosen == "torch scaled_mm" and "blockwise" in by_part["FP8"].loses
+    assert by_part["attention, norms, linear layers"].loses
+
+
+FP8 = {
+    "precision__fp8": "hybrid",
+    "precision__dtype": "bf16",
+    "model__hidden_size": 64,
+    "model__moe__ffn_hidden_size": 64,
+    "model__attention__qk_rope_head_dim": 16,
+    "model__attention__v_head_dim": 16,
+}
+
+
+def test_fp8_is_the_engines_where_the_modules_are(engine):
+    config = tiny_config(**FP8, model__moe__expert_backend="transformer_engine", precision__bf16_last_layers=2)
+    check_libraries(config)
+    options = _transformer_engine_fp8(config)
+    assert (options["fp8"], options["fp8_recipe"], options["first_last_layers_bf16"]) == ("hybrid", "tensorwise", True)
+    assert (options["num_layers_at_start_in_bf16"], options["num_layers_at_end_in_bf16"]) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "match"),
+    [
+        ({}, "experts need model.moe.expert_backend=transformer_engine"),
+        ({"precision__fp8_backend": "torch"}, "needs model.backend=portable"),
+        ({"precision__fp8_backend": "emulate"}, "needs model.backend=portable"),
+        (
+            {"model__moe__expert_backend": "transformer_engine", "precision__fp8_recipe": "delayed"},
+            "delayed scaling knows no layers in bf16",
+        ),
+        (
+            {"model__backend": "portable", "precision__fp8_recipe": "blockwise"},
+            "torch's kernels take the recipes delayed and tensorwise, not 'blockwise'",
+        ),
+        ({"model__backend": "portable", "precision__fp8_backend": "transformer_engine"}, "model.backend=transformer_e"),
+    ],
+)
+def test_combinations_that_nobody_computes_are_refused(engine, overrides, match):
+    with pytest.raises(ConfigError, match=match):
+        check_libraries(tiny_config(**{**FP8, **overrides}))
