@@ -18,7 +18,7 @@ setup(
     # megatron-core 0.16.1 is the last release for Python 3.10 and 3.11.
     python_requires=">=3.10,<3.12",
     packages=find_packages(include=["megatron_most", "megatron_most.*"]),
-    package_data={"megatron_most.report": ["templates/*"]},
+    package_data={"megatron_most.report": ["templates/*"], "megatron_most.sweep": ["templates/*"]},
     install_requires=[
         "megatron-core==0.16.1",
         "torch>=2.13",
@@ -30,9 +30,11 @@ setup(
         "pyarrow",
         "pyyaml",
         "safetensors",
+        "scipy",
         "sentencepiece",
         "soundfile",
         "soxr",
+        "submitit",
         "tensorboard",
         "tokenizers",
         "tqdm",

@@ -21,8 +21,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--spec", required=True, metavar="FILE", help="YAML file of the sweep")
     parser.add_argument("--executor", choices=("local", "slurm"), default="local", help="default %(default)s")
     parser.add_argument("--resume", action="store_true", help="go on with a sweep that was begun; finished runs stay")
-    parser.add_argument("--dry-run", action="store_true", help="list the runs and what they cost, and leave")
-    parser.add_argument("--collect", action="store_true", help="start nothing; write tables and page of what there is")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--dry-run", action="store_true", help="list the runs and what they cost, and leave")
+    instead.add_argument("--collect", action="store_true", help="start nothing; write tables and page of what there is")
     return parser
 
 

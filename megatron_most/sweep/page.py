@@ -81,7 +81,7 @@ def write_results(sweep: Sweep, runs: list[PlannedRun]) -> list[Path]:
         ConfigError: a file cannot be written.
     """
     directory = Path(sweep.spec.output)
-    results = collect(runs)
+    results = collect(sweep, runs)
     metrics, summaries = summarise(sweep, results)
     paths = write_tables(sweep, results, directory)
     for name, text in (("results.md", markdown(sweep, metrics, summaries)), ("sweep.html", render(sweep, results))):

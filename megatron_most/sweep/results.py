@@ -37,12 +37,12 @@ class RunResult:
     error: str
 
 
-def collect(runs: list[PlannedRun]) -> list[RunResult]:
+def collect(sweep: Sweep, runs: list[PlannedRun]) -> list[RunResult]:
     """Read the run directories."""
-    return [_result(run) for run in runs]
+    return [_result(run, sweep.spec.metrics) for run in runs]
 
 
-def _result(run: PlannedRun) -> RunResult:
+def _result(run: PlannedRun, wanted: list[str]) -> RunResult:
     now = state(run)
     files = None
     if now != "to do":
@@ -50,15 +50,18 @@ def _result(run: PlannedRun) -> RunResult:
             files = read_run(run.directory)
         except DataError:
             files = None
-    metrics = metrics_of(files) if files is not None and now == "finished" else {}
+    metrics = metrics_of(files, wanted) if files is not None and now == "finished" else {}
     tokens = [value for line in files.metrics if (value := number(line.get("consumed_tokens")))] if files else []
     error = str(_json(run.directory / FAILURE).get("error", "")) if now == "failed" else ""
     seconds = number(_json(run.directory / RESULT).get("seconds"))
     return RunResult(run, now, files, metrics, int(tokens[-1]) if tokens else None, seconds, error)
 
 
-def metrics_of(files: RunFiles) -> dict[str, float]:
-    """Training loss (mean over the last tenth of the logged steps), last validation losses, word error rates."""
+def metrics_of(files: RunFiles, wanted: list[str]) -> dict[str, float]:
+    """Training loss (mean over the last tenth of the logged steps), last validation losses, word error rates.
+
+    And the last values of whatever else of ``metrics.jsonl`` is ``wanted``.
+    """
     found: dict[str, float] = {}
     training = [value for line in files.metrics if (value := number(line.get("loss"))) is not None]
     if training:
@@ -67,7 +70,8 @@ def metrics_of(files: RunFiles) -> dict[str, float]:
     for line in files.metrics:
         for key, value in line.items():
             parts = key.split("/")
-            if parts[0] == "validation" and parts[-1] == "loss" and number(value) is not None:
+            is_wanted = (parts[0] == "validation" and parts[-1] == "loss") or (key in wanted and key != "loss")
+            if is_wanted and number(value) is not None:
                 found[key] = float(value)
     for name, result in files.evaluation.items():
         if (rate := number(result.get("wer"))) is not None:

@@ -106,6 +106,12 @@ WRONG = {
         (["--config", "{config}", "--gpus", "0"], "error: --gpus=0: must be greater than 0", 1),
         (["--config", "{config}", "--gpus", "8", "--gpu", "abacus"], "invalid choice: 'abacus'", 2),
     ],
+    "sweep.py": [
+        (["--spec", "{tmp}/absent.yaml"], "error: {tmp}/absent.yaml: no such sweep file", 1),
+        (["--spec", "{config}"], "error: {config}: ", 1),
+        (["--spec", "s", "--executor", "abacus"], "invalid choice: 'abacus'", 2),
+        (["--spec", "s", "--collect", "--dry-run"], "not allowed with argument", 2),
+    ],
     "pretrain_most.py": [
         (["--config", "{tmp}/absent.yaml"], "error: {tmp}/absent.yaml: no such config file", 1),
         (["--config", "{config}", "model.num_layer=4"], "unknown key; did you mean 'num_layers'?", 1),

@@ -77,7 +77,9 @@ def test_a_coefficient_weighs_its_loss(loss):
     for coefficient in (1.0, 3.0):
         router = make_router(text_and_audio(**{**LOSSES[loss], name: coefficient}))
         gradients.append(attached_gradient(router, make_tokens()))
-    torch.testing.assert_close(gradients[1], 3 * gradients[0])
+    # A z-loss's gradients go into the hundreds, and cancel in some places to thousandths of that.
+    largest = gradients[1].abs().max().item()
+    torch.testing.assert_close(gradients[1], 3 * gradients[0], rtol=1.3e-6, atol=max(1e-5, 1e-6 * largest))
 
 
 def test_global_aux_loss_looks_at_the_micro_batches_of_the_step_so_far():
