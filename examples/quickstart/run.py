@@ -20,6 +20,7 @@ from pathlib import Path
 
 from megatron_most import cli
 from megatron_most.audio import file_fingerprint
+from megatron_most.checkpointing import read_metadata
 from megatron_most.checkpointing.directory import checkpoints_directory
 from megatron_most.config import load_config
 from megatron_most.errors import MostError
@@ -38,6 +39,7 @@ class Step:
     """One command and the files it depends on beside earlier steps.
 
     continues: folder of unfinished work that the command goes on with; none where it starts afresh.
+    training_steps: what training has to reach there; asked to stop earlier, it leaves with status 0.
     """
 
     name: str
@@ -45,11 +47,13 @@ class Step:
     command: list[str]
     inputs: list[Path] = field(default_factory=list)
     continues: Path | None = None
+    training_steps: int | None = None
 
 
 def make_steps(run_dir: Path, overrides: list[str]) -> list[Step]:
     """The commands in order; each builds on those before it."""
-    vocab = load_config(ROOT / CONFIG, [f"run_dir={run_dir}", *overrides]).vocab
+    config = load_config(ROOT / CONFIG, [f"run_dir={run_dir}", *overrides])
+    vocab = config.vocab
     python, prepare = sys.executable, "tools/prepare_data.py"
     corpus, data = run_dir / "corpus", run_dir / "data"
     build = [python, prepare, "build", "--tokenizer", f"{data}/tokenizer.model"]
@@ -76,7 +80,7 @@ def make_steps(run_dir: Path, overrides: list[str]) -> list[Step]:
     train = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     train += ["examples/pretrain_most.py", "--config", str(CONFIG), f"run_dir={run_dir}", *overrides]
     what = "train on 2 ranks with expert parallelism"
-    steps.append(Step("train", what, train, [CONFIG], continues=checkpoints_directory(run_dir)))
+    steps.append(Step("train", what, train, [CONFIG], checkpoints_directory(run_dir), config.training.steps))
     evaluate = [python, f"{QUICKSTART}/evaluate.py", "--run-dir", str(run_dir), "--corpus", str(corpus)]
     steps.append(Step("evaluate", "transcribe and speak held-out sentences", evaluate))
     steps.append(Step("report", "draw the report", [python, "tools/report.py", str(run_dir)]))
@@ -106,6 +110,8 @@ def run_steps(steps: list[Step], run_dir: Path) -> None:
         status = subprocess.run(step.command, cwd=ROOT, env=_environment(), check=False).returncode
         if status:
             raise MostError(f"step {step.name} failed with status {status}; mend what it says above and run again")
+        if step.training_steps is not None:
+            _require_trained(step)
         write_text(stamp, identity)
         print(f"{label}: {time.monotonic() - start:.0f} s", flush=True)
 
@@ -118,6 +124,12 @@ def _claim(folder: Path, started: Path, identity: str) -> None:
             f"{folder.parent} was trained with another configuration or other data: remove it or use --run-dir"
         )
     write_text(started, identity)
+
+
+def _require_trained(step: Step) -> None:
+    reached = read_metadata(ROOT / step.continues.parent).step
+    if reached < step.training_steps:
+        raise MostError(f"{step.name} was stopped after step {reached} of {step.training_steps}; run again to go on")
 
 
 def _identity(previous: str, step: Step) -> str:

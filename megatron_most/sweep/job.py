@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_most.checkpointing import read_metadata
+from megatron_most.config import load_config
+from megatron_most.errors import MostError
 from megatron_most.files import write_json
 from megatron_most.sweep.spec import EvaluationConfig, ResourcesConfig
 
@@ -67,14 +70,13 @@ class Job:
         log, failure = directory / LOG, directory / FAILURE
         attempts = _attempts(failure) + 1
         start = time.time()
-        what, status = "training", self._train(directory, log, (held,))
+        error = _ended("training", self._train(directory, log, (held,)), log) or _unfinished(directory)
         for one in self.evaluation:
-            if status:
+            if error:
                 break
-            what, status = f"evaluation {one.name}", self._evaluate(one, directory, log, (held,))
+            error = _ended(f"evaluation {one.name}", self._evaluate(one, directory, log, (held,)), log)
         facts = {"identity": self.identity, "attempts": attempts, "seconds": time.time() - start}
-        if status:
-            error = f"{what} ended with status {status}: {last_error(log)}"
+        if error:
             write_json(failure, {**facts, "error": error, "last_lines": _last_lines(log)})
         else:
             write_json(directory / RESULT, {**facts, "resources": asdict(self.resources)})
@@ -160,6 +162,22 @@ def lock(directory: Path) -> Iterator[int | None]:
             yield None
         else:
             yield file.fileno()
+
+
+def _ended(what: str, status: int, log: Path) -> str:
+    return f"{what} ended with status {status}: {last_error(log)}" if status else ""
+
+
+def _unfinished(directory: Path) -> str:
+    """What is to be said of training that ended well and early: one that is asked to stop saves and leaves with 0."""
+    steps = load_config(directory / CONFIG).training.steps
+    try:
+        reached = read_metadata(directory).step
+    except MostError as error:
+        return f"training left no checkpoint: {error}"
+    if reached < steps:
+        return f"training was stopped after step {reached} of {steps}; --resume goes on from there"
+    return ""
 
 
 def _attempts(failure: Path) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -114,6 +115,19 @@ def test_an_interrupted_training_continues_but_not_with_another_configuration(ru
     with pytest.raises(MostError, match="another configuration"):
         run.run_steps(training("second"), tmp_path)
     run.run_steps(training("first"), tmp_path)
+    assert (tmp_path / "ran.txt").read_text() == "first\n" * 2
+
+
+def test_training_that_was_asked_to_stop_is_gone_on_with(run, training, tmp_path, monkeypatch):
+    """It saves and leaves with status 0."""
+    (step,) = training("first")
+    step.training_steps = 100
+    monkeypatch.setattr(run, "read_metadata", lambda path: SimpleNamespace(step=40))
+    with pytest.raises(MostError, match="train was stopped after step 40 of 100; run again to go on"):
+        run.run_steps([step], tmp_path)
+    monkeypatch.setattr(run, "read_metadata", lambda path: SimpleNamespace(step=100))
+    run.run_steps([step], tmp_path)
+    run.run_steps([step], tmp_path)  # is complete
     assert (tmp_path / "ran.txt").read_text() == "first\n" * 2
 
 

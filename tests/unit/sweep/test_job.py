@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from megatron_most.config import dump_config
 from megatron_most.sweep import job as job_module
-from megatron_most.sweep.job import FAILURE, LOG, RESULT, Job, lock
+from megatron_most.sweep.job import CONFIG, FAILURE, LOG, RESULT, Job, lock
 from megatron_most.sweep.spec import EvaluationConfig, ResourcesConfig
+from tests.distributed.tiny import tiny_config
 
 
 @pytest.fixture
-def calls(monkeypatch):
-    """What would be executed; the statuses are those of ``calls.statuses``, 0 when it is empty."""
+def calls(monkeypatch, tmp_path):
+    """What would be executed; the statuses are those of ``calls.statuses``, 0 when it is empty.
+
+    Training leaves a checkpoint of step ``calls.reached``, of 6.
+    """
 
     class Calls(list):
         statuses: list[int] = []
+        reached = 6
 
     found = Calls()
+    (tmp_path / CONFIG).write_text(dump_config(tiny_config(training__steps=6, run_dir=tmp_path)))
 
     def call(command: list[str], log: Path, environment: dict, descriptors: tuple) -> int:
         found.append(command)
@@ -27,6 +35,7 @@ def calls(monkeypatch):
         return found.statuses.pop(0) if found.statuses else 0
 
     monkeypatch.setattr(job_module, "_call", call)
+    monkeypatch.setattr(job_module, "read_metadata", lambda directory: SimpleNamespace(step=found.reached))
     monkeypatch.delenv("SLURM_NODEID", raising=False)
     return found
 
@@ -61,6 +70,17 @@ def test_a_failed_evaluation_is_a_failure(tmp_path, calls):
     calls.statuses = [0, 3]
     make(tmp_path, EvaluationConfig("asr", "clean.jsonl"))()
     assert "evaluation asr_clean ended with status 3" in json.loads((tmp_path / FAILURE).read_text())["error"]
+
+
+def test_training_that_was_asked_to_stop_is_not_finished(tmp_path, calls):
+    """It saves and leaves with status 0."""
+    calls.reached = 4
+    make(tmp_path, EvaluationConfig("asr", "clean.jsonl"))()
+    assert len(calls) == 1 and not (tmp_path / RESULT).exists()
+    assert "stopped after step 4 of 6" in json.loads((tmp_path / FAILURE).read_text())["error"]
+    calls.reached = 6
+    make(tmp_path)()
+    assert (tmp_path / RESULT).exists() and not (tmp_path / FAILURE).exists()
 
 
 def test_a_directory_that_another_process_holds_is_left_alone(tmp_path, calls):
