@@ -30,13 +30,14 @@ from megatron_most.checkpointing.optimizer_state import OptimizerState
 from megatron_most.checkpointing.share import PlannedSave, Share
 from megatron_most.errors import CheckpointError
 from megatron_most.model import MoSTModel
+from megatron_most.model.fp8 import fp8_state, load_fp8_state
 from megatron_most.parallel import fail
 
 StateDict = dict[str, Any]
 
 
 def plan_state(directory: Path, model_chunks: list[MoSTModel], optimizer: MegatronOptimizer, copy: bool) -> Share:
-    """What this rank is to write of model, optimizer and random states. A collective call.
+    """What this rank is to write of model, optimizer, FP8 histories and random states. A collective call.
 
     Args:
         directory: empty; files that do not depend on the size of the model are written at once.
@@ -47,6 +48,7 @@ def plan_state(directory: Path, model_chunks: list[MoSTModel], optimizer: Megatr
     """
     state = _model_state(model_chunks)
     state |= {"optimizer": OptimizerState(optimizer, state, loading=False).tensors, "rng": _rng_state()}
+    state["fp8"] = fp8_state(model_chunks)
     planned = PlannedSave(copy)
     try:
         with _without_deprecations():
@@ -74,7 +76,7 @@ def load_state(
     optimizer_state = OptimizerState(optimizer, state, loading=True)
     if had_frozen_parts:
         optimizer_state.leave_out_all_but(_stored_keys(directory))
-    state["optimizer"] = optimizer_state.tensors
+    state |= {"optimizer": optimizer_state.tensors, "fp8": fp8_state(model_chunks)}
     if same_layout:
         state["rng"] = _rng_state()
     loaded = _load(directory, state)
@@ -83,6 +85,7 @@ def load_state(
     optimizer.reload_model_params()
     # A rank without a tensor of its own gets no dictionary back.
     optimizer_state.apply(loaded.get("optimizer", {}), step)
+    load_fp8_state(model_chunks, loaded.get("fp8", {}))
     if same_layout:
         _set_rng_state(loaded["rng"])
 

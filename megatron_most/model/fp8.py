@@ -7,12 +7,14 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_most import platform
 from megatron_most.config import RunConfig
-from megatron_most.moe.experts import ExpertPool
+from megatron_most.moe.experts import ExpertPool, SequentialExperts
 from megatron_most.precision import Fp8Product, as_fp8_linear, fp8_product
 from megatron_most.precision.linear import FP8_CLASSES
+from megatron_most.precision.scaling import AmaxHistory
 
 
 def convert_to_fp8(config: RunConfig, chunks: Iterable[torch.nn.Module]) -> None:
@@ -57,8 +59,8 @@ def end_fp8_step(chunks: Iterable[torch.nn.Module]) -> None:
             history.advance(mine)
 
 
-def collect_fp8_padding(chunks: Iterable[torch.nn.Module]) -> float | None:
-    """Share of the experts' rows that were padding since the last call, over all ranks; None where nothing is padded.
+def collect_fp8_padding(chunks: Iterable[torch.nn.Module]) -> tuple[float, float]:
+    """How many of the experts' rows were padding since the last call, and how many there were, over all ranks.
 
     A collective call.
     """
@@ -69,7 +71,57 @@ def collect_fp8_padding(chunks: Iterable[torch.nn.Module]) -> float | None:
             product.rows = product.padded_rows = 0
     dist.all_reduce(sums)
     padded, rows = sums.tolist()
-    return padded / rows if rows else None
+    return padded, rows
+
+
+def fp8_state(chunks: Iterable[torch.nn.Module]) -> dict[str, ShardedTensor]:
+    """The histories of the recipe ``delayed`` as tensors ``[steps, roles]`` of a checkpoint; none for other recipes.
+
+    Each product of a layer has its own, and each expert in it by its logical number: any layout finds what it needs.
+    """
+    dense_copy = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True).rank()
+    groups = (parallel_state.get_expert_tensor_parallel_group(), parallel_state.get_expert_data_parallel_group())
+    expert_copy = tuple(group.rank() for group in groups)
+    return {
+        key: ShardedTensor.from_rank_offsets(
+            key,
+            history.oldest_first()[..., place].contiguous(),
+            replica_id=expert_copy if is_expert else (dense_copy,),
+        )
+        for key, history, place, is_expert in _histories(chunks)
+    }
+
+
+def load_fp8_state(chunks: Iterable[torch.nn.Module], loaded: dict[str, torch.Tensor]) -> None:
+    """Go on from tensors named as in :func:`fp8_state`."""
+    pasts: dict[AmaxHistory, list[torch.Tensor]] = {}
+    for key, history, _, _ in _histories(chunks):
+        pasts.setdefault(history, []).append(loaded[key])
+    for history, past in pasts.items():
+        history.restore(torch.stack(past, dim=-1))
+
+
+def _histories(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[str, AmaxHistory, int, bool]]:
+    """(key, history, place in its last axis, whether it is an expert's), the places of a history in order."""
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:
+            prefix = f"fp8.layers.{layer.layer_number - 1}"
+            experts = getattr(layer.mlp, "experts", None)
+            numbers = {}
+            if isinstance(experts, SequentialExperts):
+                first = parallel_state.get_expert_model_parallel_rank() * len(experts.local_experts)
+                for index, expert in enumerate(experts.local_experts):
+                    for name, module in expert.named_children():
+                        numbers[module] = f"mlp.experts.{name}.{experts.groups.physical_to_logical[first + index]}"
+            for path, module in layer.named_modules():
+                fp8 = getattr(module, "fp8", None)
+                if isinstance(fp8, Fp8Product) and fp8.history is not None:
+                    yield f"{prefix}.{numbers.get(module, path)}", fp8.history, 0, module in numbers
+                elif isinstance(module, ExpertPool):
+                    for name, product in fp8.items():
+                        if product is not None and product.history is not None:
+                            for place, expert in enumerate(module.experts):
+                                yield f"{prefix}.mlp.experts.{name}.{expert}", product.history, place, True
 
 
 def _products(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[torch.nn.Module, list[Fp8Product]]]:

@@ -20,7 +20,8 @@ class Fp8Product:
     """What one linear layer, or the experts of one pool, does in FP8: here emulated, on any device.
 
     Values are quantised, dequantised and multiplied in the dtype of the input, with fp32 sums: what an FP8 kernel
-    computes but for the order of its sums.
+    computes but for the order of its sums. What runs without gradients (evaluation, a pass whose layers are computed
+    again) leaves no trace in histories and counts.
 
     Args:
         count: experts of the pool; 1 for a linear layer.
@@ -38,10 +39,12 @@ class Fp8Product:
         self.history: AmaxHistory | None = None
         if self.recipe == "delayed":
             self.history = AmaxHistory(precision.fp8_amax_history, count, torch.cuda.current_device())
+        self.is_recording = True
         self.rows = self.padded_rows = 0
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """``[..., k]`` and ``[o, k]`` -> ``[..., o]``."""
+        self.is_recording = torch.is_grad_enabled()
         return _Linear.apply(x.flatten(0, -2), weight, self).unflatten(0, x.shape[:-1])
 
     def grouped(self, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -49,6 +52,7 @@ class Fp8Product:
 
         The number of tokens of each expert must be a multiple of ``alignment`` (:meth:`padding`).
         """
+        self.is_recording = torch.is_grad_enabled()
         return _Grouped.apply(x, weight, ends, self)
 
     def padding(self, counts: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -64,8 +68,9 @@ class Fp8Product:
         ends = torch.tensor(padded).cumsum(0)
         shifts = ends - torch.tensor(padded) - (torch.tensor(counts).cumsum(0) - torch.tensor(counts))
         places = torch.arange(sum(counts)) + shifts.repeat_interleave(torch.tensor(counts))
-        self.rows += sum(padded)
-        self.padded_rows += sum(padded) - sum(counts)
+        if torch.is_grad_enabled():
+            self.rows += sum(padded)
+            self.padded_rows += sum(padded) - sum(counts)
         return places.to(device), ends.to(device, torch.int32), sum(padded)
 
     def multiply(self, a: torch.Tensor, a_role: str, b: torch.Tensor, b_role: str) -> torch.Tensor:
@@ -114,7 +119,10 @@ class Fp8Product:
             flat = magnitudes.reshape(self.count, -1).float()
             amax = flat.amax(dim=1) if flat.numel() else flat.new_zeros(self.count)
         name = self.formats[role]
-        scale = formats.tensor_scale(amax, name) if self.history is None else self.history.scale(role, amax, name)
+        if self.history is None:
+            scale = formats.tensor_scale(amax, name)
+        else:
+            scale = self.history.scale(role, amax, name, self.is_recording)
         return scale[owner][:, None] if owner is not None else scale.view(-1, *[1] * (tensor.dim() - 1))
 
     def _along_tokens(self, tensor: torch.Tensor, role: str, ends: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
@@ -134,6 +142,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        ctx.fp8.is_recording = True
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, _ = ctx.needs_input_grad
         dx = ctx.fp8.multiply(gradient, "gradient", weight.t(), "weight") if needs_x else None
@@ -151,6 +160,7 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        ctx.fp8.is_recording = True
         x, weight, ends, owner = ctx.saved_tensors
         needs_x, needs_weight, *_ = ctx.needs_input_grad
         gradient = gradient.contiguous()

@@ -25,10 +25,11 @@ class AmaxHistory:
         self.current = torch.zeros(len(ROLES), count, device=device)
         self._next = 0
 
-    def scale(self, role: str, amax: torch.Tensor, name: str) -> torch.Tensor:
-        """Record ``amax [count]`` of this step; the scale ``[count]`` to use now."""
+    def scale(self, role: str, amax: torch.Tensor, name: str, is_recorded: bool) -> torch.Tensor:
+        """The scale ``[count]`` to use now; ``amax [count]`` counts for this step if it ``is_recorded``."""
         index = ROLES.index(role)
-        torch.maximum(self.current[index], amax, out=self.current[index])
+        if is_recorded:
+            torch.maximum(self.current[index], amax, out=self.current[index])
         known = self.past[:, index].amax(dim=0)
         return tensor_scale(torch.where(known > 0, known, amax), name)
 
@@ -37,3 +38,12 @@ class AmaxHistory:
         self.past[self._next % len(self.past)] = largest
         self.current.zero_()
         self._next += 1
+
+    def oldest_first(self) -> torch.Tensor:
+        """A copy of ``past [steps, roles, count]`` between two steps, for a checkpoint."""
+        return self.past.roll(-(self._next % len(self.past)), dims=0)
+
+    def restore(self, past: torch.Tensor) -> None:
+        """Go on from what :meth:`oldest_first` gave."""
+        self.past.copy_(past)
+        self._next = 0

@@ -37,6 +37,7 @@ class MetricAccumulator:
     def reset(self) -> None:
         self.table = [[0.0, 0.0] for _ in self.names]
         self.routing = RoutingMetrics(self.moe)
+        self.fp8_rows = [0.0, 0.0]
 
     def add(self, table: list[list[float]]) -> None:
         """Add one step's table of (sum, count), already summed over ranks."""
@@ -44,9 +45,15 @@ class MetricAccumulator:
             mine[0] += new[0]
             mine[1] += new[1]
 
+    def add_fp8_rows(self, padded: float, rows: float) -> None:
+        """Rows of FP8 experts that were padding, and all of them, summed over ranks."""
+        self.fp8_rows = [self.fp8_rows[0] + padded, self.fp8_rows[1] + rows]
+
     def means(self) -> dict[str, float]:
-        """:func:`mean_losses` of everything added, and :meth:`RoutingMetrics.metrics`."""
-        return mean_losses(self.names, self.table) | self.routing.metrics()
+        """:func:`mean_losses` of everything added, :meth:`RoutingMetrics.metrics`, and the share of FP8 padding."""
+        padded, rows = self.fp8_rows
+        padding = {"fp8_padding": padded / rows} if rows else {}
+        return mean_losses(self.names, self.table) | self.routing.metrics() | padding
 
     @property
     def tokens(self) -> int:
@@ -54,7 +61,8 @@ class MetricAccumulator:
         return int(self.table[self.names.index("tokens")][0])
 
     def state(self) -> dict[str, Any]:
-        return {"table": dict(zip(self.names, self.table, strict=True)), "routing": self.routing.sums}
+        table = dict(zip(self.names, self.table, strict=True))
+        return {"table": table, "routing": self.routing.sums, "fp8_rows": self.fp8_rows}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state`; rows that this version does not know are left out."""
@@ -62,6 +70,7 @@ class MetricAccumulator:
         if state:
             self.table = [state["table"].get(name, [0.0, 0.0]) for name in self.names]
             self.routing.sums = state["routing"]
+            self.fp8_rows = state.get("fp8_rows", [0.0, 0.0])
 
 
 def mean_losses(names: list[str], table: list[list[float]]) -> dict[str, float]:

@@ -244,7 +244,7 @@ class Trainer:
 
     def _log(self, grad_norm: float, part_norms: dict[str, float]) -> None:
         """Write what was gathered since the last line; loss metrics are sums over targets divided by their number."""
-        self.accumulator.routing.add(collect_routing(self.model_chunks, self.config.model))
+        self._collect()
         values: dict[str, Any] = {
             "step": self.step,
             "time": time.time(),
@@ -257,13 +257,16 @@ class Trainer:
             "tokens_per_second": self._timed_tokens / self._seconds,
             "step_seconds": self._seconds / self._timed_steps,
         }
-        padding = collect_fp8_padding(self.model_chunks) if self.config.precision.uses_fp8 else None
-        if padding is not None:
-            values["fp8_padding"] = padding
         if self.writer is not None:
             self.writer.training(values, self.accumulator.routing.layers())
         self.accumulator.reset()
         self._seconds, self._timed_steps, self._timed_tokens = 0.0, 0, 0
+
+    def _collect(self) -> None:
+        """Add up what the layers have counted since the last time."""
+        self.accumulator.routing.add(collect_routing(self.model_chunks, self.config.model))
+        if self.config.precision.uses_fp8:
+            self.accumulator.add_fp8_rows(*collect_fp8_padding(self.model_chunks))
 
     def _validate(self) -> None:
         losses = validate(self.wrapped, self.validation_sets, self.loss_table)
@@ -275,7 +278,7 @@ class Trainer:
         if self._saving is not None:
             self._saving.wait()
             self._saving = None
-        self.accumulator.routing.add(collect_routing(self.model_chunks, self.config.model))
+        self._collect()
         tokenizer, codec = self._fingerprints
         metadata = CheckpointMetadata(
             step=self.step,

@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_most import parallel
+from megatron_most.checkpointing import load_checkpoint, save_checkpoint
 from megatron_most.config import RunConfig
 from megatron_most.errors import ConfigError
 from megatron_most.model import build_model, check_libraries
-from megatron_most.model.fp8 import collect_fp8_padding, end_fp8_step
+from megatron_most.model.fp8 import collect_fp8_padding, end_fp8_step, fp8_state
 from megatron_most.moe import collect_routing, end_routing_step
 from megatron_most.moe.experts import ExpertPool
 from megatron_most.precision.linear import Fp8ColumnParallelLinear, Fp8Linear, Fp8RowParallelLinear
 from megatron_most.training.optimizer import build_optimizer, wrap_model
 from tests.distributed.harness import run_ranks
 from tests.distributed.observe import STEADY, backward, mixed_batches
-from tests.distributed.shards import fill_weights
-from tests.distributed.tiny import tiny_config
-
-WIDE = {
-    "model__hidden_size": 64,
-    "model__ffn_hidden_size": 128,
-    "model__moe__ffn_hidden_size": 64,
-    "model__moe__shared_ffn_hidden_size": 64,
-    "model__attention__kv_lora_rank": 64,
-    "model__attention__qk_nope_head_dim": 16,
-    "model__attention__qk_rope_head_dim": 32,
-    "model__attention__v_head_dim": 16,
-}
-FP8 = {**WIDE, "precision__fp8": "hybrid", "precision__fp8_backend": "emulate"}
+from tests.distributed.shards import Piece, assemble, fill_weights, pieces_of
+from tests.distributed.tiny import FP8, tiny_config
+from tests.unit.checkpointing.test_metadata import metadata_of
+from tests.unit.moe.routing import make_tokens, route
 
 
 def fp8_config(**overrides: Any) -> RunConfig:
@@ -96,6 +88,49 @@ def train(overrides: dict[str, Any], num_steps: int = 3) -> list[tuple[float, fl
     return found
 
 
+SAVED = {"precision__fp8_recipe": "delayed", "precision__fp8_amax_history": 2, "optimizer__overlap": False}
+READERS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "tp2, sequential": (2, {"parallel__tensor_model_parallel_size": 2, "model__moe__expert_backend": "sequential"}),
+    "pp2, ep2": (4, {"parallel__pipeline_model_parallel_size": 2, "parallel__expert_model_parallel_size": 2}),
+}
+
+
+def histories(overrides: dict[str, Any], run_dir: Path, num_steps: int) -> list[Piece]:
+    """This rank's pieces after some steps, which are saved; after none, of what was saved before."""
+    config = fp8_config(**{**STEADY, **SAVED, **overrides})
+    parallel.initialize(config.parallel, seed=1)
+    chunks = build_model(config)
+    fill_weights(chunks)
+    wrapped = wrap_model(config, chunks)
+    optimizer = build_optimizer(config, wrapped)
+    for step in range(num_steps):
+        backward(config, wrapped, optimizer, mixed_batches(config, step))
+        optimizer.step()
+        end_routing_step(chunks)
+        end_fp8_step(chunks)
+    if num_steps:
+        save_checkpoint(run_dir, metadata_of(config, step=num_steps), chunks, optimizer, keep_last=1)
+    else:
+        load_checkpoint(run_dir, config, chunks, optimizer)
+    return list(pieces_of({"fp8": fp8_state(chunks)}))
+
+
+def test_histories_go_through_a_checkpoint_into_other_layouts(tmp_path: Path) -> None:
+    """Three steps of which two are kept, so that the order matters."""
+    written = assemble(run_ranks(2, histories, {"parallel__expert_model_parallel_size": 2}, tmp_path, 3))
+    experts = {f"fp8.layers.{layer}.mlp.experts.linear_fc1.{expert}" for layer in (1, 2) for expert in range(8)}
+    assert experts < written.keys()
+    assert all(past.shape == (2, 3) for past in written.values())
+    assert len({tuple(past.flatten().tolist()) for past in written.values()}) == len(written)  # none may be another's
+    assert all(not torch.equal(*past) for past in written.values())  # nor the older step the newer
+    for name, (world_size, overrides) in READERS.items():
+        read = assemble(run_ranks(world_size, histories, overrides, tmp_path, 0))
+        assert read.keys() == written.keys(), name
+        for key, past in written.items():
+            assert torch.equal(read[key], past), f"{name}: {key}"
+
+
 @functools.cache
 def one_process(recipe: str, fp8: str = "hybrid") -> list[tuple[float, float]]:
     return run_ranks(1, train, {"precision__fp8_recipe": recipe, "precision__fp8": fp8})[0]
@@ -138,17 +173,35 @@ def first_routing(overrides: dict[str, Any]) -> list[Any]:
     return [collect_routing(chunks, config.model), collect_fp8_padding(chunks)]
 
 
-def test_a_router_that_sees_the_same_input_routes_the_same() -> None:
-    """Experts of the first MoE layer are in FP8, the layers before it are not: its routing is that without FP8."""
-    dense = {"model__num_dense_layers": 1, "precision__bf16_first_layers": 1}
-    ((with_fp8, padding),) = run_ranks(1, first_routing, {**dense, "precision__bf16_last_layers": 0})
-    ((without, none),) = run_ranks(1, first_routing, {**dense, "precision__fp8": "off"})
-    # Layer 2 is the first in FP8: its attention differs a little, the scores of its router with it.
-    for name in ("text", "audio"):
-        moved = sum(abs(a - b) for a, b in zip(with_fp8[0]["pairs"][name], without[0]["pairs"][name], strict=True))
-        assert moved <= 0.1 * sum(without[0]["pairs"][name])
-    assert with_fp8[0]["outside_group"] == 0
-    assert 0 < padding < 1 and none is None
+def test_routing_before_the_first_layer_in_fp8_is_untouched_and_after_it_moves_little() -> None:
+    last = {"precision__bf16_first_layers": 2, "precision__bf16_last_layers": 0}
+    ((with_fp8, (padded, rows)),) = run_ranks(1, first_routing, last)
+    ((without, none),) = run_ranks(1, first_routing, {**last, "precision__fp8": "off"})
+    assert len(with_fp8) == 3  # MoE layers 2 to 4, of which 3 and 4 are in FP8
+    assert with_fp8[0] == without[0] and with_fp8[2] != without[2]
+    for layer, plain in zip(with_fp8, without, strict=True):
+        assert layer["outside_group"] == 0
+        for name in ("text", "audio"):
+            moved = sum(abs(a - b) for a, b in zip(layer["pairs"][name], plain["pairs"][name], strict=True))
+            assert moved <= 0.1 * sum(plain["pairs"][name])
+    assert 0 < padded < rows and none == (0, 0)
+
+
+def routed(overrides: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    config = fp8_config(**overrides, precision__dtype="bf16")
+    parallel.initialize(config.parallel, seed=1)
+    chunks = build_model(config)
+    fill_weights(chunks)
+    hidden, modality, is_padding = make_tokens(hidden_size=config.model.hidden_size)
+    return route(chunks[0].decoder.layers[2].mlp.router, hidden.bfloat16(), modality, is_padding)
+
+
+def test_a_router_in_fp32_routes_the_same_input_the_same() -> None:
+    """Of a layer whose attention and experts are in FP8."""
+    ((probs, routing_map),) = run_ranks(1, routed, {})
+    ((plain_probs, plain_map),) = run_ranks(1, routed, {"precision__fp8": "off"})
+    assert probs.dtype == torch.float32 and probs.any()
+    assert torch.equal(probs, plain_probs) and torch.equal(routing_map, plain_map)
 
 
 def test_experts_kept_in_bf16_are_those_without_fp8() -> None:

@@ -16,6 +16,20 @@ SEQ_LENGTH = 32
 CODEBOOK_SIZE = 16
 TEXT_VOCAB = 40
 
+FP8 = {
+    "precision__fp8": "hybrid",
+    "precision__fp8_backend": "emulate",
+    "model__hidden_size": 64,
+    "model__ffn_hidden_size": 128,
+    "model__moe__ffn_hidden_size": 64,
+    "model__moe__shared_ffn_hidden_size": 64,
+    "model__attention__kv_lora_rank": 64,
+    "model__attention__qk_nope_head_dim": 16,
+    "model__attention__qk_rope_head_dim": 32,
+    "model__attention__v_head_dim": 16,
+}
+"""Overrides: emulated FP8, and a model whose sizes FP8 products can have."""
+
 
 def tiny_config(**overrides: Any) -> RunConfig:
     """Four layers, eight experts, fp32; ``section__field=value`` overrides."""

@@ -16,6 +16,7 @@ from megatron_most.config import RunConfig
 from megatron_most.training import optimizer as optimizer_module
 from megatron_most.training import trainer as trainer_module
 from tests.distributed.harness import run_ranks
+from tests.distributed.tiny import FP8
 from tests.integration.tiny_run import assert_same_weights, metric_lines, run_config, train
 
 LAYOUTS = {
@@ -30,6 +31,16 @@ LAYOUTS = {
     "virtual-pipeline": (
         2,
         {"parallel__pipeline_model_parallel_size": 2, "parallel__virtual_pipeline_model_parallel_size": 2},
+    ),
+    "fp8": (
+        2,
+        {
+            "parallel__expert_model_parallel_size": 2,
+            "precision__dtype": "bf16",
+            "precision__fp8_recipe": "delayed",
+            "precision__fp8_amax_history": 2,
+            **FP8,
+        },
     ),
     "tensor-parallel": (2, {"parallel__tensor_model_parallel_size": 2}),
 }

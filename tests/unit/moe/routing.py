@@ -43,11 +43,16 @@ def make_router(moe: MoEConfig, expert_parallel_size: int = 1, seed: int = 0) ->
 
 
 def make_tokens(
-    seed: int = 0, rows: int = 2, length: int = 24, shares: tuple[float, ...] = (0.6, 0.4), padding: int = 4
+    seed: int = 0,
+    rows: int = 2,
+    length: int = 24,
+    shares: tuple[float, ...] = (0.6, 0.4),
+    padding: int = 4,
+    hidden_size: int = HIDDEN,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Hidden states ``[s, b, h]``; modality ``[b, s]`` in the given shares; is_padding ``[b, s]``, at the last end."""
     generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(length, rows, HIDDEN, generator=generator)
+    hidden = torch.randn(length, rows, hidden_size, generator=generator)
     modality = torch.multinomial(torch.tensor(shares), rows * length, replacement=True, generator=generator)
     is_padding = torch.zeros(rows, length, dtype=torch.bool)
     is_padding[-1, length - padding :] = True
