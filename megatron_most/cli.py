@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
 
@@ -17,7 +18,7 @@ def run(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace],
 
     A :class:`MostError` becomes one line on stderr and exit status 1; ``--debug``, before or after a subcommand, lets
     it propagate instead.
-    Ctrl-C exits with 130, as shells expect.
+    Ctrl-C exits with 130, and a reader that has closed the pipe (``| head``) with 141, as shells expect.
     """
     subparsers = _subparsers(parser)
     parser.add_argument("--debug", action="store_true", help=_DEBUG_HELP)
@@ -28,6 +29,7 @@ def run(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace],
     arguments = parser.parse_args() if subparsers else parser.parse_intermixed_args()
     try:
         command(arguments)
+        sys.stdout.flush()
     except MostError as error:
         if arguments.debug:
             raise
@@ -36,6 +38,10 @@ def run(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace],
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        # Python flushes standard output once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 def require_positive(arguments: argparse.Namespace, *names: str) -> None:

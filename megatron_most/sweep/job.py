@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_most.checkpointing import read_metadata
 from megatron_most.config import load_config
 from megatron_most.errors import MostError
 from megatron_most.files import write_json
@@ -70,7 +70,7 @@ class Job:
         log, failure = directory / LOG, directory / FAILURE
         attempts = _attempts(failure) + 1
         start = time.time()
-        error = _ended("training", self._train(directory, log, (held,)), log) or _unfinished(directory)
+        error = _ended("training", self._train(directory, log, (held,)), log) or self._unfinished(directory)
         for one in self.evaluation:
             if error:
                 break
@@ -83,25 +83,28 @@ class Job:
             failure.unlink(missing_ok=True)
 
     def _train(self, directory: Path, log: Path, descriptors: tuple[int, ...]) -> int:
-        resources = self.resources
-        environment = {"PET_NPROC_PER_NODE": str(resources.ranks)}
+        environment = {"PET_NPROC_PER_NODE": str(self.resources.ranks)}
         launcher = "single_node.sh"
-        if resources.nodes > 1:
+        if self.resources.nodes > 1:
             launcher = "multi_node.sh"
-            first = subprocess.run(
-                ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout.split()[0]
-            number = int(os.environ["SLURM_JOB_ID"])
-            environment |= {
-                "PET_NNODES": str(resources.nodes),
-                "PET_RDZV_ENDPOINT": f"{first}:{_PORT + number % _PORTS}",
-                "PET_RDZV_ID": str(number),
-            }
+            environment |= _meeting_point()
+            environment["PET_NNODES"] = str(self.resources.nodes)
+            environment["PET_LOG_DIR"] = str(directory / "logs" / os.environ["SLURMD_NODENAME"])
         command = [str(ROOT / "examples/launch" / launcher), "--config", str(directory / CONFIG)]
         return _call(command, log, environment, descriptors)
+
+    def _unfinished(self, directory: Path) -> str:
+        """What to say of training that ended well and early; one that is asked to stop saves and leaves with 0."""
+        from megatron_most.checkpointing import read_metadata  # takes seconds, of every job
+
+        steps = load_config(directory / CONFIG).training.steps
+        try:
+            reached = read_metadata(directory).step
+        except MostError as error:
+            return f"training left no checkpoint: {error}"
+        if reached < steps:
+            return f"training was stopped after step {reached} of {steps}; --resume goes on from there"
+        return ""
 
     def _evaluate(self, one: EvaluationConfig, directory: Path, log: Path, descriptors: tuple[int, ...]) -> int:
         output = directory / "evaluation" / f"{one.name}.json"
@@ -137,6 +140,22 @@ def _call(command: list[str], log: Path, environment: dict[str, str], descriptor
             _process = None
 
 
+def _meeting_point() -> dict[str, str]:
+    """Where torchrun's agents of a SLURM job find each other: its first node, at a port of the job's own."""
+
+    def told(*command: str) -> str:
+        return subprocess.run(["scontrol", "show", *command], capture_output=True, text=True, check=True).stdout
+
+    first = told("hostnames", os.environ["SLURM_JOB_NODELIST"]).split()[0]
+    # What SLURM calls a node need not be a name that the network knows.
+    (address,) = re.findall(r"NodeAddr=(\S+)", told("node", first))
+    number = int(os.environ["SLURM_JOB_ID"])
+    return {
+        "PET_RDZV_ENDPOINT": f"{address}:{_PORT + number % _PORTS}",
+        "PET_RDZV_ID": f"{number}-{os.environ.get('SLURM_RESTART_COUNT', 0)}",
+    }
+
+
 def _python_path() -> str:
     return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
@@ -166,18 +185,6 @@ def lock(directory: Path) -> Iterator[int | None]:
 
 def _ended(what: str, status: int, log: Path) -> str:
     return f"{what} ended with status {status}: {last_error(log)}" if status else ""
-
-
-def _unfinished(directory: Path) -> str:
-    """What is to be said of training that ended well and early: one that is asked to stop saves and leaves with 0."""
-    steps = load_config(directory / CONFIG).training.steps
-    try:
-        reached = read_metadata(directory).step
-    except MostError as error:
-        return f"training left no checkpoint: {error}"
-    if reached < steps:
-        return f"training was stopped after step {reached} of {steps}; --resume goes on from there"
-    return ""
 
 
 def _attempts(failure: Path) -> int:

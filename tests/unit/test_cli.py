@@ -1,6 +1,8 @@
 """What every command shares: one-line errors, the traceback on request, and the exit status."""
 
 import argparse
+import subprocess
+import sys
 
 import pytest
 
@@ -97,3 +99,14 @@ def test_options_that_must_be_positive_are_named(value):
     cli.require_positive(argparse.Namespace(workers=None, max_seconds=0.5), "workers", "max_seconds")
     with pytest.raises(ConfigError, match=f"^--max-seconds={value}: must be greater than 0"):
         cli.require_positive(argparse.Namespace(workers=1, max_seconds=value), "workers", "max_seconds")
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    """``tool | head -1``: no traceback, and the status of a process that SIGPIPE ends."""
+    script = "import argparse; from megatron_most import cli;"
+    script += "cli.run(argparse.ArgumentParser(), lambda arguments: [print('x' * 1000) for _ in range(1000)])"
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(60) == 141
+    assert process.stderr.read() == b""

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_most import checkpointing
 from megatron_most.config import dump_config
 from megatron_most.sweep import job as job_module
 from megatron_most.sweep.job import CONFIG, FAILURE, LOG, RESULT, Job, lock
@@ -35,7 +36,7 @@ def calls(monkeypatch, tmp_path):
         return found.statuses.pop(0) if found.statuses else 0
 
     monkeypatch.setattr(job_module, "_call", call)
-    monkeypatch.setattr(job_module, "read_metadata", lambda directory: SimpleNamespace(step=found.reached))
+    monkeypatch.setattr(checkpointing, "read_metadata", lambda directory: SimpleNamespace(step=found.reached))
     monkeypatch.delenv("SLURM_NODEID", raising=False)
     return found
 

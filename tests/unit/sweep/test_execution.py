@@ -1,0 +1,120 @@
+"""Starting, killing and resuming a sweep, with jobs of the real engine that do next to nothing."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import cloudpickle
+import pytest
+
+from megatron_most.config import dump_config
+from megatron_most.errors import ConfigError
+from megatron_most.sweep import execution
+from megatron_most.sweep.job import FAILURE, RESULT, Job
+from megatron_most.sweep.plan import PlannedRun, plan_runs
+from megatron_most.sweep.spec import Sweep, load_sweep
+from tests.distributed.tiny import tiny_config
+
+TRAINED = "trained.txt"
+
+
+@dataclass
+class LightJob(Job):
+    """Training of a moment; it fails as long as there is a file ``break`` beside the run directories."""
+
+    def _train(self, directory: Path, log: Path, descriptors: tuple[int, ...]) -> int:
+        with open(directory / TRAINED, "a") as file:
+            file.write("once\n")
+        time.sleep(0.5)
+        log.write_text("step 1\nerror: the data is gone\n")
+        return int((directory.parent / "break").exists())
+
+    def _unfinished(self, directory: Path) -> str:
+        return ""
+
+
+@pytest.fixture
+def described(tmp_path, monkeypatch) -> tuple[Sweep, list[PlannedRun]]:
+    """Twelve runs, three at a time."""
+    monkeypatch.setattr(execution, "Job", LightJob)
+    # A job's process does not find the tests by name.
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    (tmp_path / "asr.json").write_text("{}")
+    config = tiny_config(data__train=f"[{{path: {tmp_path}/asr}}]", run_dir=tmp_path / "run")
+    (tmp_path / "base.yaml").write_text(dump_config(config))
+    (tmp_path / "sweep.yaml").write_text(
+        f"{{name: s, base: {tmp_path}/base.yaml, output: {tmp_path}/out, seeds: [1, 2, 3, 4],"
+        " axes: {optimizer.lr: [1.0e-3, 2.0e-3, 3.0e-3]}, resources: {concurrent: 3}}"
+    )
+    sweep = load_sweep(tmp_path / "sweep.yaml")
+    yield sweep, plan_runs(sweep)
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+def finished(runs: list[PlannedRun]) -> int:
+    return sum((run.directory / RESULT).is_file() for run in runs)
+
+
+def test_a_sweep_that_is_killed_and_resumed_runs_each_exactly_once(described):
+    sweep, runs = described
+    said: list[str] = []
+    process = multiprocessing.get_context("fork").Process(
+        target=execution.start, args=(sweep, runs, "local", False, said.append)
+    )
+    process.start()
+    deadline = time.monotonic() + 60
+    while finished(runs) < 4 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert 4 <= finished(runs) < 12
+    with pytest.raises(ConfigError, match=f"{sweep.spec.output}: .* of the 12 runs were begun; --resume goes on"):
+        execution.start(sweep, runs, "local", False, said.append)
+    execution.start(sweep, runs, "local", True, said.append)
+    assert finished(runs) == 12
+    # Those that went on while nobody looked are among them.
+    assert [(run.directory / TRAINED).read_text() for run in runs] == ["once\n"] * 12
+    assert {json.loads((run.directory / RESULT).read_text())["identity"] for run in runs} == {
+        run.identity for run in runs
+    }
+    execution.start(sweep, runs, "local", True, said.append)
+    assert said[-1] == "s: 12 of 12 runs are finished, 0 to do"
+
+
+def test_a_failure_stops_no_other_run_and_is_tried_again(described):
+    sweep, runs = described
+    runs, said = runs[:2], []
+    runs[0].directory.parent.mkdir(parents=True)
+    broken = runs[0].directory.parent / "break"
+    broken.touch()
+    execution.start(sweep, runs, "local", False, said.append)
+    assert [execution.state(run) for run in runs] == ["failed", "failed"]
+    assert said[-1].endswith("failed: training ended with status 1: error: the data is gone")
+    broken.unlink()
+    execution.start(sweep, runs, "local", True, said.append)
+    assert [execution.state(run) for run in runs] == ["finished", "finished"]
+    assert json.loads((runs[0].directory / RESULT).read_text())["attempts"] == 2
+    assert not (runs[0].directory / FAILURE).exists()
+
+
+def test_missing_data_stops_all_before_anything_is_made(described):
+    sweep, _ = described
+    (sweep.path.parent / "asr.json").unlink()
+    with pytest.raises(ConfigError, match="sweep.yaml: not there: .*asr.json"):
+        execution.start(sweep, plan_runs(sweep), "local", False, print)
+    assert not Path(sweep.spec.output).exists()
+
+
+def test_slurm_is_missed_in_one_line(described, monkeypatch, tmp_path):
+    sweep, runs = described
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="--executor=slurm: ") as raised:
+        execution.start(sweep, runs, "slurm", False, print)
+    assert "\n" not in str(raised.value)
