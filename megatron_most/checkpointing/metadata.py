@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -12,7 +13,7 @@ from typing import Any
 
 from megatron_most.audio import codec_file, file_fingerprint
 from megatron_most.checkpointing.directory import read_json, resolve
-from megatron_most.config import RunConfig
+from megatron_most.config import RunConfig, number_experts
 from megatron_most.data.indexed import read_json as read_sidecar
 from megatron_most.errors import CheckpointError
 from megatron_most.text import load_tokenizer
@@ -150,9 +151,9 @@ def read_metadata(path: str | Path) -> CheckpointMetadata:
 
 def check_same_model(directory: Path, metadata: CheckpointMetadata, config: RunConfig) -> None:
     """Raise :class:`CheckpointError` naming the first field in which the checkpoint is not of ``config``'s model."""
-    mine = dataclasses.asdict(config)
+    theirs, mine = _with_numbered_experts(metadata.config), _with_numbered_experts(dataclasses.asdict(config))
     for section in ("vocab", "model"):
-        difference = first_difference(metadata.config.get(section), mine[section], section, ignore=TRAINING_ONLY)
+        difference = first_difference(theirs.get(section), mine[section], section, ignore=TRAINING_ONLY)
         if difference:
             field, theirs, ours = difference
             raise CheckpointError(
@@ -177,6 +178,16 @@ def check_same_model(directory: Path, metadata: CheckpointMetadata, config: RunC
                 f"{directory}: belongs to another {what}: {theirs.name} ({theirs.fingerprint[:12]}) in the checkpoint,"
                 f" {ours.name} ({ours.fingerprint[:12]}) in the config"
             )
+
+
+def _with_numbered_experts(config: dict[str, Any]) -> dict[str, Any]:
+    """A copy in which every pool has the list of its experts: one that is given by its size may be the same."""
+    config = copy.deepcopy(config)
+    moe = config["model"]["moe"]
+    pools = [*moe["groups"], moe["common"]]
+    for pool, experts in zip(pools, number_experts([(p["size"], p["experts"]) for p in pools]), strict=True):
+        pool["experts"] = list(experts)
+    return config
 
 
 def check_same_data(directory: Path, metadata: CheckpointMetadata, datasets: list[Fingerprint]) -> None:

@@ -8,6 +8,7 @@ from megatron_most.config.model import (
     ModelConfig,
     MoEConfig,
     RopeConfig,
+    number_experts,
 )
 from megatron_most.config.precision import PrecisionConfig
 from megatron_most.config.run import (
@@ -41,4 +42,5 @@ __all__ = [
     "TrainingConfig",
     "dump_config",
     "load_config",
+    "number_experts",
 ]

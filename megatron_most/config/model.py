@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron_most.config.rules import require, require_not_negative, require_one_of, require_positive
@@ -127,6 +128,18 @@ class ExpertGroupConfig:
         for name in ("balance_coeff", "z_loss_coeff"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"{where}.{name}", value, "must not be negative")
+
+
+def number_experts(pools: Sequence[tuple[int, Sequence[int]]]) -> list[tuple[int, ...]]:
+    """The experts of each pool, which is given by its size and, in all pools or none, the list of them.
+
+    Pools without lists have the experts one after another.
+    """
+    found, start = [], 0
+    for size, experts in pools:
+        found.append(tuple(experts) or tuple(range(start, start + size)))
+        start += size
+    return found
 
 
 @dataclass

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_most.config import MoEConfig
+from megatron_most.config import MoEConfig, number_experts
 
 COMMON = "common"
 """Name of the pool of common experts."""
@@ -80,13 +80,8 @@ class ExpertGroups:
 
 def _pools(config: MoEConfig) -> dict[str, tuple[int, ...]]:
     entries = [*((group.modality, group) for group in config.groups), (COMMON, config.common)]
-    pools = {}
-    start = 0
-    for name, entry in entries:
-        if entry.size:
-            pools[name] = tuple(entry.experts) or tuple(range(start, start + entry.size))
-            start += entry.size
-    return pools
+    numbers = number_experts([(entry.size, entry.experts) for _, entry in entries])
+    return {name: experts for (name, _), experts in zip(entries, numbers, strict=True) if experts}
 
 
 def _physical_order(pools: list[tuple[int, ...]], order: str, expert_parallel_size: int) -> tuple[int, ...]:

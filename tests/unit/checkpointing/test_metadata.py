@@ -107,6 +107,19 @@ def test_what_is_of_training_or_of_the_layout_may_differ() -> None:
     check_same_model(Path("step_00000003"), metadata_of(biased), slower)
 
 
+def test_groups_by_size_are_those_by_lists_of_the_same_experts() -> None:
+    """As conversion writes them, and as recipes do."""
+    lists = "[{{modality: text, experts: {}, top_k: 2}}, {{modality: audio, experts: {}, top_k: 2}}]"
+    halves = tiny_config(model__moe__groups=lists.format([0, 1, 2, 3], [4, 5, 6, 7]))
+    check_same_model(Path("step_00000003"), metadata_of(halves), tiny_config())
+    check_same_model(Path("step_00000003"), metadata_of(tiny_config()), halves)
+    mixed = tiny_config(model__moe__groups=lists.format([0, 1, 2, 4], [3, 5, 6, 7]))
+    with pytest.raises(
+        CheckpointError, match=r"model.moe.groups\[0\].experts\[3\] is 4 in the checkpoint, 3 in the config"
+    ):
+        check_same_model(Path("step_00000003"), metadata_of(mixed), tiny_config())
+
+
 def test_another_codec_is_refused_by_content_not_by_place(tmp_path: Path) -> None:
     (tmp_path / "codec.nemo").write_bytes(b"weights")
     config = tiny_config(codec=tmp_path / "codec.nemo")
