@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from megatron_most.checkpointing.metadata import check_same_model
 from megatron_most.config import RunConfig, load_config
 from megatron_most.conversion.architectures import read_foreign
+from megatron_most.conversion.import_config import ImportOptions, import_config
 from megatron_most.planning import describe_run
+from tests.unit.checkpointing.test_metadata import metadata_of
 
 CONFIGS = Path(__file__).parents[3] / "examples" / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("most_*.yaml"))
@@ -111,6 +115,31 @@ def test_models_are_those_that_conversion_makes_of_the_base(name: str, base: dic
         assert (text.size, audio.size, text.top_k, audio.top_k) == (*sizes, foreign.top_k, foreign.top_k)
     else:
         assert config.model.moe.normalize_top_k
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "base"),
+    [
+        ("most_16b_stage1", "partition", DEEPSEEK_V2_LITE),
+        ("most_16b_expand", "expand", DEEPSEEK_V2_LITE),
+        ("most_3b_upcycled", "upcycle", LLAMA_3_2_3B),
+    ],
+)
+def test_the_command_in_a_recipe_makes_a_checkpoint_that_the_recipe_takes(
+    name: str, mode: str, base: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = (CONFIGS / f"{name}.yaml").read_text().splitlines()
+    start = next(index for index, line in enumerate(lines) if "convert_checkpoint.py import" in line)
+    command = " ".join(line.strip("# \\") for line in lines[start : start + 2]).split()
+    options = dict(zip(command[3::2], command[4::2], strict=True))
+    assert options["--experts"] == mode
+    config = dataclasses.replace(recipe(name), tokenizer=None, codec=None)
+    architecture, foreign = read_foreign(base, name)
+    monkeypatch.chdir(CONFIGS.parents[1])
+    wanted = ImportOptions(mode, options.get("--audio-vocab"), options.get("--config"))
+    converted = import_config(SimpleNamespace(directory=name), architecture, foreign, mode, wanted)
+    assert config.checkpoint.load == options["--out"]
+    check_same_model(Path(options["--out"]), metadata_of(converted), config)
 
 
 def contains(whole: dict[str, Any], part: dict[str, Any], path: str = "") -> list[str]:
