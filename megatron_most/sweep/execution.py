@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import submitit
@@ -17,7 +18,6 @@ from megatron_most.sweep.plan import PlannedRun
 from megatron_most.sweep.spec import Sweep
 
 _JOBS = "jobs.json"
-_QUEUED = ("PENDING", "RUNNING", "REQUEUED", "CONFIGURING", "COMPLETING", "SUSPENDED", "READY", "UNKNOWN")
 _POLL_SECONDS = 0.5
 
 
@@ -89,26 +89,33 @@ def _job(sweep: Sweep, run: PlannedRun) -> Job:
 
 
 def _submit_to_slurm(sweep: Sweep, todo: list[PlannedRun], report: Callable[[str], None]) -> None:
-    folder = Path(sweep.spec.output) / "jobs"
+    executor = _executor(sweep, "slurm")
     path = Path(sweep.spec.output) / _JOBS
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-    def is_queued(run: PlannedRun) -> bool:
-        job_id = known.get(run.identity)
-        return job_id is not None and submitit.SlurmJob(folder, job_id).state in _QUEUED
-
-    waiting = [run for run in todo if is_queued(run)]
+    queued = _queued(known.values())
+    waiting = [run for run in todo if known.get(run.identity) in queued]
     todo = [run for run in todo if run not in waiting]
     if waiting:
         report(f"{len(waiting)} runs are in the queue already")
     if not todo:
         return
-    executor = _executor(sweep, "slurm")
     with executor.batch():
         jobs = [executor.submit(_job(sweep, run)) for run in todo]
     known |= {run.identity: job.job_id for run, job in zip(todo, jobs, strict=True)}
     write_json(path, known)
     report(f"submitted {len(jobs)} runs: {jobs[0].job_id} to {jobs[-1].job_id}; --resume collects them")
+
+
+def _queued(job_ids: Iterable[str]) -> set[str]:
+    """Those that wait or run. SLURM's queue is asked, not its accounts, which not every cluster keeps."""
+    arrays = sorted({job_id.partition("_")[0] for job_id in job_ids})
+    if not arrays:
+        return set()
+    command = ["squeue", "--noheader", "--array", "--format=%i", f"--jobs={','.join(arrays)}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode and "Invalid job id" not in done.stderr:  # its word for jobs that have left the queue
+        raise ConfigError(f"--executor=slurm: squeue: {' '.join(done.stderr.split())}")
+    return set(done.stdout.split())
 
 
 def _run_here(sweep: Sweep, todo: list[PlannedRun], report: Callable[[str], None]) -> None:

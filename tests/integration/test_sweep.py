@@ -91,4 +91,10 @@ def test_slurm_runs_each_on_two_nodes_and_a_second_call_collects(cluster: Cluste
     sweep(spec, "--executor", "slurm", "--resume", **settings)
     found = rows(tmp_path)
     assert [row["state"] for row in found] == ["finished"] * 3
+    # A run that has failed and left the queue is submitted again.
+    result = Path(found[1]["run_dir"]) / "sweep_result.json"
+    result.rename(result.with_name("sweep_failure.json"))
+    wait_for("an empty queue", lambda: not cluster.run("squeue", "--noheader"))
+    assert "submitted 1 runs" in sweep(spec, "--executor", "slurm", "--resume", **settings)
+    wait_for("its result", result.exists, 120)
     assert json.loads((Path(found[0]["run_dir"]) / "environment.json").read_text())["world_size"] == 2
