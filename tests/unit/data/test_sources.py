@@ -353,3 +353,28 @@ def test_a_source_that_is_not_there(tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
     with pytest.raises(DataError, match="pipe.jsonl: not a regular file"):
         list(open_source("nemo", tmp_path / "pipe.jsonl").records())
+
+
+@pytest.mark.parametrize("name", published.PUBLISHED)
+def test_a_root_may_be_named_from_the_folder_that_a_command_runs_in(tmp_path, monkeypatch, name):
+    expected = published.PUBLISHED[name](tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    for root in ("data", "data/../data"):
+        found = {record.id: record for record in records(name, Path(root))}
+        for item in expected:
+            np.testing.assert_array_equal(read_waveform(found[item.id], published.RATE), item.waveform)
+    with pytest.raises(DataError, match="^gone: no such manifest or folder"):
+        open_source(name, "gone")
+
+
+def test_a_manifest_in_another_folder_may_be_named_from_here(tmp_path, monkeypatch):
+    published.nemo(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    assert len(records("nemo", Path("data/train.jsonl"))) == 3
+
+
+def test_what_a_manifest_leaves_beside_itself_is_no_data(tmp_path):
+    published.nemo(tmp_path)
+    for name in ("train.quarantine.jsonl", "train.provenance.json"):
+        (tmp_path / name).write_text('{"reason": "not a record"}\n')
+    assert len(records("nemo", tmp_path)) == 3
