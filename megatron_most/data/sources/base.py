@@ -14,7 +14,6 @@ from megatron_most.data.manifest import Record, Rejection
 from megatron_most.data.sources.roots import Roots
 from megatron_most.errors import ConfigError, DataError
 
-
 WRITTEN_BESIDE = (".quarantine.jsonl", ".provenance.json")
 """What ``prepare_data.py`` itself writes beside a manifest; a folder of manifests may hold it, and it is no data."""
 

@@ -12,6 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from megatron_most.data import lines as lines_module
+from megatron_most.data.chat import read_chats
 from megatron_most.data.collect import SourceSpec, checked_records, collect
 from megatron_most.data.manifest import Record, Rejection, Turn, read_manifest, read_waveform
 from megatron_most.data.sources import SOURCES, SourceOptions, open_source
@@ -246,6 +247,28 @@ def test_chat_data_from_parquet_and_json_lines(tmp_path):
     collect(spec("chat", tmp_path), tmp_path / "m.jsonl.out", tmp_path / "q")
     again = read_manifest(tmp_path / "m.jsonl.out", needs_audio=False)
     assert [record.turns for record in again] == [record.turns for record in found]
+
+
+@pytest.mark.parametrize(
+    ("messages", "rule"),
+    [
+        ([("user", "Hi")], "messages must be of user and assistant in turn, found user"),
+        ([("user", "Hi"), ("tool", "{}"), ("assistant", "a")], "in turn, found user tool assistant"),
+        ([("user", "Hi"), ("system", "a"), ("assistant", "a")], "in turn, found user system assistant"),
+        ([("user", "Hi"), ("assistant", " ")], "messages[1]: is empty"),
+        ([("system", "a")], "in turn, found none"),
+    ],
+)
+def test_conversations_that_no_dataset_can_be_built_from_are_set_aside_one_by_one(tmp_path, messages, rule):
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    bad = {"messages": [{"role": role, "content": content} for role, content in messages]}
+    (tmp_path / "c.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(bad)}\n")
+    [found] = rejections("chat", tmp_path / "c.jsonl")
+    assert found.startswith(f"{tmp_path}/c.jsonl, line 2: ") and rule in found
+    # What is left is what `build --task chat` reads.
+    collect(spec("chat", tmp_path / "c.jsonl", licence="CC0"), tmp_path / "m", tmp_path / "q")
+    [chat] = read_chats(tmp_path / "m")
+    assert len(chat.exchanges) == 1 and chat.licence == "CC0"
 
 
 def test_what_a_user_says_fills_what_a_record_does_not(tmp_path):
