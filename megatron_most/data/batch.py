@@ -146,8 +146,13 @@ def _read_and_predicted(
 
 
 def _scatter(rows: np.ndarray, places: np.ndarray, values: np.ndarray, chosen: np.ndarray) -> None:
-    """``rows[places[i]] = values[i]`` for each i that is ``chosen``."""
-    if chosen.all():
-        rows[places] = values
-    elif chosen.any():
-        rows[places[chosen]] = values[chosen]
+    """``rows[places[i]] = values[i]`` for each i that is ``chosen``; ``places`` ascend."""
+    if not chosen.all():
+        places, values = places[chosen], values[chosen]
+    if not len(places):
+        return
+    # Audio stands in runs of places: copying each run is quicker than looking up every place.
+    edges = (np.flatnonzero(places[1:] - places[:-1] != 1) + 1).tolist()
+    starts, stops = [0, *edges], [*edges, len(places)]
+    for place, start, stop in zip(places[starts].tolist(), starts, stops, strict=True):
+        rows[place : place + stop - start] = values[start:stop]
