@@ -1,6 +1,9 @@
 """Building datasets: the right documents, their provenance, and refusals that name the source."""
 
 import json
+import multiprocessing
+import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +121,24 @@ def test_a_dataset_of_nothing_says_why(codes, tmp_path, task, options, rule):
             template=TemplateOptions(**options),
         )  # fmt: skip
     assert not list(tmp_path.glob("data*"))
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(codes, tmp_path):
+    """A limit on the size of files stands for the disk: writing fails in the same way."""
+
+    def on_a_full_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        try:
+            build_dataset(tmp_path / "data" / "full", task="asr", tokenizer="t", codes=[codes] * 4)
+        except DataError as error:
+            os.write(writer, str(error).encode())
+
+    reader, writer = os.pipe()
+    process = multiprocessing.get_context("fork").Process(target=on_a_full_disk)
+    process.start()
+    process.join()
+    assert os.read(reader, 1000).decode() == f"dataset {tmp_path}/data/full: cannot be written: File too large"
+    assert not list((tmp_path / "data").iterdir())
 
 
 def test_a_base_model_may_have_more_text_ids_than_its_tokenizer(codes, tmp_path):
