@@ -108,9 +108,10 @@ def make_batch(
         is_padding[index, target] = False
         if codes is not None and len(documents.codes):
             coded = documents.coded
-            is_predicted = is_read[coded - 1] & documents.loss_mask[coded]
-            _scatter(codes[index], place[coded], documents.codes, is_read[coded])
-            _scatter(code_labels[index], place[coded] - 1, documents.codes, is_predicted)
+            at, has_loss = place[coded], documents.loss_mask[coded]
+            _scatter(codes[index], at, documents.codes, is_read[coded])
+            if has_loss.any():  # what is only heard has no labels
+                _scatter(code_labels[index], at - 1, documents.codes, has_loss & is_read[coded - 1])
         if row.hidden is not None:
             hidden = place[row.hidden & is_read]
             if codes is not None:

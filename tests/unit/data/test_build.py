@@ -136,6 +136,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(codes, tmp_path):
     reader, writer = os.pipe()
     process = multiprocessing.get_context("fork").Process(target=on_a_full_disk)
     process.start()
+    os.close(writer)
     process.join()
     assert os.read(reader, 1000).decode() == f"dataset {tmp_path}/data/full: cannot be written: File too large"
     assert not list((tmp_path / "data").iterdir())
