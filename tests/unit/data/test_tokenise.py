@@ -164,7 +164,8 @@ def test_a_task_does_its_own_shards_only(manifest, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("keep", "rule"), [(0, r"'tokenised': 7.* do not add up"), (1, r"000000000\.codes: holds \d+ codes, its lines tell")]
+    ("keep", "rule"),
+    [(0, r"'tokenised': 7.* do not add up"), (1, r"000000000\.codes: holds \d+ codes, its lines tell of 0")],
 )
 def test_every_record_is_accounted_for(manifest, tmp_path, keep, rule):
     """A shard that lost its utterances, with their codes or without, is not put together with the others."""
