@@ -103,7 +103,7 @@ def speak_chats(
     ):
         with open(manifest_path, "w", encoding="utf-8") as manifest, open(chats_path, "w", encoding="utf-8") as chats:
             for chat in read_chats(chat_file):
-                spoken = {job.id: job for job in jobs([chat]) if job.path.is_file()}
+                spoken = {job.id: job for job in jobs([chat]) if _is_sound(job.path)}
                 for job in spoken.values():
                     _write_line(manifest, _manifest_entry(job, output, chat.licence))
                 messages = [
@@ -172,7 +172,7 @@ def _speak_all(jobs: Iterable[_Job], command: list[str], workers: int) -> dict[s
         try:
             for job in jobs:
                 total += 1
-                if job.path.is_file() or job.path in seen:
+                if job.path in seen or _is_sound(job.path):
                     continue
                 seen.add(job.path)
                 running[executor.submit(_speak, speak, job)] = job
@@ -184,6 +184,14 @@ def _speak_all(jobs: Iterable[_Job], command: list[str], workers: int) -> dict[s
             if servers:
                 servers.close()
     return failed
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether there is readable audio; what a crash or a full disk left of a file is spoken again."""
+    try:
+        return path.is_file() and soundfile.info(path).frames > 0
+    except soundfile.LibsndfileError:
+        return False
 
 
 def _speak(speak, job: _Job) -> None:
