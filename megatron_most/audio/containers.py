@@ -14,6 +14,9 @@ from megatron_most.errors import DataError
 _STREAMED_WAV = 0x7FFF0000
 """Programs that write WAV to a pipe cannot go back to fill in the size of the data and leave one from here on."""
 
+_MOST_PADDING = 4096
+"""Bytes that may follow the audio of a WAV file and mean nothing."""
+
 _OGG_HEADER = 27
 _OGG_MAX_PAGE = _OGG_HEADER + 255 + 255 * 255
 _OGG_LAST_PAGE = 0x04
@@ -42,14 +45,21 @@ def _opened(audio: str | Path | BinaryIO) -> Iterator[BinaryIO]:
 
 
 def _check_wav(file: BinaryIO, size_on_disk: int, name: str) -> None:
-    """The header says how many bytes of audio there are to be."""
+    """The header says how many bytes of audio there are to be; after them comes nothing, or a chunk with a name."""
     file.seek(12)
     while len(header := file.read(8)) == 8:
         chunk, size = header[:4], int.from_bytes(header[4:], "little")
+        end = file.tell() + size
         if chunk == b"data":
-            missing = file.tell() + size - size_on_disk
-            if missing > 0 and size < _STREAMED_WAV:
-                raise DataError(f"{name}: cut off: {missing} of {size} bytes of audio are missing")
+            if end > size_on_disk and size < _STREAMED_WAV:
+                raise DataError(f"{name}: cut off: {end - size_on_disk} of {size} bytes of audio are missing")
+            file.seek(end + size % 2)
+            following = file.read(4)
+            is_chunk = following.isascii() and following.decode("ascii").isprintable()
+            if size_on_disk - end > _MOST_PADDING and not is_chunk:
+                raise DataError(
+                    f"{name}: its header tells of {size} bytes of audio, {size_on_disk - end} bytes more follow"
+                )
             return
         file.seek(size + size % 2, os.SEEK_CUR)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,7 +89,7 @@ def build_dataset(
             counts.add(document, vocab)
             writer.add(document)
         if not counts.documents:
-            raise DataError(f"{output}: none of {examples.counts['examples']} examples became a document")
+            raise DataError(f"{output}: {_why_nothing(task, examples.counts, template)}")
         writer.commit(
             {
                 "tokenizer": {"name": Path(tokenizer).name, "fingerprint": text_tokenizer.fingerprint},
@@ -99,12 +99,30 @@ def build_dataset(
                 "special_tokens": tokens,
                 "counts": dataclasses.asdict(counts) | dict(examples.counts),
                 "sources": [str(source) for source in (*codes, *texts, *chats)],
-                "licences": {source.prefix: source.provenance.get("source", {}).get("licences") for source in sources},
+                "licences": {source.prefix: source.provenance.get("source", {}).get("licences") for source in sources}
+                | {path: dict(sorted(found.items())) for path, found in examples.licences.items()},
                 "tool_version": __version__,
                 "command": command,
             }
         )
     return TokenDataset(output)
+
+
+def _why_nothing(task: str, counts: Mapping[str, int], template: TemplateOptions) -> str:
+    if not counts["examples"]:
+        return "no example was found" + (
+            ": interleaved needs recordings of at least two utterances with text, with ids that differ in their last"
+            " number only"
+            if task == "interleaved"
+            else ""
+        )
+    reasons = {
+        "rejected": f"longer than max_length={template.limit.positions}",
+        "textless": "without a text",
+        "unspoken": f"without the recordings for any of {', '.join(template.modes)}",
+    }
+    found = [f"{counts[name]} {reason}" for name, reason in reasons.items() if counts.get(name)]
+    return f"none of {counts['examples']} examples became a document: {', '.join(found)}"
 
 
 def _check_sources(

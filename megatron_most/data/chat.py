@@ -7,12 +7,13 @@ utterance of tokenised speech and optional: such a turn can be spoken.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_most.data.instructions import fraction
+from megatron_most.data.lines import read_lines
+from megatron_most.data.manifest import parse_json_object, text_of
 from megatron_most.errors import ConfigError, DataError
 
 MODES = ("T-T", "S-T", "T-S", "S-S")
@@ -30,11 +31,12 @@ class Message:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation; :attr:`exchanges` are pairs of a user's and an assistant's message."""
+    """A conversation; ``exchanges`` are pairs of a user's and an assistant's message, ``licence`` is its text's."""
 
     id: str
     system: Message | None
     exchanges: tuple[tuple[Message, Message], ...]
+    licence: str | None = None
 
     def messages(self) -> Iterator[Message]:
         if self.system:
@@ -50,40 +52,41 @@ def read_chats(path: str | Path) -> Iterator[Chat]:
         DataError: an unreadable or empty file; a line (named by its number) that breaks the format or repeats an id.
     """
     seen: set[str] = set()
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                where = f"{path}, line {number}"
-                chat = _parse(line, where, f"{Path(path).stem}:{number}")
-                if chat.id in seen:
-                    raise DataError(f"{where}: id {chat.id!r} is already that of another line")
-                seen.add(chat.id)
-                yield chat
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such chat file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not readable: {error}") from None
+    for line in read_lines(path):
+        where = f"{path}, line {line.number}"
+        if line.problem:
+            raise DataError(f"{where}: {line.problem}")
+        if not line.text.strip():
+            continue
+        try:
+            chat = _parse(line.text, f"{Path(path).stem}:{line.number}")
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+        if chat.id in seen:
+            raise DataError(f"{where}: id {chat.id!r} is already that of another line")
+        seen.add(chat.id)
+        yield chat
     if not seen:
         raise DataError(f"{path}: empty chat file")
 
 
-def _parse(line: str, where: str, default_id: str) -> Chat:
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON: {error}") from None
-    if not isinstance(entry, dict) or not isinstance(entry.get("messages"), list):
-        raise DataError(f"{where}: must be a JSON object with a list of messages")
-    messages = [_message(value, f"{where}, message {place}") for place, value in enumerate(entry["messages"], start=1)]
-    system = messages.pop(0) if messages and messages[0].role == "system" else None
-    roles = [message.role for message in messages]
-    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        found = " ".join(roles) or "none"
-        raise DataError(f"{where}: after the system's, messages must be of user and assistant in turn, found {found}")
+def check_roles(roles: Sequence[str]) -> None:
+    """Raise :class:`DataError` unless these are the roles of a conversation's messages."""
+    turns = list(roles[1:] if roles[:1] == ["system"] else roles)
+    if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
+        found = " ".join(turns) or "none"
+        raise DataError(f"after the system's, messages must be of user and assistant in turn, found {found}")
+
+
+def _parse(line: str, default_id: str) -> Chat:
+    entry = parse_json_object(line)
+    if not isinstance(entry.get("messages"), list):
+        raise DataError("must be a JSON object with a list of messages")
+    messages = [_message(value, f"message {place}") for place, value in enumerate(entry["messages"], start=1)]
+    check_roles([message.role for message in messages])
+    system = messages.pop(0) if messages[0].role == "system" else None
     pairs = tuple(zip(messages[::2], messages[1::2], strict=True))
-    return Chat(str(entry.get("id", default_id)), system, pairs)
+    return Chat(str(entry.get("id", default_id)), system, pairs, text_of(entry, "licence"))
 
 
 def _message(value: object, where: str) -> Message:

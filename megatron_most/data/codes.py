@@ -16,6 +16,8 @@ import numpy as np
 
 from megatron_most.audio import AudioCodec
 from megatron_most.data.indexed import ArrayReader, read_json
+from megatron_most.data.lines import read_lines
+from megatron_most.data.manifest import parse_json_object
 from megatron_most.errors import DataError
 
 
@@ -92,6 +94,16 @@ class CodesDataset:
     def ids(self) -> Iterator[str]:
         """The id of each utterance, in their order."""
         return (entry["id"] for _, entry in self._lines())
+
+    def set_aside(self) -> Iterator[str]:
+        """Ids of records that no utterance here has: those in quarantine, and those that became chunks."""
+        quarantine = Path(f"{self.prefix}.quarantine.jsonl")
+        for line in read_lines(quarantine) if quarantine.is_file() else ():
+            if (identity := parse_json_object(line.text).get("id")) is not None:
+                yield identity
+        for _, entry in self._lines():
+            if "chunk" in entry:
+                yield entry["id"].rpartition("#")[0]
 
     def codes_of(self, index: int) -> np.ndarray:
         """``codes [C, F]`` int64 of utterance ``index``."""

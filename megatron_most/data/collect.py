@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from megatron_most.data.manifest import Record, Rejection
+from megatron_most.data.manifest import Record, Rejection, id_digest
 from megatron_most.data.sources import Source, SourceOptions, open_source
 from megatron_most.errors import DataError
 from megatron_most.files import replacing
@@ -82,7 +82,7 @@ def checked_records(spec: SourceSpec) -> Iterator[Record | Rejection]:
             yield item
             continue
         try:
-            digest = hashlib.blake2b(item.id.encode(), digest_size=12).digest()  # ids of millions of records are long
+            digest = id_digest(item.id)
             if digest in seen:
                 raise DataError(f"id {item.id!r} is already that of another record")
             if source.has_audio and options.needs_text and not item.text:

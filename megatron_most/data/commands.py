@@ -60,6 +60,13 @@ def build(arguments: argparse.Namespace, command: str) -> None:
         f"  {counts['examples']} examples, {counts['cut']} of them cut; {counts['rejected']} examples or parts rejected"
         + (f"; {counts.get('unspoken', 0)} conversations without the recordings for any mode" if arguments.chat else "")
     )
+    if arguments.chat:
+        modes = ", ".join(f"{mode} {counts[mode]}" for mode in arguments.modes if mode in counts)
+        print(f"  exchanges by mode: {modes}")
+    if counts.get("textless"):
+        print(f"  {counts['textless']} utterances have no text and are left out")
+    if counts.get("unrecorded"):
+        print(f"  {counts['unrecorded']} turns stay written: their recordings could not be tokenised")
 
 
 def inspect(arguments: argparse.Namespace, command: str) -> None:

@@ -15,7 +15,7 @@ from megatron_most.data.documents import LOSSES, Document, DocumentBuilder
 from megatron_most.data.instructions import choose_instruction
 from megatron_most.data.interleave import alternate, groups
 from megatron_most.data.length_limit import LengthLimit, sentences
-from megatron_most.data.manifest import read_manifest
+from megatron_most.data.manifest import manifest_records
 from megatron_most.data.tasks import ChatTurn, make_chat, make_document, make_interleaved
 from megatron_most.errors import ConfigError, DataError
 from megatron_most.text import TextTokenizer
@@ -52,7 +52,9 @@ class Examples:
     Attributes:
         counts: ``examples`` read; ``rejected``: examples, or parts of them, that are too long; ``cut``: examples that
             became several documents; ``textless``: utterances whose text a task needs and nobody gave; for chat
-            ``unspoken``: conversations with an exchange that no mode allows, and one count for each mode.
+            ``unspoken``: conversations with an exchange that no mode allows, ``unrecorded``: turns whose recording
+            could not be tokenised (in quarantine, or in chunks), and one count for each mode.
+        licences: for each manifest of texts and chat file, examples of each licence; ``unknown`` where nobody says.
     """
 
     def __init__(
@@ -70,10 +72,12 @@ class Examples:
         self._task, self._vocab, self._tokenizer, self._options = task, vocab, tokenizer, options
         self._codes, self._texts, self._chats = codes, texts, chats
         self.counts: Counter[str] = Counter()
+        self.licences: dict[str, Counter[str]] = {}
 
     def __iter__(self) -> Iterator[Document]:
         makers = {"interleaved": self._interleaved, "chat": self._conversations, "text_lm": self._texts_alone}
         self.counts = Counter(examples=0, rejected=0, cut=0)
+        self.licences = {str(path): Counter() for path in (*self._texts, *self._chats)}
         for documents in makers.get(self._task, self._utterances)():
             self.counts["examples"] += 1
             self.counts["cut"] += len(documents) > 1
@@ -130,7 +134,8 @@ class Examples:
                 where = f"codes {source.prefix}, {utterance.id}"
                 yield self._of_text(utterance.text, where) if utterance.text else []
         for manifest in self._texts:
-            for record in read_manifest(manifest, needs_audio=False):
+            for record in manifest_records(manifest, needs_audio=False):
+                self.licences[str(manifest)][record.licence or "unknown"] += 1
                 yield self._of_text(record.text, f"{manifest}, {record.id}")
 
     def _of_text(self, text: str, where: str) -> list[Document]:
@@ -185,12 +190,16 @@ class Examples:
             for source in self._codes
             for index, identity in enumerate(source.ids())
         }  # fmt: skip
+        set_aside = {identity for source in self._codes for identity in source.set_aside()}
         for path in self._chats:
             for chat in read_chats(path):
                 where = f"{path}, {chat.id}"
+                self.licences[str(path)][chat.licence or "unknown"] += 1
                 for message in chat.messages():
                     if message.audio is not None and message.audio not in place_of:
-                        raise DataError(f"{where}: utterance {message.audio!r} is in none of the codes")
+                        if message.audio not in set_aside:
+                            raise DataError(f"{where}: utterance {message.audio!r} is in none of the codes")
+                        self.counts["unrecorded"] += 1
                 modes = [choose_mode(chat, n, self._options.modes, place_of) for n in range(len(chat.exchanges))]
                 if None in modes:
                     self.counts["unspoken"] += 1

@@ -9,6 +9,7 @@ a sidecar is complete.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -74,7 +75,8 @@ class ArrayWriter:
 
     def discard(self) -> None:
         """Remove what was written, unless it was committed."""
-        self._builder.data_file.close()
+        with contextlib.suppress(OSError):  # a full disk, once more
+            self._builder.data_file.close()
         for ending in (".bin", ".idx"):
             Path(self._temporary + ending).unlink(missing_ok=True)
 
@@ -152,7 +154,10 @@ def _in_range(values: np.ndarray, stop: int) -> bool:
 
 
 class DatasetWriter:
-    """Writes a :class:`TokenDataset`, document by document. Leaving its context without a commit leaves no file."""
+    """Writes a :class:`TokenDataset`, document by document. Leaving its context without a commit leaves no file.
+
+    A disk that is full while its context lasts becomes a :class:`DataError`.
+    """
 
     def __init__(self, prefix: str | Path, task: str, vocab: VocabLayout) -> None:
         self._prefix, self._task, self._vocab = str(prefix), task, vocab
@@ -168,9 +173,12 @@ class DatasetWriter:
     def __enter__(self) -> DatasetWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         for array in self._arrays.values():
             array.discard()
+        if isinstance(error, OSError):
+            reason = error.strerror or error
+            raise DataError(f"dataset {self._prefix}: cannot be written: {reason}") from None
 
     def add(self, document: Document) -> None:
         assert len(document) > 1, "a document is read at all but its last position"

@@ -5,6 +5,7 @@ A manifest is NeMo's (``audio_filepath``, ``duration``, ``text``, ``offset``) wi
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -103,7 +104,12 @@ def iterate_manifest(
 
 
 def read_manifest(path: str | Path, *, needs_audio: bool = True) -> list[Record]:
-    """Read a manifest in which every line has to be right.
+    """All of :func:`manifest_records`."""
+    return list(manifest_records(path, needs_audio=needs_audio))
+
+
+def manifest_records(path: str | Path, *, needs_audio: bool = True) -> Iterator[Record]:
+    """The records of a manifest in which every line has to be right, one after the other: it may be of any size.
 
     Raises:
         DataError: unreadable or empty manifest; a line (named by its number) that is no JSON object, lacks a field,
@@ -112,18 +118,22 @@ def read_manifest(path: str | Path, *, needs_audio: bool = True) -> list[Record]
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path}: no such manifest")
-    records: list[Record] = []
-    seen: dict[str, str] = {}
+    seen: dict[bytes, int] = {}  # ids of millions of records are long
     for record in iterate_manifest(path, read_lines(path), needs_audio=needs_audio):
         if isinstance(record, Rejection):
             raise DataError(f"{record.where}: {record.reason}")
-        if record.id in seen:
-            raise DataError(f"{record.where}: id {record.id!r} is already that of {seen[record.id]}")
-        seen[record.id] = record.where.rsplit(", ", 1)[1]
-        records.append(record)
-    if not records:
+        digest = id_digest(record.id)
+        if digest in seen:
+            raise DataError(f"{record.where}: id {record.id!r} is already that of line {seen[digest]}")
+        seen[digest] = int(record.where.rsplit(" ", 1)[1])
+        yield record
+    if not seen:
         raise DataError(f"{path}: empty manifest")
-    return records
+
+
+def id_digest(identity: str) -> bytes:
+    """Twelve bytes that stand for an id."""
+    return hashlib.blake2b(identity.encode("utf-8", "surrogatepass"), digest_size=12).digest()
 
 
 def open_audio(record: Record) -> Path | BinaryIO:

@@ -103,15 +103,16 @@ def speak_chats(
     ):
         with open(manifest_path, "w", encoding="utf-8") as manifest, open(chats_path, "w", encoding="utf-8") as chats:
             for chat in read_chats(chat_file):
-                spoken = {job.id: job for job in jobs([chat]) if job.path.is_file()}
+                spoken = {job.id: job for job in jobs([chat]) if _is_sound(job.path)}
                 for job in spoken.values():
-                    _write_line(manifest, _manifest_entry(job, output))
+                    _write_line(manifest, _manifest_entry(job, output, chat.licence))
                 messages = [
                     {"role": message.role, "content": message.content}
                     | ({"audio": f"{chat.id}#{place}"} if f"{chat.id}#{place}" in spoken else {})
                     for place, message in enumerate(chat.messages())
                 ]
-                _write_line(chats, {"id": chat.id, "messages": messages})
+                licence = {"licence": chat.licence} if chat.licence else {}
+                _write_line(chats, {"id": chat.id, **licence, "messages": messages})
                 counts["spoken"] += len(spoken)
                 counts["written"] += len(messages) - len(spoken)
         with open(failed_path, "w", encoding="utf-8") as file:
@@ -120,14 +121,15 @@ def speak_chats(
     return counts
 
 
-def _manifest_entry(job: _Job, output: Path) -> dict:
+def _manifest_entry(job: _Job, output: Path, licence: str | None) -> dict:
     entry = {
         "id": job.id,
         "audio_filepath": str(job.path.relative_to(output)),
         "duration": soundfile.info(job.path).duration,
         "text": job.message.content,
     }
-    return entry | ({"speaker": job.voice} if job.voice else {})
+    more = {"speaker": job.voice or None, "licence": licence}
+    return entry | {name: value for name, value in more.items() if value is not None}
 
 
 def _write_line(file, entry: dict) -> None:
@@ -170,7 +172,7 @@ def _speak_all(jobs: Iterable[_Job], command: list[str], workers: int) -> dict[s
         try:
             for job in jobs:
                 total += 1
-                if job.path.is_file() or job.path in seen:
+                if job.path in seen or _is_sound(job.path):
                     continue
                 seen.add(job.path)
                 running[executor.submit(_speak, speak, job)] = job
@@ -182,6 +184,14 @@ def _speak_all(jobs: Iterable[_Job], command: list[str], workers: int) -> dict[s
             if servers:
                 servers.close()
     return failed
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether there is readable audio; what a crash or a full disk left of a file is spoken again."""
+    try:
+        return path.is_file() and soundfile.info(path).frames > 0
+    except soundfile.LibsndfileError:
+        return False
 
 
 def _speak(speak, job: _Job) -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """How fast the routed experts of one layer are: grouped matrix products, one expert after another, a loop over masks.
 
-    python tools/bench/experts.py [--tokens N] [--hidden N] [--ffn N] [--experts N] [--top-k N] [--blocks N]
+    python -m tools.bench.experts [--tokens N] [--hidden N] [--ffn N] [--experts N] [--top-k N] [--blocks N]
 
 Forward and backward, from tokens and their routing to one output for each token, on one rank. The loop over masks is
 how the published implementations of DeepSeek-V2 and MoST train: every expert looks for its tokens in a boolean mask.

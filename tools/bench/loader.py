@@ -1,6 +1,6 @@
 """Time to make training batches: this project's loader against Megatron's ``GPTDataset`` on the same files.
 
-    python tools/bench/loader.py --documents 20000 --seq-length 4096
+    python -m tools.bench.loader --documents 20000 --seq-length 4096
 
 A call makes one row of ``seq_length`` positions. For each of the layouts ``flat`` and ``frame``, the arms are
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Where the time of a training step goes: share of matrix products, attention and everything else.
 
-    python tools/bench/profile_step.py --config examples/configs/quickstart.yaml parallel.expert_model_parallel_size=1
+    python -m tools.bench.profile_step --config examples/configs/quickstart.yaml parallel.expert_model_parallel_size=1
 
 Runs on the data and model of a configuration without writing to its run directory. Times are of this process alone
 (self time of torch's operators); under torchrun, rank 0 speaks for itself.

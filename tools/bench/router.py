@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What routing by modality costs: against Megatron's plain router, on one MoE layer and on a training step.
 
-    python tools/bench/router.py [--tokens N] [--hidden N] [--ffn N] [--experts N] [--top-k N] [--blocks N]
+    python -m tools.bench.router [--tokens N] [--hidden N] [--ffn N] [--experts N] [--top-k N] [--blocks N]
 
 Both arms are the same layers with the same weights, experts, dispatcher and sequence balance loss on one rank; only the
 router is exchanged. Ours also keeps its statistics. Targets: at most 1.02 on the layer, 1.01 on the step. Beside them

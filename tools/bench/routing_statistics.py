@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What routing statistics cost: the passes of a training step with them against the same without.
 
-    python tools/bench/routing_statistics.py [--blocks 15] [--threads 1]
+    python -m tools.bench.routing_statistics [--blocks 15] [--threads 1]
 
 The model is DeepSeek-V2-Lite's shape scaled down (64 experts, top 6, one layer without experts and one with). Timed are
 the forward and backward pass of one micro-batch of 1024 positions; with the update a step takes longer, so that the

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """How fast audio becomes codes, against the loop that NeMo's model cards show: a file at a time, as long as it is.
 
-    python tools/bench/tokenise.py [--codec FILE] [--files N] [--shortest S] [--longest S] [--blocks N]
+    python -m tools.bench.tokenise [--codec FILE] [--files N] [--shortest S] [--longest S] [--blocks N]
 
 Both arms decode, resample and encode the same files with one thread of one process; lengths are spread evenly on a
 logarithmic scale, rates and channels vary. A second comparison takes the whole machine: the loop with a thread a core

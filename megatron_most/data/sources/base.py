@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from megatron_most.data.lines import Line, read_lines
 from megatron_most.data.manifest import Record, Rejection
 from megatron_most.data.sources.roots import Roots
 from megatron_most.errors import ConfigError, DataError
+
+WRITTEN_BESIDE = (".quarantine.jsonl", ".provenance.json")
+"""What ``prepare_data.py`` itself writes beside a manifest; a folder of manifests may hold it, and it is no data."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,11 @@ class Source(ABC):
     def __init__(
         self, root: str | Path, options: SourceOptions | None = None, further_roots: Sequence[str | Path] = ()
     ) -> None:
-        self.root = Path(root)
+        # Absolute: audio paths that start with it must mean the same wherever they are resolved.
+        self.root = Path(os.path.abspath(root))
         self.options = options or SourceOptions()
         if not self.root.exists():
-            raise DataError(f"{self.root}: no such manifest or folder")
+            raise DataError(f"{root}: no such manifest or folder")
         self.roots = Roots([self.folder, *further_roots])
 
     @property
@@ -73,6 +78,7 @@ class Source(ABC):
         if not self.root.is_dir():
             return [self.root]
         found = sorted({path for pattern in patterns for path in self.root.glob(pattern)})
+        found = [path for path in found if not path.name.endswith(WRITTEN_BESIDE)]
         if self.options.splits:
             found = [path for path in found if self._split_of(path) in self.options.splits]
         if not found:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_most.data.chat import check_roles
 from megatron_most.data.lines import Line
 from megatron_most.data.manifest import Record, Rejection, parse_json_object, parse_turns, text_of
 from megatron_most.data.sources.base import Source
@@ -86,7 +87,7 @@ class TextCorpus(Source):
 
 
 class Chat(TextCorpus):
-    """Conversations: a list of messages with role and content."""
+    """Conversations: a list of messages with role and content, in the order that ``build --task chat`` needs."""
 
     name = "chat"
     layout = "*.parquet, *.jsonl or *.jsonl.gz with messages: [{role, content}, ...] (SmolTalk)"
@@ -98,6 +99,10 @@ class Chat(TextCorpus):
         turns = parse_turns(entry.get(field))
         if not turns:
             raise DataError(f"{field}: is missing")
+        check_roles([turn.role for turn in turns])
+        for place, turn in enumerate(turns):
+            if not turn.text:
+                raise DataError(f"{field}[{place}]: is empty")
         return Record(
             identity, "", None, None, None, language=text_of(entry, "language"), split=self._split_of(path),
             turns=turns, where=where,

@@ -98,6 +98,15 @@ def test_wav_from_a_pipe_does_not_know_its_size(tmp_path, size):
     assert len(read_audio(tmp_path / "a.wav", 16000)) == 16000
 
 
+@pytest.mark.parametrize("after", [b"LIST" + (40000).to_bytes(4, "little") + bytes(40000), bytes(512)])
+def test_wav_may_hold_other_things_after_its_audio(tmp_path, after):
+    soundfile.write(tmp_path / "a.wav", tone(16000, 0.1), 16000)
+    content = bytearray((tmp_path / "a.wav").read_bytes()) + after
+    content[4:8] = (len(content) - 8).to_bytes(4, "little")
+    (tmp_path / "a.wav").write_bytes(content)
+    assert len(read_audio(tmp_path / "a.wav", 16000)) == 1600
+
+
 def test_what_is_written_is_read_back_and_clipped(tmp_path):
     waveform = tone(16000) * 3
     write_wav(tmp_path / "new" / "a.wav", waveform, 16000)

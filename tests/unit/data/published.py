@@ -172,7 +172,11 @@ def nemo_tarred(root: Path) -> list[Expected]:
 def chat_parquet(path: Path) -> list[list[dict]]:
     """Conversations as SmolTalk has them."""
     talks = [
-        [{"content": "You are kind.", "role": "system"}, {"content": "Hi", "role": "user"}],
+        [
+            {"content": "You are kind.", "role": "system"},
+            {"content": "Hi", "role": "user"},
+            {"content": "Hello!", "role": "assistant"},
+        ],
         [{"content": "2+2?", "role": "user"}, {"content": " Four. ", "role": "assistant"}],
     ]
     path.parent.mkdir(parents=True, exist_ok=True)

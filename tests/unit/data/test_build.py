@@ -1,6 +1,9 @@
 """Building datasets: the right documents, their provenance, and refusals that name the source."""
 
 import json
+import multiprocessing
+import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +12,10 @@ import pytest
 from megatron_most.data import build as module
 from megatron_most.data.build import build_dataset
 from megatron_most.data.codes import CodesDataset
+from megatron_most.data.examples import TemplateOptions
 from megatron_most.data.indexed import TokenDataset
 from megatron_most.data.inspection import audio_of
+from megatron_most.data.length_limit import LengthLimit
 from megatron_most.data.tasks import TEMPLATE_VERSION
 from megatron_most.errors import ConfigError, DataError
 from megatron_most.vocab import ModalityRange, VocabLayout
@@ -80,6 +85,61 @@ def test_text_comes_from_manifests_or_from_transcripts(codes, tmp_path):
     transcripts = build_dataset(tmp_path / "transcripts", task="text_lm", tokenizer="t", codes=[codes])
     assert len(transcripts) == 6 and transcripts.document(3).ids.tolist() == [1, *LetterTokenizer().encode("fox"), 2]
     assert transcripts.vocab == plain.vocab
+
+
+def test_licences_of_texts_and_conversations_are_kept(codes, tmp_path):
+    (tmp_path / "text.jsonl").write_text('{"text": "one", "licence": "MIT"}\n{"text": "two"}\n')
+    (tmp_path / "chat.jsonl").write_text(
+        '{"licence": "CC0", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    )
+    for kind, task in (("text", "text_lm"), ("chat", "chat")):
+        path = tmp_path / f"{kind}.jsonl"
+        options = {f"{kind}s": [path], "codes": [codes], "text_vocab_size": 40}
+        dataset = build_dataset(tmp_path / task, task=task, tokenizer="t", **options)
+        expected = {"MIT": 1, "unknown": 1} if kind == "text" else {"CC0": 1}
+        assert dataset.provenance["licences"] == {str(codes): {"CC0": 1}, str(path): expected}
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "rule"),
+    [
+        ("asr", {"limit": LengthLimit(5)}, "none of 6 examples became a document: 6 longer than max_length=5"),
+        ("interleaved", {}, "no example was found: interleaved needs recordings of at least two utterances"),
+        ("chat", {"modes": ["S-S"]}, "none of 1 examples became a document: 1 without the recordings for any of S-S"),
+    ],
+)
+def test_a_dataset_of_nothing_says_why(codes, tmp_path, task, options, rule):
+    alone = write_codes(tmp_path / "alone", [("a", "fox", random_codes(3)), ("b", "fox", random_codes(3))])
+    (tmp_path / "chat.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    )
+    sources = [alone.prefix] if task == "interleaved" else [codes]
+    chats = [tmp_path / "chat.jsonl"] if task == "chat" else []
+    with pytest.raises(DataError, match=rule):
+        build_dataset(
+            tmp_path / "data", task=task, tokenizer="t", codes=sources, chats=chats, text_vocab_size=40,
+            template=TemplateOptions(**options),
+        )  # fmt: skip
+    assert not list(tmp_path.glob("data*"))
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(codes, tmp_path):
+    """A limit on the size of files stands for the disk: writing fails in the same way."""
+
+    def on_a_full_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        try:
+            build_dataset(tmp_path / "data" / "full", task="asr", tokenizer="t", codes=[codes] * 4)
+        except DataError as error:
+            os.write(writer, str(error).encode())
+
+    reader, writer = os.pipe()
+    process = multiprocessing.get_context("fork").Process(target=on_a_full_disk)
+    process.start()
+    os.close(writer)
+    process.join()
+    assert os.read(reader, 1000).decode() == f"dataset {tmp_path}/data/full: cannot be written: File too large"
+    assert not list((tmp_path / "data").iterdir())
 
 
 def test_a_base_model_may_have_more_text_ids_than_its_tokenizer(codes, tmp_path):

@@ -81,6 +81,7 @@ def test_from_a_written_conversation_to_a_spoken_one(call, manifest, tmp_path):
     assert status == 1 and "special token system: " in err and "give text_vocab_size of at least" in err
     status, out, _ = call(*build, "--text-vocab-size", 400)
     assert status == 0 and "2 examples, 0 of them cut; 0 examples or parts rejected; 0 conversations without" in out
+    assert "exchanges by mode: S-S 2" in out
     shown = ("--document", 1, "--tokenizer", tokenizer, "--codec", "c.nemo", "--wav", tmp_path / "x.wav")
     status, out, _ = call("inspect", "--dataset", data, *shown)
     assert status == 0 and "document 1: <11 frames> Answer aloud. [<7 frames>]" in out

@@ -1,7 +1,9 @@
 """Examples of every task: what happens to long ones, which turns are spoken, and that everything is counted."""
 
+import gzip
 import itertools
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_most.data.chat import MODES
+from megatron_most.data import lines as lines_module
+from megatron_most.data.chat import MODES, read_chats
 from megatron_most.data.codes import CodesDataset
 from megatron_most.data.examples import Examples, TemplateOptions
 from megatron_most.data.inspection import audio_of
@@ -174,6 +177,32 @@ def test_conversations_without_the_recordings_are_left_out_and_counted(codes, tm
     assert examples.counts["unspoken"] == 1 and examples.counts["examples"] == 2
 
 
+def test_turns_whose_recording_is_in_quarantine_or_in_chunks_stay_written(tmp_path):
+    source = write_codes(tmp_path / "codes", [("chat#0", "fox", random_codes(3)), ("long#1#0", "", random_codes(3))])
+    (tmp_path / "codes.jsonl").write_text(
+        (tmp_path / "codes.jsonl").read_text().replace('{"id": "long#1#0"', '{"chunk": [0, 2], "id": "long#1#0"')
+    )
+    (tmp_path / "codes.quarantine.jsonl").write_text(
+        '{"where": "m, line 2", "reason": "silence", "id": "chat#1"}\n{"where": "m, line 3", "reason": "not JSON"}\n'
+    )
+    path = write_chats(tmp_path, {"chat": exchange("chat#0", "chat#1"), "long": exchange("chat#0", "long#1")})
+    examples = Examples(
+        "chat", layout(), TOKENIZER, TemplateOptions(modes=["S-S", "S-T"]), codes=[source], chats=[path]
+    )
+    assert len(list(examples)) == 2 and examples.counts["S-T"] == 2 and examples.counts["unrecorded"] == 2
+    spoken = Examples("chat", layout(), TOKENIZER, TemplateOptions(modes=["S-S"]), codes=[source], chats=[path])
+    assert list(spoken) == [] and spoken.counts["unspoken"] == 2
+
+
+def test_texts_are_read_one_after_the_other(tmp_path):
+    path = write_texts(tmp_path, "fox", "dog")
+    path.write_text(path.read_text() + "{\n")
+    documents = iter(Examples("text_lm", layout(), TOKENIZER, TemplateOptions(), texts=[path]))
+    assert TOKENIZER.decode(next(documents).ids) == "fox"  # a corpus larger than memory can be read
+    with pytest.raises(DataError, match="line 3: not JSON"):
+        list(documents)
+
+
 def test_a_long_conversation_is_split_between_exchanges(tmp_path):
     messages = [{"role": "system", "content": "be kind"}, *exchange() * 6]
     path = write_chats(tmp_path, {"long": messages})
@@ -197,7 +226,7 @@ def test_a_long_conversation_is_split_between_exchanges(tmp_path):
         ('{"messages": 3}', "line 2: must be a JSON object with a list of messages"),
         ('{"messages": []}', "must be of user and assistant in turn, found none"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "in turn, found user"),
-        ('{"messages": [{"role": "robot", "content": "a"}]}', "line 2, message 1: role='robot': must be system, user"),
+        ('{"messages": [{"role": "robot", "content": "a"}]}', "line 2: message 1: role='robot': must be system, user"),
         ('{"messages": [{"role": "user", "content": " "}]}', "message 1: content=' ': must be a text"),
         ('{"messages": [{"role": "user", "content": "a", "audio": 1}]}', "audio=1: must be the id of an utterance"),
         (json.dumps({"id": "one", "messages": exchange()}), "id 'one' is already that of another line"),
@@ -263,3 +292,27 @@ def test_wordings_vary_from_document_to_document(tmp_path):
         found = beginnings(task, purpose, 3)
         assert set(found) == {0, 1, 2} and min(found.values()) > 8
         assert found == beginnings(task, purpose, 3)
+
+
+@pytest.mark.parametrize(
+    ("content", "rule"),
+    [
+        (b'{"messages": "\xff"}\n', "line 1: not UTF-8"),
+        (b'{"a": "' + b"x" * 5000 + b'"}\n', "line 1: longer than"),
+        (b"\n", "empty chat file"),
+    ],
+)
+def test_hostile_chat_files_are_refused_by_line(tmp_path, monkeypatch, content, rule):
+    monkeypatch.setattr(lines_module, "MAX_LINE_BYTES", 4096)
+    (tmp_path / "chats.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=rule):
+        list(read_chats(tmp_path / "chats.jsonl"))
+
+
+def test_a_chat_file_may_be_compressed_and_begin_with_a_byte_order_mark_and_is_no_pipe(tmp_path):
+    content = write_chats(tmp_path, {"one": exchange()}).read_bytes()
+    (tmp_path / "chats.jsonl.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + content))
+    assert [chat.id for chat in read_chats(tmp_path / "chats.jsonl.gz")] == ["one"]
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match="pipe.jsonl: not a regular file"):
+        list(read_chats(tmp_path / "pipe.jsonl"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from megatron_most.data.manifest import read_manifest, read_waveform
+from megatron_most.data.manifest import manifest_records, read_manifest, read_waveform
 from megatron_most.errors import DataError
 
 GOOD = {"audio_filepath": "a.wav", "duration": 1.5, "text": "hello"}
@@ -65,6 +65,13 @@ def test_only_a_newline_ends_a_line(tmp_path):
 def test_ids_must_differ(tmp_path):
     with pytest.raises(DataError, match="line 2: id 'x' is already that of line 1"):
         read_manifest(write(tmp_path / "m.jsonl", {**GOOD, "id": "x"}, {**GOOD, "id": "x"}))
+
+
+def test_a_manifest_is_read_line_by_line(tmp_path):
+    records = manifest_records(write(tmp_path / "m.jsonl", GOOD, "{"))
+    assert next(records).id == "m:1"  # before anybody has seen the second line
+    with pytest.raises(DataError, match="line 2: not JSON"):
+        next(records)
 
 
 def test_empty_and_missing_manifests_are_refused(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from megatron_most.data import lines as lines_module
+from megatron_most.data.chat import read_chats
 from megatron_most.data.collect import SourceSpec, checked_records, collect
 from megatron_most.data.manifest import Record, Rejection, Turn, read_manifest, read_waveform
 from megatron_most.data.sources import SOURCES, SourceOptions, open_source
@@ -248,6 +249,28 @@ def test_chat_data_from_parquet_and_json_lines(tmp_path):
     assert [record.turns for record in again] == [record.turns for record in found]
 
 
+@pytest.mark.parametrize(
+    ("messages", "rule"),
+    [
+        ([("user", "Hi")], "messages must be of user and assistant in turn, found user"),
+        ([("user", "Hi"), ("tool", "{}"), ("assistant", "a")], "in turn, found user tool assistant"),
+        ([("user", "Hi"), ("system", "a"), ("assistant", "a")], "in turn, found user system assistant"),
+        ([("user", "Hi"), ("assistant", " ")], "messages[1]: is empty"),
+        ([("system", "a")], "in turn, found none"),
+    ],
+)
+def test_conversations_that_no_dataset_can_be_built_from_are_set_aside_one_by_one(tmp_path, messages, rule):
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    bad = {"messages": [{"role": role, "content": content} for role, content in messages]}
+    (tmp_path / "c.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(bad)}\n")
+    [found] = rejections("chat", tmp_path / "c.jsonl")
+    assert found.startswith(f"{tmp_path}/c.jsonl, line 2: ") and rule in found
+    # What is left is what `build --task chat` reads.
+    collect(spec("chat", tmp_path / "c.jsonl", licence="CC0"), tmp_path / "m", tmp_path / "q")
+    [chat] = read_chats(tmp_path / "m")
+    assert len(chat.exchanges) == 1 and chat.licence == "CC0"
+
+
 def test_what_a_user_says_fills_what_a_record_does_not(tmp_path):
     published.nemo(tmp_path)
     said = records("nemo", tmp_path / "train.jsonl", language="cy", licence="CC0-1.0")[0]
@@ -353,3 +376,28 @@ def test_a_source_that_is_not_there(tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
     with pytest.raises(DataError, match="pipe.jsonl: not a regular file"):
         list(open_source("nemo", tmp_path / "pipe.jsonl").records())
+
+
+@pytest.mark.parametrize("name", published.PUBLISHED)
+def test_a_root_may_be_named_from_the_folder_that_a_command_runs_in(tmp_path, monkeypatch, name):
+    expected = published.PUBLISHED[name](tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    for root in ("data", "data/../data"):
+        found = {record.id: record for record in records(name, Path(root))}
+        for item in expected:
+            np.testing.assert_array_equal(read_waveform(found[item.id], published.RATE), item.waveform)
+    with pytest.raises(DataError, match="^gone: no such manifest or folder"):
+        open_source(name, "gone")
+
+
+def test_a_manifest_in_another_folder_may_be_named_from_here(tmp_path, monkeypatch):
+    published.nemo(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    assert len(records("nemo", Path("data/train.jsonl"))) == 3
+
+
+def test_what_a_manifest_leaves_beside_itself_is_no_data(tmp_path):
+    published.nemo(tmp_path)
+    for name in ("train.quarantine.jsonl", "train.provenance.json"):
+        (tmp_path / name).write_text('{"reason": "not a record"}\n')
+    assert len(records("nemo", tmp_path)) == 3

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import soundfile
 
+from megatron_most.data.chat import read_chats
 from megatron_most.data.manifest import read_manifest
 from megatron_most.data.speechify import speak_chats
 from megatron_most.errors import ConfigError, DataError
@@ -81,13 +82,21 @@ def test_turns_become_audio_a_manifest_and_conversations(tmp_path, program, outp
     assert len((tmp_path / "calls").read_text()) == calls and (tmp_path / "out/manifest.jsonl").read_bytes() == before
 
 
+def test_the_licence_of_a_conversation_goes_with_its_speech(tmp_path):
+    chats = write_chats(tmp_path, 1, "fine")
+    chats.write_text(chats.read_text().replace('{"id"', '{"licence": "CC0", "id"'))
+    speak_chats(chats, tmp_path / "out", command(tmp_path, ONE, True), workers=1)
+    assert {record.licence for record in read_manifest(tmp_path / "out/manifest.jsonl")} == {"CC0"}
+    assert [chat.licence for chat in read_chats(tmp_path / "out/chats.jsonl")] == ["CC0"]
+
+
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
     chats = write_chats(tmp_path, 4, "one", "two")
     run = command(tmp_path, ONE, True)
     speak_chats(chats, tmp_path / "out", run, workers=1)
     audio = sorted((tmp_path / "out/audio").rglob("*.wav"))
     expected = {path: path.read_bytes() for path in audio}
-    audio[0].unlink()
+    audio[0].write_bytes(b"")  # what a crash of the machine may leave
     (tmp_path / "out/manifest.jsonl").unlink()
     (tmp_path / "calls").unlink()
     speak_chats(chats, tmp_path / "out", run, workers=1)

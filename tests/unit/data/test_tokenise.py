@@ -163,6 +163,21 @@ def test_a_task_does_its_own_shards_only(manifest, tmp_path):
         run(manifest, tmp_path / "codes", task=(3, 3))
 
 
+@pytest.mark.parametrize(
+    ("keep", "rule"),
+    [(0, r"'tokenised': 7.* do not add up"), (1, r"000000000\.codes: holds \d+ codes, its lines tell of 0")],
+)
+def test_every_record_is_accounted_for(manifest, tmp_path, keep, rule):
+    """A shard that lost its utterances, with their codes or without, is not put together with the others."""
+    run(manifest, tmp_path / "codes", task=(0, 2))
+    shard = tmp_path / "codes.parts" / "000000000"
+    Path(f"{shard}.jsonl").write_text("")
+    Path(f"{shard}.codes").write_bytes(Path(f"{shard}.codes").read_bytes() * keep)
+    with pytest.raises(DataError, match=rule):
+        run(manifest, tmp_path / "codes", task=(1, 2))
+    assert not (tmp_path / "codes.json").exists()
+
+
 def test_a_finished_job_is_not_done_again(manifest, tmp_path, monkeypatch):
     run(manifest, tmp_path / "codes")
     before = files_beside(tmp_path)

@@ -57,6 +57,10 @@ def bad_audio(folder: Path) -> dict[str, str]:
     content = bytearray(write("lying.flac", noise(40000)))
     content[21:26] = bytes([content[21] | 0x0F, 0xFF, 0xFF, 0xFF, 0xFF])
     (folder / "lying.flac").write_bytes(content)
+    content = bytearray(write("less.wav", noise(8000)))
+    at = content.index(b"data") + 4
+    content[at : at + 4] = (9000).to_bytes(4, "little")
+    (folder / "less.wav").write_bytes(content)
     content = bytearray(write("rate.wav", noise(4000)))
     content[24:28] = (7).to_bytes(4, "little")
     (folder / "rate.wav").write_bytes(content)
@@ -79,6 +83,7 @@ def bad_audio(folder: Path) -> dict[str, str]:
         "cut.mp3": "cut off",
         "cut.ogg": "cut off",
         "lying.flac": "not readable as audio",
+        "less.wav": "its header tells of 9000 bytes of audio, 7000 bytes more follow",
         "rate.wav": "a rate of 7 Hz is not believable",
         "other_length.wav": "holds 1.00 s, the manifest says 2.00 s",
         "too_long.wav": "longer than 10 s",
