@@ -24,6 +24,11 @@ def has_fp8() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability(device()) >= (8, 9)
 
 
+def has_grouped_fp8() -> bool:
+    """Whether torch's grouped FP8 product has a kernel for the accelerator: compute capability 9.x and 10.x alone."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device())[0] in (9, 10)
+
+
 def set_threads(count: int = 0) -> int:
     """Set the intra-op threads of this process and return their number.
 
