@@ -20,18 +20,8 @@ from megatron_most.training.optimizer import build_optimizer, wrap_model
 from tests.distributed.harness import run_ranks
 from tests.distributed.observe import STEADY, backward, mixed_batches
 from tests.distributed.shards import fill_weights
-from tests.distributed.tiny import tiny_config
+from tests.distributed.tiny import WIDE, tiny_config
 
-WIDE = {
-    "model__hidden_size": 64,
-    "model__ffn_hidden_size": 128,
-    "model__moe__ffn_hidden_size": 64,
-    "model__moe__shared_ffn_hidden_size": 64,
-    "model__attention__kv_lora_rank": 64,
-    "model__attention__qk_nope_head_dim": 16,
-    "model__attention__qk_rope_head_dim": 32,
-    "model__attention__v_head_dim": 16,
-}
 FP8 = {**WIDE, "precision__fp8": "hybrid", "precision__fp8_backend": "emulate"}
 
 

@@ -16,6 +16,18 @@ SEQ_LENGTH = 32
 CODEBOOK_SIZE = 16
 TEXT_VOCAB = 40
 
+WIDE: dict[str, Any] = {
+    "model__hidden_size": 64,
+    "model__ffn_hidden_size": 128,
+    "model__moe__ffn_hidden_size": 64,
+    "model__moe__shared_ffn_hidden_size": 64,
+    "model__attention__kv_lora_rank": 64,
+    "model__attention__qk_nope_head_dim": 16,
+    "model__attention__qk_rope_head_dim": 32,
+    "model__attention__v_head_dim": 16,
+}
+"""Overrides: sizes that FP8 products take."""
+
 
 def tiny_config(**overrides: Any) -> RunConfig:
     """Four layers, eight experts, fp32; ``section__field=value`` overrides."""

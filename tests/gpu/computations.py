@@ -41,17 +41,6 @@ ALL_CHOSEN: Overrides = {
     "model__moe__groups": "[{modality: text, size: 2, top_k: 2}, {modality: audio, size: 2, top_k: 2}]"
 }
 """Every expert of a modality is chosen, so that no rounding of bf16 sends a token elsewhere."""
-WIDE: Overrides = {
-    "model__hidden_size": 64,
-    "model__ffn_hidden_size": 128,
-    "model__moe__ffn_hidden_size": 64,
-    "model__moe__shared_ffn_hidden_size": 64,
-    "model__attention__kv_lora_rank": 64,
-    "model__attention__qk_nope_head_dim": 16,
-    "model__attention__qk_rope_head_dim": 32,
-    "model__attention__v_head_dim": 16,
-}
-"""Sizes that FP8 products take."""
 MODELS: dict[str, Overrides] = {
     "rows": {},
     "packed": {"data__packing": True, "training__micro_batch_size": 1},

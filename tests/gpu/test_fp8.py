@@ -10,11 +10,11 @@ import torch
 
 from megatron_most.precision import Fp8Product
 from megatron_most.precision.scaled_mm import ScaledMMProduct
+from tests.distributed.tiny import WIDE
 from tests.gpu import hardware
 from tests.gpu.comparison import relative_error
 from tests.gpu.computations import (
     RECIPES,
-    WIDE,
     fp8_operands,
     fp8_product,
     fp8_values,

@@ -11,14 +11,13 @@ from megatron.core import fp8_utils
 
 from megatron_most import platform
 from megatron_most.model.transformer_config import transformer_config
-from tests.distributed.tiny import tiny_config
+from tests.distributed.tiny import WIDE, tiny_config
 from tests.gpu import hardware
 from tests.gpu.comparison import assert_near, relative_error
 from tests.gpu.computations import (
     ALL_CHOSEN,
     COUNTS,
     RECIPES,
-    WIDE,
     fp8_operands,
     losses_of_steps,
     model_step,
