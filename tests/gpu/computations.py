@@ -193,6 +193,13 @@ def fp8_operands(is_grouped: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     return tuple(tensor.bfloat16().float() for tensor in (x, weight, gradient))
 
 
+def leave_nan_in_memory() -> None:
+    """Have what is not written show: memory that kernels are given next was full of NaN."""
+    sizes = [2**power for power in range(8, 24)]
+    blocks = [torch.full((size,), float("nan"), device=platform.device()) for size in sizes]
+    del blocks
+
+
 def fp8_product(kind: type[Fp8Product], recipe: str, is_grouped: bool, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Output and both gradients of a linear layer or of experts, one of these without tokens.
 

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_most import platform
+from megatron_most.config import PrecisionConfig
 from megatron_most.precision import Fp8Product
 from megatron_most.precision.scaled_mm import ScaledMMProduct
 from tests.distributed.tiny import WIDE
@@ -18,6 +20,7 @@ from tests.gpu.computations import (
     fp8_operands,
     fp8_product,
     fp8_values,
+    leave_nan_in_memory,
     losses_of_steps,
 )
 
@@ -44,8 +47,25 @@ def test_the_emulation_is_the_cpus(recipe: str, layer: str, on_cpu: Callable[...
 @pytest.mark.parametrize("layer", ["linear", "experts"])
 @pytest.mark.parametrize("recipe", TORCH_RECIPES)
 def test_torch_kernels_compute_the_emulated_product(recipe: str, layer: str, on_cpu: Callable[..., Any]) -> None:
+    leave_nan_in_memory()
     found = fp8_product(ScaledMMProduct, recipe, layer == "experts", torch.bfloat16)
     assert_near(found, on_cpu("fp8 products")[f"{recipe}, {layer}"])
+
+
+@hardware.needs(hardware.FP8)
+@pytest.mark.parametrize("recipe", TORCH_RECIPES)
+def test_experts_without_any_token_have_gradients_of_zeros(recipe: str) -> None:
+    """As on a rank to which nobody sends anything."""
+    name, fp8 = RECIPES[recipe]
+    product, device = ScaledMMProduct(PrecisionConfig(fp8=fp8, fp8_recipe=name), 2), platform.device()
+    leave_nan_in_memory()
+    _, ends, rows = product.padding([0, 0], device)
+    x = torch.zeros(rows, 256, dtype=torch.bfloat16, device=device, requires_grad=True)
+    weight = torch.ones(2, 384, 256, dtype=torch.bfloat16, device=device, requires_grad=True)
+    y = product.grouped(x, weight, ends)
+    y.backward(torch.zeros_like(y))
+    assert y.shape == (0, 384) and x.grad.shape == (0, 256)
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
 
 
 def test_the_band_tells_fp8_from_bf16(on_cpu: Callable[..., Any]) -> None:
