@@ -13,7 +13,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart test test-slow lint format clean
+.PHONY: help setup quickstart test test-slow test-gpu lint format clean
 
 help: ## say what the targets do
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
@@ -69,6 +69,9 @@ test: lint ## lint, and every test that is not slow
 
 test-slow: $(STAMP) ## the slow tests
 	@$(PYTEST) -m "slow and not gpu" || test $$? -eq 5 # 5: no test is marked slow
+
+test-gpu: $(STAMP) ## the tests that compare a GPU with the CPU; each says why where it is skipped
+	@$(PYTEST) -m gpu -rs tests/gpu
 
 clean: ## remove .venv and caches; runs/ stays
 	@rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -25,6 +25,7 @@ FORMAT = 2
 
 TRAINING_ONLY = frozenset(
     {
+        "model.backend",
         "model.init_std",
         "model.codebook_loss_weights",
         "model.text_loss_weight",

@@ -154,6 +154,9 @@ def _rng_state() -> ShardedObject:
 
 
 def _set_rng_state(state: dict[str, Any]) -> None:
+    """Go on with random states that were saved, unless on another kind of device, whose generators are others."""
+    if ("cuda" in state) != torch.cuda.is_available():
+        return
     torch.set_rng_state(state["cpu"])
     get_cuda_rng_tracker().set_states(state["tracker"])
     if torch.cuda.is_available():

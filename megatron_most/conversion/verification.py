@@ -247,6 +247,7 @@ def whole_model(config: RunConfig, state: Path) -> torch.nn.Module:
     values = dataclasses.asdict(config)
     moe = {"expert_backend": "sequential", "dispatcher": "alltoall", "shared_expert_overlap": False}
     values["model"]["moe"] |= moe
+    values["model"]["backend"] = "portable"
     precision = {"precision": {"dtype": "fp32"}}
     sections = {name: values[name] for name in ("vocab", "model")}
     chunks = build_model(build_config(str(state.parent), {**sections, **precision}))

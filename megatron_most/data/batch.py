@@ -49,10 +49,14 @@ class Batch:
     cu_seqlens: torch.Tensor | None
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
+        """The same batch on another device; ``cu_seqlens`` stays, for the host reads the numbers in it."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        moved = {name: None if value is None else value.to(device, non_blocking=True) for name, value in values.items()}
-        return Batch(**moved)
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in values.items()
+            if value is not None and name != "cu_seqlens"
+        }
+        return dataclasses.replace(self, **moved)
 
     def take_positions(self, positions: torch.Tensor) -> Batch:
         """The batch with ``positions [k]`` only, along s: the share of a context-parallel rank."""

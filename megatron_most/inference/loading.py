@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_most import parallel, platform
 from megatron_most.audio import AudioCodec, load_codec
@@ -49,14 +50,7 @@ def load_for_generation(
     for what, name in names.items():
         if name is None:
             raise ConfigError(f"{checkpoint}: names no {what}; give one with --{what}")
-    values = {name: value for name, value in metadata.config.items() if name not in ("parallel", "data")}
-    values.update(names)
-    values["data"] = {"seq_length": metadata.config["data"]["seq_length"]}
-    # What served training on many ranks: one process has no other rank to send tokens to, and needs no special library.
-    overrides = ["training.recompute=none", "training.micro_batch_size=1", "model.moe.dispatcher=alltoall"]
-    if metadata.config["model"]["moe"]["expert_backend"] == "transformer_engine":
-        overrides.append("model.moe.expert_backend=grouped")
-    config = build_config(str(checkpoint), values, overrides)
+    config = config_for_generation(str(checkpoint), {**metadata.config, **names})
     platform.install()
     parallel.initialize(config.parallel, config.seed)
     chunks = build_model(config)
@@ -65,3 +59,28 @@ def load_for_generation(
     return LoadedModel(
         Generator(chunks[0]), load_tokenizer(names["tokenizer"]), load_codec(names["codec"]), config, metadata
     )
+
+
+def config_for_generation(source: str, trained_with: dict[str, Any]) -> RunConfig:
+    """The configuration of a training run without what served training, on one or many ranks.
+
+    One process has no other rank to send tokens to, and needs no special library. The portable layers compute the same
+    as Transformer Engine's, which take no mask of a batch's padding beside a cache. FP8 wants whole alignments of
+    positions, and generation has one.
+
+    Args:
+        source: what errors call it.
+        trained_with: as :attr:`CheckpointMetadata.config`.
+    """
+    values = {name: value for name, value in trained_with.items() if name not in ("parallel", "data", "precision")}
+    values["data"] = {"seq_length": trained_with["data"]["seq_length"]}
+    values["precision"] = {"dtype": trained_with["precision"]["dtype"]}
+    overrides = [
+        "training.recompute=none",
+        "training.micro_batch_size=1",
+        "model.backend=portable",
+        "model.moe.dispatcher=alltoall",
+    ]
+    if trained_with["model"]["moe"]["expert_backend"] == "transformer_engine":
+        overrides.append("model.moe.expert_backend=grouped")
+    return build_config(source, values, overrides)

@@ -2,13 +2,15 @@
 
 from megatron_most.platform.choices import model_backend, part_choices
 from megatron_most.platform.cpu_stand_ins import install
-from megatron_most.platform.device import backend, device, has_fp8, set_threads
+from megatron_most.platform.device import backend, device, driver_version, has_fp8, has_grouped_fp8, set_threads
 from megatron_most.platform.libraries import has_library, require_library
 
 __all__ = [
     "backend",
     "device",
+    "driver_version",
     "has_fp8",
+    "has_grouped_fp8",
     "has_library",
     "install",
     "model_backend",

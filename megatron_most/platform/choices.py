@@ -67,7 +67,8 @@ def part_choices() -> list[Choice]:
     if has_te:
         found.append(Choice("FP8", engine, "installed"))
     elif has_fp8():
-        found.append(Choice("FP8", "torch scaled_mm", f"{engine}: {why_not}", "the recipes blockwise and mxfp8"))
+        loses = "the recipes blockwise and mxfp8, and FP8's speed in gradients of the experts"
+        found.append(Choice("FP8", "torch scaled_mm", f"{engine}: {why_not}", loses))
     else:
         reason = "no GPU of compute capability 8.9"
         found.append(Choice("FP8", "emulation only (precision.fp8_backend=emulate)", reason, "all of FP8's speed"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 
 import torch
 
@@ -22,6 +24,21 @@ def backend() -> str:
 def has_fp8() -> bool:
     """Whether the accelerator multiplies FP8 numbers: Ada, Hopper and later."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability(device()) >= (8, 9)
+
+
+def has_grouped_fp8() -> bool:
+    """Whether torch's grouped FP8 product has a kernel for the accelerator: compute capability 9.x and 10.x alone."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device())[0] in (9, 10)
+
+
+def driver_version() -> str:
+    """Of NVIDIA's driver, as ``nvidia-smi`` tells it; ``unknown`` where that is not to be had."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return "unknown"
+    command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    return "unknown" if result.returncode else result.stdout.split("\n")[0].strip()
 
 
 def set_threads(count: int = 0) -> int:

@@ -64,14 +64,21 @@ class Fp8Product:
         Returns:
             places ``[n]`` of the tokens, where each expert's now end (``[e]`` int32), and how many rows there are.
         """
-        padded = [-(-count // self.alignment) * self.alignment for count in counts]
-        ends = torch.tensor(padded).cumsum(0)
-        shifts = ends - torch.tensor(padded) - (torch.tensor(counts).cumsum(0) - torch.tensor(counts))
-        places = torch.arange(sum(counts)) + shifts.repeat_interleave(torch.tensor(counts))
+        host = torch.tensor([counts, [-(-count // self.alignment) * self.alignment for count in counts]])
+        ends = host.cumsum(1)
+        num_tokens, num_rows = ends[:, -1].tolist()
+        # Before an expert's first token come the zeros of all experts before it.
+        shifts = (ends[1] - host[1]) - (ends[0] - host[0])
+        host = torch.stack([host[0], ends[1], shifts])
+        if device.type == "cuda":
+            host = host.pin_memory()  # so that the host does not wait for the device, in every layer
+        sizes, padded_ends, shifts = host.to(device, non_blocking=True)
+        places = torch.arange(num_tokens, device=device)
+        places += shifts.repeat_interleave(sizes, output_size=num_tokens)
         if torch.is_grad_enabled():
-            self.rows += sum(padded)
-            self.padded_rows += sum(padded) - sum(counts)
-        return places.to(device), ends.to(device, torch.int32), sum(padded)
+            self.rows += num_rows
+            self.padded_rows += num_rows - num_tokens
+        return places, padded_ends.int(), num_rows
 
     def multiply(self, a: torch.Tensor, a_role: str, b: torch.Tensor, b_role: str) -> torch.Tensor:
         """``[n, k]`` and ``[o, k]`` -> ``a b^T``, ``[n, o]``."""
@@ -116,8 +123,8 @@ class Fp8Product:
             amax = torch.zeros(self.count, device=tensor.device)
             amax.scatter_reduce_(0, owner, magnitudes.amax(dim=-1).float(), "amax")
         else:
-            flat = magnitudes.reshape(self.count, -1).float()
-            amax = flat.amax(dim=1) if flat.numel() else flat.new_zeros(self.count)
+            flat = magnitudes.reshape(self.count, -1)
+            amax = flat.amax(dim=1).float() if flat.numel() else torch.zeros(self.count, device=tensor.device)
         name = self.formats[role]
         if self.history is None:
             scale = formats.tensor_scale(amax, name)

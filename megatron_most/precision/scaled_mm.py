@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import ScalingType, scaled_grouped_mm, scaled_mm
 
+from megatron_most import platform
 from megatron_most.precision import formats
 from megatron_most.precision.product import Fp8Product
 
@@ -12,8 +13,10 @@ from megatron_most.precision.product import Fp8Product
 class ScaledMMProduct(Fp8Product):
     """:class:`Fp8Product` executed in FP8 by ``scaled_mm`` and ``scaled_grouped_mm``.
 
-    The weight gradients of experts are the emulated product (FP8 values multiplied in bf16): grouped kernels that sum
-    over tokens want one scale for each row and expert, which a per-tensor recipe does not gain from.
+    Some products of experts are emulated (FP8 values multiplied in bf16). The weight gradients: grouped kernels that
+    sum over tokens want one scale for each row and expert, which a per-tensor recipe does not gain from. What has an
+    e5m2 operand, the gradients of ``hybrid``: the grouped kernel multiplies e4m3 alone. All of them on GPUs that have
+    no grouped kernel.
     """
 
     def multiply(self, a: torch.Tensor, a_role: str, b: torch.Tensor, b_role: str) -> torch.Tensor:
@@ -32,6 +35,8 @@ class ScaledMMProduct(Fp8Product):
     def multiply_grouped(
         self, a: torch.Tensor, role: str, weight: torch.Tensor, ends: torch.Tensor, owner: torch.Tensor
     ) -> torch.Tensor:
+        if self.formats[role] != "e4m3" or not platform.has_grouped_fp8():
+            return super().multiply_grouped(a, role, weight, ends, owner)
         a8, a_scale = self._cast(a, role, owner)
         weight8, weight_scale = self._cast(weight, "weight")
         return scaled_grouped_mm(

@@ -16,9 +16,7 @@ SEQ_LENGTH = 32
 CODEBOOK_SIZE = 16
 TEXT_VOCAB = 40
 
-FP8 = {
-    "precision__fp8": "hybrid",
-    "precision__fp8_backend": "emulate",
+WIDE: dict[str, Any] = {
     "model__hidden_size": 64,
     "model__ffn_hidden_size": 128,
     "model__moe__ffn_hidden_size": 64,
@@ -28,7 +26,8 @@ FP8 = {
     "model__attention__qk_rope_head_dim": 32,
     "model__attention__v_head_dim": 16,
 }
-"""Overrides: emulated FP8, and a model whose sizes FP8 products can have."""
+"""Overrides: sizes that FP8 products take."""
+FP8: dict[str, Any] = {**WIDE, "precision__fp8": "hybrid", "precision__fp8_backend": "emulate"}
 
 
 def tiny_config(**overrides: Any) -> RunConfig:

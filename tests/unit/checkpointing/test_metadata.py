@@ -99,6 +99,7 @@ def test_what_is_of_training_or_of_the_layout_may_differ() -> None:
         model__moe__balance_coeff=0.5,
         model__moe__orthogonality_coeff=0.5,
         model__moe__expert_order="contiguous",
+        model__backend="portable",
         model__moe__expert_backend="sequential",
         model__moe__shared_expert_overlap=True,
     )

@@ -113,6 +113,13 @@ def test_a_share_of_positions_keeps_the_boundaries_of_the_row(datasets):
     assert torch.equal(share.ids, batch.ids[:, [7, 3, 60]]) and torch.equal(share.codes, batch.codes[:, [7, 3, 60]])
 
 
+def test_on_a_device_the_boundaries_of_the_row_stay_with_the_host(datasets):
+    """Fetching them back would make the host wait for the device in every micro-batch."""
+    batch = make_batch([one_row(datasets["tts", "frame"], True)], layout(), seq_length=80, packing=True).to("meta")
+    tensors = {name: tensor for name, tensor in vars(batch).items() if tensor is not None}
+    assert {name for name, tensor in tensors.items() if tensor.device.type != "meta"} == {"cu_seqlens"}
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_row_without_documents_is_all_padding(packing):
     batch = make_batch([Row(None, 0)], layout(), seq_length=8, packing=packing)

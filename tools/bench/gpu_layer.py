@@ -1,0 +1,236 @@
+#!/usr/bin/env python
+"""What one GPU makes of a few layers at full width: tokens/s, TFLOP/s, memory, and FP8 against bf16 on the experts.
+
+    python tools/bench/gpu_layer.py [--layers N] [--calls N] [--config FILE] [key=value ...]
+
+A training step of the first N layers of a recipe on one row of its length, half of it audio; then the experts that a
+rank holds at an expert parallelism of 8, at several loads, in bf16 and in FP8 by every backend that is there. Rates are
+shares of a bf16 matrix product measured in the same run. Prints Markdown for docs/performance.md.
+
+Shape letters: n tokens of an expert, e experts, f width of an expert, h hidden size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import gc
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from megatron.core import fp8_utils
+
+from megatron_most import cli, parallel, platform
+from megatron_most.config import RunConfig, load_config
+from megatron_most.errors import ConfigError
+from megatron_most.model import build_model
+from megatron_most.model.fp8 import end_fp8_step
+from megatron_most.model.transformer_config import transformer_config
+from megatron_most.planning import memory_of_rank, train_flops_per_token
+from megatron_most.precision import fp8_product
+from megatron_most.training.loss import LossTable
+from megatron_most.training.optimizer import build_optimizer, wrap_model
+from megatron_most.training.run_directory import device_name, versions
+from megatron_most.training.step import run_microbatches
+from tools.bench.experts import build_experts
+from tools.bench.router import half_audio
+from tools.bench.timing import Timing, matmul_rate, time_calls
+
+RECIPE = "examples/configs/most_16b_stage1.yaml"
+ONE_GPU = (
+    "parallel.expert_model_parallel_size=1",
+    "training.global_batch_size=1",
+    "data.packing=false",  # a row is one document, as the count of operations has it
+)
+LOADS = (64, 384, 1536, 6144)  # 384: 4096 tokens, top-6 of 64 experts
+EXPERTS = 8
+MATMUL = 8192
+ARMS = {
+    "torch": (("tensorwise", "e4m3"), ("tensorwise", "hybrid")),
+    "transformer_engine": (("tensorwise", "hybrid"), ("delayed", "hybrid")),
+    "emulate": (("tensorwise", "e4m3"),),
+}
+"""Recipes and formats that are timed of each FP8 backend."""
+
+
+def bench_gpu_layer(arguments: argparse.Namespace) -> None:
+    cli.require_positive(arguments, "layers", "calls")
+    if platform.device().type != "cuda":
+        raise ConfigError("tools/bench/gpu_layer.py: needs a CUDA device, and there is none")
+    overrides = [f"model.num_layers={arguments.layers}", *ONE_GPU, *arguments.overrides]
+    backends = ["torch"] if platform.has_grouped_fp8() else []
+    if platform.has_fp8() and platform.has_library("Transformer Engine"):
+        backends.append("transformer_engine")
+    config = load_config(arguments.config, overrides)
+    print(measure(config, backends, LOADS, arguments.calls, MATMUL))
+
+
+def measure(config: RunConfig, fp8_backends: Sequence[str], loads: Sequence[int], calls: int, matmul_size: int) -> str:
+    """Measure everything on this process's device.
+
+    Args:
+        fp8_backends: of :data:`ARMS`; each must be there.
+        loads: tokens of each expert, of which there are :data:`EXPERTS`.
+        calls: timed calls behind every number.
+        matmul_size: side of the matrices whose product is the ceiling.
+
+    Returns:
+        The report, in Markdown.
+    """
+    platform.install()
+    parallel.initialize(config.parallel, config.seed)
+    ceiling = matmul_rate(matmul_size, torch.bfloat16, calls)
+    lines = [
+        f"{datetime.date.today()}, {device_name(platform.device())}, driver {platform.driver_version()}, torch"
+        f" {torch.__version__} (CUDA {torch.version.cuda}), Transformer Engine"
+        f" {versions().get('transformer-engine', 'not installed')}.",
+        f"bf16 product of {matmul_size} x {matmul_size}: {ceiling / 1e12:.1f} TFLOP/s.",
+        "",
+        *training_table(config, calls, ceiling),
+        "",
+        *experts_table(config, fp8_backends, loads, calls, ceiling),
+    ]
+    parallel.destroy()
+    return "\n".join(lines)
+
+
+def training_table(config: RunConfig, calls: int, ceiling: float) -> list[str]:
+    """Forward, backward and update."""
+    with _memory_freed():
+        timing, peak = training_step(config, calls)
+    rate = config.data.seq_length / timing.median
+    flops = rate * train_flops_per_token(config)
+    estimate = memory_of_rank(config, world_size=1, pipeline_rank=0, expert_rank=0).total
+    measured = f"{peak / 2**30:.1f}" if peak else ""
+    return [
+        "| layers | positions | step | tokens/s | TFLOP/s | share of the product | peak memory, GiB | estimate, GiB |",
+        "|---|---|---|---|---|---|---|---|",
+        f"| {config.model.num_layers} | {config.data.seq_length} | {timing} | {rate:.0f} | {flops / 1e12:.1f}"
+        f" | {flops / ceiling:.1%} | {measured} | {estimate / 2**30:.1f} |",
+    ]
+
+
+def training_step(config: RunConfig, calls: int) -> tuple[Timing, int]:
+    """Time of a step, and the bytes of the device that tensors held at most (0 on a CPU)."""
+    chunks = build_model(config)
+    wrapped = wrap_model(config, chunks)
+    optimizer = build_optimizer(config, wrapped)
+    batch = half_audio(config)
+    loss_table = LossTable(config.vocab, config.model.codebook_weights(config.vocab), config.model.text_loss_weight)
+
+    def step() -> None:
+        for chunk in wrapped:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        run_microbatches(wrapped, [batch], loss_table)
+        optimizer.step()
+        end_fp8_step(chunks)
+
+    is_cuda = platform.device().type == "cuda"
+    if is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    timing = time_calls(step, calls)
+    return timing, torch.cuda.max_memory_allocated() if is_cuda else 0
+
+
+def experts_table(
+    config: RunConfig, fp8_backends: Sequence[str], loads: Sequence[int], calls: int, ceiling: float
+) -> list[str]:
+    """Forward and backward of the experts alone, every arm at every load."""
+    lines = [
+        "| tokens per expert | backend | precision | forward and backward | TFLOP/s | share of the product"
+        " | speed over the first |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    arms = expert_arms(config, fp8_backends)
+    # Three matrices of h x f for each token, two operations per element, and twice the work again backwards.
+    per_token = 3 * 2 * 3 * config.model.hidden_size * config.model.moe.ffn_hidden_size
+    for load in loads:
+        baseline: Timing | None = None
+        for (backend, precision), arm in arms.items():
+            with _memory_freed():
+                timing = time_calls(expert_pass(arm, load), calls)
+            baseline = baseline or timing
+            flops = per_token * load * EXPERTS / timing.median
+            lines.append(
+                f"| {load} | {backend} | {precision} | {timing} | {flops / 1e12:.1f} | {flops / ceiling:.1%}"
+                f" | {baseline.median / timing.median:.2f} |"
+            )
+    return lines
+
+
+def expert_arms(config: RunConfig, fp8_backends: Sequence[str]) -> dict[tuple[str, str], RunConfig]:
+    """(backend, precision) -> configuration; torch in bf16 comes first."""
+    moe = config.model.moe
+    groups = [dataclasses.replace(moe.groups[0], size=EXPERTS // 2, top_k=1, modality=g.modality) for g in moe.groups]
+
+    def arm(is_engine: bool, **fp8: object) -> RunConfig:
+        experts = dataclasses.replace(
+            moe, groups=groups, expert_backend="transformer_engine" if is_engine else "grouped"
+        )
+        backend = "transformer_engine" if is_engine else "portable"
+        precision = dataclasses.replace(
+            config.precision, **{"fp8": "off", "bf16_first_layers": 0, "bf16_last_layers": 0, **fp8}
+        )
+        model = dataclasses.replace(config.model, backend=backend, moe=experts)
+        return dataclasses.replace(config, model=model, precision=precision)
+
+    arms = {("torch", config.precision.dtype): arm(False)}
+    if "transformer_engine" in fp8_backends:
+        arms["transformer_engine", config.precision.dtype] = arm(True)
+    for backend in fp8_backends:
+        for recipe, fp8 in ARMS[backend]:
+            arms[backend, f"FP8 {recipe} {fp8}"] = arm(
+                backend == "transformer_engine", fp8=fp8, fp8_recipe=recipe, fp8_backend=backend
+            )
+    return arms
+
+
+def expert_pass(config: RunConfig, load: int) -> Callable[[], None]:
+    """Forward and backward of :data:`EXPERTS` experts with ``load`` tokens each."""
+    experts = build_experts(config)
+    megatron = transformer_config(config)
+    is_engine = config.model.backend == "transformer_engine"
+    if config.precision.uses_fp8 and not is_engine:
+        for pool in experts.children():
+            pool.fp8 = {name: fp8_product(config, len(pool.experts)) for name in pool.fp8}
+    generator = torch.Generator().manual_seed(0)
+    shape = (load * EXPERTS, config.model.hidden_size)
+    tokens = torch.randn(shape, generator=generator).to(platform.device(), megatron.params_dtype).requires_grad_()
+    probs = torch.rand(len(tokens), generator=generator).to(platform.device()).requires_grad_()
+    counts = torch.full((EXPERTS,), load)
+    gradient = torch.randn_like(tokens)
+
+    def call() -> None:
+        experts.set_is_first_microbatch()  # Transformer Engine quantises the weights, as in every step
+        with fp8_utils.get_fp8_context(megatron) if is_engine else contextlib.nullcontext():
+            output, _ = experts(tokens, counts, probs)
+        output.backward(gradient)
+        for tensor in (tokens, probs, *experts.parameters()):
+            tensor.grad = None
+
+    return call
+
+
+@contextlib.contextmanager
+def _memory_freed() -> Iterator[None]:
+    """Afterwards what was built inside is gone from the device, as far as nothing outside holds it."""
+    yield
+    gc.collect()
+    if platform.device().type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="time a few layers and FP8 experts on one GPU")
+    parser.add_argument("--config", default=RECIPE, metavar="FILE", help="recipe (default %(default)s)")
+    parser.add_argument("--layers", type=int, default=3, metavar="N", help="the first has no experts (default 3)")
+    parser.add_argument("--calls", type=int, default=30, metavar="N", help="timed calls (default %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the configuration")
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(make_parser(), bench_gpu_layer)

@@ -1,0 +1,61 @@
+"""How long a call takes on the device, and how fast the device multiplies matrices at best."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from megatron_most import platform
+
+WARM_UP = 5
+"""Untimed calls: kernels are chosen and compiled, memory is taken, the optimizer makes its state."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of a call: median and quartiles."""
+
+    median: float
+    lower: float
+    upper: float
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> Timing:
+        lower, median, upper = statistics.quantiles(seconds, n=4, method="inclusive")
+        return cls(median, lower, upper)
+
+    def __str__(self) -> str:
+        return f"{self.median * 1e3:.3f} ms (IQR {self.lower * 1e3:.3f} to {self.upper * 1e3:.3f})"
+
+
+def time_calls(call: Callable[[], object], calls: int) -> Timing:
+    """Time ``calls`` calls one by one, after :data:`WARM_UP` others: by CUDA events, on a CPU by the clock."""
+    for _ in range(WARM_UP):
+        call()
+    if platform.device().type != "cuda":
+        return Timing.of([_on_clock(call) for _ in range(calls)])
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    torch.cuda.synchronize()
+    for start, end in events:
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return Timing.of([start.elapsed_time(end) / 1e3 for start, end in events])
+
+
+def matmul_rate(size: int, dtype: torch.dtype, calls: int) -> float:
+    """FLOP/s of a product of two square matrices: the ceiling that other rates are shares of."""
+    a, b = (torch.randn(size, size, dtype=dtype, device=platform.device()) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * size**3 / time_calls(lambda: torch.mm(a, b, out=out), calls).median
+
+
+def _on_clock(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
