@@ -96,5 +96,6 @@ def test_slurm_runs_each_on_two_nodes_and_a_second_call_collects(cluster: Cluste
     result.rename(result.with_name("sweep_failure.json"))
     wait_for("an empty queue", lambda: not cluster.run("squeue", "--noheader"))
     assert "submitted 1 runs" in sweep(spec, "--executor", "slurm", "--resume", **settings)
-    wait_for("its result", result.exists, 120)
+    wait_for("its end", lambda: not cluster.run("squeue", "--noheader"))
+    assert result.exists()
     assert json.loads((Path(found[0]["run_dir"]) / "environment.json").read_text())["world_size"] == 2
