@@ -11,7 +11,8 @@ import os
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -49,6 +50,9 @@ from megatron_most.checkpointing.metadata import METADATA, CheckpointMetadata
 from megatron_most.errors import CheckpointError, MostError
 from megatron_most.parallel import fail, on_rank_zero
 
+WRITTEN_AT_ONCE = 1 << 20
+"""Bytes of a single write: some file systems take several times as long for the same bytes in calls of 32 MB."""
+
 _FILE_BYTES = 4 << 30
 """After so many bytes a file ends: several ranks can check a checkpoint at the same time."""
 
@@ -78,7 +82,7 @@ def write_checkpoint(
     produce: Callable[[Region], torch.Tensor],
     finish: Callable[[Path], None],
 ) -> None:
-    """Write and commit a checkpoint of weights alone, each region made just before it goes to disk. Collective.
+    """Write and commit a checkpoint of weights alone; a region is made while the one before it is written. Collective.
 
     Every rank writes the regions it is given; together they must cover every tensor of ``forms`` exactly once. A kill
     or an error at any moment leaves at most a ``.tmp-`` directory beside ``directory``, which the next call removes.
@@ -87,7 +91,7 @@ def write_checkpoint(
         directory: the checkpoint to make; must not exist.
         forms: every tensor of the checkpoint, the same on all ranks.
         regions: what this rank writes.
-        produce: makes the tensor of a region.
+        produce: makes the tensor of a region; a thread calls it, for one region after the other.
         finish: called on rank 0 with the temporary directory when the tensors are there, before the commit; it may add
             files, and an error of it stops the commit.
 
@@ -194,7 +198,7 @@ class _RegionLoadPlanner(DefaultLoadPlanner):
 
 
 class _RegionSavePlanner(DefaultSavePlanner):
-    """A plan of regions instead of a state dict; each is made when it is its turn to be written."""
+    """A plan of regions instead of a state dict; each is made shortly before it is written."""
 
     def __init__(
         self, forms: Mapping[str, TensorForm], regions: Sequence[Region], produce: Callable[[Region], torch.Tensor]
@@ -236,7 +240,7 @@ class _RegionSavePlanner(DefaultSavePlanner):
 
 
 class _RegionWriter(torch_checkpoint.FileSystemWriter):
-    """Writes one tensor after the other and forgets it, where torch's own writer keeps one for each key.
+    """Writes one tensor while the next is made, and forgets it, where torch's own writer keeps one for each key.
 
     Size and CRC32 of the files are known when they are written, so that the manifest needs no second reading.
     """
@@ -248,24 +252,37 @@ class _RegionWriter(torch_checkpoint.FileSystemWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results = []
-        items = iter(plan.items)
-        item = next(items, None)
-        while item is not None:
+        pieces = _made_ahead(plan.items, planner)
+        piece = next(pieces, None)
+        while piece is not None:
             name = f"{plan.storage_data.prefix}{len(self.entries)}.distcp"
             with open(self._state / name, "wb") as raw:
                 stream = _SummingStream(raw)
-                while item is not None and stream.size < _FILE_BYTES:
+                while piece is not None and stream.size < _FILE_BYTES:
+                    item, tensor = piece
                     start = stream.size
-                    _save(planner.resolve_data(item), stream)
+                    _save(tensor, stream)
                     length = stream.size - start
                     results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
-                    item = next(items, None)
+                    del piece, tensor  # before the next one but one is made
+                    piece = next(pieces, None)
                 raw.flush()
                 os.fsync(raw.fileno())
             self.entries[name] = directories.FileEntry(stream.size, stream.crc32)
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
+
+
+def _made_ahead(items: Sequence[WriteItem], planner: SavePlanner) -> Iterator[tuple[WriteItem, torch.Tensor]]:
+    """Each item with its tensor; a thread makes the next one while the caller writes this one."""
+    with ThreadPoolExecutor(1) as maker:
+        ahead = maker.submit(planner.resolve_data, items[0]) if items else None
+        for place, item in enumerate(items):
+            tensor = ahead.result()
+            ahead = maker.submit(planner.resolve_data, items[place + 1]) if place + 1 < len(items) else None
+            yield item, tensor
+            del tensor
 
 
 def _save(tensor: torch.Tensor, stream: _SummingStream) -> None:
@@ -285,9 +302,13 @@ class _SummingStream:
         self._stream, self.size, self.crc32 = stream, 0, 0
 
     def write(self, data: bytes | memoryview) -> int:
-        self.crc32 = zlib.crc32(data, self.crc32)
-        self.size += len(data)
-        return self._stream.write(data)
+        view = memoryview(data)
+        for start in range(0, len(view), WRITTEN_AT_ONCE):
+            part = view[start : start + WRITTEN_AT_ONCE]
+            self.crc32 = zlib.crc32(part, self.crc32)
+            self._stream.write(part)
+        self.size += len(view)
+        return len(view)
 
     def flush(self) -> None:
         self._stream.flush()

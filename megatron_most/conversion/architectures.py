@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -81,8 +82,8 @@ class Config:
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise CheckpointError(f"{self.source}: {name}={value!r}: must be a number")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise CheckpointError(f"{self.source}: {name}={value!r}: must be a finite number")
         return float(value)
 
     def require(self, name: str, *allowed: object) -> None:
@@ -270,7 +271,7 @@ def _write_common(config: RunConfig, foreign: ForeignModel) -> Values:
         "intermediate_size": model.ffn_hidden_size,
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.attention.num_heads,
-        "max_position_embeddings": config.data.seq_length,
+        "max_position_embeddings": _max_position(config),
         "rms_norm_eps": model.norm_epsilon,
         "initializer_range": model.init_std,
         "hidden_act": "silu",
@@ -281,9 +282,20 @@ def _write_common(config: RunConfig, foreign: ForeignModel) -> Values:
     }
 
 
+def _max_position(config: RunConfig) -> int:
+    """Positions that the model is said to take. Some readers take its quotient by the original number for the factor
+    of stretched frequencies, whatever the factor beside it says."""
+    rope = config.model.attention.rope
+    if rope.type == "rope":
+        return config.data.seq_length
+    return round(rope.original_max_position * rope.scaling_factor)
+
+
 def _read_rope(config: Config) -> Values:
     """Both spellings: ``rope_theta`` and ``rope_scaling``, and the newer ``rope_parameters`` that joins them."""
     joined = config.values.get("rope_parameters") or config.values.get("rope_scaling") or {}
+    if not isinstance(joined, dict):
+        raise CheckpointError(f"{config.source}: rope_scaling={joined!r}: must be a JSON object or null")
     rope = Config({**joined}, f"{config.source}: rope_scaling")
     base = rope.number("rope_theta", config.number("rope_theta", 10000.0))
     kind = joined.get("rope_type", joined.get("type", "default"))
@@ -311,8 +323,8 @@ def _read_rope(config: Config) -> Values:
         "beta_fast": rope.number("beta_fast", 32.0),
         "beta_slow": rope.number("beta_slow", 1.0),
         # Without the two, YaRN's own temperature.
-        "mscale": float(mscale) if mscale else 1.0,
-        "mscale_all_dim": float(all_dim) if all_dim else 0.0,
+        "mscale": rope.number("mscale") if mscale else 1.0,
+        "mscale_all_dim": rope.number("mscale_all_dim") if all_dim else 0.0,
     }
 
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def origins(mode: str, config: RunConfig, foreign: ForeignModel, usage: Usage | 
     return tuple(make(config, foreign, None if usage is None else _of_layer(usage, layer)) for layer in layers)
 
 
-def read_usage(path: str | Path, foreign: ForeignModel, num_moe_layers: int) -> Usage:
+def read_usage(path: str | Path, foreign: ForeignModel, num_moe_layers: int, modalities: Sequence[str]) -> Usage:
     """Usage counts: JSON, modality -> a list for each MoE layer of a number for each of the base's experts.
 
     Raises:
@@ -79,13 +80,16 @@ def read_usage(path: str | Path, foreign: ForeignModel, num_moe_layers: int) -> 
     usage = read_json(Path(path))
     for modality, layers in usage.items():
         where = f"{path}: {modality}"
+        if modality not in modalities:
+            raise CheckpointError(f"{where}: is no modality of the vocabulary; those are {', '.join(modalities)}")
         if not isinstance(layers, list) or len(layers) != num_moe_layers:
             raise CheckpointError(f"{where}: must hold a list for each of the {num_moe_layers} MoE layers")
         for layer, counts in enumerate(layers):
             valid = isinstance(counts, list) and len(counts) == foreign.num_experts
-            if not valid or not all(type(count) in (int, float) and count >= 0 for count in counts):
+            if not valid or not all(type(count) in (int, float) and 0 <= count < math.inf for count in counts):
                 raise CheckpointError(
-                    f"{where}[{layer}]: must hold a number, not negative, for each of {foreign.num_experts} experts"
+                    f"{where}[{layer}]: must hold a finite number, not negative, for each of"
+                    f" {foreign.num_experts} experts"
                 )
     if "text" not in usage:
         raise CheckpointError(f"{path}: needs counts for text")

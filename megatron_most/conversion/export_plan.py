@@ -17,7 +17,7 @@ from megatron_most.conversion.architectures import BY_NAME, Architecture, Foreig
 from megatron_most.conversion.extension import Extension, shape_config
 from megatron_most.conversion.hugging_face import is_finite, read_json
 from megatron_most.conversion.import_plan import RECORD, most_ids
-from megatron_most.conversion.native import EMBEDDING, native_shapes
+from megatron_most.conversion.native import EMBEDDING, EXPERT_BIAS, native_shapes
 from megatron_most.conversion.weight_map import Block, Correspondence, IdRun, Origin, all_blocks, cut, open_regions
 from megatron_most.errors import CheckpointError, ConfigError
 from megatron_most.moe import ExpertGroups
@@ -36,6 +36,7 @@ class ExportPlan:
         extension: what the format has no place for; None where nothing is left or it is not wanted.
         left_out: what is in no file, and why.
         same_text: text computes in the exported model what it does in this one.
+        note: what the user should know about the numbers of experts; empty for nothing.
     """
 
     checkpoint: Path
@@ -49,6 +50,7 @@ class ExportPlan:
     extension: Extension | None
     extension_forms: dict[str, TensorForm]
     same_text: bool
+    note: str = ""
     left_out: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -77,7 +79,7 @@ class ExportPlan:
         return result.to(form.dtype)
 
     def produce_extension(self, name: str) -> torch.Tensor:
-        return self.reader.read(self.extension.regions[name])
+        return self.reader.read(self.extension.regions[name]).to(self.extension_forms[name].dtype)
 
 
 def plan_export(
@@ -102,7 +104,6 @@ def plan_export(
     architecture = BY_NAME[name]
     if experts == "all" and name != "deepseek-v2":
         raise ConfigError(f"--experts=all: is for --format deepseek-v2, not {name}")
-    record = read_json(directory / RECORD) if (directory / RECORD).is_file() else None
     reader = StateReader(directory / STATE)
     shapes = native_shapes(config)
     forms = reader.forms
@@ -110,13 +111,16 @@ def plan_export(
         if key not in forms or forms[key].shape != shape:
             found = list(forms[key].shape) if key in forms else "missing"
             raise CheckpointError(f"{directory}: {key} is {found}, the configuration says {list(shape)}")
-    same_text = True
+    same_text, note = True, ""
     if name == "most":
         foreign, both = _as_most(config)
     elif name == "llama":
         foreign, both = _as_llama(config)
     elif experts == "all":
+        record = _import_record(directory, config)
         foreign, both = _as_whole_base(config, record)
+        if record is None:
+            note = f"experts keep their logical numbers: no {RECORD} says which of a base they were"
         kept = {place for place, origin in enumerate(both.experts[0]) if origin is not None and not origin.copy}
         same_text = kept == set(ExpertGroups.from_config(config.model.moe).choices[0])
     else:
@@ -149,12 +153,26 @@ def plan_export(
         forms=exported,
         extension=extension,
         extension_forms={
-            name: TensorForm(region.sizes, forms[region.key].dtype)
+            name: TensorForm(region.sizes, _extension_dtype(region, forms[region.key].dtype, dtype))
             for name, region in (regions if extension is not None else {}).items()
         },
         same_text=same_text,
+        note=note,
         left_out=left_out,
     )
+
+
+def _import_record(directory: Path, config: RunConfig) -> dict[str, Any] | None:
+    """What was written by the import that made a checkpoint, or the one whose weights its run started from."""
+    places = [directory, *([Path(config.checkpoint.load)] if config.checkpoint.load else [])]
+    found = next((place / RECORD for place in places if (place / RECORD).is_file()), None)
+    return None if found is None else read_json(found)
+
+
+def _extension_dtype(region: Region, stored: torch.dtype, wanted: str | None) -> torch.dtype:
+    """As in the model's files, for parts of one tensor must agree; the biases that steer choices stay as they are."""
+    is_bias = region.key.endswith(EXPERT_BIAS.rpartition("{layer}")[2])
+    return stored if wanted is None or is_bias else DTYPES[wanted]
 
 
 def stored_config(directory: Path, metadata: CheckpointMetadata) -> RunConfig:

@@ -126,6 +126,8 @@ def _finish(plan: ExportPlan, made: Path, out: Path, max_size: int) -> None:
     write_text(made / CONFIG, json.dumps(_config(plan, made), indent=2) + "\n")
     if plan.extension is not None:
         write_text(made / EXTENSION, json.dumps(plan.extension.to_dict(), indent=1) + "\n")
+    if plan.note:
+        print(plan.note, flush=True)
     print(f"checked tensors: {_check_tensors(plan, made)}", flush=True)
     print(f"checked logits: {_check_logits(plan, made)['said']}", flush=True)
     kept = f"{len(plan.extension_forms)} tensors are beside the model in {EXTENSION}" if plan.extension else "none"

@@ -70,8 +70,9 @@ class FreshWeights:
         distribution = self._distributions[_kind(region.key)]
         if distribution is None:
             return torch.zeros(region.sizes, dtype=dtype)
+        # In place: on a large region the time goes into memory that is touched for the first time.
         noise = torch.randn(region.sizes, generator=generator(self._seed, region))
-        return (distribution.mean + noise * distribution.std).to(dtype)
+        return noise.mul_(distribution.std).add_(distribution.mean).to(dtype)
 
 
 def generator(seed: int, region: Region) -> torch.Generator:

@@ -12,12 +12,12 @@ import yaml
 
 from megatron_most.checkpointing.metadata import first_difference
 from megatron_most.config import RunConfig
-from megatron_most.config.load import build_config
+from megatron_most.config.load import build_config, check_shape
 from megatron_most.conversion.architectures import Architecture, ForeignModel
 from megatron_most.conversion.experts import default_groups, most_groups
 from megatron_most.conversion.hugging_face import HuggingFaceModel
 from megatron_most.errors import ConfigError
-from megatron_most.vocab import VocabLayout
+from megatron_most.vocab import Modality, VocabLayout
 
 MOST_TEXT_IDS = 100002
 MOST_AUDIO_UNITS = 500
@@ -34,7 +34,7 @@ class ImportOptions:
         config: YAML file with sections of a run configuration.
         overrides: ``section.key=value``.
         usage: JSON file with how often experts are used.
-        noise: standard deviation of the noise on copied experts, as a share of the weights' root mean square.
+        noise: standard deviation of the noise on copied experts, as a share (0 to 1) of the weights' root mean square.
         seed: of new weights and noise.
         allow_pickle: read ``pytorch_model.bin``.
     """
@@ -73,7 +73,7 @@ def import_config(
     values: dict[str, Any] = {
         "model": copy.deepcopy(foreign.model),
         "precision": {"dtype": foreign.precision},
-        "vocab": _vocab(architecture, foreign, options.audio_vocab, wanted.get("vocab")),
+        "vocab": _vocab(architecture, foreign, options, wanted.get("vocab", {})),
     }
     moe = values["model"]["moe"]
     if architecture.name == "most":
@@ -82,10 +82,8 @@ def import_config(
         moe["normalize_top_k"] = True
     _merge(values, wanted)
     if "groups" not in moe:
-        try:
-            names = VocabLayout(**values["vocab"]).modality_names
-        except (TypeError, AttributeError) as error:
-            raise ConfigError(f"{options.config}: vocab: {error}") from None
+        further = [entry.get("name") for entry in values["vocab"].get("further_modalities", [])]
+        names = (*(modality.name.lower() for modality in Modality), *further)
         moe["groups"] = default_groups(mode, foreign, names, options.usage is not None)
     config = build_config(options.config or str(source.directory), values, options.overrides)
     fixed = {**foreign.model, "moe": {**foreign.model["moe"]}}
@@ -99,16 +97,16 @@ def import_config(
         name, theirs, ours = difference
         raise ConfigError(f"{name}={ours!r}: {source.directory} has {theirs!r}")
     if architecture.name == "most":
-        groups = [group["experts"] for group in moe["groups"]]
+        groups = [group["experts"] for group in most_groups(foreign)["groups"]]
         if [group.experts for group in config.model.moe.groups] != groups:
             raise ConfigError(f"model.moe.groups: {source.directory} has its own, {groups}")
     return config
 
 
-def _vocab(
-    architecture: Architecture, foreign: ForeignModel, audio_vocab: str | None, wanted: dict[str, Any] | None
-) -> dict[str, Any]:
-    """The default of the ``vocab`` section."""
+def _vocab(architecture: Architecture, foreign: ForeignModel, options: ImportOptions, wanted: Any) -> dict[str, Any]:
+    """The default of the ``vocab`` section; ``wanted`` is what the user's file has for it."""
+    audio_vocab = options.audio_vocab
+    check_shape(wanted, VocabLayout, "vocab", str(options.config))
     if audio_vocab is not None:
         try:
             layout, _, sizes = audio_vocab.partition(":")

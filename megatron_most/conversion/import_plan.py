@@ -103,10 +103,13 @@ def plan_import(directory: str | Path, options: ImportOptions) -> ImportPlan:
     """
     source = HuggingFaceModel(directory, options.allow_pickle)
     architecture, foreign = read_foreign(source.config, str(source.path_of(CONFIG)))
+    _check_counts(source, foreign)
     extension = Extension.read(source) if options.experts is None else None
     mode = import_mode(architecture, extension is not None, options)
-    if options.noise < 0 or (options.noise and mode != "expand"):
-        raise ConfigError(f"--noise={options.noise}: must not be negative, and is for --experts expand")
+    if not 0 <= options.noise <= 1:
+        raise ConfigError(f"--noise={options.noise}: must be a share of the weights' size, from 0 to 1")
+    if options.noise and mode != "expand":
+        raise ConfigError(f"--noise={options.noise}: is for --experts expand, which makes copies")
     if options.usage is not None and mode not in ("partition", "expand"):
         raise ConfigError("--usage: is for --experts partition and expand")
     if extension is not None:
@@ -118,14 +121,10 @@ def plan_import(directory: str | Path, options: ImportOptions) -> ImportPlan:
         both = _correspondence(mode, config, foreign, options)
     rules = architecture.rules_for(foreign.tied)
     # What an export did not read, because it may differ from what is in the model, is in the extension.
-    blocks = [
-        piece
-        for block in all_blocks(rules, config, both)
-        if extension is None or not block.copy
-        for piece in cut_block(block)
-    ]
+    whole = [block for block in all_blocks(rules, config, both) if extension is None or not block.copy]
+    unused = _check_tensors(source, architecture, foreign, whole)
+    blocks = [piece for block in whole for piece in cut_block(block)]
     shapes = native_shapes(config)
-    unused = _check_tensors(source, architecture, foreign, blocks)
     if extension is None and source.path_of(EXTENSION).is_file():
         unused[EXTENSION] = "--experts is given"
     kept = {} if extension is None else extension.regions
@@ -173,7 +172,7 @@ def _correspondence(mode: str, config: RunConfig, foreign: ForeignModel, options
     if mode == "as they are":
         experts = (tuple(Origin(expert) for expert in range(foreign.num_experts)),) * num_moe_layers
         return Correspondence(experts, most_ids(vocab, foreign.vocab_size))
-    usage = None if options.usage is None else read_usage(options.usage, foreign, num_moe_layers)
+    usage = None if options.usage is None else read_usage(options.usage, foreign, num_moe_layers, vocab.modality_names)
     ids = (IdRun(0, 0, min(vocab.text_vocab_size, foreign.vocab_size)),)
     return Correspondence(origins(mode, config, foreign, usage), ids)
 
@@ -196,6 +195,19 @@ def most_ids(vocab: VocabLayout, vocab_size: int) -> tuple[IdRun, ...]:
     if behind + 2 < vocab_size:
         runs.append(IdRun(vocab.frame, behind + 2, 1))
     return tuple(runs)
+
+
+def _check_counts(source: HuggingFaceModel, foreign: ForeignModel) -> None:
+    """Raise where the configuration counts what the files cannot hold: laying out a billion layers would never end."""
+    sizes = [size for entry in source.tensors.values() for size in entry.shape]
+    counts = {
+        "num_hidden_layers": (foreign.model["num_layers"], len(source.tensors)),
+        "n_routed_experts": (foreign.num_experts, len(source.tensors)),
+        "num_key_value_heads": (foreign.model["attention"].get("num_query_groups", 0), max(sizes, default=0)),
+    }
+    for name, (count, most) in counts.items():
+        if count > most:
+            raise CheckpointError(f"{source.path_of(CONFIG)}: {name}={count}: the files hold no more than {most}")
 
 
 def _check_tensors(

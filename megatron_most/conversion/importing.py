@@ -79,7 +79,8 @@ def _plan(directory: str | Path, out: Path, options: ImportOptions) -> ImportPla
         raise CheckpointError(f"{out}: exists already; name a directory that does not")
     plan = plan_import(directory, options)
     require_space(out, plan.num_bytes)
-    if (plan.source.directory / "tokenizer.json").is_file() or (plan.source.directory / "tokenizer.model").is_file():
+    present = [name for name in TOKENIZER_FILES if plan.source.path_of(name).is_file()]
+    if {"tokenizer.json", "tokenizer.model"} & {*present}:
         # A tokenizer that cannot be read would only be found when training starts.
         size = load_tokenizer(plan.source.directory).vocab_size
         if size > plan.config.vocab.text_vocab_size:

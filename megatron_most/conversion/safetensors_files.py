@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_most.checkpointing.streaming import TensorForm
+from megatron_most.checkpointing.streaming import WRITTEN_AT_ONCE, TensorForm
 from megatron_most.conversion.hugging_face import DTYPES
 from megatron_most.errors import ConfigError
 
@@ -78,6 +78,8 @@ def write_file(
             tensor = produce(name)
             if tuple(tensor.shape) != form.shape or tensor.dtype != form.dtype:
                 raise RuntimeError(f"{name}: made {tuple(tensor.shape)} {tensor.dtype} for {form}")
-            stream.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
+            content = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+            for start in range(0, len(content), WRITTEN_AT_ONCE):
+                stream.write(content[start : start + WRITTEN_AT_ONCE])
         stream.flush()
         os.fsync(stream.fileno())

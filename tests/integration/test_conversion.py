@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from megatron_most import parallel
 from megatron_most.checkpointing import CheckpointMetadata, load_model_weights, read_metadata, save_checkpoint
 from megatron_most.checkpointing.streaming import STATE, StateReader
 from megatron_most.config import load_config
 from megatron_most.conversion import ImportOptions, describe, export_model, import_model
+from megatron_most.conversion.export_plan import plan_export
 from megatron_most.model import build_model
 from megatron_most.training.optimizer import build_optimizer, wrap_model
 from tests.distributed.harness import run_ranks
 from tests.integration.test_commands import ROOT, run
 from tests.integration.tiny_run import write_dataset
-from tests.unit.conversion.models import deepseek, llama
+from tests.unit.conversion.models import deepseek, fresh_copy, llama
+from tests.unit.conversion.test_round_trips import assert_same_files, assert_same_logits, tokens
 
 EXPAND = ImportOptions(experts="expand", audio_vocab="frame:2x16")
 SIZES = {"num_hidden_layers": 4, "n_routed_experts": 4}
@@ -36,9 +39,9 @@ def in_one_process(function, *arguments):
     return run_ranks(1, function, *arguments)[0]
 
 
-def load_and_save(checkpoint: Path, run_dir: Path, overrides: list[str]) -> None:
-    """What training of no step does: load the weights in a layout, save them from there."""
-    config = load_config(checkpoint / "config.yaml", [*overrides, f"run_dir={run_dir}"])
+def load_and_save(imported: Path, checkpoint: Path, run_dir: Path, overrides: list[str]) -> None:
+    """What training of no step does, with the configuration of an import: load weights in a layout, save them."""
+    config = load_config(imported / "config.yaml", [*overrides, f"run_dir={run_dir}"])
     parallel.initialize(config.parallel, config.seed)
     chunks = build_model(config)
     load_model_weights(checkpoint, config, chunks)
@@ -46,7 +49,7 @@ def load_and_save(checkpoint: Path, run_dir: Path, overrides: list[str]) -> None
     for part in optimizer.chained_optimizers:
         part.init_state_fn(part.optimizer, part.config)
     before = read_metadata(checkpoint)
-    values = {**before.to_dict(), "config": {**before.config, "parallel": vars(config.parallel)}}
+    values = {**before.to_dict(), "config": dataclasses.asdict(config)}
     values["world_size"] = torch.distributed.get_world_size()
     metadata = CheckpointMetadata.from_dict(values)
     save_checkpoint(run_dir, metadata, chunks, optimizer, keep_last=1)
@@ -61,12 +64,27 @@ def test_weights_survive_another_layout_bit_for_bit(tmp_path, kind):
         deepseek(tmp_path / "hf", q_lora_rank=12, **SIZES)
         options = EXPAND
     checkpoint = in_one_process(import_model, tmp_path / "hf", tmp_path / "native", options)
-    run_ranks(4, load_and_save, checkpoint, tmp_path / "split", SPLIT)
-    in_one_process(export_model, tmp_path / "split", tmp_path / "back", kind)
-    mine, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
-    assert mine.keys() == theirs.keys() and mine
-    for name, tensor in mine.items():
-        assert torch.equal(tensor, theirs[name]), name
+    run_ranks(4, load_and_save, checkpoint, checkpoint, tmp_path / "split", SPLIT)
+    run_ranks(1, load_and_save, checkpoint, tmp_path / "split", tmp_path / "joined", [])
+    for name in ("split", "joined"):
+        in_one_process(export_model, tmp_path / name, tmp_path / f"out-{name}", kind)
+        assert_same_files(tmp_path / "hf", tmp_path / f"out-{name}")
+    found = fresh_copy(tmp_path / "out-joined")(tokens()).logits
+    assert_same_logits(found, fresh_copy(tmp_path / "hf"), tokens())
+
+
+def test_a_trained_model_knows_which_experts_of_the_base_it_has(tmp_path):
+    deepseek(tmp_path / "hf", num_hidden_layers=3)
+    usage = {"text": [[1, 9, 1, 9, 1, 9], [9, 9, 9, 1, 1, 1]]}
+    (tmp_path / "usage.json").write_text(json.dumps(usage))
+    options = ImportOptions("partition", "frame:2x16", usage=str(tmp_path / "usage.json"))
+    checkpoint = in_one_process(import_model, tmp_path / "hf", tmp_path / "native", options)
+    run_ranks(1, load_and_save, checkpoint, checkpoint, tmp_path / "run", [])
+    in_one_process(export_model, tmp_path / "run", tmp_path / "back", "deepseek-v2", None, "5GB", "all")
+    assert_same_files(tmp_path / "hf", tmp_path / "back")
+    shutil.rmtree(checkpoint)
+    plan = plan_export(tmp_path / "run", "deepseek-v2", None, "all")
+    assert plan.note.startswith("experts keep their logical numbers: no conversion.json")
 
 
 def all_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:

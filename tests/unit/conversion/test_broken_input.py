@@ -17,7 +17,7 @@ from megatron_most.checkpointing.streaming import Region
 from megatron_most.conversion import ImportOptions, export_model, import_model
 from megatron_most.conversion import importing as importing_module
 from megatron_most.conversion.export_plan import plan_export
-from megatron_most.errors import CheckpointError, ConfigError, MostError
+from megatron_most.errors import CheckpointError, MostError
 from tests.unit.conversion.models import deepseek, llama
 from tests.unit.conversion.test_round_trips import options
 
@@ -178,6 +178,11 @@ def test_values_that_are_not_finite(folder, value):
     ({"moe_layer_freq": 2}, "moe_layer_freq=2"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "type='longrope'"),
+    ({"rope_parameters": 5}, "rope_scaling=5: must be a JSON object"),
+    ({"rope_parameters": {"rope_theta": float("inf")}}, "rope_theta=inf: must be a finite number"),
+    ({"hidden_size": 10**9}, r"embed_tokens.weight has shape \[90, 32\], the configuration says \[90, 1000000000\]"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000: the files hold no more than 71"),
+    ({"n_routed_experts": 10**9}, "n_routed_experts=1000000000: the files hold no more than 71"),
 ])  # fmt: skip
 def test_configuration_that_contradicts_the_weights_or_cannot_be_converted(folder, changes, match):
     edit_json(folder / "config.json", **changes)
@@ -227,6 +232,13 @@ def test_links_out_of_the_folder(folder, tmp_path):
     inside.rename(outside)
     inside.symlink_to(outside)
     refused(folder, "00001-of-00002.safetensors: links to .*outside.safetensors, outside of the directory")
+
+
+def test_a_tokenizer_that_is_a_link_out_of_the_folder_is_found_before_anything_is_written(folder, tmp_path):
+    (tmp_path / "secret").write_text("{}")
+    (folder / "special_tokens_map.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match="special_tokens_map.json: links to .*secret, outside of the directory"):
+        importing_module._plan(folder, tmp_path / "native", options("expand"))
 
 
 def test_links_of_a_hub_cache_are_followed(folder, tmp_path):
@@ -289,6 +301,14 @@ def test_interrupted_conversion_leaves_nothing_that_looks_whole_and_can_be_repea
     assert not (target.parent / ".tmp-native").exists()
 
 
+def test_what_an_interrupted_export_left_is_not_in_the_next(folder):
+    checkpoint, out = import_model(folder, folder.parent / "native", options("expand")), folder.parent / "out"
+    (folder.parent / ".tmp-out").mkdir()
+    (folder.parent / ".tmp-out" / "model-00001-of-00009.safetensors").write_text("half")
+    export_model(checkpoint, out, "deepseek-v2")
+    assert not (folder.parent / ".tmp-out").exists() and not list(out.glob("*-of-00009*"))
+
+
 @pytest.mark.parametrize("change, match", [
     (lambda values: values.pop("ids"), "not the description of an extension"),
     (lambda values: values.update(format=9), "has format 9, this version reads 1"),
@@ -318,34 +338,6 @@ def test_corrupt_checkpoint_is_not_exported(folder):
     with pytest.raises(CheckpointError, match="corrupt: the content of state/__0_0.distcp"):
         export_model(checkpoint, folder.parent / "out", "deepseek-v2")
     assert not (folder.parent / "out").exists()
-
-
-@pytest.mark.parametrize("text, match", [
-    ("vocab: {colour: blue, num_codebooks: 2, codebook_size: 4}", "run.yaml: vocab: .*colour"),
-    ("vocab: {num_codebooks: 2, codebook_size: 4}\nmodel: {num_layer: 3}", "model.num_layer: unknown key"),
-    ("vocab: {num_codebooks: 2, codebook_size: 4}\nmodel: {num_layers: 9}", "model.num_layers=9: .* has 3"),
-    ("- a list", "must hold a mapping"),
-    ("model: {}", "--audio-vocab: is needed"),
-])  # fmt: skip
-def test_wrong_configuration_file(folder, tmp_path, text, match):
-    (tmp_path / "run.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=match):
-        import_model(folder, tmp_path / "native", ImportOptions("expand", config=str(tmp_path / "run.yaml")))
-
-
-@pytest.mark.parametrize("overrides, match", [
-    (["model.hidden_size=64"], "model.hidden_size=64: .* has 32"),
-    (["model.attention.rope.base=5"], "model.attention.rope.base=5"),
-    (["model.moe.score_function=sigmoid"], "model.moe.score_function='sigmoid'"),
-    (["model.moe.groups.0.size=5"], "size=5: expand gives text all of the base's 6 experts"),
-    (["model.moe.groups.0.top_k=3"], r"groups\[text\].top_k=3: the base has 2"),
-    (["model.moe.groups.1.size=3"], "give counts with --usage"),
-    (["model.moe.groups.1.size=9"], "size=9: the base has 6 experts to copy"),
-    (["model.moe.score_rule=all"], "would change text's scores"),
-])  # fmt: skip
-def test_wishes_that_do_not_fit_the_base(folder, overrides, match):
-    with pytest.raises(ConfigError, match=match):
-        import_model(folder, folder.parent / "native", options("expand", *overrides))
 
 
 def test_llama_whose_experts_have_parted_is_refused(tmp_path):

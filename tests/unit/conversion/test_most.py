@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_most.checkpointing import read_metadata
+from megatron_most.checkpointing.streaming import STATE, StateReader
 from megatron_most.conversion import ImportOptions, export_model, import_model
 from tests.unit.conversion.models import VOCAB, deepseek
 from tests.unit.conversion.test_round_trips import SEQUENTIAL, assert_same_files, native_logits
@@ -107,6 +108,9 @@ def test_export_then_import_is_the_identity(tmp_path, layout):
     again = import_model(tmp_path / "most", tmp_path / "again", ImportOptions())
     ids = torch.randint(VOCAB + 2, (2, 16), generator=torch.Generator().manual_seed(1))
     assert torch.equal(native_logits(checkpoint, ids), native_logits(again, ids))
+    first, second = (StateReader(path / STATE) for path in (checkpoint, again))
+    assert first.forms == second.forms and first.forms
+    assert all(torch.equal(first.read_whole(key), second.read_whole(key)) for key in first.forms)
     assert read_metadata(checkpoint).config["model"] == read_metadata(again).config["model"]
     export_model(again, tmp_path / "once_more", "most")
     assert_same_files(tmp_path / "most", tmp_path / "once_more")

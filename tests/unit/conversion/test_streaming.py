@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import time
+import weakref
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,6 +74,58 @@ def test_large_checkpoints_are_several_files_and_views_are_written_without_what_
     # Each piece takes some 1.5 kB beside its bytes; views saved with their storage would take "a" twice.
     [file] = (tmp_path / "one" / STATE).glob("*.distcp")
     assert file.stat().st_size < 2 * TENSORS["a"].nbytes
+
+
+def test_one_region_is_made_ahead_and_none_is_kept(tmp_path, monkeypatch):
+    made: list[weakref.ref] = []
+    alive: list[int] = []
+
+    def count(region: Region) -> torch.Tensor:
+        tensor = box(region).clone()
+        made.append(weakref.ref(tensor))
+        alive.append(sum(entry() is not None for entry in made))
+        return tensor
+
+    save = streaming._save
+
+    def wait_for_the_next(tensor: torch.Tensor, stream: streaming._SummingStream) -> None:
+        place = len(saved)
+        saved.append(tensor.shape)
+        deadline = time.monotonic() + 30
+        while len(made) < min(place + 2, len(WHOLE)):  # it is made while this one is written
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        save(tensor, stream)
+
+    saved: list[torch.Size] = []
+    monkeypatch.setattr(streaming, "_save", wait_for_the_next)
+    write_checkpoint(tmp_path / "new", METADATA, FORMS, WHOLE, count, lambda directory: None)
+    assert len(made) == len(saved) == len(WHOLE) and max(alive) == 2
+
+
+def test_what_goes_wrong_while_a_region_is_made_ahead_leaves_nothing(tmp_path):
+    def spoilt(region: Region) -> torch.Tensor:
+        if region.key == "c":
+            raise CheckpointError("c is spoilt")
+        return box(region)
+
+    with pytest.raises(CheckpointError, match="c is spoilt"):
+        write_checkpoint(tmp_path / "new", METADATA, FORMS, WHOLE, spoilt, lambda directory: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_write_is_larger_than_a_file_system_likes(tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "WRITTEN_AT_ONCE", 1000)
+    sizes: list[int] = []
+    with open(tmp_path / "file", "wb") as raw:
+        write_raw = raw.write
+        stream = streaming._SummingStream(
+            SimpleNamespace(write=lambda part: sizes.append(len(part)) or write_raw(part))
+        )
+        assert stream.write(bytes(range(256)) * 10) == 2560
+    assert sizes == [1000, 1000, 560] and stream.size == 2560
+    content = (tmp_path / "file").read_bytes()
+    assert content == bytes(range(256)) * 10 and stream.crc32 == zlib.crc32(content)
 
 
 @pytest.mark.parametrize(
