@@ -21,7 +21,7 @@ def process_groups():
 
 @pytest.fixture(autouse=True)
 def unit_loss_scale():
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
 
 
 def text_and_audio(**options) -> MoEConfig:

@@ -153,7 +153,7 @@ def test_every_valid_token_goes_to_its_top_k_of_its_own_choice(case):
 @settings(deadline=None, derandomize=True, max_examples=200)
 @given(cases())
 def test_probabilities_and_losses_have_the_gradients_of_their_definitions(case):
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     router = build(case)
     hidden, modality, is_padding = make_tokens(**case.tokens)
     tokens, is_valid = flat(modality), ~flat(is_padding)
@@ -186,7 +186,7 @@ def test_probabilities_and_losses_have_the_gradients_of_their_definitions(case):
 @given(cases())
 def test_the_physical_order_changes_nothing(case):
     """Outputs and gradients: both orders at a random expert-parallel size, against a single rank."""
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     tokens = make_tokens(**case.tokens)
     results = []
     for order, size in (

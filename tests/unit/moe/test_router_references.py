@@ -26,7 +26,7 @@ def process_groups():
 
 @pytest.fixture(autouse=True)
 def unit_loss_scale():
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
 
 
 def one_modality(n_group: int = 1, topk_group: int = 1, **options) -> MoEConfig:
