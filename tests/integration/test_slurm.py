@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.integration.launching import ROOT, STEPS, environment, small_run, steps_logged, undisturbed_metrics, wait_for
-from tests.integration.slurm_cluster import Cluster, slurm_cluster, why_not
+from tests.integration.slurm_cluster import Cluster
 from tests.integration.tiny_run import metric_lines
 
 SLURM = ROOT / "examples" / "slurm"
@@ -55,14 +54,6 @@ def test_everything_unfit_is_named(tmp_path: Path) -> None:
         "node7: unfit: 2 of 8 GPUs;GPU 1: 3 uncorrected memory errors;GPU 0: memory rows wait for a reset;"
         "InfiniBand port mlx5_0/ports/1/state: 1: DOWN"
     )
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    if reason := why_not():
-        pytest.skip(reason)
-    with slurm_cluster() as running:
-        yield running
 
 
 def submit(cluster: Cluster, tmp_path: Path, config_file: Path, *answers: str) -> tuple[str, Path]:

@@ -8,14 +8,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megatron_most.config import dump_config
 from tests.integration.launching import ROOT, environment, wait_for
-from tests.integration.slurm_cluster import Cluster, slurm_cluster, why_not
+from tests.integration.slurm_cluster import Cluster
 from tests.integration.tiny_run import run_config
 
 COMMAND = [sys.executable, str(ROOT / "tools" / "sweep.py"), "--spec"]
@@ -68,14 +67,6 @@ def test_twelve_runs_killed_in_the_middle_and_resumed_run_each_exactly_once(tmp_
     # Seeds differ, and so do variants.
     assert len({row["loss"] for row in found}) == 12
     assert len({row["active_parameters"] for row in found}) == 1
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    if reason := why_not():
-        pytest.skip(reason)
-    with slurm_cluster() as running:
-        yield running
 
 
 @pytest.mark.slow
