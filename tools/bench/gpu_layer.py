@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """What one GPU makes of a few layers at full width: tokens/s, TFLOP/s, memory, and FP8 against bf16 on the experts.
 
-    python tools/bench/gpu_layer.py [--layers N] [--calls N] [--config FILE] [key=value ...]
+    python -m tools.bench.gpu_layer [--layers N] [--calls N] [--config FILE] [key=value ...]
 
 A training step of the first N layers of a recipe on one row of its length, half of it audio; then the experts that a
 rank holds at an expert parallelism of 8, at several loads, in bf16 and in FP8 by every backend that is there. Rates are
