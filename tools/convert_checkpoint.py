@@ -6,7 +6,7 @@
     python tools/convert_checkpoint.py verify --hf model --checkpoint runs/most
     python tools/convert_checkpoint.py inspect runs/most
 
-docs/conversion.md explains what is kept and what changes. Runs under torchrun, too.
+docs/conversion.md explains what is kept and what changes. import and export run under torchrun, too.
 """
 
 import argparse
@@ -51,6 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("directory")
     sub.add_argument("--json", action="store_true")
     sub.add_argument("--checksums", action="store_true", help="read everything and compare with the checksums")
+    sub.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin, weights only")
     return parser
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 from megatron_most import parallel, platform
@@ -27,6 +28,7 @@ from megatron_most.conversion.verification import (
     require_close,
     require_transformers,
 )
+from megatron_most.errors import ConfigError
 from megatron_most.files import require_writable, write_json
 
 
@@ -58,6 +60,8 @@ def export_command(arguments: argparse.Namespace) -> None:
 
 def verify_command(arguments: argparse.Namespace) -> None:
     """Compare logits; print a line, write the report, and fail above the tolerance."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("verify: holds whole models in one process; start it without torchrun")
     require_positive(arguments, "tolerance")
     require_transformers()
     if arguments.report:
@@ -89,7 +93,7 @@ def verify_command(arguments: argparse.Namespace) -> None:
 
 
 def inspect_command(arguments: argparse.Namespace) -> None:
-    found = describe(Path(arguments.directory), arguments.checksums)
+    found = describe(Path(arguments.directory), arguments.checksums, arguments.allow_pickle)
     if arguments.json:
         print(json.dumps(found, indent=1))
         return

@@ -22,12 +22,13 @@ from megatron_most.vocab import VocabLayout
 Facts = dict[str, Any]
 
 
-def describe(path: Path, checksums: bool = False) -> Facts:
+def describe(path: Path, checksums: bool = False, allow_pickle: bool = False) -> Facts:
     """What there is to say about ``path``, a line for each entry.
 
     Args:
         path: a native checkpoint, a run directory (for its newest checkpoint), or a Hugging Face folder.
         checksums: read a native checkpoint whole and compare it with its checksums.
+        allow_pickle: read the weights of a Hugging Face folder that has pickles alone.
 
     Raises:
         CheckpointError: it is neither, or broken.
@@ -35,12 +36,12 @@ def describe(path: Path, checksums: bool = False) -> Facts:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory")
     if (path / CONFIG).is_file():
-        return _hugging_face(path)
+        return _hugging_face(path, allow_pickle)
     return _native(resolve(path), checksums)
 
 
-def _hugging_face(path: Path) -> Facts:
-    model = HuggingFaceModel(path)
+def _hugging_face(path: Path, allow_pickle: bool) -> Facts:
+    model = HuggingFaceModel(path, allow_pickle)
     architecture, foreign = read_foreign(model.config, str(path / CONFIG))
     extension = Extension.read(model)
     shape = foreign.model

@@ -118,8 +118,9 @@ def compare(
     to_native = torch.full((foreign.vocab_size,), -1)
     for run in runs:
         to_native[run.foreign : run.foreign + run.count] = torch.arange(run.native, run.native + run.count)
-    if tokens.max() >= foreign.vocab_size or (to_native[tokens] < 0).any():
-        raise DataError(f"tokens: an id is not among the {int((to_native >= 0).sum())} that both models have")
+    unknown = [token for token in tokens.flatten().tolist() if token >= foreign.vocab_size or to_native[token] < 0]
+    if unknown:
+        raise DataError(f"tokens: id {unknown[0]} is not among the {int((to_native >= 0).sum())} that both models have")
     foreign_ids = (to_native >= 0).nonzero().flatten()
     native_tokens = to_native[tokens]
     modality = config.vocab.modality_of(native_tokens)

@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megatron_most import parallel
 from megatron_most.checkpointing import CheckpointMetadata, load_model_weights, read_metadata, save_checkpoint
 from megatron_most.checkpointing.streaming import STATE, StateReader
 from megatron_most.config import load_config
 from megatron_most.conversion import ImportOptions, describe, export_model, import_model
+from megatron_most.conversion.commands import verify_command
 from megatron_most.conversion.export_plan import plan_export
+from megatron_most.errors import CheckpointError, ConfigError
 from megatron_most.model import build_model
 from megatron_most.training.optimizer import build_optimizer, wrap_model
 from tests.distributed.harness import run_ranks
@@ -173,6 +177,33 @@ def test_verify_fails_between_models_that_differ_and_says_where(trained):
     assert status == 1
     assert "logits of 10 tokens" in out
     assert err.startswith("error: ") and "the models differ from layer 0 on" in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("line, match", [
+    ("[1, 2", "tokens.jsonl: not readable as JSON lines"),
+    ("[1, 2]\n[3]", "tokens.jsonl: must hold lists of ids"),
+    ("[1, -2]", "tokens.jsonl: must hold lists of ids"),
+    ("[1, 90]", "tokens: id 90 is not among the 90 that both models have"),
+])  # fmt: skip
+def test_tokens_that_cannot_be_compared(trained, tmp_path, line, match):
+    (tmp_path / "tokens.jsonl").write_text(line)
+    verify = {"hf": trained / "hf", "checkpoint": trained / "run", "tokens": tmp_path / "tokens.jsonl"}
+    with pytest.raises(RuntimeError, match=match):
+        in_one_process(verify_command, Namespace(**verify, tolerance=1e-4, report=None, allow_pickle=False))
+
+
+def test_verify_is_for_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="verify: holds whole models in one process; start it without torchrun"):
+        verify_command(Namespace())
+
+
+def test_inspect_reads_pickles_when_asked(trained, tmp_path):
+    torch.save(load_file(trained / "hf" / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    shutil.copy(trained / "hf" / "config.json", tmp_path)
+    with pytest.raises(CheckpointError, match="pytorch_model.bin: is a pickle.*--allow-pickle"):
+        describe(tmp_path)
+    assert describe(tmp_path, allow_pickle=True) == describe(trained / "hf")
 
 
 def test_inspect_tells_both_kinds(trained):
