@@ -22,6 +22,7 @@ setup(
     install_requires=[
         "megatron-core==0.16.1",
         "torch>=2.13",
+        "isal",
         "jinja2",
         "jiwer",
         "numpy",

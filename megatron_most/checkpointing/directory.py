@@ -12,9 +12,10 @@ import json
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
+
+from isal import isal_zlib
 
 from megatron_most.errors import CheckpointError
 
@@ -195,7 +196,7 @@ def _entry(path: Path) -> FileEntry:
     try:
         with open(path, "rb") as stream:
             while chunk := stream.read(_CHUNK):
-                size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+                size, crc = size + len(chunk), isal_zlib.crc32(chunk, crc)
     except OSError as error:
         raise CheckpointError(f"{path}: unreadable: {error.strerror}") from None
     return FileEntry(size, crc)

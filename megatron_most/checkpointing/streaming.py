@@ -10,7 +10,6 @@ import math
 import os
 import shutil
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
+from isal import isal_zlib
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from torch.distributed import checkpoint as torch_checkpoint
@@ -314,7 +314,7 @@ class _SummingStream:
         view = memoryview(data)
         for start in range(0, len(view), WRITTEN_AT_ONCE):
             part = view[start : start + WRITTEN_AT_ONCE]
-            self.crc32 = zlib.crc32(part, self.crc32)
+            self.crc32 = isal_zlib.crc32(part, self.crc32)
             self._stream.write(part)
         self.size += len(view)
         return len(view)
