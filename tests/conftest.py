@@ -27,3 +27,11 @@ def _no_process_groups_left() -> Iterator[None]:
         from megatron_most import parallel
 
         parallel.destroy()
+
+
+@pytest.fixture(autouse=True)
+def own_scale_of_auxiliary_losses() -> None:
+    """Megatron keeps it in a class, in the shape of the first value it was given: forget that of another test."""
+    module = sys.modules.get("megatron.core.transformer.moe.moe_utils")
+    if module is not None:
+        module.MoEAuxLossAutoScaler.main_loss_backward_scale = None
