@@ -15,13 +15,12 @@ setup(
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    # megatron-core 0.16.1 is the last release for Python 3.10 and 3.11.
-    python_requires=">=3.10,<3.12",
+    python_requires=">=3.12",
     packages=find_packages(include=["megatron_most", "megatron_most.*"]),
     package_data={"megatron_most.report": ["templates/*"], "megatron_most.sweep": ["templates/*"]},
     install_requires=[
-        "megatron-core==0.16.1",
-        "torch>=2.13",
+        "megatron-core>=0.19.2,<0.20",
+        "torch>=2.10",
         "isal",
         "jinja2",
         "jiwer",

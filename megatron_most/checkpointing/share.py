@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
@@ -92,17 +92,13 @@ class Share:
         self._writer.finish(self._index, results)
 
 
-class PlannedSave(SaveShardedStrategy):
+class PlannedSave(TorchDistSaveShardedStrategy):
     """What Megatron calls to write the sharded part of a checkpoint; it leaves the writing to :attr:`share`."""
 
     def __init__(self, copy: bool) -> None:
-        super().__init__("torch_dist", 1)
+        super().__init__()
         self._copy = copy
         self.share: Share
-
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        return True
 
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)

@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from isal import isal_zlib
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.common import save_common
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -323,19 +324,17 @@ class _SummingStream:
         self._stream.flush()
 
 
-class _RegionSave(SaveShardedStrategy):
+class _RegionSave(TorchDistSaveShardedStrategy):
     """What Megatron calls to write the sharded part of a checkpoint."""
 
     def __init__(self, planner: _RegionSavePlanner) -> None:
-        super().__init__("torch_dist", 1)
+        super().__init__()
         self._planner = planner
         self.entries: dict[str, directories.FileEntry] = {}
 
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        return True
-
     def save(self, sharded_state_dict: dict, checkpoint_dir: str | Path) -> None:
+        if dist.get_rank() == 0:
+            save_common({}, str(checkpoint_dir))  # what Megatron would put among the tensors, in a file of its own
         writer = _RegionWriter(Path(checkpoint_dir))
         torch_checkpoint.save({}, storage_writer=writer, planner=self._planner)
         self.entries = writer.entries

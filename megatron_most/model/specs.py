@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.extensions import transformer_engine
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.multi_latent_attention import Linear, MLASelfAttentionSubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -45,16 +46,19 @@ def block_spec(
         attention.core_attention = parts.core_attention
         attention.linear_proj = parts.row
         if config.multi_latent_attention:
+            layer.submodules.self_attention.module = MultiLatentAttention
             _complete_multi_latent(attention, parts)
         else:
             attention.linear_qkv = parts.column
+        # Megatron names the feed-forward part by a call to be completed: its function and its submodules.
         mlp = layer.submodules.mlp
-        if mlp.module is MoELayer:
-            mlp.submodules.router = functools.partial(ModalityAwareRouter, moe=moe)
-            mlp.submodules.experts = experts_spec(moe)
-            _complete_mlp(mlp.submodules.shared_experts.submodules, parts)
+        submodules = mlp.keywords["submodules"]
+        if mlp.func is MoELayer:
+            submodules.router = functools.partial(ModalityAwareRouter, moe=moe)
+            submodules.experts = experts_spec(moe)
+            _complete_mlp(submodules.shared_experts.keywords["submodules"], parts)
         else:
-            _complete_mlp(mlp.submodules, parts)
+            _complete_mlp(submodules, parts)
     spec.layer_norm = parts.norm
     return spec
 
@@ -68,6 +72,18 @@ class _Parts:
     column: type
     row: type
     replicated: type
+
+
+class MultiLatentAttention(MLASelfAttention):
+    """Megatron's, with the parts its submodules name.
+
+    Where keys have a norm and queries no low rank, Megatron (0.19.2, mla_qk_norm_config.py) would have a norm of
+    queries, which DeepSeek-V2-Lite has not.
+    """
+
+    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
+        parts = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+        return {part: getattr(submodules, part) for part in parts}
 
 
 class PackedTEAttention(transformer_engine.TEDotProductAttention):
@@ -96,8 +112,8 @@ _PARTS = {
 }
 
 
-def experts_spec(moe: MoEConfig) -> ModuleSpec:
-    """The routed experts of a layer. Checkpoints are the same whichever module computes them."""
+def experts_spec(moe: MoEConfig) -> Callable[..., torch.nn.Module]:
+    """What builds the routed experts of a layer. Checkpoints are the same whichever module computes them."""
     module, linear_fc1, linear_fc2 = {
         "grouped": (GroupedExperts, None, None),
         "sequential": (SequentialExperts, ColumnParallelLinear, RowParallelLinear),
@@ -107,8 +123,9 @@ def experts_spec(moe: MoEConfig) -> ModuleSpec:
             transformer_engine.TERowParallelGroupedLinear,
         ),
     }[moe.expert_backend]
-    submodules = MLPSubmodules(linear_fc1=linear_fc1, linear_fc2=linear_fc2) if linear_fc1 else None
-    return ModuleSpec(module=module, submodules=submodules, params={"moe": moe})
+    if linear_fc1 is None:
+        return functools.partial(module, moe=moe)
+    return functools.partial(module, submodules=MLPSubmodules(linear_fc1=linear_fc1, linear_fc2=linear_fc2), moe=moe)
 
 
 def _complete_multi_latent(attention: MLASelfAttentionSubmodules, parts: _Parts) -> None:

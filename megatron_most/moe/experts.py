@@ -45,6 +45,7 @@ class GroupedExperts(MegatronModule):
         pg_collection: ProcessGroupCollection,
         *,
         moe: MoEConfig,
+        name: str | None = None,
     ) -> None:
         super().__init__(config=config)
         self.groups = ExpertGroups.from_config(moe, pg_collection.ep.size())
@@ -158,8 +159,9 @@ class _LogicalCheckpoints:
         pg_collection: ProcessGroupCollection,
         *,
         moe: MoEConfig,
+        name: str | None = None,
     ) -> None:
-        super().__init__(num_local_experts, config, submodules, pg_collection)
+        super().__init__(num_local_experts, config, submodules, pg_collection, name)
         self.groups = ExpertGroups.from_config(moe, pg_collection.ep.size())
 
     def sharded_state_dict(

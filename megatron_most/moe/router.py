@@ -40,9 +40,14 @@ class ModalityAwareRouter(Router):
     """
 
     def __init__(
-        self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, *, moe: MoEConfig
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+        *,
+        moe: MoEConfig,
     ) -> None:
-        super().__init__(config=config, pg_collection=pg_collection)
+        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.moe = moe
         self.groups = groups = ExpertGroups.from_config(moe, config.expert_model_parallel_size)
         if moe.router_weights == "per_modality":

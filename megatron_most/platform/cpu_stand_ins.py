@@ -150,12 +150,11 @@ def _replace_megatron_functions() -> None:
 
 
 def _mend_missing_transformer_engine() -> None:
-    """Without it Megatron's first forward pass fails, on a GPU as well."""
+    """Without it multi-latent attention knows no linear layer that is whole on every rank, on a GPU as well."""
     import megatron.core.extensions.transformer_engine as te
-    import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.multi_latent_attention as mla
+    from megatron.core.post_training.modelopt.layers import Linear
 
-    # transformer/multi_latent_attention.py:57 takes an importable module for an installed Transformer Engine.
-    mla.HAVE_TE = te.HAVE_TE
     if not te.HAVE_TE:
-        moe_utils.te_general_gemm = None  # transformer/moe/moe_utils.py:1192 reads the name it failed to import
+        # transformer/multi_latent_attention.py:79 forgets it; :528 and :575 accept a projection of this class only.
+        mla.Linear = Linear

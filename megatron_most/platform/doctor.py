@@ -19,9 +19,9 @@ import torch
 
 from megatron_most.platform.choices import part_choices
 
-MEGATRON_VERSION = "0.16.1"
+MEGATRON_VERSION = "0.19.2"
 NEMO_VERSION = "3.0.0"
-MINIMUM_TORCH = (2, 13)
+MINIMUM_TORCH = (2, 9)
 _GIB = 2**30
 _COMFORTABLE_MEMORY_GIB = 6
 _COMFORTABLE_DISK_GIB = 5
@@ -102,7 +102,7 @@ def as_text(findings: list[Finding]) -> str:
 def _foundations() -> list[Finding]:
     section = "Needed to train"
     python = ".".join(map(str, sys.version_info[:3]))
-    fits = (3, 10) <= sys.version_info[:2] < (3, 12)
+    fits = sys.version_info[:2] >= (3, 12)
     findings = [
         Finding(
             section,
@@ -110,7 +110,7 @@ def _foundations() -> list[Finding]:
             "present" if fits else "unfit",
             python,
             True,
-            gives=f"megatron-core {MEGATRON_VERSION}, which runs on 3.10 and 3.11",
+            gives=f"megatron-core {MEGATRON_VERSION}, which needs 3.12",
             remedy="make setup PYTHON=/path/to/python3.11",
         ),
         _torch(section),

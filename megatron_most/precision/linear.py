@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
+from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
-from megatron.core.transformer.multi_latent_attention import Linear
 
 from megatron_most.precision.product import Fp8Product
 

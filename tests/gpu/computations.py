@@ -15,7 +15,6 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import permute
-from megatron.core.transformer.spec_utils import build_module
 
 from megatron_most import platform
 from megatron_most.checkpointing import load_checkpoint
@@ -160,7 +159,7 @@ def experts(backend: str, counts: list[int], dtype: str) -> dict[str, torch.Tens
     config = tiny_config(model__backend="portable", model__moe__expert_backend=backend, precision__dtype=dtype)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     megatron = transformer_config(config)
-    module = build_module(experts_spec(config.model.moe), config.model.moe.num_experts, megatron, pg_collection=groups)
+    module = experts_spec(config.model.moe)(config.model.moe.num_experts, megatron, pg_collection=groups)
     module.to(platform.device())
     fill_weights([module])
     round_to_bf16([module])
@@ -240,7 +239,7 @@ def routing(overrides: Overrides) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(9)
     scores = torch.randn(*hidden.shape[:2], moe.num_experts, generator=generator).to(device).requires_grad_()
     probs, routing_map = router.routing(scores, pack_planes(modality, is_padding, 2).transpose(0, 1))
-    tokens, sorted_probs, order = permute(hidden.reshape(-1, hidden.shape[-1]), routing_map, probs=probs)
+    tokens, sorted_probs, order, *_ = permute(hidden.reshape(-1, hidden.shape[-1]), routing_map, probs=probs)
     probs.square().sum().backward()
     return {
         "routing map": routing_map.cpu(),

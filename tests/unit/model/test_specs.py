@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from megatron.core.extensions import transformer_engine
+from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.multi_latent_attention import Linear
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_most import parallel, platform
@@ -62,9 +64,12 @@ def modules_of(config: RunConfig, backend: str) -> dict[str, object]:
     def collect(prefix: str, submodules: object) -> None:
         for name, value in vars(submodules).items():
             place = f"{prefix}.{name}"
-            if getattr(value, "submodules", None) is not None and isinstance(value, ModuleSpec):
-                if name != "experts":
-                    collect(place, value.submodules)
+            if name == "experts":
+                continue
+            if isinstance(value, functools.partial) and "submodules" in value.keywords:
+                collect(place, value.keywords["submodules"])
+            elif isinstance(value, ModuleSpec) and value.submodules is not None:
+                collect(place, value.submodules)
             elif name.startswith("linear_") or name.endswith("norm") or name == "core_attention":
                 found[place] = value
 
@@ -72,8 +77,8 @@ def modules_of(config: RunConfig, backend: str) -> dict[str, object]:
     for index, layer in enumerate(spec.layer_specs):
         collect(str(index), layer.submodules)
         assert layer.submodules.sharded_state_dict_keys_map == {}
-        if layer.submodules.mlp.module is MoELayer:
-            assert layer.submodules.mlp.submodules.router.func is ModalityAwareRouter
+        if layer.submodules.mlp.func is MoELayer:
+            assert layer.submodules.mlp.keywords["submodules"].router.func is ModalityAwareRouter
     return {
         **{place: module for place, module in found.items() if module not in (IdentityOp, None)},
         "norm": spec.layer_norm,

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.spec_utils import build_module
 from torch.utils.checkpoint import checkpoint
 
 from megatron_most import parallel
@@ -32,7 +31,7 @@ def process_groups():
 def make_experts(config: RunConfig) -> torch.nn.Module:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     spec = experts_spec(config.model.moe)
-    return build_module(spec, config.model.moe.num_experts, transformer_config(config), pg_collection=groups)
+    return spec(config.model.moe.num_experts, transformer_config(config), pg_collection=groups)
 
 
 def filled(config: RunConfig) -> torch.nn.Module:

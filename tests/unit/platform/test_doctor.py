@@ -53,7 +53,7 @@ def test_another_megatron_core_does_not_do(tmp_path, without):
     without(megatron_core="0.17.0")
     findings = doctor.examine(tmp_path)
     finding = find(findings, "megatron-core")
-    assert (finding.state, finding.value) == ("unfit", "0.17.0, 0.16.1 is needed")
+    assert (finding.state, finding.value) == ("unfit", "0.17.0, 0.19.2 is needed")
     assert not doctor.can_train(findings)
 
 
