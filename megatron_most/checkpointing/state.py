@@ -51,7 +51,7 @@ def plan_state(directory: Path, model_chunks: list[MoSTModel], optimizer: Megatr
     state["fp8"] = fp8_state(model_chunks)
     planned = PlannedSave(copy)
     try:
-        with _without_deprecations():
+        with _without_torch_warnings():
             dist_checkpointing.save(state, str(directory), FullyParallelSaveStrategyWrapper(planned, _replica_group()))
     except (OSError, CheckpointingException) as error:
         raise CheckpointError(f"{directory}: cannot be written: {_one_line(error)}") from error
@@ -98,7 +98,7 @@ def load_model_state(directory: Path, model_chunks: list[MoSTModel]) -> None:
 def _load(directory: Path, state: StateDict) -> StateDict:
     strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), _replica_group())
     try:
-        with _without_deprecations():
+        with _without_torch_warnings():
             return dist_checkpointing.load(state, str(directory), strategy)
     except (OSError, CheckpointingException) as error:
         raise CheckpointError(f"{directory}: cannot be loaded: {_one_line(error)}") from error
@@ -111,10 +111,12 @@ def _stored_keys(directory: Path) -> set[str]:
 
 
 @contextlib.contextmanager
-def _without_deprecations() -> Iterator[None]:
-    """torch announces the end of interfaces that Megatron-Core 0.16.1 uses; users can do nothing about it."""
+def _without_torch_warnings() -> Iterator[None]:
+    """torch warns of the interfaces that Megatron-Core 0.19.2 uses and how; users can do nothing about it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        # serialization.py:230 reads a small object on each rank by itself.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield
 
 

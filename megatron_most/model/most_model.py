@@ -1,4 +1,4 @@
-"""MoST on Megatron-Core's GPT model.
+"""MoST on Megatron-Core's language module.
 
 Shape letters: b micro-batch rows, s positions, h hidden size, C codebooks, V ids (padded), K codes (padded).
 """
@@ -8,8 +8,11 @@ from __future__ import annotations
 import torch
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.models.common.embeddings import RotaryEmbedding
-from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_most.config.model import VOCAB_MULTIPLE
@@ -24,8 +27,11 @@ def padded(size: int) -> int:
     return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-class MoSTModel(GPTModel):
+class MoSTModel(LanguageModule):
     """One pipeline stage of a MoST model.
+
+    It stands on ``LanguageModule`` and not on ``GPTModel``, which Megatron keeps for critical fixes only. Parts have
+    the names that ``GPTModel`` gives them, so checkpoints of either have the same keys.
 
     Args:
         vocab: the id space; layout ``frame`` adds codebook embeddings to the first stage and heads to the last.
@@ -44,23 +50,48 @@ class MoSTModel(GPTModel):
         vp_stage: int | None = None,
         rotary: RotaryEmbedding | None = None,
     ) -> None:
-        super().__init__(
+        super().__init__(config)
+        # What Megatron's schedules and gradient reductions read of a model.
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = False
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config=config,
+                vocab_size=padded(vocab.size),
+                max_sequence_length=max_sequence_length,
+                position_embedding_type="none",
+                tp_group=self.pg_collection.tp,
+            )
+        self.decoder = TransformerBlock(
             config=config,
-            transformer_layer_spec=transformer_layer_spec,
-            vocab_size=padded(vocab.size),
-            max_sequence_length=max_sequence_length,
+            spec=transformer_layer_spec,
             pre_process=pre_process,
             post_process=post_process,
-            share_embeddings_and_output_weights=False,
-            position_embedding_type="none",
+            pg_collection=self.pg_collection,
             vp_stage=vp_stage,
         )
+        if post_process:
+            self.output_layer = ColumnParallelLinear(
+                config.hidden_size,
+                padded(vocab.size),
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                tp_group=self.pg_collection.tp,
+            )
+        self.setup_embeddings_and_output_layer()
         self.vocab = vocab
         self.rotary = rotary
         codebooks = (config, vocab.num_codebooks, padded(vocab.codebook_size), self.pg_collection)
         uses_codes = vocab.codec_layout.uses_side_codes
         self.codebook_embeddings = CodebookEmbeddings(*codebooks) if uses_codes and pre_process else None
         self.codebook_heads = CodebookHeads(*codebooks) if uses_codes and post_process else None
+
+    def set_input_tensor(self, input_tensor: list[torch.Tensor | None]) -> None:
+        """Take what the pipeline stage before this one sent, ``[s, b, h]``; the schedules call it."""
+        (hidden,) = input_tensor
+        self.decoder.set_input_tensor(hidden)
 
     def forward(
         self,

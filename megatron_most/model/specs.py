@@ -22,7 +22,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_most.config import MoEConfig
 from megatron_most.model.core_attention import PortableCoreAttention
 from megatron_most.model.norm import RMSNorm
-from megatron_most.moe import GroupedExperts, ModalityAwareRouter, SequentialExperts, TransformerEngineExperts
+from megatron_most.moe import (
+    GroupedExperts,
+    ModalityAwareMoELayer,
+    ModalityAwareRouter,
+    SequentialExperts,
+    TransformerEngineExperts,
+)
 
 
 def block_spec(
@@ -54,6 +60,7 @@ def block_spec(
         mlp = layer.submodules.mlp
         submodules = mlp.keywords["submodules"]
         if mlp.func is MoELayer:
+            layer.submodules.mlp = functools.partial(ModalityAwareMoELayer, submodules=submodules)
             submodules.router = functools.partial(ModalityAwareRouter, moe=moe)
             submodules.experts = experts_spec(moe)
             _complete_mlp(submodules.shared_experts.keywords["submodules"], parts)

@@ -102,10 +102,6 @@ def _dispatcher(name: str) -> dict[str, object]:
         }
     if name == "hybridep":
         return {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": name}
-    if name == "alltoall":
-        # Without one Megatron makes room for tokens x top-k rows (0.19.2, token_dispatcher.py:550) and fills those that
-        # no token is sent to; with one it counts them.
-        return {"moe_token_dispatcher_type": name, "moe_expert_capacity_factor": 1.0}
     return {"moe_token_dispatcher_type": name}
 
 
