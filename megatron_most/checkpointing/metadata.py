@@ -40,6 +40,7 @@ TRAINING_ONLY = frozenset(
         "model.moe.expert_backend",
         "model.moe.dispatcher",
         "model.moe.shared_expert_overlap",
+        "model.moe.moe_permute_fusion",
     }
 )
 """Fields of the model section that do not change what given weights compute; ``[]`` stands for every place of a list.

@@ -4,8 +4,8 @@ Keys name parameters (``optimizer.state.exp_avg.<parameter>``), whether the stat
 not, so that any parallel layout and either kind of optimizer finds its own. Each expert has keys of its own
 (``<parameter>.<logical expert>``), because frozen experts have no state and a tensor in a checkpoint has no holes.
 Megatron's own ``fully_reshardable`` format
-has the same aim; in 0.16.1 it mixes up parameters as soon as a gradient buffer has several buckets with padding
-between them (optimizer/distrib_optimizer.py:1501 cuts a buffer without padding at positions of one that has it).
+has the same aim; in 0.19.2 it mixes up parameters as soon as a gradient buffer has several buckets with padding
+between them (optimizer/distrib_optimizer.py:1790 cuts a buffer without padding at positions of one that has it).
 
 Shape letters: n elements of a bucket, d data-parallel ranks.
 """

@@ -201,6 +201,7 @@ class MoEConfig:
     expert_backend: str = "grouped"
     dispatcher: str = "alltoall"
     shared_expert_overlap: bool = False
+    moe_permute_fusion: bool = False
 
     def __post_init__(self) -> None:
         section = "model.moe"
@@ -239,6 +240,12 @@ class MoEConfig:
             f"{section}.shared_expert_overlap",
             self.shared_expert_overlap,
             "needs shared experts (shared_ffn_hidden_size) and dispatcher=alltoall",
+        )
+        require(
+            not self.moe_permute_fusion or self.dispatcher == "alltoall",
+            f"{section}.moe_permute_fusion",
+            self.moe_permute_fusion,
+            "needs dispatcher=alltoall; the others permute in their own ways",
         )
         self._check_groups()
 

@@ -139,7 +139,7 @@ def _complete_multi_latent(attention: MLASelfAttentionSubmodules, parts: _Parts)
     """Of the projections of queries, the module builds those that its configuration has."""
     attention.q_layernorm = attention.kv_layernorm = parts.norm
     attention.linear_q_proj = attention.linear_q_up_proj = attention.linear_kv_up_proj = parts.column
-    # Column-parallel by default, which gives wrong gradients under tensor parallelism (0.16.1); replicated instead.
+    # Column-parallel by default, which gives wrong gradients under tensor parallelism (0.19.2); replicated instead.
     attention.linear_q_down_proj = attention.linear_kv_down_proj = parts.replicated
 
 

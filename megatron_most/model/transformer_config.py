@@ -49,6 +49,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         moe_router_load_balancing_type="none",
         moe_router_dtype="fp32",
         moe_shared_expert_overlap=moe.shared_expert_overlap,
+        moe_permute_fusion=moe.moe_permute_fusion,
         **_dispatcher(moe.dispatcher),
         # Parallelism.
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -58,7 +59,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         sequence_parallel=parallel.tensor_model_parallel_size > 1,
-        # Batched point-to-point messages are silently wrong with virtual stages on two pipeline ranks (0.16.1).
+        # Batched point-to-point messages are silently wrong with virtual stages on two pipeline ranks (0.19.2).
         overlap_p2p_comm=virtual is not None,
         batch_p2p_comm=virtual is None,
         # Numerics.

@@ -23,7 +23,7 @@ def has_library(library: str) -> bool:
     }[library]
 
 
-def require_library(library: str, field: str, value: str) -> None:
+def require_library(library: str, field: str, value: str | bool) -> None:
     """Raise :class:`ConfigError` unless Megatron can use ``library``, which ``field=value`` asks for."""
     if not has_library(library):
         raise ConfigError(

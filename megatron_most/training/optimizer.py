@@ -47,7 +47,7 @@ def _tell_experts_apart(config: RunConfig, model_chunks: list[MoSTModel]) -> Non
     """Have the gradients of experts reduced over the ranks that hold copies of them.
 
     Megatron does so for experts that are spread over ranks and takes others for a part of the dense model. They are not
-    where they are split over fewer tensor ranks than it: gradients and norms would silently be wrong (0.16.1).
+    where they are split over fewer tensor ranks than it: gradients and norms would silently be wrong (0.19.2).
     """
     layout = config.parallel
     is_dense = layout.expert_model_parallel_size == 1 and layout.expert_tensor_size == layout.tensor_model_parallel_size

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import tempfile
+import types
 from pathlib import Path
 
 import numpy as np
@@ -64,22 +65,10 @@ def ours(prefix: Path, vocab: VocabLayout, seq_length: int):
 def megatron(prefix: Path, seq_length: int, folder: Path):
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset
-    from megatron.core.datasets.megatron_tokenizer import MegatronLegacyTokenizer
     from megatron.core.datasets.utils import Split
 
-    class Tokenizer(MegatronLegacyTokenizer):
-        """Only the ids of the end and of padding are asked for."""
-
-        def __init__(self) -> None:
-            super().__init__()
-
-        eod = pad = 2
-        vocab = inv_vocab = {}
-        vocab_size = TEXT_VOCAB
-
-        def tokenize(self, text: str) -> list[int]:
-            raise NotImplementedError
-
+    # Of a tokenizer GPTDataset asks for the number of ids, and for those of the end of a document and of padding.
+    tokenizer = types.SimpleNamespace(vocab_size=TEXT_VOCAB, eod=2, pad=2)
     config = GPTDatasetConfig(
         random_seed=0,
         sequence_length=seq_length,
@@ -90,7 +79,7 @@ def megatron(prefix: Path, seq_length: int, folder: Path):
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
-        tokenizer=Tokenizer(),
+        tokenizer=tokenizer,
     )
     ids = IndexedDataset(f"{prefix}.ids")
     return GPTDataset(ids, f"{prefix}.ids", np.arange(len(ids), dtype=np.int32), 100_000, Split.train, config)
