@@ -11,6 +11,7 @@ for _message in (
     r"(Transformer Engine and )?Apex (is|are) not installed",
     r"full scope is deprecated",
     r"MimoModelConfig is experimental",
+    r"Could not determine rank from torch\.distributed",
     r"invalid escape sequence",
     r"The '?megatron\.core\.transformer\.custom_layers",
     r"`torch\.distributed\.\w+` is deprecated",
@@ -18,6 +19,11 @@ for _message in (
 ):
     warnings.filterwarnings("ignore", message=r"\s*" + _message)
 
-# That gradient buffers are laid out where we let them be, and that a checkpoint of an earlier Megatron has a common.pt.
-for _name in ("distributed.distributed_data_parallel", "dist_checkpointing.strategies.common"):
-    logging.getLogger(f"megatron.core.{_name}").setLevel(logging.ERROR)
+# That gradient buffers are laid out where we let them be, that a checkpoint of an earlier Megatron has a common.pt, and
+# that a compiler for CUDA is there where no GPU is.
+for _name in (
+    "megatron.core.distributed.distributed_data_parallel",
+    "megatron.core.dist_checkpointing.strategies.common",
+    "torch.utils.cpp_extension",
+):
+    logging.getLogger(_name).setLevel(logging.ERROR)

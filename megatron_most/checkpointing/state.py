@@ -115,8 +115,9 @@ def _without_torch_warnings() -> Iterator[None]:
     """torch warns of the interfaces that Megatron-Core 0.19.2 uses and how; users can do nothing about it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        # serialization.py:230 reads a small object on each rank by itself.
+        # serialization.py:230 reads a small object on each rank by itself, with arguments in another order.
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        warnings.filterwarnings("ignore", "The argument order of load has been changed", UserWarning)
         yield
 
 

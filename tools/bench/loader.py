@@ -67,8 +67,8 @@ def megatron(prefix: Path, seq_length: int, folder: Path):
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.utils import Split
 
-    # Of a tokenizer GPTDataset asks for the number of ids, and for those of the end of a document and of padding.
-    tokenizer = types.SimpleNamespace(vocab_size=TEXT_VOCAB, eod=2, pad=2)
+    # What GPTDataset asks of a tokenizer.
+    tokenizer = types.SimpleNamespace(vocab_size=TEXT_VOCAB, eod=2, pad=1, unique_identifiers={})
     config = GPTDatasetConfig(
         random_seed=0,
         sequence_length=seq_length,
