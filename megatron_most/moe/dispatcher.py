@@ -83,6 +83,19 @@ class AlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
             self.reversed_local_input_permutation_mapping = self.reversed_local_input_permutation_mapping[:num_pairs]
         return super().token_dispatch(permutated_local_input_tokens[:num_pairs], permuted_probs[:num_pairs])
 
+    def dispatch_postprocess(
+        self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows by local expert, tokens of each, probs; one rank's rows are in that order as they are."""
+        if self.ep_size * self.tp_size > 1:
+            return super().dispatch_postprocess(global_input_tokens, global_probs)
+        tokens_per_expert, self.tokens_per_expert = self.tokens_per_expert, None
+        return global_input_tokens, tokens_per_expert, global_probs
+
+    def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Rows in the order in which they came."""
+        return super().combine_preprocess(hidden_states) if self.ep_size * self.tp_size > 1 else hidden_states
+
 
 def _pairs_by_expert(routing_map: torch.Tensor, room: int) -> torch.Tensor:
     """Routing map ``[n, E]`` -> ``expert * n + token`` of each pair, ascending, ``[room]``; 0 after the last pair."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from megatron.core.transformer.moe import moe_utils, token_dispatcher
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -96,8 +96,6 @@ def test_rows_after_the_last_pair_never_matter_to_a_fused_permutation(
     monkeypatch.setattr(moe_utils, "fused_permute_with_probs", as_fused_permute)
     monkeypatch.setattr(moe_utils, "fused_unpermute", as_fused_unpermute)
     monkeypatch.setattr(moe_utils, "is_te_min_version", lambda version: False)
-    # Sorting chunks on one rank changes nothing.
-    monkeypatch.setattr(token_dispatcher, "sort_chunks_by_idxs", lambda rows, *_, probs=None, fused: (rows, probs))
     check(there_and_back(dispatcher, counts), one_by_one(counts))
 
 
