@@ -9,7 +9,6 @@ __version__ = "0.1.0"
 # warns while it is imported.
 for _message in (
     r"(Transformer Engine and )?Apex (is|are) not installed",
-    r"full scope is deprecated",
     r"MimoModelConfig is experimental",
     r"invalid escape sequence",
     r"The '?megatron\.core\.transformer\.custom_layers",
@@ -18,10 +17,9 @@ for _message in (
 ):
     warnings.filterwarnings("ignore", message=r"\s*" + _message)
 
-# That GPTModel gets no new features, that gradient buffers are laid out where we let them be, that common.pt is old.
+# That GPTModel gets no new features, that common.pt is old.
 for _name in (
     "models.gpt.gpt_model",
-    "distributed.distributed_data_parallel",
     "dist_checkpointing.strategies.common",
 ):
     logging.getLogger(f"megatron.core.{_name}").setLevel(logging.ERROR)

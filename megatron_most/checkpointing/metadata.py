@@ -91,7 +91,7 @@ class CheckpointMetadata:
     """The readable part of a checkpoint.
 
     Args:
-        step: optimizer steps taken.
+        step: steps taken.
         consumed_samples: rows read from the training blend; gives the data position.
         consumed_tokens: positions trained on, padding left out.
         config: the run configuration as nested dicts.
@@ -100,6 +100,7 @@ class CheckpointMetadata:
         pending: metrics gathered since the last logged line, so that a resumed run logs what an undisturbed one does.
         versions: packages that wrote it.
         datasets: fingerprints of the training datasets.
+        skipped_steps: those of ``step`` that did not update the weights, because their gradients were too large.
         format: :data:`FORMAT` of the writer.
     """
 
@@ -113,7 +114,13 @@ class CheckpointMetadata:
     pending: dict[str, Any]
     versions: dict[str, str]
     datasets: list[Fingerprint]
+    skipped_steps: int = 0
     format: int = FORMAT
+
+    @property
+    def num_updates(self) -> int:
+        """Steps that updated the weights: what AdamW and the learning-rate schedule have counted."""
+        return self.step - self.skipped_steps
 
     @property
     def vocab(self) -> VocabLayout:

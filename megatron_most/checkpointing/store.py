@@ -47,7 +47,7 @@ def load_checkpoint(
     theirs, mine = metadata.config["parallel"], vars(config.parallel)
     same_layout = metadata.world_size == dist.get_world_size() and theirs == mine
     had_frozen_parts = any(entry["scale"] == 0 for entry in metadata.config["optimizer"]["lr_scales"])
-    load_state(directory / STATE, model_chunks, optimizer, metadata.step, same_layout, had_frozen_parts)
+    load_state(directory / STATE, model_chunks, optimizer, metadata.num_updates, same_layout, had_frozen_parts)
     return metadata
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from megatron_most.config.model import VOCAB_MULTIPLE, ModelConfig
@@ -142,7 +143,11 @@ class LrScaleConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and its learning-rate schedule, in steps."""
+    """AdamW and its learning-rate schedule, in steps.
+
+    A step whose gradient norm exceeds ``grad_norm_skip_threshold`` leaves weights, optimizer and schedule as they were;
+    its data counts as consumed. Null skips none.
+    """
 
     lr: float = 1e-5
     min_lr: float = 0.0
@@ -151,6 +156,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_grad: float = 1.0
+    grad_norm_skip_threshold: float | None = None
     warmup_steps: int = 0
     decay_style: str = "cosine"
     distributed: bool = True
@@ -161,6 +167,13 @@ class OptimizerConfig:
         require_positive("optimizer", self, ("lr", "eps"))
         require_not_negative("optimizer", self, ("min_lr", "weight_decay", "clip_grad", "warmup_steps"))
         require(self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, f"must not exceed optimizer.lr, {self.lr}")
+        threshold = self.grad_norm_skip_threshold
+        require(
+            threshold is None or 0 < threshold < math.inf,
+            "optimizer.grad_norm_skip_threshold",
+            threshold,
+            "must be greater than 0, or null",
+        )
         require_one_of("optimizer.decay_style", self.decay_style, ("cosine", "linear", "constant"))
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must be in [0, 1)")

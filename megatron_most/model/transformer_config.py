@@ -71,6 +71,8 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         **_recompute(training.recompute),
+        # No module is captured. The default, "full", is a name that Megatron has given up.
+        cuda_graph_modules=[],
         **_transformer_engine_fp8(config),
     )
 

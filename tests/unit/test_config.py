@@ -237,6 +237,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         (["optimizer.lr_scales=[{part: routers, scale: -1}]"], "lr_scales[routers].scale=-1.0: must not be negative"),
         (["optimizer.lr_scales=[{part: heads, scale: 0}, {part: heads, scale: 1}]"], "names a part twice"),
         (["optimizer.min_lr=1"], "optimizer.min_lr=1.0: must not exceed optimizer.lr"),
+        (["optimizer.grad_norm_skip_threshold=0"], "grad_norm_skip_threshold=0.0: must be greater than 0, or null"),
+        (["optimizer.grad_norm_skip_threshold=.inf"], "grad_norm_skip_threshold=inf: must be greater than 0, or null"),
         (["data.audio_frame_dropout=1"], "data.audio_frame_dropout=1.0: must be in [0, 1)"),
         (["data.train.0.weight=0"], "data: weight of data/asr=0.0: must be greater than 0"),
         (["data.validation=[{path: data/dev, weight: 0}]"], "data: weight of data/dev=0.0: must be greater than 0"),
