@@ -22,6 +22,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_most.config import MoEConfig
 from megatron_most.model.core_attention import PortableCoreAttention
 from megatron_most.model.norm import RMSNorm
+from megatron_most.model.packed_row import PackedRow
+from megatron_most.model.rotary import LatentRotary
 from megatron_most.moe import GroupedExperts, ModalityAwareRouter, SequentialExperts, TransformerEngineExperts
 
 
@@ -80,6 +82,25 @@ class MultiLatentAttention(MLASelfAttention):
     Where keys have a norm and queries no low rank, Megatron (0.19.2, mla_qk_norm_config.py) would have a norm of
     queries, which DeepSeek-V2-Lite has not.
     """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.rotary_pos_emb = LatentRotary(self.rotary_pos_emb)
+
+    def get_query_key_value_tensors(
+        self,
+        hidden_states: torch.Tensor,
+        key_value_states: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        packed_seq_params: PackedRow | None = None,
+        **options: Any,
+    ) -> tuple[torch.Tensor, ...]:
+        """A packed row is rotated at once by the angles of its positions, as one that has no documents."""
+        if packed_seq_params is not None:
+            packed_seq_params = dataclasses.replace(packed_seq_params, qkv_format="sbhd")
+        return super().get_query_key_value_tensors(
+            hidden_states, key_value_states, position_ids, packed_seq_params, **options
+        )
 
     def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
         parts = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
