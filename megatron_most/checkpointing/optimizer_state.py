@@ -1,4 +1,4 @@
-"""AdamW's states as sharded tensors in the shape of the parameters they belong to.
+"""The optimizer's states as sharded tensors in the shape of the parameters they belong to.
 
 Keys name parameters (``optimizer.state.exp_avg.<parameter>``), whether the state is split over data-parallel ranks or
 not, so that any parallel layout and either kind of optimizer finds its own. Each expert has keys of its own
@@ -171,7 +171,7 @@ def _whole_state(part: MegatronOptimizer, model_state: dict[str, Any], loading: 
 
 
 def _set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """torch counts the steps of each parameter, in a tensor of its own; the fused optimizers count per group."""
+    """torch counts the steps of each parameter, in a tensor of its own; the fused optimizers per group; Muon none."""
     if isinstance(optimizer, torch.optim.Adam):  # AdamW is a kind of it
         for state in optimizer.state.values():
             state["step"] = torch.tensor(float(step))

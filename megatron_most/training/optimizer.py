@@ -20,6 +20,7 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_most.config import RunConfig
 from megatron_most.model import MoSTModel
+from megatron_most.training.muon import muon_options
 from megatron_most.training.parts import freeze, group_overrides, named_parts
 
 
@@ -92,15 +93,19 @@ def _tell_experts_apart(config: RunConfig, model_chunks: list[MoSTModel]) -> Non
 
 
 def build_optimizer(config: RunConfig, wrapped: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """AdamW over fp32 master weights, and the hooks by which Megatron's schedules reach it.
+    """AdamW, or Muon and AdamW, over fp32 master weights, and the hooks by which Megatron's schedules reach them.
 
     Each part of the model has parameter groups of its own, with the part's learning rate.
 
     Megatron takes the fused kernel of Transformer Engine or Apex where one is installed, torch's AdamW elsewhere.
+
+    Raises:
+        ConfigError: Muon is asked for and its library is missing.
     """
     options = config.optimizer
+    kind = muon_options(config, wrapped) if options.optimizer == "muon" else {"optimizer": "adam"}
     megatron_config = MegatronOptimizerConfig(
-        optimizer="adam",
+        **kind,
         lr=options.lr,
         min_lr=options.min_lr,
         weight_decay=options.weight_decay,

@@ -35,6 +35,7 @@ from megatron_most.moe import collect_routing, end_routing_step
 from megatron_most.parallel import fail, on_rank_zero, together
 from megatron_most.training.loss import LossTable
 from megatron_most.training.metrics import MetricAccumulator, MetricsWriter, require_installed
+from megatron_most.training.muon import check_muon
 from megatron_most.training.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -81,7 +82,7 @@ class Trainer:
         platform.set_threads(self.config.training.threads_per_rank)
         parallel.initialize(self.config.parallel, self.config.seed)
         self.device = platform.device()
-        together(lambda: check_libraries(self.config))
+        together(lambda: (check_libraries(self.config), check_muon(self.config)))
         on_rank_zero(lambda: check_same_run(self.config))
         resume_from = on_rank_zero(self._find_checkpoint)
         if resume_from is not None and self._restore_counters(resume_from) >= self.config.training.steps:
