@@ -26,6 +26,7 @@ FORMAT = 2
 TRAINING_ONLY = frozenset(
     {
         "model.backend",
+        "model.attention.mla_down_proj_fusion",
         "model.init_std",
         "model.codebook_loss_weights",
         "model.text_loss_weight",

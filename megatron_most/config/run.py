@@ -332,6 +332,12 @@ class RunConfig:
             " else take sequential",
         )
         self._check_fp8()
+        require(
+            not model.attention.mla_down_proj_fusion or self.optimizer.optimizer == "adam",
+            "model.attention.mla_down_proj_fusion",
+            model.attention.mla_down_proj_fusion,
+            "needs optimizer.optimizer=adam: Muon would take two matrices for one",
+        )
         expert = parallel.expert_model_parallel_size
         require(
             model.moe.dispatcher not in ("deepep", "hybridep") or expert * parallel.expert_tensor_size > 1,
@@ -437,6 +443,12 @@ class RunConfig:
             "precision.bf16_expert_pools",
             precision.bf16_expert_pools,
             "needs model.moe.expert_backend=grouped, which keeps the pools apart",
+        )
+        require(
+            not model.attention.mla_down_proj_fusion or precision.fp8_recipe != "delayed",
+            "model.attention.mla_down_proj_fusion",
+            model.attention.mla_down_proj_fusion,
+            "needs a precision.fp8_recipe without histories, not delayed: those of two products would be one",
         )
         layers = precision.bf16_first_layers + precision.bf16_last_layers
         require(

@@ -121,6 +121,7 @@ def _multi_latent(attention: AttentionConfig) -> dict[str, object]:
         "qk_pos_emb_head_dim": attention.qk_rope_head_dim,
         "v_head_dim": attention.v_head_dim,
         "qk_layernorm": True,
+        "mla_down_proj_fusion": attention.mla_down_proj_fusion,
         "rope_type": rope.type,
         "rotary_base": rope.base,
         # The attention scales its logits by YaRN's mscale whatever the rope type; a factor of 1 leaves them alone.
