@@ -425,9 +425,7 @@ class RunConfig:
                 f"each rank's share, {share}, must be divisible by {multiple} for precision.fp8_recipe"
                 f"={precision.fp8_recipe}",
             )
-        context = parallel.context_parallel_size
-        rows = self.training.micro_batch_size * self.data.seq_length // context
-        rows //= tensor  # with sequence parallelism, which the replicated projections of latent attention see
+        rows = self.positions_per_rank  # which the replicated projections of latent attention see
         require(
             rows % multiple == 0,
             "data.seq_length",
@@ -474,6 +472,12 @@ class RunConfig:
             "embeddings",
             "heads",
         )
+
+    @property
+    def positions_per_rank(self) -> int:
+        """Positions of a micro-batch that a rank's norms and expert layers see, sequence parallelism included."""
+        ranks = self.parallel.context_parallel_size * self.parallel.tensor_model_parallel_size
+        return self.training.micro_batch_size * self.data.seq_length // ranks
 
     def lr_scale(self, part: str) -> float:
         """What the learning rate of ``part`` is multiplied by; 0 when it is frozen."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from megatron.core.transformer.moe.fused_a2a import HYBRIDEP_TOKEN_ALIGNMENT
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_most.config import RunConfig
@@ -49,7 +50,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         moe_router_load_balancing_type="none",
         moe_router_dtype="fp32",
         moe_shared_expert_overlap=moe.shared_expert_overlap,
-        **_dispatcher(moe.dispatcher),
+        **_dispatcher(config),
         # Parallelism.
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -93,7 +94,8 @@ def _transformer_engine_fp8(config: RunConfig) -> dict[str, object]:
     }
 
 
-def _dispatcher(name: str) -> dict[str, object]:
+def _dispatcher(config: RunConfig) -> dict[str, object]:
+    name = config.model.moe.dispatcher
     if name == "deepep":
         # With a capacity factor Megatron tells DeepEP which of a token's top-k places are empty, as padding's are and
         # those of modalities with a smaller top-k; no token is dropped for it, for that would be the router's doing.
@@ -103,7 +105,14 @@ def _dispatcher(name: str) -> dict[str, object]:
             "moe_expert_capacity_factor": 1.0,
         }
     if name == "hybridep":
-        return {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": name}
+        # Every rank has as many positions, but HybridEP takes whole chunks of them. Megatron fills up what is none,
+        # which costs a reduction and makes the host wait for the device, in every layer.
+        positions = config.positions_per_rank
+        return {
+            "moe_token_dispatcher_type": "flex",
+            "moe_flex_dispatcher_backend": name,
+            "moe_hybridep_pad_uneven_dispatch_inputs": positions % HYBRIDEP_TOKEN_ALIGNMENT != 0,
+        }
     if name == "alltoall":
         # Without one Megatron makes room for tokens x top-k rows (0.19.2, token_dispatcher.py:550) and fills those that
         # no token is sent to; with one it counts them.

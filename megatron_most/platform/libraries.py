@@ -7,7 +7,7 @@ from megatron_most.errors import ConfigError
 _REMEDIES = {
     "Transformer Engine": "pip install -c constraints.txt '.[gpu]'",
     "DeepEP": "build it from github.com/deepseek-ai/DeepEP",
-    "emerging_optimizers": "pip install 'emerging-optimizers>=0.3'",
+    "emerging_optimizers": "pip install -c constraints.txt '.[muon]'",
     "HybridEP": "build the hybrid-ep branch of github.com/deepseek-ai/DeepEP",
 }
 
