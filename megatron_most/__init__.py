@@ -9,7 +9,6 @@ __version__ = "0.1.0"
 # warns while it is imported.
 for _message in (
     r"(Transformer Engine and )?Apex (is|are) not installed",
-    r"full scope is deprecated",
     r"MimoModelConfig is experimental",
     r"Could not determine rank from torch\.distributed",
     r"invalid escape sequence",
@@ -19,10 +18,8 @@ for _message in (
 ):
     warnings.filterwarnings("ignore", message=r"\s*" + _message)
 
-# That gradient buffers are laid out where we let them be, that a checkpoint of an earlier Megatron has a common.pt, and
-# that a compiler for CUDA is there where no GPU is.
+# That a checkpoint of an earlier Megatron has a common.pt, and that a compiler for CUDA is there where no GPU is.
 for _name in (
-    "megatron.core.distributed.distributed_data_parallel",
     "megatron.core.dist_checkpointing.strategies.common",
     "torch.utils.cpp_extension",
 ):

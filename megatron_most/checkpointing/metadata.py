@@ -26,6 +26,7 @@ FORMAT = 2
 TRAINING_ONLY = frozenset(
     {
         "model.backend",
+        "model.attention.mla_down_proj_fusion",
         "model.init_std",
         "model.codebook_loss_weights",
         "model.text_loss_weight",
@@ -92,7 +93,7 @@ class CheckpointMetadata:
     """The readable part of a checkpoint.
 
     Args:
-        step: optimizer steps taken.
+        step: steps taken.
         consumed_samples: rows read from the training blend; gives the data position.
         consumed_tokens: positions trained on, padding left out.
         config: the run configuration as nested dicts.
@@ -101,6 +102,7 @@ class CheckpointMetadata:
         pending: metrics gathered since the last logged line, so that a resumed run logs what an undisturbed one does.
         versions: packages that wrote it.
         datasets: fingerprints of the training datasets.
+        skipped_steps: those of ``step`` that did not update the weights, because their gradients were too large.
         format: :data:`FORMAT` of the writer.
     """
 
@@ -114,7 +116,13 @@ class CheckpointMetadata:
     pending: dict[str, Any]
     versions: dict[str, str]
     datasets: list[Fingerprint]
+    skipped_steps: int = 0
     format: int = FORMAT
+
+    @property
+    def num_updates(self) -> int:
+        """Steps that updated the weights: what AdamW and the learning-rate schedule have counted."""
+        return self.step - self.skipped_steps
 
     @property
     def vocab(self) -> VocabLayout:

@@ -1,7 +1,7 @@
 """The sharded tensors of a checkpoint: Megatron's ``torch_dist`` format, readable in any parallel layout.
 
 Only tensors come from the optimizer's state. Hyper-parameters belong to the configuration and the schedule is a
-function of the step, so that a run may go on with another learning rate or another layout; the one number left,
+function of the updates made, so that a run may go on with another learning rate or another layout; the one number left,
 AdamW's step count, is set by us.
 """
 
@@ -62,14 +62,14 @@ def load_state(
     directory: Path,
     model_chunks: list[MoSTModel],
     optimizer: MegatronOptimizer,
-    step: int,
+    num_updates: int,
     same_layout: bool,
     had_frozen_parts: bool,
 ) -> None:
     """Read what :func:`plan_state` planned, in any layout; random states only in the ``same_layout``. Collective.
 
     Args:
-        optimizer: without a step taken; it goes on from ``step``.
+        optimizer: without a step taken; it goes on after ``num_updates`` updates.
         had_frozen_parts: the checkpoint may lack the optimizer state of weights; where it does, theirs starts anew.
     """
     state = _model_state(model_chunks)
@@ -84,7 +84,7 @@ def load_state(
     # The fp32 copies of weights that were frozen; those of others are in the checkpoint.
     optimizer.reload_model_params()
     # A rank without a tensor of its own gets no dictionary back.
-    optimizer_state.apply(loaded.get("optimizer", {}), step)
+    optimizer_state.apply(loaded.get("optimizer", {}), num_updates)
     load_fp8_state(model_chunks, loaded.get("fp8", {}))
     if same_layout:
         _set_rng_state(loaded["rng"])

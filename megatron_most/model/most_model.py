@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_most.config.model import VOCAB_MULTIPLE
 from megatron_most.model.codebooks import CodebookEmbeddings, CodebookHeads
 from megatron_most.model.packed_row import PackedRow
+from megatron_most.model.rotary import row_angles
 from megatron_most.moe.token_planes import pack_planes
 from megatron_most.vocab import VocabLayout
 
@@ -152,11 +153,11 @@ class MoSTModel(LanguageModule):
     def _angles(
         self, num_positions: int, packed: PackedRow | None, inference_context: BaseInferenceContext | None
     ) -> torch.Tensor | None:
-        """Of this rank's positions; of those of the longest document or of a whole cache where attention chooses."""
+        """Of this rank's positions; of those of a whole packed row or a whole cache where attention chooses."""
         if self.rotary is None:
             return None
         if packed is not None:
-            return self.rotary(packed.max_seqlen_q, packed_seq=True)
+            return row_angles(self.rotary, packed)
         if inference_context is not None:
             return self.rotary(inference_context.max_sequence_length)
         return self.rotary(num_positions * self.pg_collection.cp.size())

@@ -192,6 +192,7 @@ def _accelerators() -> list[Finding]:
         ),
         _package(section, "transformer-engine", "fused kernels and FP8 on GPUs", extra="gpu"),
         _package(section, "apex", "Megatron's fused optimizer kernels on GPUs", remedy="build it from NVIDIA's source"),
+        _package(section, "emerging-optimizers", "optimizer.optimizer=muon", extra="muon"),
     ]
 
 

@@ -32,7 +32,9 @@ GQA = {
 
 
 def core(softmax_scale: float | None = None) -> PortableCoreAttention:
-    config = TransformerConfig(num_layers=1, hidden_size=HEADS * HEAD_DIM, num_attention_heads=HEADS)
+    config = TransformerConfig(
+        num_layers=1, hidden_size=HEADS * HEAD_DIM, num_attention_heads=HEADS, cuda_graph_modules=[]
+    )
     alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
     return PortableCoreAttention(config, softmax_scale=softmax_scale, pg_collection=SimpleNamespace(cp=alone))
 

@@ -36,6 +36,13 @@ def test_weights_gradients_and_states_follow_from_the_counts() -> None:
     assert estimate.total == sum(getattr(estimate, field.name) for field in dataclasses.fields(estimate))
 
 
+def test_muon_keeps_one_moment_of_what_it_moves() -> None:
+    config = tiny_config(optimizer__optimizer="muon", optimizer__distributed=False)
+    sizes = shard_sizes(config, 0, 0)
+    by_adam = sum(sizes[part] for part in ("norms", "embeddings", "heads"))
+    assert only_rank(config).optimizer == 8 * by_adam + 4 * (sum(sizes.values()) - by_adam)
+
+
 def test_frozen_parts_have_weights_alone() -> None:
     config = tiny_config(optimizer__lr_scales="[{part: experts.text, scale: 0}, {part: embeddings, scale: 0}]")
     sizes = shard_sizes(config, 0, 0)
