@@ -1,1 +1,1 @@
-"""From manifests to batches: tokenisation, task templates, datasets on disk, blending, packing and loading."""
+"""From manifests to batches: tokenization, task templates, datasets on disk, blending, packing and loading."""

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from megatron_most.audio import load_codec, write_wav
 from megatron_most.cli import require_positive
-from megatron_most.data.build import build_dataset
-from megatron_most.data.examples import TemplateOptions
-from megatron_most.data.indexed import TokenDataset
-from megatron_most.data.inspection import audio_of, describe, statistics, summary, totals
-from megatron_most.data.instructions import FIRST_INSTRUCTIONS
-from megatron_most.data.length_limit import LengthLimit
-from megatron_most.data.manifest import read_manifest
+from megatron_most.data.building.build import build_dataset
+from megatron_most.data.building.examples import TemplateOptions
+from megatron_most.data.building.instructions import FIRST_INSTRUCTIONS
+from megatron_most.data.building.length_limit import LengthLimit
+from megatron_most.data.preparation.manifest import read_manifest
+from megatron_most.data.preparation.speechify import speak_chats
 from megatron_most.data.source_commands import manifest, tokenize
-from megatron_most.data.speechify import speak_chats
+from megatron_most.data.storage.indexed import TokenDataset
+from megatron_most.data.storage.inspection import audio_of, describe, statistics, summary, totals
 from megatron_most.errors import ConfigError
 from megatron_most.files import require_writable
 from megatron_most.text import load_tokenizer, train_sentencepiece
@@ -66,7 +66,7 @@ def build(arguments: argparse.Namespace, command: str) -> None:
     if counts.get("textless"):
         print(f"  {counts['textless']} utterances have no text and are left out")
     if counts.get("unrecorded"):
-        print(f"  {counts['unrecorded']} turns stay written: their recordings could not be tokenised")
+        print(f"  {counts['unrecorded']} turns stay written: their recordings could not be tokenized")
 
 
 def inspect(arguments: argparse.Namespace, command: str) -> None:

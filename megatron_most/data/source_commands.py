@@ -7,11 +7,11 @@ from pathlib import Path
 
 from megatron_most import __version__
 from megatron_most.cli import require_positive
-from megatron_most.data.collect import SourceSpec, collect
-from megatron_most.data.indexed import FORMAT_VERSION
-from megatron_most.data.shards import Limits
-from megatron_most.data.sources import SOURCES, SourceOptions
-from megatron_most.data.tokenise import MAX_QUARANTINE, tokenise
+from megatron_most.data.preparation.collect import SourceSpec, collect
+from megatron_most.data.preparation.shards import Limits
+from megatron_most.data.preparation.sources import SOURCES, SourceOptions
+from megatron_most.data.preparation.tokenize_audio import MAX_QUARANTINE, tokenize_audio
+from megatron_most.data.storage.indexed import FORMAT_VERSION
 from megatron_most.errors import ConfigError
 from megatron_most.files import require_writable, write_json
 
@@ -104,7 +104,7 @@ def tokenize(arguments: argparse.Namespace, command: str) -> None:
     if not 0 <= arguments.max_quarantine <= 1:
         raise ConfigError(f"--max-quarantine={arguments.max_quarantine}: must be in 0..1")
     require_writable(f"{arguments.output}.json")
-    codes = tokenise(
+    codes = tokenize_audio(
         _spec(arguments),
         arguments.codec,
         arguments.output,
@@ -121,7 +121,7 @@ def tokenize(arguments: argparse.Namespace, command: str) -> None:
     counts = codes.provenance["counts"]
     print(
         f"{arguments.output}: {len(codes)} utterances, {codes.seconds / 3600:.2f} h, codec {codes.codec.name};"
-        f" {counts['records']} records = {counts['tokenised']} tokenised + {counts['quarantined']} in quarantine"
+        f" {counts['records']} records = {counts['tokenized']} tokenized + {counts['quarantined']} in quarantine"
     )
     if counts["chunked"]:
         print(f"  {counts['chunked']} recordings are longer than {arguments.max_seconds:g} s and became chunks")

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from megatron_most.audio import AudioCodec, write_wav
-from megatron_most.data.manifest import Record, read_waveform
-from megatron_most.data.tasks import prompt
+from megatron_most.data.building.tasks import prompt
+from megatron_most.data.preparation.manifest import Record, read_waveform
 from megatron_most.evaluation.recogniser import Recogniser
 from megatron_most.evaluation.wer import word_errors
 from megatron_most.inference import LoadedModel, Sampling, speak, transcribe

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_most.data.tasks import prompt
+from megatron_most.data.building.tasks import prompt
 from megatron_most.inference.loading import LoadedModel
 from megatron_most.inference.sampling import Sampling
 

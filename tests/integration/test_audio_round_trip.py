@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from megatron_most.audio import load_codec
-from megatron_most.data.codes import CodecIdentity
-from megatron_most.data.indexed import DatasetWriter, TokenDataset
-from megatron_most.data.inspection import audio_of
+from megatron_most.data.storage.codes import CodecIdentity
+from megatron_most.data.storage.indexed import DatasetWriter, TokenDataset
+from megatron_most.data.storage.inspection import audio_of
 from megatron_most.vocab import CODEC_LAYOUTS, VocabLayout
 from tests.unit.data.tiny import TEXT_VOCAB, example_document
 

@@ -10,7 +10,7 @@ import pytest
 import soundfile
 
 from megatron_most.config import DatasetConfig
-from megatron_most.data.tasks import prompt
+from megatron_most.data.building.tasks import prompt
 from megatron_most.text import load_tokenizer
 from megatron_most.vocab import VocabLayout
 from tests.distributed.harness import run_ranks

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from megatron_most import parallel
-from megatron_most.data.batch import make_batch
-from megatron_most.data.tasks import make_document, prompt
+from megatron_most.data.building.tasks import make_document, prompt
+from megatron_most.data.loading.batch import make_batch
 from megatron_most.inference.generator import Generator
 from megatron_most.inference.sampling import Sampling
 from megatron_most.model import build_model

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from megatron_most.config import DatasetConfig, RunConfig
-from megatron_most.data.indexed import DatasetWriter
-from megatron_most.data.tasks import Document
+from megatron_most.data.storage.documents import Document
+from megatron_most.data.storage.indexed import DatasetWriter
 from megatron_most.training import Trainer
 from megatron_most.vocab import NO_CODE
 from tests.distributed.tiny import tiny_config

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 
 from megatron_most.config.load import build_config
-from megatron_most.data.documents import Document
-from megatron_most.data.indexed import DatasetWriter
-from megatron_most.data.loader import train_batches
+from megatron_most.data.loading.loader import train_batches
+from megatron_most.data.storage.documents import Document
+from megatron_most.data.storage.indexed import DatasetWriter
 from megatron_most.vocab import NO_CODE, VocabLayout
 from tools.bench import paired
 

@@ -21,8 +21,8 @@ from megatron_most.checkpointing.metadata import (
     read_metadata,
 )
 from megatron_most.config import RunConfig
-from megatron_most.data.indexed import DatasetWriter
-from megatron_most.data.tasks import Document
+from megatron_most.data.storage.documents import Document
+from megatron_most.data.storage.indexed import DatasetWriter
 from megatron_most.errors import CheckpointError
 from megatron_most.vocab import NO_CODE
 from tests.distributed.tiny import tiny_config

@@ -10,11 +10,11 @@ import soundfile
 
 from megatron_most.config import RunConfig
 from megatron_most.config.load import build_config
-from megatron_most.data.blend import Row
-from megatron_most.data.codes import CodecIdentity, CodesDataset
-from megatron_most.data.documents import Document, Documents
-from megatron_most.data.indexed import FORMAT_VERSION, ArrayWriter, DatasetWriter, TokenDataset
-from megatron_most.data.tasks import ChatTurn, make_chat, make_document, make_interleaved
+from megatron_most.data.building.tasks import ChatTurn, make_chat, make_document, make_interleaved
+from megatron_most.data.loading.blend import Row
+from megatron_most.data.storage.codes import CodecIdentity, CodesDataset
+from megatron_most.data.storage.documents import Document, Documents
+from megatron_most.data.storage.indexed import FORMAT_VERSION, ArrayWriter, DatasetWriter, TokenDataset
 from megatron_most.files import write_json
 from megatron_most.vocab import CODEC_LAYOUTS, NO_CODE, VocabLayout
 
@@ -130,7 +130,7 @@ def write_dataset(
 def write_codes(
     prefix: Path, utterances: list[tuple[str, str, np.ndarray]], fingerprint: str = "0" * 64
 ) -> CodesDataset:
-    """Tokenised speech: ids, texts and codes ``[C, F]``."""
+    """Tokenized speech: ids, texts and codes ``[C, F]``."""
     writer = ArrayWriter(f"{prefix}.codes", np.uint8)
     entries = []
     for name, text, codes in utterances:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_most import parallel
-from megatron_most.data.batch import make_batch
-from megatron_most.data.tasks import Document
+from megatron_most.data.loading.batch import make_batch
+from megatron_most.data.storage.documents import Document
 from megatron_most.model import build_model, count_parameters
 from megatron_most.model.core_attention import PortableCoreAttention
 from megatron_most.model.packed_row import packed_row
