@@ -16,8 +16,8 @@ from megatron_most.data.building.length_limit import LengthLimit
 from megatron_most.data.preparation.manifest import read_manifest
 from megatron_most.data.preparation.speechify import speak_chats
 from megatron_most.data.source_commands import manifest, tokenize
-from megatron_most.data.storage.indexed import TokenDataset
 from megatron_most.data.storage.inspection import audio_of, describe, statistics, summary, totals
+from megatron_most.data.storage.token_dataset import TokenDataset
 from megatron_most.errors import ConfigError
 from megatron_most.files import require_writable
 from megatron_most.text import load_tokenizer, train_sentencepiece
@@ -108,7 +108,7 @@ def _show_document(arguments: argparse.Namespace, dataset: TokenDataset) -> None
         for number, codes in enumerate(segments, start=1):
             path = wav if len(segments) == 1 else wav.with_stem(f"{wav.stem}-{number}")
             write_wav(path, codec.decode(codes), codec.sample_rate)
-            print(f"{path}: {codes.shape[1] / codec.frame_rate:.2f} s")
+            print(f"{path}: {len(codes) / codec.frame_rate:.2f} s")
 
 
 def speechify(arguments: argparse.Namespace, command: str) -> None:

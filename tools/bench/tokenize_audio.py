@@ -28,7 +28,8 @@ from megatron_most import cli
 from megatron_most.audio import load_codec
 from megatron_most.audio.nemo_codec import NemoCodec
 from megatron_most.data.preparation import tokenize_audio
-from megatron_most.data.preparation.shards import Limits, Shard, encode_shard
+from megatron_most.data.preparation.encode_shard import encode_shard
+from megatron_most.data.preparation.shards import Limits, Shard
 from megatron_most.data.preparation.sources import Roots
 from megatron_most.data.storage.codes import CodesDataset
 from tools.bench import paired

@@ -15,7 +15,7 @@ from megatron_most.data.building.special_tokens import special_tokens
 from megatron_most.data.building.tasks import TEMPLATE_VERSION
 from megatron_most.data.storage.codes import CodecIdentity, CodesDataset
 from megatron_most.data.storage.documents import TASKS, Document
-from megatron_most.data.storage.indexed import DatasetWriter, TokenDataset
+from megatron_most.data.storage.token_dataset import DatasetWriter, TokenDataset
 from megatron_most.errors import ConfigError, DataError
 from megatron_most.text import load_tokenizer
 from megatron_most.vocab import ModalityRange, VocabLayout
@@ -100,8 +100,8 @@ def build_dataset(
                 "special_tokens": tokens,
                 "counts": dataclasses.asdict(counts) | dict(examples.counts),
                 "sources": [str(source) for source in (*codes, *texts, *chats)],
-                "licences": {source.prefix: source.provenance.get("source", {}).get("licences") for source in sources}
-                | {path: dict(sorted(found.items())) for path, found in examples.licences.items()},
+                "licenses": {source.prefix: source.provenance.get("source", {}).get("licenses") for source in sources}
+                | {path: dict(sorted(found.items())) for path, found in examples.licenses.items()},
                 "tool_version": __version__,
                 "command": command,
             }

@@ -56,7 +56,7 @@ class Examples:
             became several documents; ``textless``: utterances whose text a task needs and nobody gave; for chat
             ``unspoken``: conversations with an exchange that no mode allows, ``unrecorded``: turns whose recording
             could not be tokenized (in quarantine, or in chunks), and one count for each mode.
-        licences: for each manifest of texts and chat file, examples of each licence; ``unknown`` where nobody says.
+        licenses: for each manifest of texts and chat file, examples of each license; ``unknown`` where nobody says.
     """
 
     def __init__(
@@ -74,12 +74,12 @@ class Examples:
         self._task, self._vocab, self._tokenizer, self._options = task, vocab, tokenizer, options
         self._codes, self._texts, self._chats = codes, texts, chats
         self.counts: Counter[str] = Counter()
-        self.licences: dict[str, Counter[str]] = {}
+        self.licenses: dict[str, Counter[str]] = {}
 
     def __iter__(self) -> Iterator[Document]:
         makers = {"interleaved": self._interleaved, "chat": self._conversations, "text_lm": self._texts_alone}
         self.counts = Counter(examples=0, rejected=0, cut=0)
-        self.licences = {str(path): Counter() for path in (*self._texts, *self._chats)}
+        self.licenses = {str(path): Counter() for path in (*self._texts, *self._chats)}
         for documents in makers.get(self._task, self._utterances)():
             self.counts["examples"] += 1
             self.counts["cut"] += len(documents) > 1
@@ -94,7 +94,7 @@ class Examples:
                     self.counts["textless"] += 1
                     yield []
                     continue
-                codes = utterance.codes[: self._vocab.num_codebooks]
+                codes = utterance.codes[:, : self._vocab.num_codebooks]
                 if task == "speech_lm":
                     yield self._limited(self._speech_chunks(codes, where))
                     continue
@@ -123,11 +123,11 @@ class Examples:
         if limit.fits(document) or limit.policy == "reject":
             return [document]
         parts = 2
-        while not limit.fits(make(codes[:, : -(-codes.shape[1] // parts)])):
+        while not limit.fits(make(codes[: -(-len(codes) // parts)])):
             parts += 1
-            if parts > codes.shape[1]:
+            if parts > len(codes):
                 return [document]
-        return [make(part) for part in np.array_split(codes, parts, axis=1)]
+        return [make(part) for part in np.array_split(codes, parts)]
 
     def _texts_alone(self) -> Iterator[list[Document]]:
         for source in self._codes:
@@ -137,7 +137,7 @@ class Examples:
                 yield self._of_text(utterance.text, where) if utterance.text else []
         for manifest in self._texts:
             for record in manifest_records(manifest, needs_audio=False):
-                self.licences[str(manifest)][record.licence or "unknown"] += 1
+                self.licenses[str(manifest)][record.license or "unknown"] += 1
                 yield self._of_text(record.text, f"{manifest}, {record.id}")
 
     def _of_text(self, text: str, where: str) -> list[Document]:
@@ -176,7 +176,7 @@ class Examples:
         for source in self._codes:
             for name, utterances in groups(filter(lambda utterance: utterance.text, source)):
                 segments = [
-                    segment if isinstance(segment, str) else segment[: self._vocab.num_codebooks]
+                    segment if isinstance(segment, str) else segment[:, : self._vocab.num_codebooks]
                     for segment in alternate(name, utterances)
                 ]
                 where = f"codes {source.prefix}, {name}"
@@ -196,7 +196,7 @@ class Examples:
         for path in self._chats:
             for chat in read_chats(path):
                 where = f"{path}, {chat.id}"
-                self.licences[str(path)][chat.licence or "unknown"] += 1
+                self.licenses[str(path)][chat.license or "unknown"] += 1
                 for message in chat.messages():
                     if message.audio is not None and message.audio not in place_of:
                         if message.audio not in set_aside:
@@ -218,7 +218,7 @@ class Examples:
         if not spoken:
             return ChatTurn(message.role, message.content)
         source, index = place_of[message.audio]
-        return ChatTurn(message.role, message.content, source.codes_of(index)[: self._vocab.num_codebooks])
+        return ChatTurn(message.role, message.content, source.codes_of(index)[:, : self._vocab.num_codebooks])
 
     def _chat(self, chat: Chat, exchanges: Iterable[list[ChatTurn]], where: str) -> Document:
         system = [ChatTurn("system", chat.system.content)] if chat.system else []

@@ -28,7 +28,7 @@ def groups(utterances: Iterable[Utterance]) -> Iterator[tuple[str, list[Utteranc
 
 
 def alternate(name: str, utterances: Iterable[Utterance]) -> list[str | np.ndarray]:
-    """Each utterance as its text or its codes ``[C, F]``, in alternation; ``name`` draws which comes first."""
+    """Each utterance as its text or its codes ``[F, C]``, in alternation; ``name`` draws which comes first."""
     first = choose((0, 1), "interleave", name)
     return [
         utterance.text if (place + first) % 2 == 0 else utterance.codes for place, utterance in enumerate(utterances)

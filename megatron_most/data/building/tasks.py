@@ -35,7 +35,7 @@ TEMPLATE_VERSION = "1"
 
 @dataclass
 class ChatTurn:
-    """What one side of a conversation says: spoken where there are ``codes [C, F]``, else written."""
+    """What one side of a conversation says: spoken where there are ``codes [F, C]``, else written."""
 
     role: str
     text: str
@@ -58,7 +58,7 @@ def make_document(
     Args:
         task: one of :data:`UTTERANCE_TASKS`.
         text: needed by all but ``speech_lm``.
-        codes: ``[C, F]``, needed by all but ``text_lm``, which refuses them.
+        codes: ``[F, C]``, needed by all but ``text_lm``, which refuses them.
         where: what errors call this document.
         instruction: another wording than the first, for ``asr`` and ``tts``.
         loss: one of :data:`~megatron_most.data.storage.documents.LOSSES`.
@@ -91,11 +91,11 @@ def prompt(
 ) -> Document:
     """What a model reads before it answers: exactly the part of a training document that carries no loss.
 
-    ``asr`` needs ``codes [C, F]``, ``tts`` needs ``text``; ``text_lm`` may be given the ``text`` to continue and
+    ``asr`` needs ``codes [F, C]``, ``tts`` needs ``text``; ``text_lm`` may be given the ``text`` to continue and
     ``speech_lm`` the ``codes``. Of a codec that has more codebooks than the layout, the first are taken.
     """
     if codes is not None:
-        codes = codes[: vocab.num_codebooks]
+        codes = codes[:, : vocab.num_codebooks]
     return _prompt(task, vocab, tokenizer, text, codes, where, instruction).document()
 
 
@@ -136,7 +136,7 @@ def make_interleaved(
     where: str = "document",
     loss: str = "targets",
 ) -> Document:
-    """A document of written (text) and spoken (codes ``[C, F]``) segments of one whole, all of it to be predicted."""
+    """A document of written (text) and spoken (codes ``[F, C]``) segments of one whole, all of it to be predicted."""
     builder = DocumentBuilder(vocab, tokenizer, where)
     builder.id(tokenizer.bos_id)
     for segment in segments:

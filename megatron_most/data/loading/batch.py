@@ -1,19 +1,22 @@
 """Rows of documents -> the tensors of one micro-batch.
 
-Shape letters: b rows, s positions of a row, C codebooks.
+Shape letters: b rows, s positions of a row, n positions of its documents, r of them that are read, C codebooks.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from megatron_most.config import DataConfig
 from megatron_most.data.loading.blend import Row
 from megatron_most.data.loading.packing import padded_length
+from megatron_most.data.storage.documents import Document
 from megatron_most.vocab import NO_CODE, VocabLayout
 
 PADDING_ID = 0
@@ -28,7 +31,7 @@ class Batch:
     loss_mask: ``[b, s]`` float32, 1 where the label is a target.
     modality: ``[b, s]`` int64, :class:`~megatron_most.vocab.Modality` of the input id; text on padding.
     is_padding: ``[b, s]`` bool.
-    task: ``[b, s]`` int64, index into :data:`~megatron_most.data.building.tasks.TASKS`.
+    task: ``[b, s]`` int64, index into :data:`~megatron_most.data.storage.documents.TASKS`.
     codes: ``[b, s, C]`` int64, codes of the input frame; ``NO_CODE`` where there is none or it is hidden. None in the
         ``flat`` layout.
     code_labels: ``[b, s, C]`` int64, codes of the label; ``NO_CODE`` where it is no frame or no target. None in the
@@ -70,61 +73,37 @@ class Batch:
         return dataclasses.replace(self, **taken)
 
 
-def make_batch(
-    rows: Sequence[Row], vocab: VocabLayout, *, seq_length: int, packing: bool, document_multiple: int = 1
-) -> Batch:
-    """Lay ``rows`` out as ``[len(rows), seq_length]``; a row without documents is all padding.
-
-    Args:
-        packing: several documents in a row.
-        document_multiple: each packed document is padded at its end to a multiple of that many positions.
-    """
-    assert len(rows) == 1 or not packing, "a packed batch has one row"
-    shape = (len(rows), seq_length)
+def make_batch(rows: Sequence[Row], vocab: VocabLayout, data: DataConfig) -> Batch:
+    """Lay ``rows`` out as ``[len(rows), data.seq_length]``; a row without documents is all padding."""
+    assert len(rows) == 1 or not data.packing, "a packed batch has one row"
+    shape = (len(rows), data.seq_length)
     ids, labels, task = np.full((3, *shape), PADDING_ID, dtype=np.int64)
     loss_mask = np.zeros(shape, dtype=np.float32)
     is_padding = np.ones(shape, dtype=bool)
     codes = code_labels = None
-    layout = vocab.codec_layout
-    if layout.uses_side_codes:
+    if vocab.codec_layout.uses_side_codes:
         codes, code_labels = np.full((2, *shape, vocab.num_codebooks), NO_CODE, dtype=np.int64)
     boundaries = [0]
     for index, row in enumerate(rows):
         task[index] = row.task
-        if row.documents is None:
-            boundaries.append(seq_length)
-            continue
-        documents, lengths = row.documents, row.documents.lengths
-        stops, taken = np.cumsum(lengths), padded_length(lengths - 1, document_multiple)
-        ends = np.cumsum(taken)
-        # The last id of a document is not read, only predicted.
-        is_read = np.ones(len(documents.ids), dtype=bool)
-        is_read[stops - 1] = False
-        last_read = np.cumsum(lengths - 1) - 1
-        target: slice | np.ndarray = slice(0, last_read[-1] + 1)
-        if document_multiple > 1 or codes is not None or row.hidden is not None:
-            # Position p is read at place[p] and, but for the first of a document, predicted one before.
-            place = np.arange(len(documents.ids)) + np.repeat(ends - taken - (stops - lengths), lengths)
-            target = place[is_read] if document_multiple > 1 else target
-        read, predicted = _read_and_predicted(documents.ids, is_read, last_read, stops)
-        ids[index, target], labels[index, target] = read, predicted
-        loss_mask[index, target] = _read_and_predicted(documents.loss_mask, is_read, last_read, stops)[1]
-        is_padding[index, target] = False
-        if codes is not None and len(documents.codes):
-            coded = documents.coded
-            at, has_loss = place[coded], documents.loss_mask[coded]
-            _scatter(codes[index], at, documents.codes, is_read[coded])
-            if has_loss.any():  # what is only heard has no labels
-                _scatter(code_labels[index], at - 1, documents.codes, has_loss & is_read[coded - 1])
-        if row.hidden is not None:
-            hidden = place[row.hidden & is_read]
+        if row.document is not None:
+            document, places = row.document, _Places(row.lengths, data.document_multiple)
+            read = places.read
+            ids[index, read] = document.ids[places.is_read]
+            labels[index, read] = places.of_next(document.ids)
+            loss_mask[index, read] = places.of_next(document.loss_mask)
+            is_padding[index, read] = False
             if codes is not None:
-                codes[index, hidden] = NO_CODE
-            else:
-                ids[index, hidden] = vocab.frame
-        boundaries += ends.tolist()
-        if boundaries[-1] < seq_length:
-            boundaries.append(seq_length)
+                _lay_codes_out(document, places, codes[index], code_labels[index])
+            if row.hidden is not None:
+                hidden = places.of_all[row.hidden & places.is_read]
+                if codes is not None:
+                    codes[index, hidden] = NO_CODE
+                else:
+                    ids[index, hidden] = vocab.frame
+            boundaries += places.ends.tolist()
+        if boundaries[-1] < data.seq_length:
+            boundaries.append(data.seq_length)
     as_tensor = torch.from_numpy
     return Batch(
         ids=as_tensor(ids),
@@ -135,19 +114,54 @@ def make_batch(
         task=as_tensor(task),
         codes=None if codes is None else as_tensor(codes),
         code_labels=None if code_labels is None else as_tensor(code_labels),
-        cu_seqlens=as_tensor(np.array(boundaries, dtype=np.int32)) if packing else None,
+        cu_seqlens=as_tensor(np.array(boundaries, dtype=np.int32)) if data.packing else None,
     )
 
 
-def _read_and_predicted(
-    values: np.ndarray, is_read: np.ndarray, last_read: np.ndarray, stops: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """``values [n]`` of all positions -> those of the positions that are read, and of the position after each."""
-    read = values[is_read]
-    following = np.empty_like(read)
-    following[:-1] = read[1:]
-    following[last_read] = values[stops - 1]
-    return read, following
+class _Places:
+    """Where the documents of a row stand in it. All positions but the last of each document are read.
+
+    Args:
+        lengths: positions of each document; they sum to n.
+        document_multiple: each is padded at its end to a multiple of that many positions.
+
+    Attributes:
+        ends: where each document and its padding end in the row.
+        is_read: ``[n]`` bool, the positions that are read, r of them.
+    """
+
+    def __init__(self, lengths: np.ndarray, document_multiple: int) -> None:
+        stops, taken = np.cumsum(lengths), padded_length(lengths - 1, document_multiple)
+        self.ends = np.cumsum(taken)
+        self.is_read = np.ones(stops[-1], dtype=bool)
+        self.is_read[stops - 1] = False
+        self._lengths, self._shifts = lengths, self.ends - taken - (stops - lengths)
+        self._is_padded = document_multiple > 1
+
+    @functools.cached_property
+    def of_all(self) -> np.ndarray:
+        """``[n]``: where each position is read; one before it is where it is predicted, unless it is a first one."""
+        return np.arange(len(self.is_read)) + np.repeat(self._shifts, self._lengths)
+
+    @property
+    def read(self) -> slice | np.ndarray:
+        """The r places at which something is read."""
+        return self.of_all[self.is_read] if self._is_padded else slice(0, len(self.is_read) - len(self._lengths))
+
+    def of_next(self, values: np.ndarray) -> np.ndarray:
+        """Of ``values [n]``, those of the positions that follow one that is read: ``[r]``."""
+        return values[1:][self.is_read[:-1]]
+
+
+def _lay_codes_out(document: Document, places: _Places, codes: np.ndarray, code_labels: np.ndarray) -> None:
+    """Put a row's codes where they are read, into ``codes [s, C]``, and predicted, into ``code_labels [s, C]``."""
+    coded = document.coded
+    if not len(coded):
+        return
+    at, has_loss = places.of_all[coded], document.loss_mask[coded]
+    _scatter(codes, at, document.codes, places.is_read[coded])
+    if has_loss.any():  # what is only heard has no labels
+        _scatter(code_labels, at - 1, document.codes, has_loss & places.is_read[coded - 1])
 
 
 def _scatter(rows: np.ndarray, places: np.ndarray, values: np.ndarray, chosen: np.ndarray) -> None:

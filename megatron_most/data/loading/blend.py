@@ -1,7 +1,7 @@
 """An endless, random-access sequence of rows drawn from several datasets.
 
-Row k depends on the seed, the datasets, their weights, ``seq_length``, ``packing``, ``document_multiple`` and k, and on
-nothing else: any rank can compute any row, and a resumed run needs only the number of rows consumed.
+Row k depends on the seed, the datasets, their weights, the ``data`` section and k, and on nothing else: any rank can
+compute any row, and a resumed run needs only the number of rows consumed.
 
 * A row holds documents of one dataset; attention and loss stay inside each document, so mixing tasks inside a row
   would change nothing but the bookkeeping.
@@ -16,13 +16,14 @@ nothing else: any rank can compute any row, and a resumed run needs only the num
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from megatron_most.config import DataConfig
 from megatron_most.data.loading.packing import pack, padded_length
-from megatron_most.data.storage.documents import TASKS, Documents
-from megatron_most.data.storage.indexed import TokenDataset
+from megatron_most.data.storage.documents import TASKS, Document
+from megatron_most.data.storage.token_dataset import TokenDataset
 from megatron_most.errors import ConfigError, DataError
 
 BLOCK = 1 << 16
@@ -37,23 +38,23 @@ _PACK, _EPOCH, _BLEND, _DROPOUT = range(1, 5)
 class Row:
     """Documents of one task for one row of a batch.
 
-    documents: None in a row of padding.
+    document: all of them, one after the other; None in a row of padding.
+    lengths: int64, positions of each.
     hidden: ``[n]`` bool, positions of codec frames to hide from the input; None hides nothing.
     """
 
-    documents: Documents | None
     task: int
+    document: Document | None = None
+    lengths: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     hidden: np.ndarray | None = None
 
 
 class Rows:
-    """See the module. ``rows[k]`` is a :class:`Row` of at most ``seq_length`` input positions, for any k >= 0.
+    """See the module. ``rows[k]`` is a :class:`Row` of at most ``data.seq_length`` input positions, for any k >= 0.
 
     Args:
-        weights: shares of tokens, in any unit.
-        packing: several documents in a row; else one.
-        document_multiple: a packed document takes a multiple of that many positions; must divide ``seq_length``.
-        audio_frame_dropout: share of the codec frames with loss that are hidden from the input.
+        weights: shares of tokens, in any unit; those that ``data.train`` names do not count here.
+        data: how long rows are, how they are filled and what is hidden.
 
     Raises:
         DataError: an empty dataset, or documents longer than a row.
@@ -63,26 +64,12 @@ class Rows:
         self,
         datasets: Sequence[TokenDataset],
         weights: Sequence[float],
-        *,
-        seq_length: int,
-        packing: bool,
+        data: DataConfig,
         seed: int,
-        document_multiple: int = 1,
-        audio_frame_dropout: float = 0.0,
     ) -> None:
         self._seed = seed
-        self._dropout = audio_frame_dropout
-        self._streams = [
-            _DatasetRows(
-                dataset,
-                index,
-                seq_length=seq_length,
-                packing=packing,
-                document_multiple=document_multiple,
-                seed=seed,
-            )
-            for index, dataset in enumerate(datasets)
-        ]
+        self._dropout = data.audio_frame_dropout
+        self._streams = [_DatasetRows(dataset, index, data, seed) for index, dataset in enumerate(datasets)]
         tokens_per_row = np.array([stream.tokens_per_row for stream in self._streams])
         audio_shares = np.array([dataset.audio_share for dataset in datasets])
         row_shares = np.asarray(weights) / tokens_per_row
@@ -99,17 +86,17 @@ class Rows:
         stream = self._streams[index]
         indices = stream.row(block * int(self._per_block[index]) + int(self._rank_in_block[place]))
         dataset = stream.dataset
-        documents = dataset.read(indices)
-        hidden = self._hide_frames(documents, dataset, k) if self._dropout else None
-        return Row(documents, TASKS.index(dataset.task), hidden)
+        document = dataset.read(indices)
+        hidden = self._hide_frames(document, dataset, k) if self._dropout else None
+        return Row(TASKS.index(dataset.task), document, dataset.lengths[indices].astype(np.int64), hidden)
 
-    def _hide_frames(self, documents: Documents, dataset: TokenDataset, k: int) -> np.ndarray:
+    def _hide_frames(self, document: Document, dataset: TokenDataset, k: int) -> np.ndarray:
         """Whole steps, also where a step takes several positions; drawn from the seed and k alone."""
         generator = _stream(self._seed, _DROPOUT, k)
         vocab = dataset.vocab
-        hidden = np.zeros(len(documents.ids), dtype=bool)
-        for start, end in vocab.audio_segments(documents.ids):
-            if documents.loss_mask[start]:
+        hidden = np.zeros(len(document), dtype=bool)
+        for start, end in vocab.audio_segments(document.ids):
+            if document.loss_mask[start]:
                 steps = vocab.codec_layout.steps(end - start)
                 hidden[start:end] = (generator.random(steps[-1] + 1) < self._dropout)[steps]
         return hidden
@@ -118,34 +105,25 @@ class Rows:
 class _DatasetRows:
     """The rows of one dataset, epoch after epoch."""
 
-    def __init__(
-        self,
-        dataset: TokenDataset,
-        index: int,
-        *,
-        seq_length: int,
-        packing: bool,
-        document_multiple: int,
-        seed: int,
-    ) -> None:
+    def __init__(self, dataset: TokenDataset, index: int, data: DataConfig, seed: int) -> None:
         self.dataset = dataset
         self._seed, self._index = seed, index
         lengths = dataset.lengths.astype(np.int64) - 1  # input positions: the last id is only a label
         if not len(lengths):
             raise DataError(f"dataset {dataset.prefix}: holds no documents")
-        too_long = int((lengths > seq_length).sum())
+        too_long = int((lengths > data.seq_length).sum())
         if too_long:
             raise DataError(
                 f"dataset {dataset.prefix}: {too_long} of {len(lengths)} documents do not fit"
-                f" data.seq_length={seq_length} (the longest needs {lengths.max()})"
+                f" data.seq_length={data.seq_length} (the longest needs {lengths.max()})"
             )
         num_tokens = lengths.sum()
-        if packing:
-            lengths = padded_length(lengths, document_multiple)
+        if data.packing:
+            lengths = padded_length(lengths, data.document_multiple)
         # Slots: the documents in a random order, packed. An epoch puts each document into a slot of its own length.
         order = _stream(seed, _PACK, index).permutation(len(lengths))
-        if packing:
-            row_of, by_row = pack(lengths[order], seq_length)
+        if data.packing:
+            row_of, by_row = pack(lengths[order], data.seq_length)
             order, row_of = order[by_row], row_of[by_row]
         else:
             row_of = np.arange(len(lengths))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from megatron_most.config import DatasetConfig, RunConfig
 from megatron_most.data.loading.batch import Batch, make_batch
 from megatron_most.data.loading.blend import Row, Rows, weights_for_audio_share
 from megatron_most.data.storage.documents import TASKS
-from megatron_most.data.storage.indexed import TokenDataset
+from megatron_most.data.storage.token_dataset import TokenDataset
 from megatron_most.errors import ConfigError, DataError
 from megatron_most.text import load_tokenizer
 
@@ -33,15 +34,7 @@ def train_batches(config: RunConfig, *, dp_rank: int, dp_size: int, consumed_sam
     weights = [entry.weight for entry in data.train]
     if data.audio_share is not None:
         weights = weights_for_audio_share(weights, [dataset.audio_share for dataset in datasets], data.audio_share)
-    rows = Rows(
-        datasets,
-        weights,
-        seq_length=data.seq_length,
-        packing=data.packing,
-        document_multiple=data.document_multiple,
-        seed=config.seed,
-        audio_frame_dropout=data.audio_frame_dropout,
-    )
+    rows = Rows(datasets, weights, data, config.seed)
     num_microbatches, size = config.num_microbatches(dp_size), training.micro_batch_size
 
     def stream() -> Iterator[Batch]:
@@ -50,7 +43,7 @@ def train_batches(config: RunConfig, *, dp_rank: int, dp_size: int, consumed_sam
             for microbatch in range(num_microbatches):
                 first = step_start + (microbatch * dp_size + dp_rank) * size
                 taken = [rows[k] for k in range(first, first + size)]
-                yield _laid_out(taken, config)
+                yield make_batch(taken, config.vocab, data)
             step_start += training.global_batch_size
 
     return stream()
@@ -70,34 +63,16 @@ def validation_batches(config: RunConfig, *, dp_rank: int, dp_size: int) -> dict
             raise ConfigError(f"data.validation: {names.count(name)} datasets are called {name!r}; names must differ")
     batches: dict[str, list[Batch]] = {}
     for name, dataset in zip(names, open_datasets(config, data.validation), strict=True):
-        rows = Rows(
-            [dataset],
-            [1.0],
-            seq_length=data.seq_length,
-            packing=data.packing,
-            document_multiple=data.document_multiple,
-            seed=0,
-        )
+        rows = Rows([dataset], [1.0], dataclasses.replace(data, audio_frame_dropout=0.0), seed=0)
         num_rows = min(training.eval_batches * training.global_batch_size, rows.rows_per_epoch[0])
         size = training.micro_batch_size
-        padding = Row(None, TASKS.index(dataset.task))
+        padding = Row(TASKS.index(dataset.task))
         batches[name] = []
         for start in range(0, num_rows, size * dp_size):
             first = start + dp_rank * size
             taken = [rows[k] if k < num_rows else padding for k in range(first, first + size)]
-            batches[name].append(_laid_out(taken, config))
+            batches[name].append(make_batch(taken, config.vocab, data))
     return batches
-
-
-def _laid_out(rows: Sequence[Row], config: RunConfig) -> Batch:
-    data = config.data
-    return make_batch(
-        rows,
-        config.vocab,
-        seq_length=data.seq_length,
-        packing=data.packing,
-        document_multiple=data.document_multiple,
-    )
 
 
 def open_datasets(config: RunConfig, entries: Sequence[DatasetConfig]) -> list[TokenDataset]:

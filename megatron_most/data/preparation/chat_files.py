@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_most.data.storage.json_lines import parse_json_object, read_lines, text_of
+from megatron_most.data.storage.json_lines import license_of, parse_json_object, read_lines
 from megatron_most.errors import DataError
 
 
@@ -26,12 +26,12 @@ class Message:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation; ``exchanges`` are pairs of a user's and an assistant's message, ``licence`` is its text's."""
+    """A conversation; ``exchanges`` are pairs of a user's and an assistant's message, ``license`` is its text's."""
 
     id: str
     system: Message | None
     exchanges: tuple[tuple[Message, Message], ...]
-    licence: str | None = None
+    license: str | None = None
 
     def messages(self) -> Iterator[Message]:
         if self.system:
@@ -81,7 +81,7 @@ def _parse(line: str, default_id: str) -> Chat:
     check_roles([message.role for message in messages])
     system = messages.pop(0) if messages[0].role == "system" else None
     pairs = tuple(zip(messages[::2], messages[1::2], strict=True))
-    return Chat(str(entry.get("id", default_id)), system, pairs, text_of(entry, "licence"))
+    return Chat(str(entry.get("id", default_id)), system, pairs, license_of(entry))
 
 
 def _message(value: object, where: str) -> Message:

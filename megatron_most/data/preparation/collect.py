@@ -41,14 +41,15 @@ class Collected:
     """What :func:`collect` wrote.
 
     num_records, num_rejected: lines of the two files.
-    sha256: of both; equal for a source in an equal state.
-    licences: number of records of each; ``unknown`` where nobody says.
+    sha256: of both, equal for a source in an equal state. It reads ``licence`` for ``license`` as version 0.1 wrote it,
+        so that jobs begun then go on.
+    licenses: number of records of each; ``unknown`` where nobody says.
     """
 
     num_records: int
     num_rejected: int
     sha256: str
-    licences: dict[str, int]
+    licenses: dict[str, int]
 
 
 def collect(spec: SourceSpec, manifest: Path, quarantine: Path) -> Collected:
@@ -59,18 +60,17 @@ def collect(spec: SourceSpec, manifest: Path, quarantine: Path) -> Collected:
     """
     digest = hashlib.sha256()
     counts: Counter[type] = Counter()
-    licences: Counter[str] = Counter()
+    licenses: Counter[str] = Counter()
     with replacing(quarantine) as left, replacing(manifest) as kept, open(kept, "wb") as good, open(left, "wb") as bad:
         for item in checked_records(spec):
             counts[type(item)] += 1
             if isinstance(item, Record):
-                licences[item.licence or "unknown"] += 1
-            line = _line(item)
-            digest.update(line)
-            (good if isinstance(item, Record) else bad).write(line)
+                licenses[item.license or "unknown"] += 1
+            digest.update(_line(item, license_key="licence"))
+            (good if isinstance(item, Record) else bad).write(_line(item))
     if not counts:
         raise DataError(f"{spec.root}: empty manifest" if spec.name == "nemo" else f"{spec.root}: holds no records")
-    return Collected(counts[Record], counts[Rejection], digest.hexdigest(), dict(sorted(licences.items())))
+    return Collected(counts[Record], counts[Rejection], digest.hexdigest(), dict(sorted(licenses.items())))
 
 
 def checked_records(spec: SourceSpec) -> Iterator[Record | Rejection]:
@@ -91,7 +91,7 @@ def checked_records(spec: SourceSpec) -> Iterator[Record | Rejection]:
                 item,
                 audio=None if item.audio is None else source.roots.resolve(item.audio),
                 language=item.language or options.language,
-                licence=item.licence or options.licence or source.licence,
+                license=item.license or options.license or source.license,
             )
             _line(record)
             seen.add(digest)
@@ -102,8 +102,9 @@ def checked_records(spec: SourceSpec) -> Iterator[Record | Rejection]:
             yield Rejection(item.where, str(error), item.id)
 
 
-def _line(item: Record | Rejection) -> bytes:
+def _line(item: Record | Rejection, license_key: str = "license") -> bytes:
     """UnicodeEncodeError for a record that cannot be written; what is rejected is only to be read by people."""
     if isinstance(item, Rejection):
         return json.dumps(item.to_entry(), ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-    return json.dumps(item.to_entry() | {"where": item.where}, ensure_ascii=False).encode() + b"\n"
+    entry = {license_key if name == "license" else name: value for name, value in item.to_entry().items()}
+    return json.dumps(entry | {"where": item.where}, ensure_ascii=False).encode() + b"\n"

@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_most.audio import read_audio
 from megatron_most.audio.io import DURATION_TOLERANCE
-from megatron_most.data.storage.json_lines import Line, parse_json_object, read_lines, seconds_of, text_of
+from megatron_most.data.storage.json_lines import Line, license_of, parse_json_object, read_lines, seconds_of, text_of
 from megatron_most.errors import DataError
 
 
@@ -51,7 +51,7 @@ class Record:
     channel: int | None = None
     language: str | None = None
     speaker: str | None = None
-    licence: str | None = None
+    license: str | None = None
     split: str | None = None
     turns: tuple[Turn, ...] = ()
     where: str = ""
@@ -61,7 +61,7 @@ class Record:
         entry: dict[str, Any] = {"id": self.id}
         if self.audio is not None:
             entry["audio_filepath"] = str(self.audio)
-        for name in ("offset", "duration", "channel", "language", "speaker", "licence", "split"):
+        for name in ("offset", "duration", "channel", "language", "speaker", "license", "split"):
             if (value := getattr(self, name)) is not None:
                 entry[name] = value
         if self.part is not None:
@@ -220,7 +220,7 @@ def parse_record(
         channel=_channel(entry.get("channel")),
         language=text_of(entry, "language") or text_of(entry, "lang"),
         speaker=text_of(entry, "speaker"),
-        licence=text_of(entry, "licence"),
+        license=license_of(entry),
         split=text_of(entry, "split"),
         turns=turns,
         where=f"{path}, line {number}",

@@ -105,14 +105,14 @@ def speak_chats(
             for chat in read_chats(chat_file):
                 spoken = {job.id: job for job in jobs([chat]) if _is_sound(job.path)}
                 for job in spoken.values():
-                    _write_line(manifest, _manifest_entry(job, output, chat.licence))
+                    _write_line(manifest, _manifest_entry(job, output, chat.license))
                 messages = [
                     {"role": message.role, "content": message.content}
                     | ({"audio": f"{chat.id}#{place}"} if f"{chat.id}#{place}" in spoken else {})
                     for place, message in enumerate(chat.messages())
                 ]
-                licence = {"licence": chat.licence} if chat.licence else {}
-                _write_line(chats, {"id": chat.id, **licence, "messages": messages})
+                license = {"license": chat.license} if chat.license else {}
+                _write_line(chats, {"id": chat.id, **license, "messages": messages})
                 counts["spoken"] += len(spoken)
                 counts["written"] += len(messages) - len(spoken)
         with open(failed_path, "w", encoding="utf-8") as file:
@@ -121,14 +121,14 @@ def speak_chats(
     return counts
 
 
-def _manifest_entry(job: _Job, output: Path, licence: str | None) -> dict:
+def _manifest_entry(job: _Job, output: Path, license: str | None) -> dict:
     entry = {
         "id": job.id,
         "audio_filepath": str(job.path.relative_to(output)),
         "duration": soundfile.info(job.path).duration,
         "text": job.message.content,
     }
-    more = {"speaker": job.voice or None, "licence": licence}
+    more = {"speaker": job.voice or None, "license": license}
     return entry | {name: value for name, value in more.items() if value is not None}
 
 

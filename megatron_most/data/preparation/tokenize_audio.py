@@ -7,35 +7,23 @@ the job's tasks of each other. The last task to end puts the output together and
 from __future__ import annotations
 
 import contextlib
-import json
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
-import time
-from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
-from multiprocessing.sharedctypes import Synchronized
-from multiprocessing.synchronize import Event
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from megatron_most import __version__
 from megatron_most.audio import AudioCodec, codec_file, file_fingerprint, load_codec
 from megatron_most.data.preparation.collect import Collected, SourceSpec, collect
-from megatron_most.data.preparation.shards import Limits, Shard, encode_shard, hostname_and_pid, locked
-from megatron_most.data.preparation.sources import Roots
-from megatron_most.data.preparation.tokenize_progress import Progress
+from megatron_most.data.preparation.shards import Job, Limits, Shard
+from megatron_most.data.preparation.shared_folder import hostname_and_pid, locked, one_line_when_the_disk_is_full
+from megatron_most.data.preparation.tokenize_merge import merge_shards
+from megatron_most.data.preparation.tokenize_workers import encode_all
 from megatron_most.data.storage.codes import CodecIdentity, CodesDataset
-from megatron_most.data.storage.indexed import FORMAT_VERSION, ArrayWriter, read_json, smallest_dtype
-from megatron_most.data.storage.json_lines import read_lines
+from megatron_most.data.storage.sidecar import read_sidecar, write_sidecar
 from megatron_most.errors import ConfigError, DataError
-from megatron_most.files import write_json
 
 SHARD_SIZES = (32, 1024)
 """Fewest and most records of a shard: what an interruption can cost each process."""
@@ -45,26 +33,6 @@ NUM_SHARDS = 64
 
 MAX_QUARANTINE = 0.01
 """Share of a source that may be unusable before that is an error."""
-
-
-@dataclass(frozen=True)
-class _Job:
-    """Everything that decides what comes out."""
-
-    source: SourceSpec
-    collected: Collected
-    codec: CodecIdentity
-    limits: Limits
-    device: str
-
-    def to_dict(self) -> dict:
-        return {
-            "source": self.source.to_dict() | {"licences": self.collected.licences},
-            "records_sha256": self.collected.sha256,
-            "codec": self.codec.to_dict(),
-            "limits": asdict(self.limits),
-            "device": self.device,
-        }
 
 
 def tokenize_audio(
@@ -109,18 +77,18 @@ def tokenize_audio(
     if not source.open().has_audio:
         raise ConfigError(f"source {source.name}: is text without audio; prepare_data.py build takes its manifest")
     output.parent.mkdir(parents=True, exist_ok=True)
-    with _one_line_when_the_disk_is_full(output), _tidied(lock, parts):
+    with one_line_when_the_disk_is_full(output), _tidied(lock, parts):
         with locked(lock, shared=True):  # beside the job's other tasks
             job, loaded = _prepare(source, codec, output, parts, limits, _device(device))
             if loaded is not None:
                 shards = _shards(parts, job.collected.num_records)
                 mine = shards[task[0] :: task[1]]
-                _encode_all(mine, loaded, job, workers or len(os.sched_getaffinity(0)))
+                encode_all(mine, loaded, job, workers or len(os.sched_getaffinity(0)))
         if not finished.is_file() and not all(shard.is_done for shard in shards):
             return None
         with locked(lock):  # alone
             if not finished.is_file():
-                _merge(shards, job, parts, output, max_quarantine, command)
+                merge_shards(shards, job, parts, output, max_quarantine, command)
             shutil.rmtree(parts, ignore_errors=True)
     return CodesDataset(output)
 
@@ -152,7 +120,7 @@ def _device(name: str) -> str:
 
 def _prepare(
     source: SourceSpec, codec: str | Path, output: Path, parts: Path, limits: Limits, device: str
-) -> tuple[_Job, AudioCodec | None]:
+) -> tuple[Job, AudioCodec | None]:
     """The job, and the codec unless the output is already there; refuses what another job has begun or finished."""
     own = parts / f"collecting.{hostname_and_pid()}"
     records, rejected = own / "records.jsonl", own / "rejected.jsonl"
@@ -166,19 +134,19 @@ def _prepare(
             _require_same_job(finished, collected, fingerprint, limits, device)
             return None, None
         loaded = load_codec(codec)
-        job = _Job(source, collected, CodecIdentity.of(loaded), limits, device)
+        job = Job(source, collected, CodecIdentity.of(loaded), limits, device)
         if (parts / "job.json").is_file():
             _require_same_job(parts / "job.json", collected, loaded.fingerprint, limits, device)
         os.replace(records, parts / records.name)
         os.replace(rejected, parts / rejected.name)
-        write_json(parts / "job.json", {"format": FORMAT_VERSION, **job.to_dict()})
+        write_sidecar(parts / "job.json", job.to_dict())
         return job, loaded
     finally:
         shutil.rmtree(own, ignore_errors=True)
 
 
 def _require_same_job(path: Path, collected: Collected, fingerprint: str, limits: Limits, device: str) -> None:
-    found = read_json(path, "tokenization")
+    found = read_sidecar(path, "tokenization")
     codec = found.get("codec") or {}
     advice = "remove it or choose another output"
     if codec.get("fingerprint") != fingerprint:
@@ -204,165 +172,3 @@ def _shards(parts: Path, num_records: int) -> list[Shard]:
         Shard(parts / f"{index * size:09d}", manifest, starts[index], starts[index + 1], count)
         for index, count in enumerate(counts)
     ]
-
-
-@dataclass
-class _Worker:
-    """What a worker process is born with: the codec, and counters it shares with the parent."""
-
-    codec: AudioCodec
-    job: _Job
-    number: Synchronized
-    files: Synchronized
-    samples: Synchronized
-    rejected: Synchronized
-    stop: Event
-    roots: Roots
-
-    def report(self, files: int, samples: int, rejected: int) -> None:
-        with self.files.get_lock():
-            self.files.value += files
-            self.samples.value += samples
-            self.rejected.value += rejected
-
-
-_worker: _Worker | None = None  # set once in each worker process
-
-
-def _start_worker(worker: _Worker) -> None:
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent asks to stop
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-    torch.set_num_threads(1)
-    if worker.job.device == "cuda":
-        with worker.number.get_lock():
-            device = worker.number.value % torch.cuda.device_count()
-            worker.number.value += 1
-        worker.codec.to(f"cuda:{device}")
-    _worker = worker
-
-
-def _end_with_parent(parent: int) -> None:
-    """A parent that was killed cannot stop its workers, and they would wait for its next shard for ever."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-def _encode(shard: Shard, wait_for_others: bool) -> bool:
-    """Whether the shard is done; False when another task is at it and we do not wait."""
-    worker = _worker
-    while not worker.stop.is_set():
-        with (
-            _one_line_when_the_disk_is_full(shard.prefix),
-            locked(f"{shard.prefix}.lock", wait=False) as is_ours,
-        ):
-            if is_ours and not shard.is_done:
-                encode_shard(shard, worker.codec, worker.roots, worker.job.limits, worker.report, worker.stop.is_set)
-        if is_ours or not wait_for_others:
-            return is_ours
-        time.sleep(0.2)
-    return True
-
-
-def _encode_all(shards: list[Shard], codec: AudioCodec, job: _Job, workers: int) -> None:
-    todo = [shard for shard in shards if not shard.is_done]
-    total = sum(shard.num_records for shard in shards)
-    progress = Progress(total, total - sum(shard.num_records for shard in todo))
-    if not todo:
-        return
-    # Forking hands every worker the loaded codec; importing NeMo anew would cost each 8 s. One thread each, also here:
-    # a forked process must not inherit a thread pool, and sums must not depend on the number of threads.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    context = multiprocessing.get_context("fork")
-    counters = [context.Value("q", 0) for _ in range(4)]
-    shared = _Worker(codec, job, *counters, context.Event(), job.source.open().roots)
-    executor = ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker, (shared,))
-    try:
-        waiting = {executor.submit(_encode, shard, False): shard for shard in todo}
-        while waiting:
-            finished, _ = wait(waiting, timeout=progress.interval, return_when=FIRST_COMPLETED)
-            for future in finished:
-                shard = waiting.pop(future)
-                if not future.result():  # another task is at it: come back when there is nothing else to do
-                    waiting[executor.submit(_encode, shard, True)] = shard
-            seconds = shared.samples.value / codec.sample_rate
-            progress.show(shared.files.value, seconds, shared.rejected.value, last=not waiting)
-    except BrokenProcessPool:
-        raise DataError("tokenize: a worker process was killed (out of memory?); finished shards are kept") from None
-    finally:
-        shared.stop.set()
-        executor.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
-
-
-def _merge(shards: list[Shard], job: _Job, parts: Path, output: Path, max_quarantine: float, command: str) -> None:
-    """Put the shards together under temporary names, check the counts, and give the files their own."""
-    merged = parts / "merged"
-    shutil.rmtree(merged, ignore_errors=True)  # of a merge that was cut short
-    merged.mkdir()
-    num_rejected = _merge_quarantine(shards, parts, merged / "quarantine.jsonl")
-    total = job.collected.num_records + job.collected.num_rejected
-    if num_rejected > max_quarantine * total:
-        os.replace(merged / "quarantine.jsonl", f"{output}.quarantine.jsonl")
-        if not shards:  # nothing was encoded that the next try, maybe with other folders, could use
-            shutil.rmtree(parts)
-        raise DataError(
-            f"{output}.quarantine.jsonl: {num_rejected} of {total} records are in quarantine, more than"
-            f" {max_quarantine:.2%} (--max-quarantine); the first: {_first(f'{output}.quarantine.jsonl')}"
-        )
-    counts = Counter(records=total, tokenized=0, quarantined=num_rejected, chunked=0, utterances=0, frames=0)
-    num_codebooks, dtype = job.codec.num_codebooks, smallest_dtype(job.codec.codebook_size)
-    writer = ArrayWriter(str(merged / "codes"), dtype)
-    try:
-        with open(merged / "jsonl", "w", encoding="utf-8") as lines:
-            for shard in shards:
-                for line, codes in shard.utterances(num_codebooks, dtype):
-                    number, pieces = json.loads(line).get("chunk", (0, 1))
-                    counts["tokenized"] += number == 0
-                    counts["chunked"] += number == 0 and pieces > 1
-                    counts["utterances"] += 1
-                    counts["frames"] += len(codes) // num_codebooks
-                    writer.add(codes)
-                    lines.write(line)
-        writer.commit()
-    finally:
-        writer.discard()
-    if not counts["utterances"]:
-        raise DataError(
-            f"{output}: all of {total} records are in quarantine; the first: {_first(merged / 'quarantine.jsonl')}"
-        )
-    if counts["tokenized"] + counts["quarantined"] != counts["records"]:
-        raise DataError(f"{parts}: {dict(counts)} do not add up; remove it and run again")
-    for ending in ("bin", "idx"):
-        os.replace(merged / f"codes.{ending}", f"{output}.codes.{ending}")
-    for ending in ("jsonl", "quarantine.jsonl"):
-        os.replace(merged / ending, f"{output}.{ending}")
-    sidecar = {**job.to_dict(), "counts": dict(counts), "tool_version": __version__, "command": command}
-    write_json(merged / "json", {"format": FORMAT_VERSION, **sidecar})
-    os.replace(merged / "json", f"{output}.json")
-
-
-def _merge_quarantine(shards: list[Shard], parts: Path, path: Path) -> int:
-    count = 0
-    with open(path, "w", encoding="utf-8") as file:
-        file.write((parts / "rejected.jsonl").read_text(encoding="utf-8"))
-        for shard in shards:
-            file.writelines(shard.rejected())
-    with open(path, "rb") as file:
-        count = sum(1 for _ in file)
-    return count
-
-
-def _first(quarantine: str | Path) -> str:
-    first = json.loads(next(read_lines(quarantine)).text)
-    return f"{first['where']}: {first['reason']}"
-
-
-@contextlib.contextmanager
-def _one_line_when_the_disk_is_full(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written: {error.strerror or error}; finished shards are kept") from None

@@ -1,5 +1,7 @@
 """Tokenized audio on disk: one array of codes per utterance, its text beside it, and the codec that made it.
 
+Shape letters: C codebooks, F codec frames.
+
 A set ``<prefix>`` is ``<prefix>.codes.{bin,idx}`` (a Megatron ``IndexedDataset``; F * C codes an utterance, frame
 after frame), ``<prefix>.jsonl`` (``id``, ``text``, ``num_frames`` and more a line, in the same order),
 ``<prefix>.quarantine.jsonl`` (what could not be used, and why) and ``<prefix>.json``, written last.
@@ -15,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_most.audio import AudioCodec
-from megatron_most.data.storage.indexed import ArrayReader, read_json
+from megatron_most.data.storage.indexed import ArrayReader
 from megatron_most.data.storage.json_lines import parse_json_object, read_lines
+from megatron_most.data.storage.sidecar import read_sidecar, with_current_keys
 from megatron_most.errors import DataError
 
 
@@ -46,7 +49,7 @@ class CodecIdentity:
 
 @dataclass(frozen=True)
 class Utterance:
-    """``codes [C, F]`` int64 of one record, or of a chunk of it.
+    """``codes [F, C]`` int64 of one record, or of a chunk of it.
 
     text: empty where there is none, as for chunks.
     chunk: (k, n): the k-th of n chunks, from 0; None for a whole record.
@@ -65,7 +68,7 @@ class CodesDataset:
 
     Attributes:
         codec: the codec that made the codes.
-        provenance: what they were made from: ``source`` with its ``licences``, ``counts``, ``limits``, ``device``,
+        provenance: what they were made from: ``source`` with its ``licenses``, ``counts``, ``limits``, ``device``,
             ``tool_version``, ``command``.
 
     Raises:
@@ -74,7 +77,7 @@ class CodesDataset:
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(prefix)
-        sidecar = read_json(self.prefix + ".json", f"codes {self.prefix}")
+        sidecar = with_current_keys(read_sidecar(self.prefix + ".json", f"codes {self.prefix}"))
         try:
             self.codec = CodecIdentity(**sidecar["codec"])
         except (KeyError, TypeError) as error:
@@ -105,8 +108,8 @@ class CodesDataset:
                 yield entry["id"].rpartition("#")[0]
 
     def codes_of(self, index: int) -> np.ndarray:
-        """``codes [C, F]`` int64 of utterance ``index``."""
-        return self._codes[index].reshape(-1, self.codec.num_codebooks).T.astype(np.int64)
+        """``codes [F, C]`` int64 of utterance ``index``."""
+        return self._codes[index].reshape(-1, self.codec.num_codebooks).astype(np.int64)
 
     def __iter__(self) -> Iterator[Utterance]:
         for index, entry in self._lines():

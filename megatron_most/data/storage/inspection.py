@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from megatron_most.data.storage.documents import Document
-from megatron_most.data.storage.indexed import TokenDataset
+from megatron_most.data.storage.token_dataset import TokenDataset
 from megatron_most.errors import DataError
 from megatron_most.text import TextTokenizer
 from megatron_most.vocab import Modality, VocabLayout
@@ -110,12 +110,12 @@ def describe(document: Document, vocab: VocabLayout, tokenizer: TextTokenizer) -
 
 
 def audio_of(document: Document, vocab: VocabLayout) -> Sequence[np.ndarray]:
-    """The codes ``[C, F]`` of each audio segment of a document; raises :class:`DataError` when there is none."""
+    """The codes ``[F, C]`` of each audio segment of a document; raises :class:`DataError` when there is none."""
     segments = vocab.audio_segments(document.ids)
     if not segments:
         raise DataError("the document holds no audio")
-    layout = vocab.codec_layout
+    layout, side_codes = vocab.codec_layout, document.side_codes
     return [
-        layout.decode(document.ids[start:end], np.empty(0) if document.codes is None else document.codes[start:end])
+        layout.decode(document.ids[start:end], None if side_codes is None else side_codes[start:end])
         for start, end in segments
     ]

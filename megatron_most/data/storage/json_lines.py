@@ -80,6 +80,11 @@ def seconds_of(entry: dict[str, Any], field: str) -> float | None:
     return float(value)
 
 
+def license_of(entry: dict[str, Any]) -> str | None:
+    """The field ``license``, which may be spelled ``licence`` too."""
+    return text_of(entry, "license") or text_of(entry, "licence")
+
+
 def text_of(entry: dict[str, Any], field: str) -> str | None:
     """An optional text field; numbers (speakers often are) become text."""
     value = entry.get(field)

@@ -23,14 +23,14 @@ class SourceOptions:
     """What a user may say of any source.
 
     splits: only these parts; empty takes all.
-    language, licence: of every record that does not name its own.
+    language, license: of every record that does not name its own.
     text_field: which of several texts is meant; None takes the source's first choice.
     needs_text: whether audio without a text is refused.
     """
 
     splits: tuple[str, ...] = ()
     language: str | None = None
-    licence: str | None = None
+    license: str | None = None
     text_field: str | None = None
     needs_text: bool = True
 
@@ -45,7 +45,7 @@ class Source(ABC):
     layout: ClassVar[str]
     """One line for ``--help``: which files are read."""
 
-    licence: ClassVar[str | None] = None
+    license: ClassVar[str | None] = None
     """Under which the data set is published, where that is known."""
 
     has_audio: ClassVar[bool] = True

@@ -16,7 +16,7 @@ class CommonVoice(Source):
 
     name = "common_voice"
     layout = "a language's folder: train.tsv, validated.tsv ..., clips/*.mp3; splits are tables (default: train)"
-    licence = "CC0-1.0"
+    license = "CC0-1.0"
 
     def records(self) -> Iterator[Record | Rejection]:
         found = [split for split in _SPLITS if (self.root / f"{split}.tsv").is_file()]

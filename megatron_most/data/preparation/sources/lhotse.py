@@ -87,7 +87,7 @@ class LibriHeavy(LhotseCuts):
 
     name = "libriheavy"
     layout = "libriheavy_cuts_SIZE.jsonl.gz, download/librilight/...; text-field printed (default) or plain"
-    licence = "public domain"
+    license = "public domain"
     patterns = ("libriheavy_cuts_*.jsonl.gz",)
 
     def _text(self, supervision: dict[str, Any]) -> str | None:

@@ -12,7 +12,7 @@ from megatron_most.data.preparation.sources.base import Source, choose_splits
 class LibriSpeech(Source):
     name = "librispeech"
     layout = "SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt, the FLAC files beside it; splits are folders"
-    licence = "CC BY 4.0"
+    license = "CC BY 4.0"
 
     def records(self) -> Iterator[Record | Rejection]:
         found = sorted({path.parents[2].name for path in self.root.glob("*/*/*/*.trans.txt")})

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from megatron_most.data.preparation.manifest import Record, Rejection, parse_record
 from megatron_most.data.preparation.sources.base import Source
-from megatron_most.data.storage.json_lines import parse_json_object, seconds_of, text_of
+from megatron_most.data.storage.json_lines import license_of, parse_json_object, seconds_of, text_of
 from megatron_most.errors import DataError
 
 _AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3")
@@ -73,6 +73,7 @@ class WebDataset(Source):
                 part=(sample.audio[0].offset_data, sample.audio[0].size),
                 language=text_of(entry, "language") or text_of(entry, "lang"),
                 speaker=text_of(entry, "speaker"),
+                license=license_of(entry),
                 where=where,
             )
         except UnicodeDecodeError:

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_most.data.preparation.chat_files import check_roles
 from megatron_most.data.preparation.manifest import Record, Rejection, parse_turns
 from megatron_most.data.preparation.sources.base import Source
-from megatron_most.data.storage.json_lines import Line, parse_json_object, text_of
+from megatron_most.data.storage.json_lines import Line, license_of, parse_json_object, text_of
 from megatron_most.errors import DataError
 
 _ROWS = 1024
@@ -44,8 +44,8 @@ class TextCorpus(Source):
         if not (text or "").strip():
             raise DataError(f"{self.options.text_field or self.default_field}: is missing or empty")
         return Record(
-            identity, text.strip(), None, None, None, language=text_of(entry, "language"), split=self._split_of(path),
-            where=where,
+            identity, text.strip(), None, None, None, language=text_of(entry, "language"), license=license_of(entry),
+            split=self._split_of(path), where=where,
         )  # fmt: skip
 
     def _split_of(self, path: Path) -> str:
@@ -75,7 +75,7 @@ class TextCorpus(Source):
 
         try:
             with parquet.ParquetFile(self.real(path)) as file:
-                wanted = {self.options.text_field or self.default_field, "id", "language"}
+                wanted = {self.options.text_field or self.default_field, "id", "language", "license", "licence"}
                 columns = [name for name in file.schema_arrow.names if name in wanted]
                 number = 0
                 for batch in file.iter_batches(_ROWS, columns=columns):
@@ -104,8 +104,8 @@ class Chat(TextCorpus):
             if not turn.text:
                 raise DataError(f"{field}[{place}]: is empty")
         return Record(
-            identity, "", None, None, None, language=text_of(entry, "language"), split=self._split_of(path),
-            turns=turns, where=where,
+            identity, "", None, None, None, language=text_of(entry, "language"), license=license_of(entry),
+            split=self._split_of(path), turns=turns, where=where,
         )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ class VoxPopuli(Source):
 
     name = "voxpopuli"
     layout = "transcribed_data/LANGUAGE: asr_train.tsv ..., YEAR/ID.ogg; text-field raw_text has case and punctuation"
-    licence = "CC0-1.0"
+    license = "CC0-1.0"
 
     def records(self) -> Iterator[Record | Rejection]:
         field = self.options.text_field or _TEXTS[0]

@@ -15,8 +15,8 @@ from megatron_most.data.building.examples import TemplateOptions
 from megatron_most.data.building.length_limit import LengthLimit
 from megatron_most.data.building.tasks import TEMPLATE_VERSION
 from megatron_most.data.storage.codes import CodesDataset
-from megatron_most.data.storage.indexed import TokenDataset
 from megatron_most.data.storage.inspection import audio_of
+from megatron_most.data.storage.token_dataset import TokenDataset
 from megatron_most.errors import ConfigError, DataError
 from megatron_most.vocab import ModalityRange, VocabLayout
 from tests.unit.data.tiny import (
@@ -60,7 +60,7 @@ def test_provenance_says_what_it_was_made_from(codes, tmp_path):
     assert provenance["tokenizer"] == {"name": "t.model", "fingerprint": "letters"}
     assert provenance["codec"] == CodesDataset(codes).codec.to_dict()
     assert (provenance["template_version"], provenance["command"]) == (TEMPLATE_VERSION, "build it")
-    assert provenance["sources"] == [str(codes)] and provenance["licences"] == {str(codes): {"CC0": 1}}
+    assert provenance["sources"] == [str(codes)] and provenance["licenses"] == {str(codes): {"CC0": 1}}
     documents = list(TokenDataset(tmp_path / "data"))
     num_text = sum(int((document.ids < LetterTokenizer.vocab_size).sum()) for document in documents)
     assert provenance["counts"] == {
@@ -68,7 +68,7 @@ def test_provenance_says_what_it_was_made_from(codes, tmp_path):
         "documents": 6,
         "positions": sum(len(document) for document in documents),
         "target_positions": sum(int(document.loss_mask.sum()) for document in documents),
-        "audio_frames": sum(utterance.codes.shape[1] for utterance in CodesDataset(codes)),
+        "audio_frames": sum(len(utterance.codes) for utterance in CodesDataset(codes)),
         "examples": 6,
         "rejected": 0,
         "cut": 0,
@@ -87,17 +87,17 @@ def test_text_comes_from_manifests_or_from_transcripts(codes, tmp_path):
     assert transcripts.vocab == plain.vocab
 
 
-def test_licences_of_texts_and_conversations_are_kept(codes, tmp_path):
-    (tmp_path / "text.jsonl").write_text('{"text": "one", "licence": "MIT"}\n{"text": "two"}\n')
+def test_licenses_of_texts_and_conversations_are_kept(codes, tmp_path):
+    (tmp_path / "text.jsonl").write_text('{"text": "one", "license": "MIT"}\n{"text": "two"}\n')
     (tmp_path / "chat.jsonl").write_text(
-        '{"licence": "CC0", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+        '{"license": "CC0", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
     )
     for kind, task in (("text", "text_lm"), ("chat", "chat")):
         path = tmp_path / f"{kind}.jsonl"
         options = {f"{kind}s": [path], "codes": [codes], "text_vocab_size": 40}
         dataset = build_dataset(tmp_path / task, task=task, tokenizer="t", **options)
         expected = {"MIT": 1, "unknown": 1} if kind == "text" else {"CC0": 1}
-        assert dataset.provenance["licences"] == {str(codes): {"CC0": 1}, str(path): expected}
+        assert dataset.provenance["licenses"] == {str(codes): {"CC0": 1}, str(path): expected}
 
 
 @pytest.mark.parametrize(
@@ -204,4 +204,4 @@ def test_the_first_codebooks_may_do(codes, tmp_path, layout_name):
     assert dataset.vocab.num_codebooks == 2 and dataset.provenance["codec"]["num_codebooks"] == CODEBOOKS
     for document, utterance in zip(dataset, CodesDataset(codes), strict=True):
         (found,) = audio_of(document, dataset.vocab)
-        np.testing.assert_array_equal(found, utterance.codes[:2])
+        np.testing.assert_array_equal(found, utterance.codes[:, :2])

@@ -61,8 +61,8 @@ def test_chunks_of_speech_hold_every_frame_in_order(codes, layout_name):
     examples = Examples("speech_lm", vocab, TOKENIZER, limited(16, "chunk"), codes=[codes])
     documents = list(examples)
     assert max(map(len, documents)) <= 17 and examples.counts["cut"] == 7 and not examples.counts["rejected"]
-    found = np.concatenate([audio_of(document, vocab)[0] for document in documents], axis=1)
-    np.testing.assert_array_equal(found, np.concatenate([utterance.codes for utterance in codes], axis=1))
+    found = np.concatenate([audio_of(document, vocab)[0] for document in documents])
+    np.testing.assert_array_equal(found, np.concatenate([utterance.codes for utterance in codes]))
 
 
 TEXT = "the fox. a dog sees it! what then? " * 3 + "averylongwordthatisnosentence" * 2 + ". the end."

@@ -51,13 +51,13 @@ def test_documents_follow_the_template(task, layout_name):
     assert document.ids.tolist() == ids
     assert document.loss_mask.tolist() == [position >= prompt_length for position in range(len(ids))]
     if layout_name.startswith("flat"):
-        assert document.codes is None
+        assert document.side_codes is None
     else:
         is_frame = vocab.codec_layout.holds_side_codes(document.ids)
-        assert (document.codes[~is_frame] == NO_CODE).all()
+        assert (document.side_codes[~is_frame] == NO_CODE).all()
         assert (document.ids == vocab.frame).sum() == (0 if task == "text_lm" else 4)
         if task != "text_lm":
-            np.testing.assert_array_equal(document.codes[is_frame], vocab.codec_layout.encode(codes)[1])
+            np.testing.assert_array_equal(document.side_codes[is_frame], vocab.codec_layout.encode(codes)[1])
 
 
 @pytest.mark.parametrize("layout_name", LAYOUTS)
@@ -70,8 +70,8 @@ def test_a_prompt_is_what_the_document_has_before_its_loss(task, layout_name):
     length = len(start)
     assert not start.loss_mask.any() and document.loss_mask[length:].all()
     np.testing.assert_array_equal(start.ids, document.ids[:length])
-    if document.codes is not None:
-        np.testing.assert_array_equal(start.codes, document.codes[:length])
+    if document.side_codes is not None:
+        np.testing.assert_array_equal(start.side_codes, document.side_codes[:length])
 
 
 @given(
@@ -81,10 +81,10 @@ def test_a_prompt_is_what_the_document_has_before_its_loss(task, layout_name):
 )
 def test_codes_come_back_out_of_a_document(codes, layout_name, task):
     vocab = layout(layout_name)
-    codes = np.array(codes).T
+    codes = np.array(codes)
     document = make_document(task, vocab, TOKENIZER, text="fox", codes=codes)
     audio = document.ids >= vocab.frame
-    side_codes = document.codes[audio] if document.codes is not None else None
+    side_codes = document.side_codes[audio] if document.side_codes is not None else None
     np.testing.assert_array_equal(vocab.codec_layout.decode(document.ids[audio], side_codes), codes)
 
 
@@ -98,9 +98,9 @@ def test_a_text_prompt_may_be_continued():
     ("task", "arguments", "rule"),
     [
         ("asr", {"text": "fox"}, "needs audio of at least one codec frame"),
-        ("tts", {"text": "fox", "codes": np.zeros((CODEBOOKS, 0), dtype=np.int64)}, "at least one codec frame"),
+        ("tts", {"text": "fox", "codes": np.zeros((0, CODEBOOKS), dtype=np.int64)}, "at least one codec frame"),
         ("tts", {"text": "  ", "codes": random_codes(2)}, "text is empty"),
-        ("asr", {"text": "fox", "codes": np.full((CODEBOOKS, 2), CODEBOOK_SIZE)}, "code 50 of codebook 0, frame 0"),
+        ("asr", {"text": "fox", "codes": np.full((2, CODEBOOKS), CODEBOOK_SIZE)}, "code 50 of codebook 0, frame 0"),
         ("asr", {"text": "fox", "codes": np.zeros((2, 2), dtype=np.int64)}, r"shape \[2, 2\]"),
         ("text_lm", {"text": "fox", "codes": random_codes(2)}, "takes no codes"),
         ("sing", {"text": "fox"}, "unknown task 'sing'"),
@@ -173,5 +173,5 @@ def test_a_conversation_so_far_is_the_beginning_of_its_document(answer):
     start = make_chat(layout(), TOKENIZER, question, answer=answer)
     np.testing.assert_array_equal(start.ids, document.ids[: len(start)])
     assert start.ids[-1] == (layout().begin_of_audio if answer == "spoken" else document.ids[len(start) - 1])
-    np.testing.assert_array_equal(start.codes, document.codes[: len(start)])
+    np.testing.assert_array_equal(start.side_codes, document.side_codes[: len(start)])
     assert document.loss_mask[len(start) :].all()

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from megatron_most.config import DataConfig
 from megatron_most.data.loading.blend import BLOCK, Rows, weights_for_audio_share
 from megatron_most.data.storage.documents import TASKS
-from megatron_most.data.storage.indexed import TokenDataset
+from megatron_most.data.storage.token_dataset import TokenDataset
 from megatron_most.errors import ConfigError, DataError
 from tests.unit.data.tiny import LAYOUTS, hidden_of, parts_of, write_dataset
 
@@ -25,8 +26,9 @@ def folder(tmp_path_factory):
 
 
 def open_rows(folder, names, weights, **options) -> Rows:
-    settings = {"seq_length": 96, "packing": True, "seed": 5} | options
-    return Rows([TokenDataset(folder / name) for name in names], weights, **settings)
+    seed = options.pop("seed", 5)
+    data = DataConfig(**({"seq_length": 96, "packing": True} | options))
+    return Rows([TokenDataset(folder / name) for name in names], weights, data, seed)
 
 
 def content(row) -> list[bytes]:
@@ -49,7 +51,7 @@ def test_each_document_appears_once_an_epoch(folder, packing):
 def test_rows_never_exceed_their_length(folder, multiple):
     rows = open_rows(folder, ["asr", "tts", "text"], [1.0, 1.0, 1.0], document_multiple=multiple)
     taken = [sum(-(-(len(document) - 1) // multiple) * multiple for document in parts_of(rows[k])) for k in range(300)]
-    assert max(taken) <= 96 and min(len(rows[k].documents.lengths) for k in range(300)) > 1
+    assert max(taken) <= 96 and min(len(rows[k].lengths) for k in range(300)) > 1
 
 
 def test_each_document_appears_once_an_epoch_whatever_it_is_padded_to(folder):
@@ -142,7 +144,7 @@ def test_the_blend_has_the_audio_share_that_is_asked_for(folder, target):
     datasets = [TokenDataset(folder / name) for name in ("asr", "tts", "text")]
     shares = [dataset.audio_share for dataset in datasets]
     weights = weights_for_audio_share([3.0, 1.0, 2.0], shares, target)
-    rows = Rows(datasets, weights, seq_length=96, packing=True, seed=3)
+    rows = Rows(datasets, weights, DataConfig(seq_length=96, packing=True), seed=3)
     audio = total = 0
     for k in range(3000):
         for document in parts_of(rows[k]):
@@ -179,7 +181,7 @@ def test_an_audio_share_out_of_reach_is_refused():
 def test_the_order_goes_on_after_a_block(folder):
     rows = open_rows(folder, ["asr", "text"], [0.99, 0.01], packing=False)
     before, after = [rows[k] for k in (BLOCK - 1, BLOCK)]
-    assert len(before.documents.lengths) == len(after.documents.lengths) == 1
+    assert len(before.lengths) == len(after.lengths) == 1
     # The epoch of the larger dataset goes on across the border: no document is skipped or repeated.
     around = [rows[k] for k in range(BLOCK - 150, BLOCK + 150)]
     seen = Counter(content(row)[0] for row in around if row.task == 0)
@@ -224,4 +226,4 @@ def test_an_empty_dataset_is_refused(tmp_path, layout_name, monkeypatch):
     dataset = write_dataset(tmp_path / "data", "asr", 1, layout_name=layout_name)
     dataset.lengths = dataset.lengths[:0]
     with pytest.raises(DataError, match="data: holds no documents"):
-        Rows([dataset], [1.0], seq_length=96, packing=True, seed=0)
+        Rows([dataset], [1.0], DataConfig(seq_length=96, packing=True), seed=0)

@@ -49,13 +49,7 @@ def step_rows(config, dp_size: int, consumed: int, steps: int) -> list[list[tupl
 def epochs_read(config, steps: int) -> list[float]:
     """How often each dataset was read through after some steps."""
     data = config.data
-    rows = Rows(
-        open_datasets(config, data.train),
-        [entry.weight for entry in data.train],
-        seq_length=data.seq_length,
-        packing=data.packing,
-        seed=config.seed,
-    )
+    rows = Rows(open_datasets(config, data.train), [entry.weight for entry in data.train], data, config.seed)
     read = np.bincount(rows._block[: steps * config.training.global_batch_size], minlength=len(data.train))
     return (read / np.array(rows.rows_per_epoch)).tolist()
 

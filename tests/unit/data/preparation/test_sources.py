@@ -62,10 +62,10 @@ def test_every_source_of_audio_has_a_published_layout_here():
     assert {name for name, source in SOURCES.items() if source.has_audio} == {*published.PUBLISHED, "lhotse"}
 
 
-def test_librispeech_knows_split_speaker_language_and_licence(tmp_path):
+def test_librispeech_knows_split_speaker_language_and_license(tmp_path):
     published.librispeech(tmp_path)
     first = records("librispeech", tmp_path)[0]
-    assert (first.split, first.speaker, first.language, first.licence) == ("dev-clean", "84", "en", "CC BY 4.0")
+    assert (first.split, first.speaker, first.language, first.license) == ("dev-clean", "84", "en", "CC BY 4.0")
     assert [record.speaker for record in records("librispeech", tmp_path, splits=("train-clean-100",))] == ["103"] * 2
     with pytest.raises(ConfigError, match="split train-clean-360: .* holds dev-clean, train-clean-100"):
         records("librispeech", tmp_path, splits=("train-clean-360",))
@@ -266,17 +266,17 @@ def test_conversations_that_no_dataset_can_be_built_from_are_set_aside_one_by_on
     [found] = rejections("chat", tmp_path / "c.jsonl")
     assert found.startswith(f"{tmp_path}/c.jsonl, line 2: ") and rule in found
     # What is left is what `build --task chat` reads.
-    collect(spec("chat", tmp_path / "c.jsonl", licence="CC0"), tmp_path / "m", tmp_path / "q")
+    collect(spec("chat", tmp_path / "c.jsonl", license="CC0"), tmp_path / "m", tmp_path / "q")
     [chat] = read_chats(tmp_path / "m")
-    assert len(chat.exchanges) == 1 and chat.licence == "CC0"
+    assert len(chat.exchanges) == 1 and chat.license == "CC0"
 
 
 def test_what_a_user_says_fills_what_a_record_does_not(tmp_path):
     published.nemo(tmp_path)
-    said = records("nemo", tmp_path / "train.jsonl", language="cy", licence="CC0-1.0")[0]
-    assert (said.language, said.licence) == ("cy", "CC0-1.0")
+    said = records("nemo", tmp_path / "train.jsonl", language="cy", license="CC0-1.0")[0]
+    assert (said.language, said.license) == ("cy", "CC0-1.0")
     collected = collect(spec("nemo", tmp_path / "train.jsonl"), tmp_path / "m", tmp_path / "q")
-    assert collected.licences == {"unknown": 3}
+    assert collected.licenses == {"unknown": 3}
 
 
 def hostile_lines(folder: Path) -> dict[str, tuple[bytes, str]]:

@@ -82,12 +82,12 @@ def test_turns_become_audio_a_manifest_and_conversations(tmp_path, program, outp
     assert len((tmp_path / "calls").read_text()) == calls and (tmp_path / "out/manifest.jsonl").read_bytes() == before
 
 
-def test_the_licence_of_a_conversation_goes_with_its_speech(tmp_path):
+def test_the_license_of_a_conversation_goes_with_its_speech(tmp_path):
     chats = write_chats(tmp_path, 1, "fine")
-    chats.write_text(chats.read_text().replace('{"id"', '{"licence": "CC0", "id"'))
+    chats.write_text(chats.read_text().replace('{"id"', '{"license": "CC0", "id"'))
     speak_chats(chats, tmp_path / "out", command(tmp_path, ONE, True), workers=1)
-    assert {record.licence for record in read_manifest(tmp_path / "out/manifest.jsonl")} == {"CC0"}
-    assert [chat.licence for chat in read_chats(tmp_path / "out/chats.jsonl")] == ["CC0"]
+    assert {record.license for record in read_manifest(tmp_path / "out/manifest.jsonl")} == {"CC0"}
+    assert [chat.license for chat in read_chats(tmp_path / "out/chats.jsonl")] == ["CC0"]
 
 
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path):

@@ -129,7 +129,7 @@ def test_utterances_keep_their_order_text_and_codes(manifest, tmp_path):
         expected = LoudnessCodec().encode(read_audio(tmp_path / "wav" / f"{index}.wav", 8000))
         np.testing.assert_array_equal(utterance.codes, expected)
     assert (dataset.codec.name, dataset.codec.frame_rate) == ("loudness", 80.0)
-    assert dataset.seconds == pytest.approx(sum(utterance.codes.shape[1] for utterance in utterances) / 80)
+    assert dataset.seconds == pytest.approx(sum(len(utterance.codes) for utterance in utterances) / 80)
 
 
 @pytest.mark.parametrize("name", published.PUBLISHED)
@@ -143,7 +143,7 @@ def test_every_source_becomes_codes(tmp_path, name):
         np.testing.assert_array_equal(found[identity].codes, LoudnessCodec().encode(item.waveform))
     source = dataset.provenance["source"]
     assert (source["name"], source["root"]) == (name, str(tmp_path / "data"))
-    assert sum(source["licences"].values()) == len(expected)
+    assert sum(source["licenses"].values()) == len(expected)
 
 
 def test_any_number_of_workers_and_tasks_writes_the_same_files_and_no_others(manifest, tmp_path):
@@ -181,7 +181,7 @@ def test_every_record_is_accounted_for(manifest, tmp_path, keep, rule):
 def test_a_finished_job_is_not_done_again(manifest, tmp_path, monkeypatch):
     run(manifest, tmp_path / "codes")
     before = files_beside(tmp_path)
-    monkeypatch.setattr(module, "_encode_all", None)
+    monkeypatch.setattr(module, "encode_all", None)
     assert len(run(manifest, tmp_path / "codes")) == 11
     assert files_beside(tmp_path) == before
 

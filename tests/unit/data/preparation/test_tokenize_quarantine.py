@@ -12,8 +12,9 @@ import soundfile
 from megatron_most.audio.io import stream_audio
 from megatron_most.data.preparation import tokenize_audio as module
 from megatron_most.data.preparation.collect import SourceSpec
+from megatron_most.data.preparation.encode_shard import utterances_of
 from megatron_most.data.preparation.manifest import Record
-from megatron_most.data.preparation.shards import Limits, utterances_of
+from megatron_most.data.preparation.shards import Limits
 from megatron_most.data.preparation.sources import Roots, SourceOptions
 from megatron_most.data.preparation.tokenize_audio import tokenize_audio
 from megatron_most.errors import DataError
@@ -129,7 +130,7 @@ def test_too_much_in_quarantine_is_an_error_that_a_higher_limit_lifts(hostile, t
     assert f"m.jsonl, line {total}: not JSON" in str(caught.value)
     assert len((tmp_path / "codes.quarantine.jsonl").read_text().splitlines()) == rejected
     assert not (tmp_path / "codes.json").exists()
-    monkeypatch.setattr(module, "_encode_all", lambda *_: None)  # nothing is left to encode
+    monkeypatch.setattr(module, "encode_all", lambda *_: None)  # nothing is left to encode
     assert len(tokenize_audio(**run, max_quarantine=0.95)) == 2
 
 

@@ -8,7 +8,8 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_most.data.storage.documents import TASKS, Document
-from megatron_most.data.storage.indexed import DatasetWriter, TokenDataset, smallest_dtype
+from megatron_most.data.storage.indexed import smallest_dtype
+from megatron_most.data.storage.token_dataset import DatasetWriter, TokenDataset
 from megatron_most.errors import DataError
 from megatron_most.vocab import NO_CODE, VocabLayout
 from tests.unit.data.tiny import LAYOUTS, example_document, layout, random_codes, write_dataset
@@ -36,10 +37,10 @@ def test_documents_come_back_as_they_were(tmp_path, task, layout_name):
         np.testing.assert_array_equal(read.ids, document.ids)
         np.testing.assert_array_equal(read.loss_mask, document.loss_mask)
         assert read.ids.dtype == np.int64 and read.loss_mask.dtype == bool
-        if document.codes is None:
-            assert read.codes is None
+        if document.side_codes is None:
+            assert read.side_codes is None
         else:
-            np.testing.assert_array_equal(read.codes, document.codes)
+            np.testing.assert_array_equal(read.side_codes, document.side_codes)
 
 
 def test_files_are_megatron_datasets_of_the_smallest_type(tmp_path):
@@ -147,7 +148,7 @@ def test_text_has_no_codes_in_either_layout(tmp_path):
 def test_an_older_dataset_with_codes_is_replaced_by_one_without(tmp_path):
     write_dataset(tmp_path / "data", "asr", 3)
     text = write_dataset(tmp_path / "data", "text_lm", 2)
-    assert (text.document(1).codes == NO_CODE).all()
+    assert (text.document(1).side_codes == NO_CODE).all()
 
 
 @pytest.mark.parametrize("layout_name", LAYOUTS)
@@ -155,11 +156,11 @@ def test_documents_are_read_together_as_they_are_one_by_one(tmp_path, layout_nam
     dataset = write_dataset(tmp_path / "data", "tts", 6, layout_name=layout_name)
     together = dataset.read(np.array([4, 0, 4]))
     alone = [dataset.document(index) for index in (4, 0, 4)]
-    assert together.lengths.tolist() == [len(document) for document in alone]
+    assert dataset.lengths[[4, 0, 4]].tolist() == [len(document) for document in alone]
     np.testing.assert_array_equal(together.ids, np.concatenate([document.ids for document in alone]))
     np.testing.assert_array_equal(together.loss_mask, np.concatenate([document.loss_mask for document in alone]))
     if together.codes is not None:
-        codes = np.concatenate([document.codes for document in alone])
+        codes = np.concatenate([document.side_codes for document in alone])
         np.testing.assert_array_equal(together.codes, codes[(codes != NO_CODE).any(1)])
 
 
@@ -181,5 +182,5 @@ def test_codes_take_one_byte_where_they_fit(tmp_path, layout_name, size):
     assert IndexedDataset(str(tmp_path / f"data.{part}")).index.dtype == np.uint8
     document = TokenDataset(tmp_path / "data").document(0)
     (segment,) = vocab.audio_segments(document.ids)
-    side_codes = None if document.codes is None else document.codes[slice(*segment)]
+    side_codes = None if document.side_codes is None else document.side_codes[slice(*segment)]
     np.testing.assert_array_equal(vocab.codec_layout.decode(document.ids[slice(*segment)], side_codes), codes)

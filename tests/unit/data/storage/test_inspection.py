@@ -3,8 +3,8 @@
 import numpy as np
 
 from megatron_most.data.building.tasks import ChatTurn, make_chat
-from megatron_most.data.storage.indexed import DatasetWriter, TokenDataset
 from megatron_most.data.storage.inspection import audio_of, describe, histogram, num_duplicates, statistics, totals
+from megatron_most.data.storage.token_dataset import DatasetWriter, TokenDataset
 from tests.unit.data.tiny import LetterTokenizer, LoudnessCodec, example_document, layout, random_codes, write_dataset
 
 CODEC = {"name": "loudness", "frame_rate": 80.0, "sample_rate": 8000, "num_codebooks": 3}
