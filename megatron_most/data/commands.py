@@ -9,10 +9,11 @@ from pathlib import Path
 
 from megatron_most.audio import load_codec, write_wav
 from megatron_most.cli import require_positive
-from megatron_most.data.building.build import build_dataset
+from megatron_most.data.building.build import Inputs, build_dataset
 from megatron_most.data.building.examples import TemplateOptions
 from megatron_most.data.building.instructions import FIRST_INSTRUCTIONS
 from megatron_most.data.building.length_limit import LengthLimit
+from megatron_most.data.building.vocab_options import VocabOptions
 from megatron_most.data.preparation.manifest import read_manifest
 from megatron_most.data.preparation.speechify import speak_chats
 from megatron_most.data.source_commands import manifest, tokenize
@@ -36,23 +37,23 @@ def build(arguments: argparse.Namespace, command: str) -> None:
     require_writable(f"{arguments.output}.json")
     dataset = build_dataset(
         arguments.output,
-        task=arguments.task,
-        tokenizer=arguments.tokenizer,
-        codes=arguments.codes,
-        texts=arguments.text,
-        chats=arguments.chat,
-        template=TemplateOptions(
+        arguments.task,
+        arguments.tokenizer,
+        Inputs(arguments.codes, arguments.text, arguments.chat),
+        VocabOptions(
+            layout=arguments.layout,
+            text_vocab_size=arguments.text_vocab_size,
+            num_codebooks=arguments.num_codebooks,
+            codebook_size=arguments.codebook_size,
+            further_modalities=[_modality_range(text) for text in arguments.modality],
+        ),
+        TemplateOptions(
             wordings=arguments.wordings,
             loss=arguments.loss,
             limit=LengthLimit(arguments.max_length, arguments.over_length),
             modes=arguments.modes,
         ),
-        layout=arguments.layout,
-        text_vocab_size=arguments.text_vocab_size,
-        num_codebooks=arguments.num_codebooks,
-        codebook_size=arguments.codebook_size,
-        further_modalities=[_modality_range(text) for text in arguments.modality],
-        command=command,
+        command,
     )
     counts = dataset.provenance["counts"]
     print(summary(dataset))

@@ -13,12 +13,13 @@ from megatron_most import __version__
 from megatron_most.data.building.examples import Examples, TemplateOptions
 from megatron_most.data.building.special_tokens import special_tokens
 from megatron_most.data.building.tasks import TEMPLATE_VERSION
+from megatron_most.data.building.vocab_options import VocabOptions
 from megatron_most.data.storage.codes import CodecIdentity, CodesDataset
 from megatron_most.data.storage.documents import TASKS, Document
 from megatron_most.data.storage.token_dataset import DatasetWriter, TokenDataset
 from megatron_most.errors import ConfigError, DataError
 from megatron_most.text import load_tokenizer
-from megatron_most.vocab import ModalityRange, VocabLayout
+from megatron_most.vocab import VocabLayout
 
 
 @dataclass
@@ -39,73 +40,87 @@ class _Counts:
             self.modality_positions[name] += count
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a dataset is built from.
+
+    codes: prefixes of tokenized speech. For ``text_lm`` their transcripts are the text, and for ``chat`` they hold the
+        spoken turns.
+    texts: manifests whose ``text`` is read, for ``text_lm``.
+    chats: chat files (:mod:`~megatron_most.data.preparation.chat_files`), for ``chat``.
+    """
+
+    codes: Sequence[str | Path] = ()
+    texts: Sequence[str | Path] = ()
+    chats: Sequence[str | Path] = ()
+
+    def check(self, task: str) -> None:
+        """Raise :class:`ConfigError` for an unknown task, one that lacks its inputs, or has others."""
+        if task not in TASKS:
+            raise ConfigError(f"task={task!r}: must be one of {', '.join(TASKS)}")
+        if self.texts and task != "text_lm":
+            raise ConfigError(f"task={task}: needs tokenized speech (codes), not plain texts")
+        if self.chats and task != "chat":
+            raise ConfigError(f"task={task}: takes no chat files")
+        needed = {"text_lm": ("texts or codes", self.texts or self.codes), "chat": ("chats", self.chats)}
+        what, given = needed.get(task, ("codes", self.codes))
+        if not given:
+            raise ConfigError(f"task={task}: needs {what} to build from")
+
+
 def build_dataset(
     output: str | Path,
-    *,
     task: str,
     tokenizer: str | Path,
-    codes: Sequence[str | Path] = (),
-    texts: Sequence[str | Path] = (),
-    chats: Sequence[str | Path] = (),
+    inputs: Inputs,
+    vocab: VocabOptions | None = None,
     template: TemplateOptions | None = None,
-    layout: str = "frame",
-    text_vocab_size: int | None = None,
-    num_codebooks: int | None = None,
-    codebook_size: int | None = None,
-    further_modalities: Sequence[ModalityRange] = (),
     command: str = "",
 ) -> TokenDataset:
     """Build one dataset of one task.
 
     Args:
-        codes: prefixes of tokenized speech. For ``text_lm`` their transcripts are the text.
-        texts: manifests whose ``text`` is read, for ``text_lm``.
-        chats: chat files (:mod:`~megatron_most.data.preparation.chat_files`), for ``chat``; ``codes`` hold the spoken
-            turns.
+        output: path prefix of the dataset.
+        tokenizer: the text tokenizer's file or folder.
+        vocab: the model's vocabulary, where it is not just the tokenizer's and the codec's.
         template: how documents are made.
-        text_vocab_size: text ids of the model, which may be more than its tokenizer's; None takes the tokenizer's.
-        num_codebooks: how many of the codec's codebooks the model knows, from the first on; None takes all. Needed
-            where no ``codes`` say what the codec has.
-        codebook_size: the codec's, where no ``codes`` say it.
-        further_modalities: ranges of text ids that are modalities of their own in the model.
+        command: the command line, kept in the provenance.
 
     Raises:
         ConfigError: arguments that do not fit each other.
         DataError: codes of different codecs; a document that does not fit the layout (source and id are named); no
             document at all.
     """
-    _check_sources(task, codes, texts, chats)
+    inputs.check(task)
     template = template or TemplateOptions()
-    sources = [CodesDataset(prefix) for prefix in codes]
-    codec = _common_codec(sources)
+    codes = [CodesDataset(prefix) for prefix in inputs.codes]
+    codec = _common_codec(codes)
     text_tokenizer = load_tokenizer(tokenizer)
-    vocab = _layout(text_tokenizer.vocab_size, codec, layout, text_vocab_size, num_codebooks, codebook_size)
-    vocab = dataclasses.replace(vocab, further_modalities=list(further_modalities))
-    tokens = special_tokens(vocab, text_tokenizer, roles=task == "chat")
-    examples = Examples(task, vocab, text_tokenizer, template, codes=sources, texts=texts, chats=chats)
-
-    counts = _Counts(dict.fromkeys(vocab.modality_names, 0))
-    with DatasetWriter(output, task, vocab) as writer:
+    layout = (vocab or VocabOptions()).vocab_of(text_tokenizer.vocab_size, codec)
+    examples = Examples(task, layout, text_tokenizer, template, codes=codes, texts=inputs.texts, chats=inputs.chats)
+    provenance = {
+        "tokenizer": {"name": Path(tokenizer).name, "fingerprint": text_tokenizer.fingerprint},
+        "codec": codec.to_dict() if codec else None,
+        "template_version": TEMPLATE_VERSION,
+        "template": dataclasses.asdict(template),
+        "special_tokens": special_tokens(layout, text_tokenizer, roles=task == "chat"),
+    }
+    counts = _Counts(dict.fromkeys(layout.modality_names, 0))
+    with DatasetWriter(output, task, layout) as writer:
         for document in examples:
-            counts.add(document, vocab)
+            counts.add(document, layout)
             writer.add(document)
         if not counts.documents:
             raise DataError(f"{output}: {_why_nothing(task, examples.counts, template)}")
-        writer.commit(
-            {
-                "tokenizer": {"name": Path(tokenizer).name, "fingerprint": text_tokenizer.fingerprint},
-                "codec": codec.to_dict() if codec else None,
-                "template_version": TEMPLATE_VERSION,
-                "template": dataclasses.asdict(template),
-                "special_tokens": tokens,
-                "counts": dataclasses.asdict(counts) | dict(examples.counts),
-                "sources": [str(source) for source in (*codes, *texts, *chats)],
-                "licenses": {source.prefix: source.provenance.get("source", {}).get("licenses") for source in sources}
-                | {path: dict(sorted(found.items())) for path, found in examples.licenses.items()},
-                "tool_version": __version__,
-                "command": command,
-            }
-        )
+        provenance |= {
+            "counts": dataclasses.asdict(counts) | dict(examples.counts),
+            "sources": [str(source) for source in (*inputs.codes, *inputs.texts, *inputs.chats)],
+            "licenses": {source.prefix: source.provenance.get("source", {}).get("licenses") for source in codes}
+            | {path: dict(sorted(found.items())) for path, found in examples.licenses.items()},
+            "tool_version": __version__,
+            "command": command,
+        }
+        writer.commit(provenance)
     return TokenDataset(output)
 
 
@@ -126,21 +141,6 @@ def _why_nothing(task: str, counts: Mapping[str, int], template: TemplateOptions
     return f"none of {counts['examples']} examples became a document: {', '.join(found)}"
 
 
-def _check_sources(
-    task: str, codes: Sequence[str | Path], texts: Sequence[str | Path], chats: Sequence[str | Path]
-) -> None:
-    if task not in TASKS:
-        raise ConfigError(f"task={task!r}: must be one of {', '.join(TASKS)}")
-    if texts and task != "text_lm":
-        raise ConfigError(f"task={task}: needs tokenized speech (codes), not plain texts")
-    if chats and task != "chat":
-        raise ConfigError(f"task={task}: takes no chat files")
-    needed = {"text_lm": ("texts or codes", texts or codes), "chat": ("chats", chats)}
-    what, given = needed.get(task, ("codes", codes))
-    if not given:
-        raise ConfigError(f"task={task}: needs {what} to build from")
-
-
 def _common_codec(sources: Iterable[CodesDataset]) -> CodecIdentity | None:
     first: CodesDataset | None = None
     for source in sources:
@@ -150,25 +150,3 @@ def _common_codec(sources: Iterable[CodesDataset]) -> CodecIdentity | None:
             )
         first = first or source
     return first.codec if first else None
-
-
-def _layout(
-    tokenizer_size: int,
-    codec: CodecIdentity | None,
-    layout: str,
-    text_vocab_size: int | None,
-    num_codebooks: int | None,
-    codebook_size: int | None,
-) -> VocabLayout:
-    text_vocab_size = text_vocab_size or tokenizer_size
-    if text_vocab_size < tokenizer_size:
-        raise ConfigError(f"text_vocab_size={text_vocab_size}: the tokenizer has {tokenizer_size} ids")
-    if codec is None:
-        if num_codebooks is None or codebook_size is None:
-            raise ConfigError("num_codebooks and codebook_size: needed where no codes say what the model's codec is")
-        return VocabLayout(text_vocab_size, num_codebooks, codebook_size, layout)
-    if codebook_size not in (None, codec.codebook_size):
-        raise ConfigError(f"codebook_size={codebook_size}: codec {codec.name} has {codec.codebook_size}")
-    if num_codebooks is not None and num_codebooks > codec.num_codebooks:
-        raise ConfigError(f"num_codebooks={num_codebooks}: codec {codec.name} has {codec.num_codebooks}")
-    return VocabLayout(text_vocab_size, num_codebooks or codec.num_codebooks, codec.codebook_size, layout)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from megatron_most.data.preparation.chat_files import Chat
 from megatron_most.data.preparation.keyed_choice import choose
@@ -21,7 +21,7 @@ def check_modes(modes: Sequence[str]) -> None:
         raise ConfigError(f"modes=[]: needs at least one of {', '.join(MODES)}")
 
 
-def choose_mode(chat: Chat, place: int, modes: Sequence[str], spoken: set[str] | dict[str, object]) -> str | None:
+def choose_mode(chat: Chat, place: int, modes: Sequence[str], spoken: Container[str | None]) -> str | None:
     """The mode of exchange ``place``, drawn in equal shares from those of ``modes`` that its recordings allow.
 
     Args:

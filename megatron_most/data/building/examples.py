@@ -14,8 +14,9 @@ from megatron_most.data.building.document_builder import LOSSES, DocumentBuilder
 from megatron_most.data.building.instructions import choose_instruction
 from megatron_most.data.building.interleave import alternate, groups
 from megatron_most.data.building.length_limit import LengthLimit, sentences
+from megatron_most.data.building.recordings import Recordings
 from megatron_most.data.building.tasks import ChatTurn, make_chat, make_document, make_interleaved
-from megatron_most.data.preparation.chat_files import Chat, Message, read_chats
+from megatron_most.data.preparation.chat_files import Chat, read_chats
 from megatron_most.data.preparation.manifest import manifest_records
 from megatron_most.data.storage.codes import CodesDataset
 from megatron_most.data.storage.documents import Document
@@ -187,38 +188,30 @@ class Examples:
                 yield self._split(segments, make)
 
     def _conversations(self) -> Iterator[list[Document]]:
-        place_of = {
-            identity: (source, index)
-            for source in self._codes
-            for index, identity in enumerate(source.ids())
-        }  # fmt: skip
-        set_aside = {identity for source in self._codes for identity in source.set_aside()}
+        recordings = Recordings(self._codes, self._vocab.num_codebooks)
         for path in self._chats:
             for chat in read_chats(path):
-                where = f"{path}, {chat.id}"
                 self.licenses[str(path)][chat.license or "unknown"] += 1
-                for message in chat.messages():
-                    if message.audio is not None and message.audio not in place_of:
-                        if message.audio not in set_aside:
-                            raise DataError(f"{where}: utterance {message.audio!r} is in none of the codes")
-                        self.counts["unrecorded"] += 1
-                modes = [choose_mode(chat, n, self._options.modes, place_of) for n in range(len(chat.exchanges))]
-                if None in modes:
-                    self.counts["unspoken"] += 1
-                    yield []
-                    continue
-                self.counts.update(modes)
-                exchanges = [
-                    [self._turn(message, kind == "S", place_of) for message, kind in zip(pair, mode[::2], strict=True)]
-                    for pair, mode in zip(chat.exchanges, modes, strict=True)
-                ]
-                yield self._split(exchanges, lambda parts, chat=chat, where=where: self._chat(chat, parts, where))
+                yield self._conversation(chat, recordings, f"{path}, {chat.id}")
 
-    def _turn(self, message: Message, spoken: bool, place_of: dict[str, tuple[CodesDataset, int]]) -> ChatTurn:
-        if not spoken:
-            return ChatTurn(message.role, message.content)
-        source, index = place_of[message.audio]
-        return ChatTurn(message.role, message.content, source.codes_of(index)[:, : self._vocab.num_codebooks])
+    def _conversation(self, chat: Chat, recordings: Recordings, where: str) -> list[Document]:
+        try:
+            self.counts["unrecorded"] += recordings.num_unusable(chat)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+        modes = [choose_mode(chat, place, self._options.modes, recordings) for place in range(len(chat.exchanges))]
+        if None in modes:
+            self.counts["unspoken"] += 1
+            return []
+        self.counts.update(modes)
+        exchanges = [
+            [
+                ChatTurn(message.role, message.content, recordings.codes_of(message.audio) if kind == "S" else None)
+                for message, kind in zip(pair, mode.split("-"), strict=True)
+            ]
+            for pair, mode in zip(chat.exchanges, modes, strict=True)
+        ]
+        return self._split(exchanges, lambda parts: self._chat(chat, parts, where))
 
     def _chat(self, chat: Chat, exchanges: Iterable[list[ChatTurn]], where: str) -> Document:
         system = [ChatTurn("system", chat.system.content)] if chat.system else []

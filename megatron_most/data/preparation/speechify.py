@@ -95,6 +95,19 @@ def speak_chats(
                     yield _Job(f"{chat.id}#{place}", message, voice, path)
 
     failed = _speak_all(jobs(read_chats(chat_file)), command, workers or len(os.sched_getaffinity(0)))
+    spoken_of = ((chat, {job.id: job for job in jobs([chat]) if _is_sound(job.path)}) for chat in read_chats(chat_file))
+    return _write_results(output, spoken_of, failed)
+
+
+def _write_results(
+    output: Path, spoken_of: Iterable[tuple[Chat, dict[str, _Job]]], failed: dict[str, str]
+) -> Counter[str]:
+    """Write the manifest, the conversations and the failures; counts of turns.
+
+    Args:
+        spoken_of: each conversation, with the turns that are spoken by their ids.
+        failed: reasons by the ids of turns.
+    """
     counts: Counter[str] = Counter(spoken=0, written=0, failed=len(failed))
     with (
         replacing(output / "manifest.jsonl") as manifest_path,
@@ -102,8 +115,7 @@ def speak_chats(
         replacing(output / "failed.jsonl") as failed_path,
     ):
         with open(manifest_path, "w", encoding="utf-8") as manifest, open(chats_path, "w", encoding="utf-8") as chats:
-            for chat in read_chats(chat_file):
-                spoken = {job.id: job for job in jobs([chat]) if _is_sound(job.path)}
+            for chat, spoken in spoken_of:
                 for job in spoken.values():
                     _write_line(manifest, _manifest_entry(job, output, chat.license))
                 messages = [

@@ -35,6 +35,7 @@ MAX_QUARANTINE = 0.01
 """Share of a source that may be unusable before that is an error."""
 
 
+# Nine arguments: what is encoded, with what, to where, by whom, and what may go wrong have no part in common.
 def tokenize_audio(
     source: SourceSpec | str | Path,
     codec: str | Path,

@@ -42,28 +42,11 @@ class LhotseCuts(Source):
     def _record(self, cut: dict[str, Any], where: str, split: str) -> Record:
         if cut.get("type", "MonoCut") != "MonoCut":
             raise DataError(f"type={cut['type']!r}: only MonoCut is read")
-        recording = _object(cut, "recording")
-        sources = recording.get("sources")
-        source = sources[0] if isinstance(sources, list) and len(sources) == 1 else None
-        if not isinstance(source, dict) or source.get("type") != "file" or not isinstance(source.get("source"), str):
-            raise DataError("recording.sources: must be one source of type 'file'")
-        if "://" in source["source"]:
-            raise DataError(f"recording.sources: {source['source']}: an address is not read; download the file")
-        if recording.get("transforms"):
-            raise DataError("recording.transforms: must be empty; save the transformed audio")
-        supervisions = cut.get("supervisions") or []
-        if not isinstance(supervisions, list) or len(supervisions) > 1:
-            raise DataError("supervisions: must be at most one (trim the cuts to supervisions)")
-        supervision = supervisions[0] if supervisions else {}
-        if not isinstance(supervision, dict):
-            raise DataError("supervisions: must hold objects")
+        source = _source_of(_object(cut, "recording"))
+        supervision = _supervision_of(cut)
         start, duration = seconds_of(cut, "start"), seconds_of(cut, "duration")
         if start is None or not duration:
             raise DataError("start and duration: must be numbers of seconds, the latter above 0")
-        channels = source.get("channels") or [0]
-        channel = cut.get("channel", 0)
-        if channel not in channels:
-            raise DataError(f"channel={channel!r}: the recording has {channels}")
         language = text_of(supervision, "language")
         return Record(
             id=text_of(cut, "id") or where,
@@ -71,7 +54,7 @@ class LhotseCuts(Source):
             audio=Path(source["source"]),
             offset=start,
             duration=duration,
-            channel=channels.index(channel) if len(channels) > 1 else None,
+            channel=_place_of_channel(cut, source),
             language=_LANGUAGES.get((language or "").lower(), language),
             speaker=text_of(supervision, "speaker"),
             split=split,
@@ -98,6 +81,42 @@ class LibriHeavy(LhotseCuts):
         if not isinstance(texts, list) or len(texts) != 2 or not all(isinstance(text, str) for text in texts):
             raise DataError("supervisions[0].custom.texts: must be two texts")
         return texts[("printed", "plain").index(field)]
+
+
+def _source_of(recording: dict[str, Any]) -> dict[str, Any]:
+    """The one file of a recording: an object with ``source`` (its path) and ``channels``."""
+    sources = recording.get("sources")
+    source = sources[0] if isinstance(sources, list) and len(sources) == 1 else None
+    if not isinstance(source, dict) or source.get("type") != "file" or not isinstance(source.get("source"), str):
+        raise DataError("recording.sources: must be one source of type 'file'")
+    if "://" in source["source"]:
+        raise DataError(f"recording.sources: {source['source']}: an address is not read; download the file")
+    if recording.get("transforms"):
+        raise DataError("recording.transforms: must be empty; save the transformed audio")
+    return source
+
+
+def _supervision_of(cut: dict[str, Any]) -> dict[str, Any]:
+    """The one supervision of a cut; empty where it has none."""
+    supervisions = cut.get("supervisions") or []
+    if not isinstance(supervisions, list) or len(supervisions) > 1:
+        raise DataError("supervisions: must be at most one (trim the cuts to supervisions)")
+    supervision = supervisions[0] if supervisions else {}
+    if not isinstance(supervision, dict):
+        raise DataError("supervisions: must hold objects")
+    return supervision
+
+
+def _place_of_channel(cut: dict[str, Any], source: dict[str, Any]) -> int | None:
+    """Which of its file's channels a cut is of, counted from 0; None where there is only one.
+
+    Lhotse numbers the channels of a recording, and the file holds them in the order of ``channels``: of a source with
+    the channels 1 and 3, channel 3 is the second one in the file.
+    """
+    channels, channel = source.get("channels") or [0], cut.get("channel", 0)
+    if channel not in channels:
+        raise DataError(f"channel={channel!r}: the recording has {channels}")
+    return channels.index(channel) if len(channels) > 1 else None
 
 
 def _object(parent: dict[str, Any], name: str) -> dict[str, Any]:

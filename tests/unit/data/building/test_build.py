@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from megatron_most.data.building import build as module
-from megatron_most.data.building.build import build_dataset
+from megatron_most.data.building.build import Inputs
 from megatron_most.data.building.examples import TemplateOptions
 from megatron_most.data.building.length_limit import LengthLimit
 from megatron_most.data.building.tasks import TEMPLATE_VERSION
+from megatron_most.data.building.vocab_options import VocabOptions
 from megatron_most.data.storage.codes import CodesDataset
 from megatron_most.data.storage.inspection import audio_of
 from megatron_most.data.storage.token_dataset import TokenDataset
@@ -28,6 +29,12 @@ from tests.unit.data.tiny import (
     random_codes,
     write_codes,
 )
+
+
+def build_dataset(output: Path, task: str, tokenizer: str, template=None, command="", **options) -> TokenDataset:
+    """``options`` are those of the inputs and of the vocabulary, by their names."""
+    inputs = Inputs(**{name: options.pop(name) for name in ("codes", "texts", "chats") if name in options})
+    return module.build_dataset(output, task, tokenizer, inputs, VocabOptions(**options), template, command)
 
 
 @pytest.fixture(autouse=True)

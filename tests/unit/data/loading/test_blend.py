@@ -1,5 +1,6 @@
 """Rows: each document once an epoch, weights as shares of tokens, and row k a function of k alone."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -69,6 +70,18 @@ def test_neighbours_change_between_epochs(folder):
     first = {frozenset(content(rows[k])) for k in range(per_epoch)}
     second = {frozenset(content(rows[k])) for k in range(per_epoch, 2 * per_epoch)}
     assert not first & second
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_come_in_another_order_in_every_epoch(folder, packing):
+    """Told by their lengths: documents of one length may change places, but a row keeps the lengths it holds."""
+    rows = open_rows(folder, ["asr"], [1.0], packing=packing)
+    (per_epoch,) = rows.rows_per_epoch
+    epochs = [[tuple(rows[k].lengths) for k in range(e * per_epoch, (e + 1) * per_epoch)] for e in range(3)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+    for first, second in itertools.combinations(epochs, 2):
+        in_place = sum(a == b for a, b in zip(first, second, strict=True))
+        assert in_place < per_epoch / 2
 
 
 def test_a_row_depends_on_its_number_alone(folder):

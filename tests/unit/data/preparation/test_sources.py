@@ -136,6 +136,23 @@ def test_lhotse_cuts_as_lhotse_writes_them(tmp_path):
     np.testing.assert_array_equal(read_waveform(found[1], published.RATE), waveform[4000:12000, 1])
 
 
+@pytest.mark.parametrize(("channel", "place"), [(1, 0), (3, 1)])
+def test_a_channel_of_a_cut_is_heard_by_its_place_in_the_file(tmp_path, channel, place):
+    """Lhotse numbers channels by the recording, which may hold only some of them: here 1 and 3, in a file of two."""
+    sides = np.stack([published.sound(0), published.sound(1)], axis=1)
+    written = published.write_audio(tmp_path / "talk.wav", sides, subtype="FLOAT")
+    cut = {
+        "id": "a", "start": 0.0, "duration": 0.3, "channel": channel, "supervisions": [{"text": "hello"}],
+        "recording": {"sources": [{"type": "file", "channels": [1, 3], "source": "talk.wav"}]},
+    }  # fmt: skip
+    (tmp_path / "cuts.jsonl").write_text(json.dumps(cut) + "\n")
+    [found] = records("lhotse", tmp_path / "cuts.jsonl")
+    np.testing.assert_array_equal(read_waveform(found, published.RATE), written[:, place])
+    (tmp_path / "cuts.jsonl").write_text(json.dumps(cut | {"channel": 0}) + "\n")
+    [reason] = rejections("lhotse", tmp_path / "cuts.jsonl")
+    assert reason.endswith("channel=0: the recording has [1, 3]")
+
+
 @pytest.mark.parametrize(
     ("change", "rule"),
     [
@@ -277,6 +294,34 @@ def test_what_a_user_says_fills_what_a_record_does_not(tmp_path):
     assert (said.language, said.license) == ("cy", "CC0-1.0")
     collected = collect(spec("nemo", tmp_path / "train.jsonl"), tmp_path / "m", tmp_path / "q")
     assert collected.licenses == {"unknown": 3}
+
+
+@pytest.mark.parametrize("key", ["license", "licence"])
+def test_a_license_is_read_in_either_spelling_and_written_in_one(tmp_path, key):
+    published.nemo(tmp_path)
+    manifest = tmp_path / "train.jsonl"
+    manifest.write_text(manifest.read_text().replace('{"audio', f'{{"{key}": "MIT", "audio'))
+    assert [record.license for record in records("nemo", manifest, license="CC0-1.0")] == ["MIT"] * 3
+    collected = collect(spec("nemo", manifest), tmp_path / "m", tmp_path / "q")
+    assert collected.licenses == {"MIT": 3}
+    assert (tmp_path / "m").read_text().count('"license": "MIT"') == 3 and '"licence"' not in (
+        tmp_path / "m"
+    ).read_text()
+
+
+@pytest.mark.parametrize("key", ["license", "licence"])
+def test_texts_conversations_and_web_datasets_keep_their_license(tmp_path, key):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "a", key: "MIT"}) + "\n")
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages, key: "MIT"}) + "\n")
+    parquet.write_table(pyarrow.table({"text": ["a"], key: ["MIT"]}), tmp_path / "text.parquet")
+    flac, _ = published.encoded(published.sound(0))
+    published.write_tar(tmp_path / "s.tar", {"a.flac": flac, "a.json": json.dumps({"text": "a", key: "MIT"}).encode()})
+    sources = (("text", "text.jsonl"), ("text", "text.parquet"), ("chat", "chat.jsonl"), ("webdataset", "s.tar"))
+    for name, file in sources:
+        assert [record.license for record in records(name, tmp_path / file)] == ["MIT"], file
+    [chat] = read_chats(tmp_path / "chat.jsonl")
+    assert chat.license == "MIT"
 
 
 def hostile_lines(folder: Path) -> dict[str, tuple[bytes, str]]:

@@ -1,6 +1,7 @@
 """Tokenization: the same codes from any number of workers, and nothing lost or left over by an interruption."""
 
 import contextlib
+import hashlib
 import json
 import multiprocessing
 import os
@@ -358,6 +359,21 @@ def test_a_begun_job_is_not_gone_on_with_another_codec(manifest, tmp_path, monke
     monkeypatch.setattr(module, "load_codec", lambda name: other)
     with pytest.raises(DataError, match=r"codes\.parts/job\.json: was made with another codec, loudness"):
         run(manifest, tmp_path / "codes", task=(1, 2))
+
+
+def test_a_job_that_version_0_1_began_goes_on(manifest, tmp_path):
+    """It wrote ``licence``, and knew a source by the SHA-256 of lines that said so."""
+    manifest.write_text(manifest.read_text().replace('{"audio', '{"license": "MIT", "audio'))
+    run(manifest, tmp_path / "whole" / "codes")
+    run(manifest, tmp_path / "begun" / "codes", task=(0, 2))
+    parts = tmp_path / "begun" / "codes.parts"
+    for path in (parts / "job.json", parts / "records.jsonl"):
+        path.write_text(path.read_text().replace("license", "licence"))
+    job = json.loads((parts / "job.json").read_text())
+    assert job["records_sha256"] == hashlib.sha256((parts / "records.jsonl").read_bytes()).hexdigest()
+    assert job["source"]["licences"] == {"MIT": 11}
+    assert len(run(manifest, tmp_path / "begun" / "codes", task=(1, 2))) == 11
+    assert files(tmp_path / "begun") == files(tmp_path / "whole")
 
 
 def test_text_without_audio_cannot_be_tokenized(tmp_path):

@@ -182,6 +182,13 @@ def test_a_rest_that_is_too_short_for_the_codec_stays_with_the_last_chunk(tmp_pa
     assert [len(piece) for piece in pieces] == [2 * RATE, 2 * RATE + 99]
 
 
+def test_a_rest_of_exactly_what_the_codec_needs_is_a_chunk_of_its_own(tmp_path):
+    soundfile.write(tmp_path / "long.wav", noise(4 * RATE + LoudnessCodec.min_samples), RATE)
+    record = Record("x", "", tmp_path / "long.wav", None, None)
+    pieces = utterances_of(record, LoudnessCodec(), Roots([tmp_path]), Limits(2.0))
+    assert [len(piece) for piece in pieces] == [2 * RATE, 2 * RATE, LoudnessCodec.min_samples]
+
+
 @pytest.mark.slow
 def test_ten_hours_are_never_held_at_once(tmp_path):
     hour = (noise(3600 * RATE) * 32767).astype(np.int16)
