@@ -84,6 +84,11 @@ class CodecLayout(ABC):
         """
         return (codebooks >= 0) & (num_frames >= 0)
 
+    def _num_frames(self, codes: np.ndarray) -> int:
+        num_frames, num_codebooks = codes.shape
+        assert num_codebooks == self.num_codebooks, f"codes {codes.shape} are not [frames, {self.num_codebooks}]"
+        return num_frames
+
     def is_leading(self, ids):
         """True where an id is one of :attr:`leading_ids`; NumPy arrays and torch tensors alike."""
         return (ids >= self.leading_ids.start) & (ids < self.leading_ids.stop)
@@ -104,7 +109,7 @@ class FrameLayout(CodecLayout):
         self.leading_ids = self.side_code_ids = range(frame, frame + 1)
 
     def encode(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return np.full(len(codes), self.frame, dtype=np.int64), codes.astype(np.int64)
+        return np.full(self._num_frames(codes), self.frame, dtype=np.int64), codes.astype(np.int64)
 
     def decode(self, ids: np.ndarray, side_codes: np.ndarray | None) -> np.ndarray:
         wrong = np.flatnonzero(ids != self.frame)
@@ -139,7 +144,7 @@ class FrameDelayLayout(FrameLayout):
         self.side_code_ids = range(frame, frame + 2)
 
     def encode(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        num_frames = len(codes)
+        num_frames = self._num_frames(codes)
         num_positions = self.num_positions(num_frames)
         ids = np.full(num_positions, self.tail, dtype=np.int64)
         ids[:num_frames] = self.frame
@@ -189,7 +194,7 @@ class FlatLayout(CodecLayout):
         self.side_code_ids = range(0)
 
     def encode(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        codebook, frame = self._order(len(codes))
+        codebook, frame = self._order(self._num_frames(codes))
         ids = self.first_code_id + codebook * self.codebook_size + codes[frame, codebook].astype(np.int64)
         return ids, np.full((ids.size, self.num_codebooks), NO_CODE, dtype=np.int64)
 

@@ -137,3 +137,9 @@ def test_numpy_and_torch_agree(name):
     ids = np.arange(vocab_of(name).size)
     for tell in (layout.is_leading, layout.holds_side_codes):
         assert tell(torch.from_numpy(ids)).tolist() == tell(ids).tolist()
+
+
+@pytest.mark.parametrize("name", CODEC_LAYOUTS)
+def test_codes_the_wrong_way_round_are_not_taken(name):
+    with pytest.raises(AssertionError, match=r"are not \[frames, 3\]"):
+        vocab_of(name).codec_layout.encode(np.zeros((3, 5), dtype=np.int64))

@@ -1,4 +1,7 @@
-"""Sources -> the documents of a task: one example after the other, with the template options and the length limit."""
+"""Inputs -> the documents of a task: one example after the other, with the template options and the length limit.
+
+Shape letters: C codebooks, F codec frames. Codes are ``[F, C]``.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from megatron_most.data.building.recordings import Recordings
 from megatron_most.data.building.tasks import ChatTurn, make_chat, make_document, make_interleaved
 from megatron_most.data.preparation.chat_files import Chat, read_chats
 from megatron_most.data.preparation.manifest import manifest_records
-from megatron_most.data.storage.codes import CodesDataset
+from megatron_most.data.storage.codes import CodesDataset, Utterance
 from megatron_most.data.storage.documents import Document
 from megatron_most.errors import ConfigError, DataError
 from megatron_most.text import TextTokenizer
@@ -87,30 +90,29 @@ class Examples:
             yield from documents
 
     def _utterances(self) -> Iterator[list[Document]]:
-        options, task = self._options, self._task
         for source in self._codes:
             for utterance in source:
-                where = f"codes {source.prefix}, {utterance.id}"
-                if task != "speech_lm" and not utterance.text:
-                    self.counts["textless"] += 1
-                    yield []
-                    continue
-                codes = utterance.codes[:, : self._vocab.num_codebooks]
-                if task == "speech_lm":
-                    yield self._limited(self._speech_chunks(codes, where))
-                    continue
-                instruction = choose_instruction(task, utterance.id, options.wordings)
-                document = make_document(
-                    task,
-                    self._vocab,
-                    self._tokenizer,
-                    text=utterance.text,
-                    codes=codes,
-                    where=where,
-                    instruction=instruction,
-                    loss=options.loss,
-                )
-                yield self._limited([document])
+                yield self._utterance(utterance, f"codes {source.prefix}, {utterance.id}")
+
+    def _utterance(self, utterance: Utterance, where: str) -> list[Document]:
+        task, options = self._task, self._options
+        codes = utterance.codes[:, : self._vocab.num_codebooks]
+        if task == "speech_lm":
+            return self._limited(self._speech_chunks(codes, where))
+        if not utterance.text:
+            self.counts["textless"] += 1
+            return []
+        document = make_document(
+            task,
+            self._vocab,
+            self._tokenizer,
+            text=utterance.text,
+            codes=codes,
+            where=where,
+            instruction=choose_instruction(task, utterance.id, options.wordings),
+            loss=options.loss,
+        )
+        return self._limited([document])
 
     def _speech_chunks(self, codes: np.ndarray, where: str) -> list[Document]:
         """The whole, or under the policy ``chunk`` chunks of about equal length."""

@@ -1,4 +1,7 @@
-"""Utterances that follow each other in one recording, told in turn by their text and by their sound."""
+"""Utterances that follow each other in one recording, told in turn by their text and by their sound.
+
+Shape letters: C codebooks, F codec frames. Codes are ``[F, C]``.
+"""
 
 from __future__ import annotations
 

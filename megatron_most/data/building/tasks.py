@@ -7,6 +7,8 @@
     interleaved  <bos>  text <begin_of_audio> frames <end_of_audio> text ... <eos>
     chat         <bos> <system> text (<user> turn <assistant>  turn <eos>)...
 
+Shape letters: C codebooks, F codec frames. Codes are ``[F, C]``.
+
 The loss is on what stands after the double space (in chat: up to and with the next ``<eos>``). Text is kept as given,
 without white space at its ends. Instructions have several wordings (:mod:`megatron_most.data.building.instructions`).
 """

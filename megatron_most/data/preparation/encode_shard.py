@@ -20,7 +20,7 @@ from megatron_most.errors import DataError
 from megatron_most.files import replacing, write_text
 
 SILENCE_PEAK = 1e-4
-"""Audio that never exceeds this (-80 dB) is nobody's speech."""
+"""Audio that never exceeds this (-80 dB) is treated as silence."""
 
 
 def encode_shard(

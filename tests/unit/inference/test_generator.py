@@ -122,7 +122,7 @@ def test_sampling_repeats_with_its_seed_and_differs_with_another(generator):
 def test_audio_may_end_only_between_frames(generator):
     vocab, grammar = generator.vocab, SpeechGrammar(generator.vocab, max_frames=3)
     layout = vocab.codec_layout
-    ids, _ = layout.encode(np.zeros((vocab.num_codebooks, 3), dtype=np.int64))
+    ids, _ = layout.encode(np.zeros((3, vocab.num_codebooks), dtype=np.int64))
     for position in range(len(ids) + 1):
         (allowed,) = grammar.allowed(torch.from_numpy(ids[None, :position]), 200)
         frames = int(layout.is_leading(ids[:position]).sum())
