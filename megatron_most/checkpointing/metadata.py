@@ -14,7 +14,7 @@ from typing import Any
 from megatron_most.audio import codec_file, file_fingerprint
 from megatron_most.checkpointing.directory import read_json, resolve
 from megatron_most.config import RunConfig, number_experts
-from megatron_most.data.indexed import read_json as read_sidecar
+from megatron_most.data.storage.sidecar import read_sidecar
 from megatron_most.errors import CheckpointError
 from megatron_most.text import load_tokenizer
 from megatron_most.vocab import VocabLayout

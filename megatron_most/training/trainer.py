@@ -26,8 +26,8 @@ from megatron_most.checkpointing import (
     save_checkpoint,
 )
 from megatron_most.config import RunConfig
-from megatron_most.data.batch import Batch
-from megatron_most.data.loader import train_batches, validation_batches
+from megatron_most.data.loading.batch import Batch
+from megatron_most.data.loading.loader import train_batches, validation_batches
 from megatron_most.errors import DataError, MostError
 from megatron_most.model import build_model, check_libraries
 from megatron_most.model.fp8 import collect_fp8_padding, end_fp8_step

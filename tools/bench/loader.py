@@ -25,10 +25,10 @@ import numpy as np
 import torch
 
 from megatron_most.config.load import build_config
-from megatron_most.data.documents import Document
-from megatron_most.data.indexed import DatasetWriter
-from megatron_most.data.loader import train_batches
-from megatron_most.vocab import NO_CODE, VocabLayout
+from megatron_most.data.loading.loader import train_batches
+from megatron_most.data.storage.documents import Document
+from megatron_most.data.storage.token_dataset import DatasetWriter
+from megatron_most.vocab import VocabLayout
 from tools.bench import paired
 
 CODEBOOKS, CODEBOOK_SIZE, TEXT_VOCAB = 8, 1000, 32000
@@ -41,14 +41,16 @@ def write_documents(prefix: Path, layout: str, num_documents: int) -> VocabLayou
     seconds = np.clip(random.lognormal(2.4, 0.6, num_documents), 2, 30)
     with DatasetWriter(prefix, "asr", vocab) as writer:
         for duration in seconds:
-            codes = random.integers(0, CODEBOOK_SIZE, (CODEBOOKS, int(12.5 * duration)))
+            codes = random.integers(0, CODEBOOK_SIZE, (int(12.5 * duration), CODEBOOKS))
             frames, side_codes = vocab.codec_layout.encode(codes)
             text = random.integers(3, TEXT_VOCAB, int(3.3 * duration) + 4)
             ids = np.concatenate([frames, text])
-            all_codes = np.full((len(ids), CODEBOOKS), NO_CODE)
-            all_codes[: len(frames)] = side_codes
             mask = np.arange(len(ids)) >= len(frames)
-            writer.add(Document(ids, mask, all_codes if vocab.codec_layout.uses_side_codes else None))
+            writer.add(
+                Document(ids, mask, np.arange(len(frames)), side_codes)
+                if vocab.codec_layout.uses_side_codes
+                else Document(ids, mask)
+            )
         writer.commit({})
     return vocab
 

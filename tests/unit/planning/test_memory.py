@@ -9,7 +9,7 @@ import torch
 
 from megatron_most import parallel
 from megatron_most.config import RunConfig
-from megatron_most.data.batch import Batch
+from megatron_most.data.loading.batch import Batch
 from megatron_most.model import build_model, count_parameters
 from megatron_most.planning import MemoryEstimate, memory_of_rank, memory_per_rank, shard_sizes
 from megatron_most.planning.memory import computed_pairs, expert_load, layer_activations, micro_batches_under_way
