@@ -32,7 +32,7 @@ from megatron_most.precision import fp8_product
 from megatron_most.training.loss import LossTable
 from megatron_most.training.optimizer import build_optimizer, wrap_model
 from megatron_most.training.run_directory import device_name, versions
-from megatron_most.training.step import run_microbatches
+from megatron_most.training.microbatches import run_microbatches
 from tools.bench.experts import build_experts
 from tools.bench.router import half_audio
 from tools.bench.timing import Timing, matmul_rate, time_calls

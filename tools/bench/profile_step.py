@@ -19,7 +19,7 @@ from megatron_most.data.loading.loader import train_batches
 from megatron_most.model import build_model
 from megatron_most.training.loss import LossTable
 from megatron_most.training.optimizer import build_optimizer, wrap_model
-from megatron_most.training.step import run_microbatches
+from megatron_most.training.microbatches import run_microbatches
 
 MATRIX_PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::_grouped_mm")
 ATTENTION = ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention")

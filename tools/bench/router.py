@@ -28,7 +28,7 @@ from megatron_most.model import build_model
 from megatron_most.moe.token_planes import pack_planes
 from megatron_most.training.loss import LossTable
 from megatron_most.training.optimizer import build_optimizer, wrap_model
-from megatron_most.training.step import run_microbatches
+from megatron_most.training.microbatches import run_microbatches
 from tools.bench import paired
 
 LAYERS = 4  # the first has no experts

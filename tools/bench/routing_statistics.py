@@ -23,7 +23,7 @@ from megatron_most.model import build_model
 from megatron_most.moe import ModalityAwareRouter, collect_routing
 from megatron_most.training.loss import LossTable
 from megatron_most.training.optimizer import wrap_model
-from megatron_most.training.step import run_microbatches
+from megatron_most.training.microbatches import run_microbatches
 from tools.bench import paired
 
 LENGTH, NUM_TEXT_IDS = 1024, 1000
