@@ -49,7 +49,7 @@ class StepHook:
 
 
 class MetricsLog(StepHook):
-    """Lines of ``metrics.jsonl`` and ``routing.jsonl``, the console, TensorBoard and wandb. Making one is collective."""
+    """``metrics.jsonl``, ``routing.jsonl``, the console, TensorBoard and wandb. Making one is a collective call."""
 
     def __init__(self, trainer: Trainer) -> None:
         config = trainer.config

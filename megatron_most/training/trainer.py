@@ -31,7 +31,7 @@ from megatron_most.training.muon import check_muon
 from megatron_most.training.run_directory import check_same_run, claim, device_name
 from megatron_most.training.step_hooks import Checkpoints, MetricsLog, Profile, StepHook, Validation
 from megatron_most.training.stop import StopRequest
-from megatron_most.training.train_step import StepResult, TrainState, build_train_state, train_step
+from megatron_most.training.train_step import StepResult, build_train_state, train_step
 
 
 class Trainer:

@@ -16,11 +16,10 @@ from megatron_most import parallel
 from megatron_most.config import RunConfig
 from megatron_most.data.loading.batch import Batch
 from megatron_most.model import build_model
-from megatron_most.moe import collect_routing, end_routing_step
-from megatron_most.training.loss import LossTable
-from megatron_most.training.optimizer import build_optimizer, build_scheduler, wrap_model
+from megatron_most.moe import collect_routing
+from megatron_most.training.microbatches import sum_over_ranks
 from megatron_most.training.parts import part_grad_norms
-from megatron_most.training.microbatches import run_microbatches, sum_over_ranks
+from megatron_most.training.train_step import build_train_state, compute_gradients, train_step, update_weights
 from tests.distributed.shards import Piece, assemble, fill_weights, local_pieces
 from tests.distributed.tiny import tiny_batch, tiny_config
 

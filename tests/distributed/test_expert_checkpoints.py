@@ -12,12 +12,9 @@ from megatron_most.checkpointing import load_checkpoint, save_checkpoint
 from megatron_most.checkpointing.optimizer_state import OptimizerState
 from megatron_most.checkpointing.state import _model_state
 from megatron_most.config import RunConfig
-from megatron_most.model import build_model
-from megatron_most.moe import end_routing_step
-from megatron_most.training.loss import LossTable
-from megatron_most.training.optimizer import build_optimizer, wrap_model
-from megatron_most.training.microbatches import run_microbatches
+from megatron_most.training.train_step import build_train_state, train_step
 from tests.distributed.harness import run_ranks
+from tests.distributed.observe import own_share
 from tests.distributed.shards import Piece, assemble, fill_weights, pieces_of
 from tests.distributed.tiny import tiny_batch, tiny_config
 from tests.unit.checkpointing.test_metadata import metadata_of

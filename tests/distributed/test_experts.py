@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from megatron_most import parallel
-from megatron_most.model import build_model
-from megatron_most.training.loss import LossTable
-from megatron_most.training.optimizer import build_optimizer, wrap_model
-from megatron_most.training.microbatches import run_microbatches, sum_over_ranks
+from megatron_most.training.microbatches import sum_over_ranks
+from megatron_most.training.train_step import build_train_state, compute_gradients
 from tests.distributed.harness import run_ranks
+from tests.distributed.observe import own_share
 from tests.distributed.shards import Piece, assemble, fill_weights, local_pieces
 from tests.distributed.tiny import tiny_batch, tiny_config
 

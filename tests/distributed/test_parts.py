@@ -17,8 +17,9 @@ from megatron_most.checkpointing.optimizer_state import OptimizerState
 from megatron_most.checkpointing.state import _model_state
 from megatron_most.config import RunConfig
 from megatron_most.model import build_model
-from megatron_most.training.optimizer import build_optimizer, build_scheduler, learning_rate, wrap_model
+from megatron_most.training.optimizer import learning_rate
 from megatron_most.training.parts import named_parts, part_of
+from megatron_most.training.train_step import build_train_state, train_step
 from tests.distributed.harness import run_ranks
 from tests.distributed.observe import (
     STEADY,
@@ -27,8 +28,8 @@ from tests.distributed.observe import (
     mixed_batches,
     observe,
     observe_each,
+    own_share,
     starting_weights,
-    train_step,
 )
 from tests.distributed.shards import Piece, assemble, fill_weights, pieces_of
 from tests.distributed.tiny import tiny_config
@@ -181,7 +182,9 @@ def memory_and_rates(scales: str) -> tuple[int, int, int, int, list[tuple[float,
     rates = []
     for step in range(3):
         train_step(state, mixed_batches(config, step))
-        rates.append((learning_rate(state.scheduler), {g["part"]: g["lr"] for g in optimizer.param_groups if g["params"]}))
+        rates.append(
+            (learning_rate(state.scheduler), {g["part"]: g["lr"] for g in optimizer.param_groups if g["params"]})
+        )
     in_optimizer = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     [member] = optimizer.chained_optimizers
     moments = sum(values[key].numel() for values in member.state.values() for key in ("exp_avg", "exp_avg_sq"))

@@ -6,6 +6,7 @@ are those of one process that never stopped. The optimizer's state counts: the s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,10 @@ import pytest
 from megatron_most import parallel
 from megatron_most.checkpointing import load_checkpoint, load_model_weights, save_checkpoint
 from megatron_most.config import RunConfig
-from megatron_most.model import build_model
-from megatron_most.moe import end_routing_step
-from megatron_most.training.optimizer import build_optimizer, build_scheduler, wrap_model
+from megatron_most.model import MoSTModel
+from megatron_most.training.train_step import build_train_state, train_step
 from tests.distributed.harness import run_ranks
-from tests.distributed.observe import STEADY, assert_close, backward, mixed_batches
+from tests.distributed.observe import STEADY, assert_close, mixed_batches, own_share
 from tests.distributed.shards import fill_weights
 from tests.distributed.tiny import tiny_config
 from tests.unit.checkpointing.test_metadata import metadata_of

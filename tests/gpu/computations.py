@@ -8,28 +8,23 @@ Shape letters: n tokens, k inputs, o outputs, e experts.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_most import platform
 from megatron_most.checkpointing import load_checkpoint
 from megatron_most.config import PrecisionConfig, RunConfig
 from megatron_most.data.loading.batch import Batch
-from megatron_most.model import build_model
-from megatron_most.model.fp8 import end_fp8_step
 from megatron_most.model.specs import experts_spec
 from megatron_most.model.transformer_config import transformer_config
-from megatron_most.moe import end_routing_step
 from megatron_most.moe.dispatcher import AlltoAllDispatcher
 from megatron_most.moe.token_planes import pack_planes
 from megatron_most.precision import Fp8Product
-from megatron_most.training.optimizer import build_optimizer, wrap_model
-from megatron_most.training.microbatches import packed_seq_params
-from tests.distributed.observe import STEADY, backward, mixed_batches
+from megatron_most.training.microbatches import packed_seq_params, sum_over_ranks
+from megatron_most.training.train_step import build_train_state, compute_gradients, train_step
+from tests.distributed.observe import STEADY, mixed_batches
 from tests.distributed.shards import assemble, fill_weights, local_pieces
 from tests.distributed.tiny import tiny_config
 from tests.unit.moe.routing import make_router, make_tokens
