@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-TOOLS = "awk bash cat cp cut df du grep make mkdir rm sed sleep sort tail touch".split()
+ROOT = Path(__file__).parents[3]
+TOOLS = "awk bash cat cp cut df du grep make mkdir rm sed sleep sort tail touch"
 
 PYTHON = """#!/bin/bash
 # A Python of version {version}, as far as make setup looks.
@@ -36,7 +36,7 @@ def machine(tmp_path, monkeypatch):
         pytest.skip("no make")
     for folder in ("bin", "home", "clone/tools"):
         (tmp_path / folder).mkdir(parents=True)
-    for tool in TOOLS:
+    for tool in TOOLS.split():
         (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
     for name in ("Makefile", "setup.py", "constraints.txt", "tools/find_python.sh"):
         shutil.copy(ROOT / name, tmp_path / "clone" / name)
