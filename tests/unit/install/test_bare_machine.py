@@ -145,6 +145,7 @@ def test_steps_that_hang_or_die_cost_their_own_results_alone(clone):
     assert not [path for path in clone.parent.glob("tmp.*")], "its folder of temporary files is gone"
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_leaves_what_it_knows_and_no_process(clone):
     process = start(clone, budget=300)
     out = clone.parent / "out"
