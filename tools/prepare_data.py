@@ -18,9 +18,9 @@ import sys
 
 from megatron_most.cli import run
 from megatron_most.data import commands, source_commands
-from megatron_most.data.chat import MODES
-from megatron_most.data.documents import LOSSES
-from megatron_most.data.tasks import TASKS
+from megatron_most.data.building.chat_modes import MODES
+from megatron_most.data.building.document_builder import LOSSES
+from megatron_most.data.storage.documents import TASKS
 from megatron_most.vocab import CODEC_LAYOUTS
 
 
@@ -37,7 +37,7 @@ def main() -> None:
 
     sub = commands_of.add_parser("build", help="codes or text -> a dataset of one task")
     sub.add_argument("--task", choices=TASKS, required=True)
-    sub.add_argument("--codes", nargs="+", default=[], help="prefixes of tokenised speech")
+    sub.add_argument("--codes", nargs="+", default=[], help="prefixes of tokenized speech")
     sub.add_argument("--text", nargs="+", default=[], help="manifests with text, for text_lm")
     sub.add_argument("--chat", nargs="+", default=[], help="chat files, for chat; --codes holds their spoken turns")
     sub.add_argument(

@@ -9,15 +9,16 @@ from pathlib import Path
 
 from megatron_most.audio import load_codec, write_wav
 from megatron_most.cli import require_positive
-from megatron_most.data.build import build_dataset
-from megatron_most.data.examples import TemplateOptions
-from megatron_most.data.indexed import TokenDataset
-from megatron_most.data.inspection import audio_of, describe, statistics, summary, totals
-from megatron_most.data.instructions import FIRST_INSTRUCTIONS
-from megatron_most.data.length_limit import LengthLimit
-from megatron_most.data.manifest import read_manifest
+from megatron_most.data.building.build import Inputs, build_dataset
+from megatron_most.data.building.examples import TemplateOptions
+from megatron_most.data.building.instructions import FIRST_INSTRUCTIONS
+from megatron_most.data.building.length_limit import LengthLimit
+from megatron_most.data.building.vocab_options import VocabOptions
+from megatron_most.data.preparation.manifest import read_manifest
+from megatron_most.data.preparation.speechify import speak_chats
 from megatron_most.data.source_commands import manifest, tokenize
-from megatron_most.data.speechify import speak_chats
+from megatron_most.data.storage.inspection import audio_of, describe, statistics, summary, totals
+from megatron_most.data.storage.token_dataset import TokenDataset
 from megatron_most.errors import ConfigError
 from megatron_most.files import require_writable
 from megatron_most.text import load_tokenizer, train_sentencepiece
@@ -36,23 +37,23 @@ def build(arguments: argparse.Namespace, command: str) -> None:
     require_writable(f"{arguments.output}.json")
     dataset = build_dataset(
         arguments.output,
-        task=arguments.task,
-        tokenizer=arguments.tokenizer,
-        codes=arguments.codes,
-        texts=arguments.text,
-        chats=arguments.chat,
-        template=TemplateOptions(
+        arguments.task,
+        arguments.tokenizer,
+        Inputs(arguments.codes, arguments.text, arguments.chat),
+        VocabOptions(
+            layout=arguments.layout,
+            text_vocab_size=arguments.text_vocab_size,
+            num_codebooks=arguments.num_codebooks,
+            codebook_size=arguments.codebook_size,
+            further_modalities=[_modality_range(text) for text in arguments.modality],
+        ),
+        TemplateOptions(
             wordings=arguments.wordings,
             loss=arguments.loss,
             limit=LengthLimit(arguments.max_length, arguments.over_length),
             modes=arguments.modes,
         ),
-        layout=arguments.layout,
-        text_vocab_size=arguments.text_vocab_size,
-        num_codebooks=arguments.num_codebooks,
-        codebook_size=arguments.codebook_size,
-        further_modalities=[_modality_range(text) for text in arguments.modality],
-        command=command,
+        command,
     )
     counts = dataset.provenance["counts"]
     print(summary(dataset))
@@ -66,7 +67,7 @@ def build(arguments: argparse.Namespace, command: str) -> None:
     if counts.get("textless"):
         print(f"  {counts['textless']} utterances have no text and are left out")
     if counts.get("unrecorded"):
-        print(f"  {counts['unrecorded']} turns stay written: their recordings could not be tokenised")
+        print(f"  {counts['unrecorded']} turns stay written: their recordings could not be tokenized")
 
 
 def inspect(arguments: argparse.Namespace, command: str) -> None:
@@ -108,7 +109,7 @@ def _show_document(arguments: argparse.Namespace, dataset: TokenDataset) -> None
         for number, codes in enumerate(segments, start=1):
             path = wav if len(segments) == 1 else wav.with_stem(f"{wav.stem}-{number}")
             write_wav(path, codec.decode(codes), codec.sample_rate)
-            print(f"{path}: {codes.shape[1] / codec.frame_rate:.2f} s")
+            print(f"{path}: {len(codes) / codec.frame_rate:.2f} s")
 
 
 def speechify(arguments: argparse.Namespace, command: str) -> None:

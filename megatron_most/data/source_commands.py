@@ -7,13 +7,13 @@ from pathlib import Path
 
 from megatron_most import __version__
 from megatron_most.cli import require_positive
-from megatron_most.data.collect import SourceSpec, collect
-from megatron_most.data.indexed import FORMAT_VERSION
-from megatron_most.data.shards import Limits
-from megatron_most.data.sources import SOURCES, SourceOptions
-from megatron_most.data.tokenise import MAX_QUARANTINE, tokenise
+from megatron_most.data.preparation.collect import SourceSpec, collect
+from megatron_most.data.preparation.shards import Limits
+from megatron_most.data.preparation.sources import SOURCES, SourceOptions
+from megatron_most.data.preparation.tokenize_audio import MAX_QUARANTINE, tokenize_audio
+from megatron_most.data.storage.sidecar import write_sidecar
 from megatron_most.errors import ConfigError
-from megatron_most.files import require_writable, write_json
+from megatron_most.files import require_writable
 
 _LAYOUTS = "\n".join(f"  {name:14} {source.layout}" for name, source in SOURCES.items())
 
@@ -65,7 +65,7 @@ def _add_source(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--split", nargs="+", default=[], help="only these splits")
     sub.add_argument("--language", help="of records that do not name theirs")
-    sub.add_argument("--licence", help="of records that do not name theirs")
+    sub.add_argument("--license", "--licence", help="of records that do not name theirs")
     sub.add_argument("--text-field", help="which text, where the source has several")
     sub.add_argument("--audio-only", action="store_true", help="take audio without a text too")
 
@@ -76,7 +76,7 @@ def _spec(arguments: argparse.Namespace) -> SourceSpec:
     options = SourceOptions(
         splits=tuple(arguments.split),
         language=arguments.language,
-        licence=arguments.licence,
+        license=arguments.license,
         text_field=arguments.text_field,
         needs_text=not arguments.audio_only,
     )
@@ -91,10 +91,10 @@ def manifest(arguments: argparse.Namespace, command: str) -> None:
     quarantine, sidecar = Path(f"{base}.quarantine.jsonl"), Path(f"{base}.provenance.json")
     collected = collect(spec, output, quarantine)
     counts = {"records": collected.num_records, "quarantined": collected.num_rejected}
-    source = spec.to_dict() | {"licences": collected.licences}
+    source = spec.to_dict() | {"licenses": collected.licenses}
     provenance = {"source": source, "counts": counts, "tool_version": __version__, "command": command}
-    write_json(sidecar, {"format": FORMAT_VERSION, **provenance})
-    print(f"{output}: {collected.num_records} records ({_join(collected.licences)})")
+    write_sidecar(sidecar, provenance)
+    print(f"{output}: {collected.num_records} records ({_join(collected.licenses)})")
     if collected.num_rejected:
         print(f"{quarantine}: {collected.num_rejected} that cannot be used")
 
@@ -104,7 +104,7 @@ def tokenize(arguments: argparse.Namespace, command: str) -> None:
     if not 0 <= arguments.max_quarantine <= 1:
         raise ConfigError(f"--max-quarantine={arguments.max_quarantine}: must be in 0..1")
     require_writable(f"{arguments.output}.json")
-    codes = tokenise(
+    codes = tokenize_audio(
         _spec(arguments),
         arguments.codec,
         arguments.output,
@@ -121,7 +121,7 @@ def tokenize(arguments: argparse.Namespace, command: str) -> None:
     counts = codes.provenance["counts"]
     print(
         f"{arguments.output}: {len(codes)} utterances, {codes.seconds / 3600:.2f} h, codec {codes.codec.name};"
-        f" {counts['records']} records = {counts['tokenised']} tokenised + {counts['quarantined']} in quarantine"
+        f" {counts['records']} records = {counts['tokenized']} tokenized + {counts['quarantined']} in quarantine"
     )
     if counts["chunked"]:
         print(f"  {counts['chunked']} recordings are longer than {arguments.max_seconds:g} s and became chunks")
@@ -134,5 +134,5 @@ def _share(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def _join(licences: dict[str, int]) -> str:
-    return ", ".join(f"{count} {licence}" for licence, count in licences.items()) or "none"
+def _join(licenses: dict[str, int]) -> str:
+    return ", ".join(f"{count} {license}" for license, count in licenses.items()) or "none"

@@ -15,6 +15,7 @@ from megatron_most.planning.flops import forward_flops, modality_shares, train_f
 from megatron_most.planning.layouts import GPUS, fitting_layouts
 from megatron_most.planning.memory import DEFAULT_IMBALANCE, MemoryEstimate, expert_load, memory_per_rank
 from megatron_most.planning.shards import code_rows, shard_sizes
+from megatron_most.training.muon import check_muon
 
 _GIB = 1 << 30
 
@@ -33,6 +34,7 @@ def describe_run(config: RunConfig, world_size: int, imbalance: float = DEFAULT_
             model needs is missing.
     """
     check_libraries(config)
+    check_muon(config)
     parallel, training = config.parallel, config.training
     data_parallel = parallel.data_parallel_size(world_size)
     microbatches = config.num_microbatches(data_parallel)

@@ -236,6 +236,7 @@ def _accelerators() -> list[Finding]:
             "Megatron's fused optimizer kernels on GPUs",
             "build it for this torch: docs/install.md",
         ),
+        _package(section, "emerging-optimizers", "optimizer.optimizer=muon", extra="muon"),
     ]
 
 
@@ -273,7 +274,7 @@ def _parts() -> list[Finding]:
 def _speech_and_tracking() -> list[Finding]:
     section = "Speech and tracking"
     findings = [
-        _package(section, "nemo_toolkit", "NeMo codecs: tokenising audio, speaking", extra="audio"),
+        _package(section, "nemo_toolkit", "NeMo codecs: tokenizing audio, speaking", extra="audio"),
         _package(section, "pocketsphinx", "an independent recogniser that judges speech", extra="quickstart"),
         _package(section, "espeakng-loader", "the synthetic speech of the quickstart", extra="quickstart"),
         _package(section, "wandb", "logging.wandb_project", remedy="pip install wandb"),

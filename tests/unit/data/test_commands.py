@@ -9,7 +9,7 @@ import pytest
 import soundfile
 
 from megatron_most.data import commands
-from megatron_most.data import tokenise as tokenise_module
+from megatron_most.data.preparation import tokenize_audio as tokenize_module
 from tests.unit.data.tiny import LoudnessCodec, write_wavs
 from tools import prepare_data
 
@@ -17,7 +17,7 @@ from tools import prepare_data
 @pytest.fixture
 def call(monkeypatch, capsys):
     """Runs a command line in this process; returns exit status, standard output and standard error."""
-    monkeypatch.setattr(tokenise_module, "load_codec", lambda name: LoudnessCodec())
+    monkeypatch.setattr(tokenize_module, "load_codec", lambda name: LoudnessCodec())
     monkeypatch.setattr(commands, "load_codec", lambda name: LoudnessCodec())
 
     def call(*arguments: object) -> tuple[int, str, str]:
