@@ -16,6 +16,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.12",
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     packages=find_packages(include=["megatron_most", "megatron_most.*"]),
     package_data={"megatron_most.report": ["templates/*"], "megatron_most.sweep": ["templates/*"]},
     install_requires=[
@@ -38,10 +46,11 @@ setup(
         "tensorboard",
         "tokenizers",
         "tqdm",
+        'triton; platform_system == "Linux"',  # Megatron imports it and does not ask for it; torch for CPUs has none
     ],
     extras_require={
         "audio": ["nemo_toolkit[asr]==3.0.0"],
-        "gpu": ["transformer-engine[pytorch]"],
+        "gpu": ["transformer-engine[core_cu13,pytorch]"],  # with pip install --no-build-isolation, see docs/install.md
         "muon": ["emerging-optimizers>=0.3"],
         "quickstart": ["espeakng-loader", "pocketsphinx"],
         "conversion": ["transformers"],  # to compare converted models with
