@@ -6,15 +6,26 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from megatron_most.errors import ConfigError, MostError
 
 _DEBUG_HELP = "show the traceback of an error"
 
 
-def run(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], None]) -> None:
-    """Parse ``sys.argv`` with ``parser``, call ``command`` and leave the process with its status.
+def make_parser(command: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser for ``most COMMAND``, which is called so however it was started; the description keeps its lines."""
+    return argparse.ArgumentParser(
+        prog=f"most {command}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    command: Callable[[argparse.Namespace], None],
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Parse ``arguments`` (default: ``sys.argv``'s), call ``command`` and leave the process with its status.
 
     A :class:`MostError` becomes one line on stderr and exit status 1; ``--debug``, before or after a subcommand, lets
     it propagate instead.
@@ -26,12 +37,13 @@ def run(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace],
         # Suppressed: the default of a subparser would undo a --debug that stands before the subcommand.
         subparser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=_DEBUG_HELP)
     # Intermixed, so that options may stand between positional arguments; argparse cannot do both.
-    arguments = parser.parse_args() if subparsers else parser.parse_intermixed_args()
+    parse = parser.parse_args if subparsers else parser.parse_intermixed_args
+    options = parse(arguments)
     try:
-        command(arguments)
+        command(options)
         sys.stdout.flush()
     except MostError as error:
-        if arguments.debug:
+        if options.debug:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)

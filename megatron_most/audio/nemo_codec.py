@@ -15,12 +15,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import soxr
 import torch
 import yaml
 from torch.nn.utils import parametrize
 
 from megatron_most.audio.codec import AudioCodec, codec_file, file_fingerprint
+from megatron_most.audio.io import resample
 from megatron_most.errors import ConfigError, DataError
 from megatron_most.vocab import check_codes
 
@@ -181,7 +181,7 @@ class NemoCodec:
         waveform = audio[0].float().cpu().numpy()
         rate = int(self._model.output_sample_rate)
         if rate != self.sample_rate:  # some codecs raise the rate while decoding
-            waveform = soxr.resample(waveform, rate, self.sample_rate)
+            waveform = resample(waveform, rate, self.sample_rate)
         expected = num_frames * self.samples_per_frame
         if len(waveform) < expected:
             raise DataError(

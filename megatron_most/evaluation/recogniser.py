@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import soxr
 
+from megatron_most.audio.io import resample
 from megatron_most.errors import ConfigError, DataError
 from megatron_most.evaluation.wer import normalise_text
 
@@ -81,7 +81,7 @@ class PocketsphinxRecogniser:
         if not np.isfinite(audio).all():
             raise DataError("audio to recognise holds values that are not finite")
         if sample_rate != POCKETSPHINX_SAMPLE_RATE:
-            audio = soxr.resample(audio, sample_rate, POCKETSPHINX_SAMPLE_RATE)
+            audio = resample(audio, sample_rate, POCKETSPHINX_SAMPLE_RATE)
         padded = np.pad(audio, int(SILENCE_SECONDS * POCKETSPHINX_SAMPLE_RATE))
         padded = padded + np.random.default_rng(0).normal(scale=NOISE_AMPLITUDE, size=len(padded))
         pcm = (np.clip(padded, -1, 1) * 32767).astype(np.int16)

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LAYERS = (
-    ("errors", "files", "cli", "platform", "codec_layouts", "vocab"),
+    ("errors", "files", "lazy", "cli", "platform", "codec_layouts", "vocab"),
     ("config",),
     ("audio", "text"),
     ("parallel",),
@@ -22,6 +22,7 @@ LAYERS = (
     ("conversion", "inference"),
     ("evaluation", "planning"),
     ("sweep", "report"),
+    ("commands",),
     ("tools", "examples"),
 )
 HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}

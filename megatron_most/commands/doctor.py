@@ -1,0 +1,44 @@
+"""Say what this machine can run, what is missing, what each missing part would give and how to get it.
+
+    most doctor
+    most doctor --json
+
+Exit status 0 when everything is there that training on a CPU needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_most import cli
+from megatron_most.errors import ConfigError
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser("doctor", __doc__)
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.add_argument("--run-dir", type=Path, default=Path("runs"), help="where space is measured (default: runs)")
+    return parser
+
+
+def examine(arguments: argparse.Namespace) -> None:
+    try:
+        from megatron_most.platform import doctor
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name}: not installed, and nothing runs without it; make setup installs it") from None
+    findings = doctor.examine(arguments.run_dir)
+    print(json.dumps(doctor.as_dict(findings), indent=1) if arguments.json else doctor.as_text(findings))
+    if not doctor.can_train(findings):
+        sys.exit(1)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    cli.run(make_parser(), examine, arguments)
+
+
+if __name__ == "__main__":
+    main()
