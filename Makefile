@@ -58,7 +58,7 @@ quickstart: $(STAMP) ## train a tiny MoST on synthetic speech on this machine's 
 lint: $(STAMP) ## ruff and shellcheck
 	@$(VENV)/bin/ruff check --quiet .
 	$(VENV)/bin/ruff format --check .
-	find examples tools -name '*.sh' -print0 -o -name '*.sbatch' -print0 | xargs -0 $(VENV)/bin/shellcheck .ci/run
+	find examples megatron_most tools -name '*.sh' -print0 -o -name '*.sbatch' -print0 | xargs -0 $(VENV)/bin/shellcheck .ci/run
 
 format: $(STAMP) ## let ruff put the code in order
 	@$(VENV)/bin/ruff check --quiet --fix .

@@ -14,6 +14,7 @@ COMMANDS = {
     "prepare": "audio and text to indexed datasets",
     "convert": "checkpoints from and to Hugging Face",
     "train": "train on this process, or under torchrun on many",
+    "launch": "where the launch scripts for one node, several and SLURM are",
     "generate": "transcribe audio or speak text",
     "evaluate": "word error rates of a trained model",
     "report": "one HTML page about a run",

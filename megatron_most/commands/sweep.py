@@ -11,9 +11,12 @@ sweep's output folder. docs/ablations.md says what the file holds.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from megatron_most import cli
+from megatron_most.commands import evaluate
+from megatron_most.commands.launch import LAUNCHERS
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -36,10 +39,17 @@ def sweep(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         print(describe_runs(described, runs))
         return
-    from megatron_most.sweep import execution, page
+    from megatron_most.sweep import execution, job, page
 
     if not arguments.collect:
-        execution.start(described, runs, arguments.executor, arguments.resume, lambda line: print(line, flush=True))
+        programs = job.Programs(
+            train=[str(LAUNCHERS / "single_node.sh")],
+            train_node=[str(LAUNCHERS / "multi_node.sh")],
+            evaluate=[sys.executable, "-m", evaluate.__name__],
+        )
+        execution.start(
+            described, runs, arguments.executor, arguments.resume, programs, lambda line: print(line, flush=True)
+        )
     for path in page.write_results(described, runs):
         print(path)
 

@@ -37,7 +37,7 @@ class BudgetConfig:
 
 @dataclass
 class EvaluationConfig:
-    """One call of ``tools/evaluate.py`` for each finished run."""
+    """One call of ``most evaluate`` for each finished run."""
 
     suite: str
     data: str
