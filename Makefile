@@ -20,7 +20,7 @@ help: ## say what the targets do
 
 setup: $(STAMP) ## make .venv and install everything the other targets need
 
-$(STAMP): setup.py constraints.txt
+$(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 12))' 2>/dev/null || {
 	    echo "error: $(PYTHON): Python 3.10 or 3.11 is needed (make PYTHON=/path/to/python3.11)" >&2
 	    exit 1

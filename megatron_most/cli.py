@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from megatron_most.errors import ConfigError, MostError
+from megatron_most.extras import MissingExtra, is_optional
 
 _DEBUG_HELP = "show the traceback of an error"
 
@@ -27,8 +28,8 @@ def run(
 ) -> None:
     """Parse ``arguments`` (default: ``sys.argv``'s), call ``command`` and leave the process with its status.
 
-    A :class:`MostError` becomes one line on stderr and exit status 1; ``--debug``, before or after a subcommand, lets
-    it propagate instead.
+    A :class:`MostError`, or an optional package that is missing, becomes one line on stderr and exit status 1;
+    ``--debug``, before or after a subcommand, lets it propagate instead.
     Ctrl-C exits with 130, and a reader that has closed the pipe (``| head``) with 141, as shells expect.
     """
     subparsers = _subparsers(parser)
@@ -42,10 +43,11 @@ def run(
     try:
         command(options)
         sys.stdout.flush()
-    except MostError as error:
-        if options.debug:
+    except (MostError, ModuleNotFoundError) as error:
+        line = _one_line(error, parser.prog)
+        if options.debug or line is None:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -54,6 +56,14 @@ def run(
         # Python flushes standard output once more when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+def _one_line(error: Exception, command: str) -> str | None:
+    """What ``command`` says of an error; None for one that is the program's fault."""
+    module = getattr(error, "name", None)
+    if is_optional(module):
+        error = MissingExtra(module, command)
+    return " ".join(str(error).split()) if isinstance(error, MostError) else None
 
 
 def require_positive(arguments: argparse.Namespace, *names: str) -> None:

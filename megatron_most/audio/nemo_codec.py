@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 from megatron_most.audio.codec import AudioCodec, codec_file, file_fingerprint
 from megatron_most.audio.io import resample
 from megatron_most.errors import ConfigError, DataError
+from megatron_most.extras import require
 from megatron_most.vocab import check_codes
 
 _TRUSTED_PACKAGES = ("nemo.", "torch.")
@@ -212,13 +213,11 @@ class NemoCodec:
 
 
 def _import_nemo():
+    require("nemo")
     try:
         from nemo.collections.tts.models import AudioCodecModel
     except ImportError as error:
-        raise ConfigError(
-            f"NeMo is needed for audio codecs and cannot be imported ({_one_line(error)}):"
-            " pip install megatron-most[audio]"
-        ) from None
+        raise ConfigError(f"NeMo is installed and cannot be imported: {_one_line(error)}") from None
     return AudioCodecModel
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from megatron_most import cli
 from megatron_most.errors import ConfigError
+from megatron_most.extras import require
 from megatron_most.files import require_writable, write_json
 
 
@@ -64,6 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def import_command(arguments: argparse.Namespace) -> None:
+    require("safetensors")
     from megatron_most.conversion.import_config import ImportOptions
     from megatron_most.conversion.importing import import_model
 
@@ -81,6 +83,7 @@ def import_command(arguments: argparse.Namespace) -> None:
 
 
 def export_command(arguments: argparse.Namespace) -> None:
+    require("safetensors")
     from megatron_most.conversion.exporting import export_model
 
     export_model(
@@ -99,6 +102,7 @@ def verify_command(arguments: argparse.Namespace) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("verify: holds whole models in one process; start it without torchrun")
     cli.require_positive(arguments, "tolerance")
+    require("safetensors", "transformers")
     from megatron_most import parallel, platform
     from megatron_most.checkpointing import directory as directories
     from megatron_most.checkpointing import read_metadata, resolve
@@ -108,7 +112,6 @@ def verify_command(arguments: argparse.Namespace) -> None:
     from megatron_most.conversion.architectures import read_foreign
     from megatron_most.conversion.export_plan import stored_config
 
-    verification.require_transformers()
     if arguments.report:
         require_writable(arguments.report)
     source = hugging_face.HuggingFaceModel(arguments.hf, arguments.allow_pickle)

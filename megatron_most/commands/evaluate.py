@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_most import cli
+from megatron_most.evaluation.wer import NORMALIZERS, text_normalizer
+from megatron_most.extras import require
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -23,6 +25,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--max-seconds", type=float, default=6.0, help="tts: longest speech of an utterance (default 6)"
     )
     parser.add_argument("--temperature", type=float, default=0.0, help="tts: 0 (default) is greedy")
+    parser.add_argument(
+        "--normalizer",
+        choices=NORMALIZERS,
+        default=NORMALIZERS[0],
+        help="what both texts go through before words are compared (default %(default)s)",
+    )
     parser.add_argument("--tokenizer", help="tokenizer, if it is no longer where training found it")
     parser.add_argument("--codec", help="codec, if it is no longer where training found it")
     return parser
@@ -30,6 +38,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     cli.require_positive(arguments, "limit", "max_seconds")
+    require("nemo", "soundfile", "soxr", "jiwer")
+    text_normalizer(arguments.normalizer)  # a package that is missing is missed before anything is computed
     from megatron_most.data.manifest import read_manifest
     from megatron_most.evaluation.recogniser import PocketsphinxRecogniser
     from megatron_most.evaluation.suites import evaluate_asr, evaluate_tts
@@ -46,11 +56,16 @@ def evaluate(arguments: argparse.Namespace) -> None:
     require_writable(arguments.output)
     model = load_for_generation(arguments.checkpoint, arguments.tokenizer, arguments.codec)
     if arguments.suite == "asr":
-        result = evaluate_asr(model, name, records)
+        result = evaluate_asr(model, name, records, normalizer=arguments.normalizer)
     else:
-        result = evaluate_tts(model, name, records, recogniser, sampling, arguments.max_seconds)
+        result = evaluate_tts(
+            model, name, records, recogniser, sampling, arguments.max_seconds, normalizer=arguments.normalizer
+        )
     write_json(arguments.output, result)
-    print(f"{arguments.suite} {name}: WER {result['wer']:.2%} on {result['num_utterances']} utterances")
+    print(
+        f"{arguments.suite} {name}: WER {result['wer']:.2%} on {result['num_utterances']} utterances"
+        f" (normalizer: {result['normalizer']})"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_most import cli
 from megatron_most.errors import ConfigError, DataError
+from megatron_most.extras import require
 from megatron_most.files import require_writable, write_text
 
 
@@ -34,6 +35,7 @@ def generate(arguments: argparse.Namespace) -> None:
     if arguments.task == "tts" and not arguments.output:
         raise ConfigError("--output: tts needs the WAV file to write")
     cli.require_positive(arguments, "max_new_tokens", "max_seconds")
+    require("nemo", "soundfile", "soxr")
     from megatron_most.audio import read_audio, write_wav
     from megatron_most.inference import Sampling, load_for_generation, speak, transcribe
 

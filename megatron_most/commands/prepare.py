@@ -26,6 +26,7 @@ from megatron_most.data.chat import MODES
 from megatron_most.data.documents import LOSSES
 from megatron_most.data.tasks import TASKS
 from megatron_most.errors import ConfigError
+from megatron_most.extras import require
 from megatron_most.files import require_writable
 from megatron_most.vocab import CODEC_LAYOUTS, ModalityRange
 
@@ -174,6 +175,8 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 
 def _show_document(arguments: argparse.Namespace, dataset: TokenDataset) -> None:
+    if arguments.codec:
+        require("nemo", "soundfile", "soxr")
     from megatron_most.audio import load_codec, write_wav
     from megatron_most.data.inspection import audio_of, describe
     from megatron_most.text import load_tokenizer
@@ -203,6 +206,7 @@ def _show_document(arguments: argparse.Namespace, dataset: TokenDataset) -> None
 
 def speechify(arguments: argparse.Namespace) -> None:
     cli.require_positive(arguments, "workers", "max_characters")
+    require("soundfile", "soxr")
     from megatron_most.data.speechify import speak_chats
 
     counts = speak_chats(

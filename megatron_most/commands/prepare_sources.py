@@ -12,6 +12,7 @@ from megatron_most import __version__
 from megatron_most.cli import require_positive
 from megatron_most.data.sources import SOURCES, SourceOptions
 from megatron_most.errors import ConfigError
+from megatron_most.extras import require
 from megatron_most.files import require_writable, write_json
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ def tokenize(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.max_quarantine <= 1:
         raise ConfigError(f"--max-quarantine={arguments.max_quarantine}: must be in 0..1")
     require_writable(f"{arguments.output}.json")
+    require("nemo", "soundfile", "soxr")
     from megatron_most.data.shards import Limits
     from megatron_most.data.tokenise import tokenise
 

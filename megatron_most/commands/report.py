@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_most import cli
+from megatron_most.extras import require
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -21,6 +22,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def report(arguments: argparse.Namespace) -> None:
+    require("jinja2", "jiwer")
     from megatron_most.report import write_report
 
     print(write_report(arguments.run_dir, arguments.output))

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from megatron_most import cli
 from megatron_most.commands import evaluate
 from megatron_most.commands.launch import LAUNCHERS
+from megatron_most.extras import require
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -31,6 +32,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def sweep(arguments: argparse.Namespace) -> None:
+    if not arguments.dry_run:
+        require("jinja2", "jiwer", "pyarrow", "scipy", "submitit")
     from megatron_most.sweep.plan import describe_runs, plan_runs
     from megatron_most.sweep.spec import load_sweep
 

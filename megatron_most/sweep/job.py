@@ -123,6 +123,7 @@ class Job:
         output = directory / "evaluation" / f"{one.name}.json"
         command = [*self.programs.evaluate, "--checkpoint", str(directory)]
         command += ["--suite", one.suite, "--data", one.data, "--output", str(output)]
+        command += ["--normalizer", one.normalizer]
         command += ["--limit", str(one.limit)] if one.limit else []
         command += ["--vocabulary", *one.vocabulary] if one.vocabulary else []
         return _call(command, log, {}, descriptors)
