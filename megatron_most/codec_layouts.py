@@ -1,6 +1,7 @@
 """How codec frames become positions of the sequence, and back.
 
-Shape letters: C codebooks, F codec frames, n positions of an audio segment, t input steps, b rows.
+Shape letters: C codebooks, F codec frames, n positions of an audio segment, t input steps, b rows. Codes are
+``[F, C]``, frame after frame.
 
 Two layouts, each with and without a delay:
 
@@ -51,13 +52,14 @@ class CodecLayout(ABC):
 
     @abstractmethod
     def encode(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """``codes [C, F]`` -> ids ``[n]`` and side codes ``[n, C]``, int64 (``NO_CODE`` where the layout uses none)."""
+        """``codes [F, C]`` -> ids ``[n]`` and side codes ``[n, C]``, int64 (``NO_CODE`` where the layout uses none)."""
 
     @abstractmethod
-    def decode(self, ids: np.ndarray, side_codes: np.ndarray) -> np.ndarray:
-        """The inverse of :meth:`encode`: ids ``[n]`` and side codes ``[n, C]`` -> codes ``[C, F]``.
+    def decode(self, ids: np.ndarray, side_codes: np.ndarray | None) -> np.ndarray:
+        """The inverse of :meth:`encode`: ids ``[n]`` and side codes ``[n, C]`` -> codes ``[F, C]``.
 
-        Raises :class:`DataError` when the ids are no whole number of frames in the layout's order.
+        Layouts that use no side codes ignore them. Raises :class:`DataError` when the ids are no whole number of frames
+        in the layout's order.
         """
 
     @abstractmethod
@@ -82,6 +84,11 @@ class CodecLayout(ABC):
         """
         return (codebooks >= 0) & (num_frames >= 0)
 
+    def _num_frames(self, codes: np.ndarray) -> int:
+        num_frames, num_codebooks = codes.shape
+        assert num_codebooks == self.num_codebooks, f"codes {codes.shape} are not [frames, {self.num_codebooks}]"
+        return num_frames
+
     def is_leading(self, ids):
         """True where an id is one of :attr:`leading_ids`; NumPy arrays and torch tensors alike."""
         return (ids >= self.leading_ids.start) & (ids < self.leading_ids.stop)
@@ -102,13 +109,13 @@ class FrameLayout(CodecLayout):
         self.leading_ids = self.side_code_ids = range(frame, frame + 1)
 
     def encode(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return np.full(codes.shape[1], self.frame, dtype=np.int64), codes.T.astype(np.int64)
+        return np.full(self._num_frames(codes), self.frame, dtype=np.int64), codes.astype(np.int64)
 
-    def decode(self, ids: np.ndarray, side_codes: np.ndarray) -> np.ndarray:
+    def decode(self, ids: np.ndarray, side_codes: np.ndarray | None) -> np.ndarray:
         wrong = np.flatnonzero(ids != self.frame)
         if wrong.size:
             raise DataError(f"audio position {wrong[0]} holds id {ids[wrong[0]]}, not frame ({self.frame})")
-        return np.ascontiguousarray(side_codes.T)
+        return np.array(side_codes)
 
     def num_positions(self, num_frames: int) -> int:
         return num_frames
@@ -137,26 +144,26 @@ class FrameDelayLayout(FrameLayout):
         self.side_code_ids = range(frame, frame + 2)
 
     def encode(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        num_frames = codes.shape[1]
+        num_frames = self._num_frames(codes)
         num_positions = self.num_positions(num_frames)
         ids = np.full(num_positions, self.tail, dtype=np.int64)
         ids[:num_frames] = self.frame
         side_codes = np.full((num_positions, self.num_codebooks), NO_CODE, dtype=np.int64)
-        for codebook, row in enumerate(codes):
-            side_codes[codebook : codebook + num_frames, codebook] = row
+        for codebook in range(self.num_codebooks):
+            side_codes[codebook : codebook + num_frames, codebook] = codes[:, codebook]
         return ids, side_codes
 
-    def decode(self, ids: np.ndarray, side_codes: np.ndarray) -> np.ndarray:
+    def decode(self, ids: np.ndarray, side_codes: np.ndarray | None) -> np.ndarray:
         num_frames = max(0, ids.size - self.num_codebooks + 1)
-        expected, _ = self.encode(np.zeros((self.num_codebooks, num_frames), dtype=np.int64))
+        expected, _ = self.encode(np.zeros((num_frames, self.num_codebooks), dtype=np.int64))
         if ids.size != expected.size or num_frames == 0 < ids.size:
             raise DataError(f"{ids.size} audio positions: {self.num_codebooks} delayed codebooks need more")
         wrong = np.flatnonzero(ids != expected)
         if wrong.size:
             name = "frame" if expected[wrong[0]] == self.frame else "tail"
             raise DataError(f"audio position {wrong[0]} holds id {ids[wrong[0]]}, not {name} ({expected[wrong[0]]})")
-        rows = [side_codes[codebook : codebook + num_frames, codebook] for codebook in range(self.num_codebooks)]
-        return np.stack(rows)
+        frame, codebook = np.ogrid[:num_frames, : self.num_codebooks]
+        return side_codes[frame + codebook, codebook]
 
     def num_positions(self, num_frames: int) -> int:
         return num_frames + self.num_codebooks - 1 if num_frames else 0
@@ -187,11 +194,11 @@ class FlatLayout(CodecLayout):
         self.side_code_ids = range(0)
 
     def encode(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        codebook, frame = self._order(codes.shape[1])
-        ids = self.first_code_id + codebook * self.codebook_size + codes[codebook, frame].astype(np.int64)
+        codebook, frame = self._order(self._num_frames(codes))
+        ids = self.first_code_id + codebook * self.codebook_size + codes[frame, codebook].astype(np.int64)
         return ids, np.full((ids.size, self.num_codebooks), NO_CODE, dtype=np.int64)
 
-    def decode(self, ids: np.ndarray, side_codes: np.ndarray) -> np.ndarray:
+    def decode(self, ids: np.ndarray, side_codes: np.ndarray | None) -> np.ndarray:
         if ids.size % self.num_codebooks:
             raise DataError(f"{ids.size} audio positions are no whole number of {self.num_codebooks}-code frames")
         codebook, frame = self._order(ids.size // self.num_codebooks)
@@ -202,8 +209,8 @@ class FlatLayout(CodecLayout):
             raise DataError(
                 f"audio position {position} holds id {ids[position]}, which is not in codebook {codebook[position]}"
             )
-        codes = np.empty((self.num_codebooks, ids.size // self.num_codebooks), dtype=np.int64)
-        codes[codebook, frame] = values
+        codes = np.empty((ids.size // self.num_codebooks, self.num_codebooks), dtype=np.int64)
+        codes[frame, codebook] = values
         return codes
 
     def num_positions(self, num_frames: int) -> int:

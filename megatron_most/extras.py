@@ -13,6 +13,7 @@ EXTRAS = {
     "sweep": ("jinja2", "jiwer", "pyarrow", "scipy", "submitit", "whisper_normalizer"),
     "conversion": ("safetensors", "transformers"),
     "quickstart": ("espeakng_loader",),
+    "muon": ("emerging_optimizers",),
     "gpu": ("transformer_engine",),
 }
 """Extra -> the modules that the project imports of what it brings; pyproject.toml names the packages."""

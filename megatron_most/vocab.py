@@ -1,6 +1,7 @@
 """Ids, codes and modalities: the one source of truth for what an id means.
 
-Shape letters: C codebooks, F codec frames, n positions an audio segment takes, s positions of a document.
+Shape letters: C codebooks, F codec frames, n positions an audio segment takes, s positions of a document. Codes are
+``[F, C]``, frame after frame.
 
 The id space is ``[text ids of the base tokenizer | begin_of_audio | end_of_audio | frame | ids of the codec layout]``.
 Ids from ``begin_of_audio`` on are audio; everything below is text, so a base model keeps its ids.
@@ -33,14 +34,14 @@ _NUM_SPECIAL = 3  # begin_of_audio, end_of_audio, frame
 
 
 def check_codes(codes: np.ndarray, num_codebooks: int, codebook_size: int, where: str) -> None:
-    """Raise :class:`DataError` unless ``codes`` is ``[C, F]`` with every value inside its codebook."""
-    if codes.ndim != 2 or codes.shape[0] != num_codebooks:
-        raise DataError(f"{where}: codes have shape {list(codes.shape)}, expected [{num_codebooks}, frames]")
+    """Raise :class:`DataError` unless ``codes`` is ``[F, C]`` with every value inside its codebook."""
+    if codes.ndim != 2 or codes.shape[1] != num_codebooks:
+        raise DataError(f"{where}: codes have shape {list(codes.shape)}, expected [frames, {num_codebooks}]")
     wrong = np.argwhere((codes < 0) | (codes >= codebook_size))
     if wrong.size:
-        codebook, frame = wrong[0]
+        frame, codebook = wrong[0]
         raise DataError(
-            f"{where}: code {codes[codebook, frame]} of codebook {codebook}, frame {frame}"
+            f"{where}: code {codes[frame, codebook]} of codebook {codebook}, frame {frame}"
             f" is outside 0..{codebook_size - 1}"
         )
 

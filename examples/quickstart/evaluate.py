@@ -18,7 +18,7 @@ from typing import Any
 from sentences import balanced_sentences
 
 from megatron_most import cli
-from megatron_most.data.manifest import Record, read_manifest
+from megatron_most.data.preparation.manifest import Record, read_manifest
 from megatron_most.evaluation.recogniser import PocketsphinxRecogniser
 from megatron_most.evaluation.suites import encode_records, evaluate_asr, evaluate_reference_audio, evaluate_tts
 from megatron_most.files import write_json

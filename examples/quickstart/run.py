@@ -1,4 +1,4 @@
-"""The whole of megatron_most on one small machine: speak a corpus, tokenise it, train, evaluate, speak, report.
+"""The whole of megatron_most on one small machine: speak a corpus, tokenize it, train, evaluate, speak, report.
 
     make quickstart                # or: python examples/quickstart/run.py [--run-dir DIR] [key=value ...]
 

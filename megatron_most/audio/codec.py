@@ -1,6 +1,6 @@
 """What the rest of the project asks of an audio codec.
 
-Shape letters: T samples, C codebooks, F codec frames.
+Shape letters: T samples, C codebooks, F codec frames. Codes are ``[F, C]``, frame after frame.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class AudioCodec(Protocol):
         ...
 
     def encode(self, waveform: np.ndarray) -> np.ndarray:
-        """Waveform ``[T]`` float32 in -1..1 at ``sample_rate`` -> codes ``[C, F]`` int64.
+        """Waveform ``[T]`` float32 in -1..1 at ``sample_rate`` -> codes ``[F, C]`` int64.
 
         F is T / ``samples_per_frame``, rounded up; DataError when the codec gives another number. The same waveform
         gives the same codes whatever was encoded before.
@@ -62,7 +62,7 @@ class AudioCodec(Protocol):
         ...
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Codes ``[C, F]`` -> waveform ``[F * samples_per_frame]`` float32.
+        """Codes ``[F, C]`` -> waveform ``[F * samples_per_frame]`` float32.
 
         Codes of the first codebooks only are decoded as well as these alone can be.
 

@@ -1,6 +1,9 @@
 """NeMo's ``AudioCodecModel`` as an :class:`~megatron_most.audio.codec.AudioCodec`.
 
-NeMo takes 8 s to import and is an optional dependency, so everything of it is imported inside functions.
+Shape letters: T samples, C codebooks, F codec frames, b rows.
+
+NeMo takes 8 s to import and is an optional dependency, so everything of it is imported inside functions. Its tokens are
+``[b, C, F]``, our codes ``[F, C]``; they are turned around here and nowhere else.
 """
 
 from __future__ import annotations
@@ -130,10 +133,10 @@ class NemoCodec:
                 f"codec {self.name}: gave {int(num_frames[0])} frames for {samples} samples, {expected} are expected"
                 f" at {self.samples_per_frame} samples a frame"
             )
-        tokens = tokens.cpu().numpy().astype(np.int64)
+        tokens = tokens.cpu().numpy().astype(np.int64).swapaxes(1, 2)
         encoded = []
         for codes, waveform in zip(tokens, waveforms, strict=False):
-            codes = codes[:, : math.ceil(waveform.size / self.samples_per_frame)]
+            codes = np.ascontiguousarray(codes[: math.ceil(waveform.size / self.samples_per_frame)])
             self._check_range(codes)
             encoded.append(codes)
         return encoded
@@ -168,12 +171,12 @@ class NemoCodec:
 
     @torch.inference_mode()
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        num_given = min(codes.shape[0], self.num_codebooks)
+        num_given = min(codes.shape[-1], self.num_codebooks)
         check_codes(codes, num_given, self.codebook_size, f"codec {self.name}")
-        num_frames = codes.shape[1]
+        num_frames = len(codes)
         if num_frames == 0:
             return np.zeros(0, dtype=np.float32)
-        tokens = torch.from_numpy(np.ascontiguousarray(codes, dtype=np.int64))[None].to(self._device)
+        tokens = torch.from_numpy(np.ascontiguousarray(codes.T, dtype=np.int64))[None].to(self._device)
         lengths = torch.tensor([num_frames], device=self._device)
         if num_given < self.num_codebooks:
             audio = self._decode_first(tokens, lengths)

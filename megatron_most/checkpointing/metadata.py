@@ -14,7 +14,7 @@ from typing import Any
 from megatron_most.audio import codec_file, file_fingerprint
 from megatron_most.checkpointing.directory import read_json, resolve
 from megatron_most.config import RunConfig, number_experts
-from megatron_most.data.indexed import read_json as read_sidecar
+from megatron_most.data.storage.sidecar import read_sidecar
 from megatron_most.errors import CheckpointError
 from megatron_most.text import load_tokenizer
 from megatron_most.vocab import VocabLayout
@@ -26,6 +26,7 @@ FORMAT = 2
 TRAINING_ONLY = frozenset(
     {
         "model.backend",
+        "model.attention.mla_down_proj_fusion",
         "model.init_std",
         "model.codebook_loss_weights",
         "model.text_loss_weight",
@@ -40,6 +41,7 @@ TRAINING_ONLY = frozenset(
         "model.moe.expert_backend",
         "model.moe.dispatcher",
         "model.moe.shared_expert_overlap",
+        "model.moe.moe_permute_fusion",
     }
 )
 """Fields of the model section that do not change what given weights compute; ``[]`` stands for every place of a list.
@@ -91,7 +93,7 @@ class CheckpointMetadata:
     """The readable part of a checkpoint.
 
     Args:
-        step: optimizer steps taken.
+        step: steps taken.
         consumed_samples: rows read from the training blend; gives the data position.
         consumed_tokens: positions trained on, padding left out.
         config: the run configuration as nested dicts.
@@ -100,6 +102,7 @@ class CheckpointMetadata:
         pending: metrics gathered since the last logged line, so that a resumed run logs what an undisturbed one does.
         versions: packages that wrote it.
         datasets: fingerprints of the training datasets.
+        skipped_steps: those of ``step`` that did not update the weights, because their gradients were too large.
         format: :data:`FORMAT` of the writer.
     """
 
@@ -113,7 +116,13 @@ class CheckpointMetadata:
     pending: dict[str, Any]
     versions: dict[str, str]
     datasets: list[Fingerprint]
+    skipped_steps: int = 0
     format: int = FORMAT
+
+    @property
+    def num_updates(self) -> int:
+        """Steps that updated the weights: what AdamW and the learning-rate schedule have counted."""
+        return self.step - self.skipped_steps
 
     @property
     def vocab(self) -> VocabLayout:

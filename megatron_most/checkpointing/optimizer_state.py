@@ -1,11 +1,11 @@
-"""AdamW's states as sharded tensors in the shape of the parameters they belong to.
+"""The optimizer's states as sharded tensors in the shape of the parameters they belong to.
 
 Keys name parameters (``optimizer.state.exp_avg.<parameter>``), whether the state is split over data-parallel ranks or
 not, so that any parallel layout and either kind of optimizer finds its own. Each expert has keys of its own
 (``<parameter>.<logical expert>``), because frozen experts have no state and a tensor in a checkpoint has no holes.
 Megatron's own ``fully_reshardable`` format
-has the same aim; in 0.16.1 it mixes up parameters as soon as a gradient buffer has several buckets with padding
-between them (optimizer/distrib_optimizer.py:1501 cuts a buffer without padding at positions of one that has it).
+has the same aim; in 0.19.2 it mixes up parameters as soon as a gradient buffer has several buckets with padding
+between them (optimizer/distrib_optimizer.py:1790 cuts a buffer without padding at positions of one that has it).
 
 Shape letters: n elements of a bucket, d data-parallel ranks.
 """
@@ -35,7 +35,7 @@ class OptimizerState:
 
     Args:
         model_state: the sharded state dict of the model whose parameters are optimized.
-        loading: allocate the state, which does not exist before the first step, and name what is wanted.
+        loading: name what is wanted. The state is allocated where it does not exist, as before the first update.
     """
 
     def __init__(self, optimizer: MegatronOptimizer, model_state: dict[str, Any], loading: bool) -> None:
@@ -46,8 +46,9 @@ class OptimizerState:
         model_state = _expert_by_expert(model_state)
         metadata = {sharded.data: sharded for sharded in nested_values(model_state) if isinstance(sharded, Sharded)}
         for index, part in enumerate(self.parts):
-            if loading:
+            if not part.optimizer.state:
                 part.init_state_fn(part.optimizer, part.config)
+                _set_step(part.optimizer, 0)
             if isinstance(part, DistributedOptimizer):
                 items = _split_state(part, metadata, loading)
             else:
@@ -65,12 +66,12 @@ class OptimizerState:
                 del self.tensors[name], self._destinations[name]
 
     @torch.no_grad()
-    def apply(self, loaded: dict[str, torch.Tensor], step: int) -> None:
-        """Copy loaded tensors, named as in :attr:`tensors`, into the optimizer and go on from ``step``."""
+    def apply(self, loaded: dict[str, torch.Tensor], num_updates: int) -> None:
+        """Copy loaded tensors, named as in :attr:`tensors`, into the optimizer and go on after ``num_updates``."""
         for name, (destination, part_of_parameter) in self._destinations.items():
             destination.view(-1).copy_(loaded[name].reshape(-1)[part_of_parameter])
         for part in self.parts:
-            _set_step(part.optimizer, step)
+            _set_step(part.optimizer, num_updates)
 
 
 def _expert_by_expert(model_state: dict[str, Any]) -> dict[str, Any]:
@@ -170,7 +171,7 @@ def _whole_state(part: MegatronOptimizer, model_state: dict[str, Any], loading: 
 
 
 def _set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """torch counts the steps of each parameter, in a tensor of its own; the fused optimizers count per group."""
+    """torch counts the steps of each parameter, in a tensor of its own; the fused optimizers per group; Muon none."""
     if isinstance(optimizer, torch.optim.Adam):  # AdamW is a kind of it
         for state in optimizer.state.values():
             state["step"] = torch.tensor(float(step))

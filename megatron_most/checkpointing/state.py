@@ -1,7 +1,7 @@
 """The sharded tensors of a checkpoint: Megatron's ``torch_dist`` format, readable in any parallel layout.
 
 Only tensors come from the optimizer's state. Hyper-parameters belong to the configuration and the schedule is a
-function of the step, so that a run may go on with another learning rate or another layout; the one number left,
+function of the updates made, so that a run may go on with another learning rate or another layout; the one number left,
 AdamW's step count, is set by us.
 """
 
@@ -51,7 +51,7 @@ def plan_state(directory: Path, model_chunks: list[MoSTModel], optimizer: Megatr
     state["fp8"] = fp8_state(model_chunks)
     planned = PlannedSave(copy)
     try:
-        with _without_deprecations():
+        with _without_torch_warnings():
             dist_checkpointing.save(state, str(directory), FullyParallelSaveStrategyWrapper(planned, _replica_group()))
     except (OSError, CheckpointingException) as error:
         raise CheckpointError(f"{directory}: cannot be written: {_one_line(error)}") from error
@@ -62,14 +62,14 @@ def load_state(
     directory: Path,
     model_chunks: list[MoSTModel],
     optimizer: MegatronOptimizer,
-    step: int,
+    num_updates: int,
     same_layout: bool,
     had_frozen_parts: bool,
 ) -> None:
     """Read what :func:`plan_state` planned, in any layout; random states only in the ``same_layout``. Collective.
 
     Args:
-        optimizer: without a step taken; it goes on from ``step``.
+        optimizer: without a step taken; it goes on after ``num_updates`` updates.
         had_frozen_parts: the checkpoint may lack the optimizer state of weights; where it does, theirs starts anew.
     """
     state = _model_state(model_chunks)
@@ -84,7 +84,7 @@ def load_state(
     # The fp32 copies of weights that were frozen; those of others are in the checkpoint.
     optimizer.reload_model_params()
     # A rank without a tensor of its own gets no dictionary back.
-    optimizer_state.apply(loaded.get("optimizer", {}), step)
+    optimizer_state.apply(loaded.get("optimizer", {}), num_updates)
     load_fp8_state(model_chunks, loaded.get("fp8", {}))
     if same_layout:
         _set_rng_state(loaded["rng"])
@@ -98,7 +98,7 @@ def load_model_state(directory: Path, model_chunks: list[MoSTModel]) -> None:
 def _load(directory: Path, state: StateDict) -> StateDict:
     strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), _replica_group())
     try:
-        with _without_deprecations():
+        with _without_torch_warnings():
             return dist_checkpointing.load(state, str(directory), strategy)
     except (OSError, CheckpointingException) as error:
         raise CheckpointError(f"{directory}: cannot be loaded: {_one_line(error)}") from error
@@ -111,10 +111,13 @@ def _stored_keys(directory: Path) -> set[str]:
 
 
 @contextlib.contextmanager
-def _without_deprecations() -> Iterator[None]:
-    """torch announces the end of interfaces that Megatron-Core 0.16.1 uses; users can do nothing about it."""
+def _without_torch_warnings() -> Iterator[None]:
+    """torch warns of the interfaces that Megatron-Core 0.19.2 uses and how; users can do nothing about it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        # serialization.py:230 reads a small object on each rank by itself, with arguments in another order.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        warnings.filterwarnings("ignore", "The argument order of load has been changed", UserWarning)
         yield
 
 

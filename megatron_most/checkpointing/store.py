@@ -12,6 +12,7 @@ from megatron_most.checkpointing.directory import STATE
 from megatron_most.checkpointing.metadata import CheckpointMetadata, check_same_model, read_metadata
 from megatron_most.checkpointing.state import load_model_state, load_state
 from megatron_most.config import RunConfig
+from megatron_most.errors import CheckpointError
 from megatron_most.model import MoSTModel
 from megatron_most.parallel import on_rank_zero, together
 
@@ -44,10 +45,11 @@ def load_checkpoint(
         CheckpointError: missing, torn, corrupt, or of another model.
     """
     directory, metadata = _verified(path, config)
+    on_rank_zero(lambda: _check_same_optimizer(directory, metadata, config))
     theirs, mine = metadata.config["parallel"], vars(config.parallel)
     same_layout = metadata.world_size == dist.get_world_size() and theirs == mine
     had_frozen_parts = any(entry["scale"] == 0 for entry in metadata.config["optimizer"]["lr_scales"])
-    load_state(directory / STATE, model_chunks, optimizer, metadata.step, same_layout, had_frozen_parts)
+    load_state(directory / STATE, model_chunks, optimizer, metadata.num_updates, same_layout, had_frozen_parts)
     return metadata
 
 
@@ -56,6 +58,15 @@ def load_model_weights(path: str | Path, config: RunConfig, model_chunks: list[M
     directory, metadata = _verified(path, config)
     load_model_state(directory / STATE, model_chunks)
     return metadata
+
+
+def _check_same_optimizer(directory: Path, metadata: CheckpointMetadata, config: RunConfig) -> None:
+    theirs, mine = metadata.config["optimizer"].get("optimizer", "adam"), config.optimizer.optimizer
+    if theirs != mine:
+        raise CheckpointError(
+            f"{directory}: holds the state of optimizer.optimizer={theirs!r}, not of {mine!r}; choose another run_dir"
+            " and take the weights alone with checkpoint.load"
+        )
 
 
 def _verified(path: str | Path, config: RunConfig) -> tuple[Path, CheckpointMetadata]:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from isal import isal_zlib
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies.common import save_common
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -56,6 +56,9 @@ WRITTEN_AT_ONCE = 1 << 20
 
 _FILE_BYTES = 4 << 30
 """After so many bytes a file ends: several ranks can check a checkpoint at the same time."""
+
+_COMMON_STATE = ShardedObject("common_state", None, (1,), (0,)).unique_key
+"""Where Megatron looks for what a checkpoint holds besides sharded tensors: nothing, in ours."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +214,10 @@ class _RegionSavePlanner(DefaultSavePlanner):
         self.is_coordinator = is_coordinator
 
     def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan([self._item(region) for region in self._regions])
+        items = [self._item(region) for region in self._regions]
+        if self.is_coordinator:
+            items.append(WriteItem(MetadataIndex(_COMMON_STATE), WriteItemType.BYTE_IO))
+        self.plan = SavePlan(items)
         return self.plan
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
@@ -224,7 +230,9 @@ class _RegionSavePlanner(DefaultSavePlanner):
                 raise CheckpointError(f"{written} of the {math.prod(form.shape)} elements of {key} are written")
         return plans, metadata
 
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | list[dict]:
+        if write_item.type is WriteItemType.BYTE_IO:
+            return [{}]  # as Megatron wraps the objects of a key
         index, chunk = write_item.index, write_item.tensor_data.chunk
         region = Region(index.fqn, tuple(index.offset), tuple(chunk.sizes))
         tensor, dtype = self._produce(region), self._forms[region.key].dtype
@@ -276,8 +284,8 @@ class _RegionWriter(torch_checkpoint.FileSystemWriter):
         return done
 
 
-def _made_ahead(items: Sequence[WriteItem], planner: SavePlanner) -> Iterator[tuple[WriteItem, torch.Tensor]]:
-    """Each item with its tensor; a thread makes the next one while the caller writes this one."""
+def _made_ahead(items: Sequence[WriteItem], planner: SavePlanner) -> Iterator[tuple[WriteItem, Any]]:
+    """Each item with its tensor or object; a thread makes the next one while the caller writes this one."""
     with ThreadPoolExecutor(1) as maker:
         ahead = maker.submit(planner.resolve_data, items[0]) if items else None
         for place, item in enumerate(items):
@@ -295,12 +303,12 @@ def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(content).view(tensor.dtype).view(tensor.shape)
 
 
-def _save(tensor: torch.Tensor, stream: _SummingStream) -> None:
+def _save(data: torch.Tensor | list[dict], stream: _SummingStream) -> None:
     """``torch.save`` without its own checksum, which takes as long as all the rest: the manifest has one."""
     has_checksum = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
-        torch.save(tensor, stream)
+        torch.save(data, stream)
     finally:
         torch.serialization.set_crc32_options(has_checksum)
 
@@ -333,8 +341,6 @@ class _RegionSave(TorchDistSaveShardedStrategy):
         self.entries: dict[str, directories.FileEntry] = {}
 
     def save(self, sharded_state_dict: dict, checkpoint_dir: str | Path) -> None:
-        if dist.get_rank() == 0:
-            save_common({}, str(checkpoint_dir))  # what Megatron would put among the tensors, in a file of its own
         writer = _RegionWriter(Path(checkpoint_dir))
         torch_checkpoint.save({}, storage_writer=writer, planner=self._planner)
         self.entries = writer.entries

@@ -40,7 +40,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     cli.require_positive(arguments, "limit", "max_seconds")
     require("nemo", "soundfile", "soxr", "jiwer")
     text_normalizer(arguments.normalizer)  # a package that is missing is missed before anything is computed
-    from megatron_most.data.manifest import read_manifest
+    from megatron_most.data.preparation.manifest import read_manifest
     from megatron_most.evaluation.recogniser import PocketsphinxRecogniser
     from megatron_most.evaluation.suites import evaluate_asr, evaluate_tts
     from megatron_most.files import require_writable, write_json

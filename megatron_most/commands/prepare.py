@@ -22,16 +22,16 @@ from typing import TYPE_CHECKING
 
 from megatron_most import cli
 from megatron_most.commands import prepare_sources
-from megatron_most.data.chat import MODES
-from megatron_most.data.documents import LOSSES
-from megatron_most.data.tasks import TASKS
+from megatron_most.data.building.chat_modes import MODES
+from megatron_most.data.building.document_builder import LOSSES
+from megatron_most.data.storage.documents import TASKS
 from megatron_most.errors import ConfigError
 from megatron_most.extras import require
 from megatron_most.files import require_writable
 from megatron_most.vocab import CODEC_LAYOUTS, ModalityRange
 
 if TYPE_CHECKING:
-    from megatron_most.data.indexed import TokenDataset
+    from megatron_most.data.storage.token_dataset import TokenDataset
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -47,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     sub = commands_of.add_parser("build", help="codes or text -> a dataset of one task")
     sub.add_argument("--task", choices=TASKS, required=True)
-    sub.add_argument("--codes", nargs="+", default=[], help="prefixes of tokenised speech")
+    sub.add_argument("--codes", nargs="+", default=[], help="prefixes of tokenized speech")
     sub.add_argument("--text", nargs="+", default=[], help="manifests with text, for text_lm")
     sub.add_argument("--chat", nargs="+", default=[], help="chat files, for chat; --codes holds their spoken turns")
     sub.add_argument(
@@ -101,8 +101,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def train_tokenizer(arguments: argparse.Namespace) -> None:
     require_writable(arguments.output)
-    from megatron_most.data.instructions import FIRST_INSTRUCTIONS
-    from megatron_most.data.manifest import read_manifest
+    from megatron_most.data.building.instructions import FIRST_INSTRUCTIONS
+    from megatron_most.data.preparation.manifest import read_manifest
     from megatron_most.text import train_sentencepiece
 
     texts = [record.text for path in arguments.manifest for record in read_manifest(path, needs_audio=False)]
@@ -113,30 +113,31 @@ def train_tokenizer(arguments: argparse.Namespace) -> None:
 def build(arguments: argparse.Namespace) -> None:
     cli.require_positive(arguments, "text_vocab_size", "num_codebooks", "codebook_size", "max_length")
     require_writable(f"{arguments.output}.json")
-    from megatron_most.data.build import build_dataset
-    from megatron_most.data.examples import TemplateOptions
-    from megatron_most.data.inspection import summary
-    from megatron_most.data.length_limit import LengthLimit
+    from megatron_most.data.building.build import Inputs, build_dataset
+    from megatron_most.data.building.examples import TemplateOptions
+    from megatron_most.data.building.length_limit import LengthLimit
+    from megatron_most.data.building.vocab_options import VocabOptions
+    from megatron_most.data.storage.inspection import summary
 
     dataset = build_dataset(
         arguments.output,
-        task=arguments.task,
-        tokenizer=arguments.tokenizer,
-        codes=arguments.codes,
-        texts=arguments.text,
-        chats=arguments.chat,
-        template=TemplateOptions(
+        arguments.task,
+        arguments.tokenizer,
+        Inputs(arguments.codes, arguments.text, arguments.chat),
+        VocabOptions(
+            layout=arguments.layout,
+            text_vocab_size=arguments.text_vocab_size,
+            num_codebooks=arguments.num_codebooks,
+            codebook_size=arguments.codebook_size,
+            further_modalities=[_modality_range(text) for text in arguments.modality],
+        ),
+        TemplateOptions(
             wordings=arguments.wordings,
             loss=arguments.loss,
             limit=LengthLimit(arguments.max_length, arguments.over_length),
             modes=arguments.modes,
         ),
-        layout=arguments.layout,
-        text_vocab_size=arguments.text_vocab_size,
-        num_codebooks=arguments.num_codebooks,
-        codebook_size=arguments.codebook_size,
-        further_modalities=[_modality_range(text) for text in arguments.modality],
-        command=shlex.join(sys.argv),
+        shlex.join(sys.argv),
     )
     counts = dataset.provenance["counts"]
     print(summary(dataset))
@@ -150,12 +151,12 @@ def build(arguments: argparse.Namespace) -> None:
     if counts.get("textless"):
         print(f"  {counts['textless']} utterances have no text and are left out")
     if counts.get("unrecorded"):
-        print(f"  {counts['unrecorded']} turns stay written: their recordings could not be tokenised")
+        print(f"  {counts['unrecorded']} turns stay written: their recordings could not be tokenized")
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    from megatron_most.data.indexed import TokenDataset
-    from megatron_most.data.inspection import statistics, summary, totals
+    from megatron_most.data.storage.inspection import statistics, summary, totals
+    from megatron_most.data.storage.token_dataset import TokenDataset
 
     datasets = [TokenDataset(prefix) for prefix in arguments.dataset]
     if arguments.document is None and (arguments.codec or arguments.wav):
@@ -178,7 +179,7 @@ def _show_document(arguments: argparse.Namespace, dataset: TokenDataset) -> None
     if arguments.codec:
         require("nemo", "soundfile", "soxr")
     from megatron_most.audio import load_codec, write_wav
-    from megatron_most.data.inspection import audio_of, describe
+    from megatron_most.data.storage.inspection import audio_of, describe
     from megatron_most.text import load_tokenizer
 
     if not 0 <= arguments.document < len(dataset):
@@ -201,13 +202,13 @@ def _show_document(arguments: argparse.Namespace, dataset: TokenDataset) -> None
         for number, codes in enumerate(segments, start=1):
             path = wav if len(segments) == 1 else wav.with_stem(f"{wav.stem}-{number}")
             write_wav(path, codec.decode(codes), codec.sample_rate)
-            print(f"{path}: {codes.shape[1] / codec.frame_rate:.2f} s")
+            print(f"{path}: {len(codes) / codec.frame_rate:.2f} s")
 
 
 def speechify(arguments: argparse.Namespace) -> None:
     cli.require_positive(arguments, "workers", "max_characters")
     require("soundfile", "soxr")
-    from megatron_most.data.speechify import speak_chats
+    from megatron_most.data.preparation.speechify import speak_chats
 
     counts = speak_chats(
         arguments.chat,

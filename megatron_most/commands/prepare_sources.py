@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 
 from megatron_most import __version__
 from megatron_most.cli import require_positive
-from megatron_most.data.sources import SOURCES, SourceOptions
+from megatron_most.data.preparation.sources import SOURCES, SourceOptions
 from megatron_most.errors import ConfigError
 from megatron_most.extras import require
-from megatron_most.files import require_writable, write_json
+from megatron_most.files import require_writable
 
 if TYPE_CHECKING:
-    from megatron_most.data.collect import SourceSpec
+    from megatron_most.data.preparation.collect import SourceSpec
 
 MAX_QUARANTINE = 0.01
-"""As :data:`megatron_most.data.tokenise.MAX_QUARANTINE`, which imports torch."""
+"""As :data:`megatron_most.data.preparation.tokenize_audio.MAX_QUARANTINE`, which imports torch."""
 
 _LAYOUTS = "\n".join(f"  {name:14} {source.layout}" for name, source in SOURCES.items())
 
@@ -71,20 +71,20 @@ def _add_source(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--split", nargs="+", default=[], help="only these splits")
     sub.add_argument("--language", help="of records that do not name theirs")
-    sub.add_argument("--licence", help="of records that do not name theirs")
+    sub.add_argument("--license", "--licence", help="of records that do not name theirs")
     sub.add_argument("--text-field", help="which text, where the source has several")
     sub.add_argument("--audio-only", action="store_true", help="take audio without a text too")
 
 
 def _spec(arguments: argparse.Namespace) -> SourceSpec:
-    from megatron_most.data.collect import SourceSpec
+    from megatron_most.data.preparation.collect import SourceSpec
 
     if bool(arguments.source) != bool(arguments.root):
         raise ConfigError("--source and --root: each needs the other (--manifest needs neither)")
     options = SourceOptions(
         splits=tuple(arguments.split),
         language=arguments.language,
-        licence=arguments.licence,
+        license=arguments.license,
         text_field=arguments.text_field,
         needs_text=not arguments.audio_only,
     )
@@ -93,8 +93,8 @@ def _spec(arguments: argparse.Namespace) -> SourceSpec:
 
 
 def manifest(arguments: argparse.Namespace) -> None:
-    from megatron_most.data.collect import collect
-    from megatron_most.data.indexed import FORMAT_VERSION
+    from megatron_most.data.preparation.collect import collect
+    from megatron_most.data.storage.sidecar import write_sidecar
 
     spec, output = _spec(arguments), Path(arguments.output)
     require_writable(output)
@@ -102,10 +102,10 @@ def manifest(arguments: argparse.Namespace) -> None:
     quarantine, sidecar = Path(f"{base}.quarantine.jsonl"), Path(f"{base}.provenance.json")
     collected = collect(spec, output, quarantine)
     counts = {"records": collected.num_records, "quarantined": collected.num_rejected}
-    source = spec.to_dict() | {"licences": collected.licences}
+    source = spec.to_dict() | {"licenses": collected.licenses}
     provenance = {"source": source, "counts": counts, "tool_version": __version__, "command": shlex.join(sys.argv)}
-    write_json(sidecar, {"format": FORMAT_VERSION, **provenance})
-    print(f"{output}: {collected.num_records} records ({_join(collected.licences)})")
+    write_sidecar(sidecar, provenance)
+    print(f"{output}: {collected.num_records} records ({_join(collected.licenses)})")
     if collected.num_rejected:
         print(f"{quarantine}: {collected.num_rejected} that cannot be used")
 
@@ -116,10 +116,10 @@ def tokenize(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--max-quarantine={arguments.max_quarantine}: must be in 0..1")
     require_writable(f"{arguments.output}.json")
     require("nemo", "soundfile", "soxr")
-    from megatron_most.data.shards import Limits
-    from megatron_most.data.tokenise import tokenise
+    from megatron_most.data.preparation.shards import Limits
+    from megatron_most.data.preparation.tokenize_audio import tokenize_audio
 
-    codes = tokenise(
+    codes = tokenize_audio(
         _spec(arguments),
         arguments.codec,
         arguments.output,
@@ -136,7 +136,7 @@ def tokenize(arguments: argparse.Namespace) -> None:
     counts = codes.provenance["counts"]
     print(
         f"{arguments.output}: {len(codes)} utterances, {codes.seconds / 3600:.2f} h, codec {codes.codec.name};"
-        f" {counts['records']} records = {counts['tokenised']} tokenised + {counts['quarantined']} in quarantine"
+        f" {counts['records']} records = {counts['tokenized']} tokenized + {counts['quarantined']} in quarantine"
     )
     if counts["chunked"]:
         print(f"  {counts['chunked']} recordings are longer than {arguments.max_seconds:g} s and became chunks")
@@ -149,5 +149,5 @@ def _share(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def _join(licences: dict[str, int]) -> str:
-    return ", ".join(f"{count} {licence}" for licence, count in licences.items()) or "none"
+def _join(licenses: dict[str, int]) -> str:
+    return ", ".join(f"{count} {license}" for license, count in licenses.items()) or "none"

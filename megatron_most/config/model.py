@@ -45,7 +45,8 @@ class AttentionConfig:
     """Multi-latent attention (``mla``: DeepSeek-V2, arXiv 2405.04434, section 2.1) or grouped-query (``gqa``: Llama).
 
     Head sizes are per head. ``kv_lora_rank``, ``q_lora_rank``, ``qk_*`` and ``v_head_dim`` are read by ``mla`` only,
-    ``num_query_groups`` (key-value heads) and ``head_dim`` by ``gqa`` only.
+    ``num_query_groups`` (key-value heads) and ``head_dim`` by ``gqa`` only. ``mla_down_proj_fusion`` computes the
+    down-projections of queries and of keys and values as one product; checkpoints are the same.
     """
 
     type: str = "mla"
@@ -57,12 +58,19 @@ class AttentionConfig:
     v_head_dim: int = 128
     num_query_groups: int = 8
     head_dim: int = 128
+    mla_down_proj_fusion: bool = False
     rope: RopeConfig = field(default_factory=RopeConfig)
 
     def __post_init__(self) -> None:
         section = "model.attention"
         require_one_of(f"{section}.type", self.type, ("mla", "gqa"))
         require_positive(section, self, ("num_heads",))
+        require(
+            not self.mla_down_proj_fusion or (self.type == "mla" and self.q_lora_rank is not None),
+            f"{section}.mla_down_proj_fusion",
+            self.mla_down_proj_fusion,
+            f"needs {section}.type=mla with a q_lora_rank: else there is one down-projection, and nothing to fuse",
+        )
         if self.type == "gqa":
             require_positive(section, self, ("num_query_groups", "head_dim"))
             require(self.head_dim % 2 == 0, f"{section}.head_dim", self.head_dim, "must be even")
@@ -201,6 +209,7 @@ class MoEConfig:
     expert_backend: str = "grouped"
     dispatcher: str = "alltoall"
     shared_expert_overlap: bool = False
+    moe_permute_fusion: bool = False
 
     def __post_init__(self) -> None:
         section = "model.moe"
@@ -239,6 +248,12 @@ class MoEConfig:
             f"{section}.shared_expert_overlap",
             self.shared_expert_overlap,
             "needs shared experts (shared_ffn_hidden_size) and dispatcher=alltoall",
+        )
+        require(
+            not self.moe_permute_fusion or self.dispatcher == "alltoall",
+            f"{section}.moe_permute_fusion",
+            self.moe_permute_fusion,
+            "needs dispatcher=alltoall; the others permute in their own ways",
         )
         self._check_groups()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from megatron_most.config.model import VOCAB_MULTIPLE, ModelConfig
@@ -142,15 +143,33 @@ class LrScaleConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and its learning-rate schedule, in steps."""
+    """The optimizer and its learning-rate schedule, in steps.
 
+    ``optimizer`` is ``adam`` (AdamW) or ``muon`` (arXiv 2502.16982): Muon for matrices, AdamW for embeddings, heads and
+    norms. Muon's update of a matrix ``[out, in]`` is its momentum, made orthogonal by ``muon_num_ns_steps`` iterations
+    in the precision ``muon_fp32_matmul_prec`` and multiplied by ``muon_extra_scale_factor`` and, by
+    ``muon_scale_mode``, the root of max(out, in), of max(1, out / in) or of out / in.
+
+    A step whose gradient norm exceeds ``grad_norm_skip_threshold`` leaves weights, optimizer and schedule as they were;
+    its data counts as consumed. Null skips none.
+    """
+
+    optimizer: str = "adam"
     lr: float = 1e-5
     min_lr: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    muon_momentum: float = 0.95
+    muon_nesterov: bool = False
+    muon_scale_mode: str = "spectral"
+    muon_extra_scale_factor: float = 1.0
+    muon_coefficient_type: str = "quintic"
+    muon_num_ns_steps: int = 5
+    muon_fp32_matmul_prec: str = "medium"
     weight_decay: float = 0.1
     clip_grad: float = 1.0
+    grad_norm_skip_threshold: float | None = None
     warmup_steps: int = 0
     decay_style: str = "cosine"
     distributed: bool = True
@@ -161,11 +180,37 @@ class OptimizerConfig:
         require_positive("optimizer", self, ("lr", "eps"))
         require_not_negative("optimizer", self, ("min_lr", "weight_decay", "clip_grad", "warmup_steps"))
         require(self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, f"must not exceed optimizer.lr, {self.lr}")
+        threshold = self.grad_norm_skip_threshold
+        require(
+            threshold is None or 0 < threshold < math.inf,
+            "optimizer.grad_norm_skip_threshold",
+            threshold,
+            "must be greater than 0, or null",
+        )
         require_one_of("optimizer.decay_style", self.decay_style, ("cosine", "linear", "constant"))
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must be in [0, 1)")
+        self._check_muon()
         parts = [entry.part for entry in self.lr_scales]
         require(len(set(parts)) == len(parts), "optimizer.lr_scales", parts, "names a part twice")
+
+    def _check_muon(self) -> None:
+        require_one_of("optimizer.optimizer", self.optimizer, ("adam", "muon"))
+        choices = {
+            "muon_scale_mode": ("spectral", "shape_scaling", "unit_rms_norm"),
+            "muon_coefficient_type": ("simple", "quintic", "polar_express", "cans", "aol"),
+            "muon_fp32_matmul_prec": ("medium", "high", "highest"),
+        }
+        for name, valid in choices.items():
+            require_one_of(f"optimizer.{name}", getattr(self, name), valid)
+        require(0 <= self.muon_momentum < 1, "optimizer.muon_momentum", self.muon_momentum, "must be in [0, 1)")
+        require_positive("optimizer", self, ("muon_extra_scale_factor", "muon_num_ns_steps"))
+        require(
+            self.optimizer == "adam" or not self.distributed,
+            "optimizer.optimizer",
+            self.optimizer,
+            "needs optimizer.distributed=false: ranks would have slices of matrices, and Muon takes whole ones",
+        )
 
 
 @dataclass
@@ -287,6 +332,12 @@ class RunConfig:
             " else take sequential",
         )
         self._check_fp8()
+        require(
+            not model.attention.mla_down_proj_fusion or self.optimizer.optimizer == "adam",
+            "model.attention.mla_down_proj_fusion",
+            model.attention.mla_down_proj_fusion,
+            "needs optimizer.optimizer=adam: Muon would take two matrices for one",
+        )
         expert = parallel.expert_model_parallel_size
         require(
             model.moe.dispatcher not in ("deepep", "hybridep") or expert * parallel.expert_tensor_size > 1,
@@ -374,9 +425,7 @@ class RunConfig:
                 f"each rank's share, {share}, must be divisible by {multiple} for precision.fp8_recipe"
                 f"={precision.fp8_recipe}",
             )
-        context = parallel.context_parallel_size
-        rows = self.training.micro_batch_size * self.data.seq_length // context
-        rows //= tensor  # with sequence parallelism, which the replicated projections of latent attention see
+        rows = self.positions_per_rank  # which the replicated projections of latent attention see
         require(
             rows % multiple == 0,
             "data.seq_length",
@@ -392,6 +441,12 @@ class RunConfig:
             "precision.bf16_expert_pools",
             precision.bf16_expert_pools,
             "needs model.moe.expert_backend=grouped, which keeps the pools apart",
+        )
+        require(
+            not model.attention.mla_down_proj_fusion or precision.fp8_recipe != "delayed",
+            "model.attention.mla_down_proj_fusion",
+            model.attention.mla_down_proj_fusion,
+            "needs a precision.fp8_recipe without histories, not delayed: those of two products would be one",
         )
         layers = precision.bf16_first_layers + precision.bf16_last_layers
         require(
@@ -418,10 +473,20 @@ class RunConfig:
             "heads",
         )
 
+    @property
+    def positions_per_rank(self) -> int:
+        """Positions of a micro-batch that a rank's norms and expert layers see, sequence parallelism included."""
+        ranks = self.parallel.context_parallel_size * self.parallel.tensor_model_parallel_size
+        return self.training.micro_batch_size * self.data.seq_length // ranks
+
     def lr_scale(self, part: str) -> float:
         """What the learning rate of ``part`` is multiplied by; 0 when it is frozen."""
         scales = {entry.part: entry.scale for entry in self.optimizer.lr_scales}
         return scales.get(part, scales.get("rest", 1.0))
+
+    def uses_muon(self, part: str) -> bool:
+        """Whether Muon moves the weights of ``part``: the matrices that are no tables of embeddings or outputs."""
+        return self.optimizer.optimizer == "muon" and part not in ("norms", "embeddings", "heads")
 
     def num_microbatches(self, data_parallel_size: int) -> int:
         """Micro-batches each data-parallel rank runs per step."""

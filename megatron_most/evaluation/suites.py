@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from megatron_most.audio import AudioCodec, write_wav
-from megatron_most.data.manifest import Record, read_waveform
-from megatron_most.data.tasks import prompt
+from megatron_most.data.building.tasks import prompt
+from megatron_most.data.preparation.manifest import Record, read_waveform
 from megatron_most.evaluation.recogniser import Recogniser
 from megatron_most.evaluation.wer import NORMALIZERS, word_errors
 from megatron_most.inference import LoadedModel, Sampling, speak, transcribe
@@ -27,7 +27,7 @@ MAX_SPEECH_SECONDS = 30.0
 
 
 def encode_records(codec: AudioCodec, records: Sequence[Record]) -> list[np.ndarray]:
-    """Codes ``[C, F]`` of each record's audio."""
+    """Codes ``[F, C]`` of each record's audio."""
     return [codec.encode(read_waveform(record, codec.sample_rate)) for record in records]
 
 
@@ -48,7 +48,7 @@ def evaluate_asr(
     """
     codes = encode_records(model.codec, records) if codes is None else codes
     vocab, tokenizer = model.config.vocab, model.tokenizer
-    longest = max(codes, key=lambda utterance: utterance.shape[1])
+    longest = max(codes, key=len)
     room = model.config.data.seq_length - len(prompt("asr", vocab, tokenizer, codes=longest).ids)
     hypotheses = transcribe(model, codes, max_new=max(1, min(max_new, room)))
     return _result("asr", set_name, records, hypotheses, normalizer)

@@ -20,10 +20,13 @@ from megatron_most.vocab import NO_CODE
 
 
 class Prompt(Protocol):
-    """A document prefix: ``ids [s]`` and, in layout ``frame``, ``codes [s, C]``."""
+    """A document prefix: ``ids [s]`` and, in the ``frame`` layouts, ``side_codes [s, C]``."""
 
-    ids: np.ndarray
-    codes: np.ndarray | None
+    @property
+    def ids(self) -> np.ndarray: ...
+
+    @property
+    def side_codes(self) -> np.ndarray | None: ...
 
 
 class Generator:
@@ -55,7 +58,7 @@ class Generator:
         return [row.tolist() for row in ids]
 
     def speech(self, prompts: Sequence[Prompt], max_frames: int, sampling: Sampling) -> list[np.ndarray]:
-        """Codes ``[C, F]`` for each prompt that ends in ``begin_of_audio``; at most ``max_frames`` frames."""
+        """Codes ``[F, C]`` for each prompt that ends in ``begin_of_audio``; at most ``max_frames`` frames."""
         layout = self.vocab.codec_layout
         max_new = layout.num_positions(max_frames)
         ids, codes = self._continue(prompts, SpeechGrammar(self.vocab, max_frames), max_new, sampling)
@@ -155,7 +158,7 @@ class Generator:
         for row, prompt in enumerate(prompts):
             start = longest - len(prompt.ids)
             ids[row, start:] = torch.from_numpy(np.asarray(prompt.ids, dtype=np.int64))
-            if prompt.codes is not None:
-                codes[row, start:] = torch.from_numpy(np.asarray(prompt.codes, dtype=np.int64))
+            if (side_codes := prompt.side_codes) is not None:
+                codes[row, start:] = torch.from_numpy(np.asarray(side_codes, dtype=np.int64))
             is_padding[row, start:] = False
         return ids.to(self.device), codes.to(self.device), is_padding.to(self.device)

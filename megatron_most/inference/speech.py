@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_most.data.tasks import prompt
+from megatron_most.data.building.tasks import prompt
 from megatron_most.inference.loading import LoadedModel
 from megatron_most.inference.sampling import Sampling
 
@@ -18,7 +18,7 @@ def transcribe(
     sampling: Sampling | None = None,
     batch_size: int = 32,
 ) -> list[str]:
-    """Text of each utterance given as codec codes ``[C, F]``; at most ``max_new`` text ids each."""
+    """Text of each utterance given as codec codes ``[F, C]``; at most ``max_new`` text ids each."""
     tokenizer, vocab = model.tokenizer, model.config.vocab
     prompts = [prompt("asr", vocab, tokenizer, codes=utterance) for utterance in codes]
     markers = (tokenizer.bos_id, tokenizer.pad_id)
@@ -44,7 +44,7 @@ def speak(
     sampling: Sampling | None = None,
     batch_size: int = 32,
 ) -> list[np.ndarray]:
-    """Codec codes ``[C, F]`` of each text spoken; ``model.codec.decode`` turns them into sound."""
+    """Codec codes ``[F, C]`` of each text spoken; ``model.codec.decode`` turns them into sound."""
     vocab = model.config.vocab
     prompts = [prompt("tts", vocab, model.tokenizer, text=text) for text in texts]
     max_frames = max(1, int(max_seconds * model.codec.frame_rate))

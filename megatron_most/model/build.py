@@ -23,6 +23,8 @@ def check_libraries(config: RunConfig) -> None:
     moe = config.model.moe
     if moe.expert_backend == "transformer_engine":
         platform.require_library("Transformer Engine", "model.moe.expert_backend", moe.expert_backend)
+    if moe.moe_permute_fusion:
+        platform.require_library("Transformer Engine", "model.moe.moe_permute_fusion", moe.moe_permute_fusion)
     if moe.dispatcher in ("deepep", "hybridep"):
         library = {"deepep": "DeepEP", "hybridep": "HybridEP"}[moe.dispatcher]
         platform.require_library(library, "model.moe.dispatcher", moe.dispatcher)

@@ -1,4 +1,4 @@
-"""MoST on Megatron-Core's GPT model.
+"""MoST on Megatron-Core's language module.
 
 Shape letters: b micro-batch rows, s positions, h hidden size, C codebooks, V ids (padded), K codes (padded).
 """
@@ -8,13 +8,17 @@ from __future__ import annotations
 import torch
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.models.common.embeddings import RotaryEmbedding
-from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_most.config.model import VOCAB_MULTIPLE
 from megatron_most.model.codebooks import CodebookEmbeddings, CodebookHeads
 from megatron_most.model.packed_row import PackedRow
+from megatron_most.model.rotary import row_angles
 from megatron_most.moe.token_planes import pack_planes
 from megatron_most.vocab import VocabLayout
 
@@ -24,8 +28,11 @@ def padded(size: int) -> int:
     return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-class MoSTModel(GPTModel):
+class MoSTModel(LanguageModule):
     """One pipeline stage of a MoST model.
+
+    It stands on ``LanguageModule`` and not on ``GPTModel``, which Megatron keeps for critical fixes only. Parts have
+    the names that ``GPTModel`` gives them, so checkpoints of either have the same keys.
 
     Args:
         vocab: the id space; layout ``frame`` adds codebook embeddings to the first stage and heads to the last.
@@ -44,23 +51,48 @@ class MoSTModel(GPTModel):
         vp_stage: int | None = None,
         rotary: RotaryEmbedding | None = None,
     ) -> None:
-        super().__init__(
+        super().__init__(config)
+        # What Megatron's schedules and gradient reductions read of a model.
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = False
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config=config,
+                vocab_size=padded(vocab.size),
+                max_sequence_length=max_sequence_length,
+                position_embedding_type="none",
+                tp_group=self.pg_collection.tp,
+            )
+        self.decoder = TransformerBlock(
             config=config,
-            transformer_layer_spec=transformer_layer_spec,
-            vocab_size=padded(vocab.size),
-            max_sequence_length=max_sequence_length,
+            spec=transformer_layer_spec,
             pre_process=pre_process,
             post_process=post_process,
-            share_embeddings_and_output_weights=False,
-            position_embedding_type="none",
+            pg_collection=self.pg_collection,
             vp_stage=vp_stage,
         )
+        if post_process:
+            self.output_layer = ColumnParallelLinear(
+                config.hidden_size,
+                padded(vocab.size),
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                tp_group=self.pg_collection.tp,
+            )
+        self.setup_embeddings_and_output_layer()
         self.vocab = vocab
         self.rotary = rotary
         codebooks = (config, vocab.num_codebooks, padded(vocab.codebook_size), self.pg_collection)
         uses_codes = vocab.codec_layout.uses_side_codes
         self.codebook_embeddings = CodebookEmbeddings(*codebooks) if uses_codes and pre_process else None
         self.codebook_heads = CodebookHeads(*codebooks) if uses_codes and post_process else None
+
+    def set_input_tensor(self, input_tensor: list[torch.Tensor | None]) -> None:
+        """Take what the pipeline stage before this one sent, ``[s, b, h]``; the schedules call it."""
+        (hidden,) = input_tensor
+        self.decoder.set_input_tensor(hidden)
 
     def forward(
         self,
@@ -121,11 +153,11 @@ class MoSTModel(GPTModel):
     def _angles(
         self, num_positions: int, packed: PackedRow | None, inference_context: BaseInferenceContext | None
     ) -> torch.Tensor | None:
-        """Of this rank's positions; of those of the longest document or of a whole cache where attention chooses."""
+        """Of this rank's positions; of those of a whole packed row or a whole cache where attention chooses."""
         if self.rotary is None:
             return None
         if packed is not None:
-            return self.rotary(packed.max_seqlen_q, packed_seq=True)
+            return row_angles(self.rotary, packed)
         if inference_context is not None:
             return self.rotary(inference_context.max_sequence_length)
         return self.rotary(num_positions * self.pg_collection.cp.size())

@@ -38,22 +38,24 @@ class DocumentBatch:
 
 @dataclasses.dataclass(kw_only=True)
 class PackedRow(PackedSeqParams):
-    """Megatron's description of a packed row, and the indices that :class:`PortableCoreAttention` needs beside it.
+    """Megatron's description of a packed row, and the indices that attention needs beside it.
 
     ``cu_seqlens_q`` and ``cu_seqlens_kv`` are on the host: Megatron's rotary embedding reads them as numbers in every
-    layer.
+    layer of grouped-query attention.
 
     batches: all documents.
     output_order: ``[s]``, where each position of this rank stands in the outputs of ``batches``, one after the other.
     positions: ``[s]``, where in the row the positions of this rank stand. None without context parallelism.
     gather_order: ``[t]``, where each position of the row stands in what the ranks hold, one after the other. None as
         before.
+    document_positions: ``[t]``, where in its document each position of the row stands.
     """
 
     batches: list[DocumentBatch]
     output_order: torch.Tensor
     positions: torch.Tensor | None
     gather_order: torch.Tensor | None
+    document_positions: torch.Tensor
 
 
 def packed_row(
@@ -69,6 +71,7 @@ def packed_row(
     """
     boundaries = cu_seqlens.cpu()
     starts, lengths = boundaries[:-1, None].long(), boundaries.diff()[:, None].long()
+    document_positions = torch.arange(int(boundaries[-1])) - starts[:, 0].repeat_interleave(lengths[:, 0])
     positions = gather_order = None
     if context_size > 1:
         shares = [zigzag_positions_packed(boundaries, rank, context_size) for rank in range(context_size)]
@@ -90,8 +93,8 @@ def packed_row(
         is_query = query_offset < length // context_size
         output_order[query_index[is_query]] = num_outputs + is_query.flatten().nonzero()[:, 0]
         num_outputs += query_index.numel()
-    (output_order, positions, gather_order), *indices = _on_device(
-        [(output_order, positions, gather_order), *indices], torch.device(device)
+    (output_order, positions, gather_order, document_positions), *indices = _on_device(
+        [(output_order, positions, gather_order, document_positions), *indices], torch.device(device)
     )
     longest = int(lengths.max())
     return PackedRow(
@@ -104,6 +107,7 @@ def packed_row(
         output_order=output_order,
         positions=positions,
         gather_order=gather_order,
+        document_positions=document_positions,
     )
 
 

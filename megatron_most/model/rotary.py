@@ -1,6 +1,7 @@
-"""Rotary position embedding of grouped-query attention. Multi-latent attention builds its own, in each layer.
+"""Rotary position embedding: built here for grouped-query attention, by each layer of multi-latent attention itself.
 
-Shape letters: d head size; a head has d / 2 frequencies, in radians per position, from fast to slow.
+Shape letters: d head size; a head has d / 2 frequencies, in radians per position, from fast to slow; s positions of
+this rank, t of a row over all context-parallel ranks.
 """
 
 from __future__ import annotations
@@ -8,9 +9,12 @@ from __future__ import annotations
 import math
 
 import torch
+from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.models.common.embeddings import RotaryEmbedding
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_most.config.model import AttentionConfig, RopeConfig
+from megatron_most.model.packed_row import PackedRow
 
 _LLAMA3_ROTATIONS = (1.0, 4.0)
 """Rotations over the original length below which a frequency is slowed down fully, and above which not at all."""
@@ -25,6 +29,53 @@ def rotary_embedding(attention: AttentionConfig, cp_group: torch.distributed.Pro
     if rescale is not None:
         embedding.inv_freq = rescale(embedding.inv_freq, attention.rope)
     return embedding
+
+
+def row_angles(embedding: RotaryEmbedding, row: PackedRow) -> torch.Tensor:
+    """Angles ``[t, 1, 1, d]`` of a packed row, which start anew with each document.
+
+    Megatron (0.19.2, rope_utils.py:178) takes angles of a whole row as they are. Of the longest document alone it would
+    rotate one document after another, some twenty kernels each.
+    """
+    return embedding(row.max_seqlen_q, packed_seq=True)[row.document_positions]
+
+
+class LatentRotary(torch.nn.Module):
+    """The embedding of a layer of multi-latent attention, with the angles of every position of a packed row.
+
+    The layer asks for the length that its input needs and then for the angles of so many positions. A packed row is the
+    answer to the first question, for the second one to know it.
+    """
+
+    def __init__(self, embedding: RotaryEmbedding) -> None:
+        super().__init__()
+        self.embedding = embedding
+
+    def get_rotary_seq_len(
+        self,
+        inference_context: BaseInferenceContext | None,
+        transformer: torch.nn.Module | None,
+        transformer_input: torch.Tensor,
+        transformer_config: TransformerConfig,
+        packed_seq_params: PackedRow | None = None,
+    ) -> int | PackedRow:
+        if packed_seq_params is not None:
+            return packed_seq_params
+        return self.embedding.get_rotary_seq_len(
+            inference_context, transformer, transformer_input, transformer_config, None
+        )
+
+    def forward(self, length: int | PackedRow, packed_seq: bool = False) -> torch.Tensor | tuple[torch.Tensor, float]:
+        """Angles ``[length, 1, 1, d]``, or ``[s, 1, d]`` of a packed row; with a scale where the embedding has one."""
+        if not isinstance(length, PackedRow):
+            return self.embedding(length, packed_seq=packed_seq)
+        row = length
+        found = self.embedding(row.max_seqlen_q, packed_seq=True)
+        positions = row.document_positions if row.positions is None else row.document_positions[row.positions]
+        if isinstance(found, tuple):
+            angles, scale = found
+            return angles[:, 0][positions], scale
+        return found[:, 0][positions]
 
 
 def yarn_frequencies(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from megatron.core.transformer.moe.fused_a2a import HYBRIDEP_TOKEN_ALIGNMENT
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_most.config import RunConfig
@@ -49,7 +50,8 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         moe_router_load_balancing_type="none",
         moe_router_dtype="fp32",
         moe_shared_expert_overlap=moe.shared_expert_overlap,
-        **_dispatcher(moe.dispatcher),
+        moe_permute_fusion=moe.moe_permute_fusion,
+        **_dispatcher(config),
         # Parallelism.
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -58,7 +60,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         sequence_parallel=parallel.tensor_model_parallel_size > 1,
-        # Batched point-to-point messages are silently wrong with virtual stages on two pipeline ranks (0.16.1).
+        # Batched point-to-point messages are silently wrong with virtual stages on two pipeline ranks (0.19.2).
         overlap_p2p_comm=virtual is not None,
         batch_p2p_comm=virtual is None,
         # Numerics.
@@ -71,6 +73,8 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         **_recompute(training.recompute),
+        # No module is captured. The default, "full", is a name that Megatron has given up.
+        cuda_graph_modules=[],
         **_transformer_engine_fp8(config),
     )
 
@@ -91,7 +95,8 @@ def _transformer_engine_fp8(config: RunConfig) -> dict[str, object]:
     }
 
 
-def _dispatcher(name: str) -> dict[str, object]:
+def _dispatcher(config: RunConfig) -> dict[str, object]:
+    name = config.model.moe.dispatcher
     if name == "deepep":
         # With a capacity factor Megatron tells DeepEP which of a token's top-k places are empty, as padding's are and
         # those of modalities with a smaller top-k; no token is dropped for it, for that would be the router's doing.
@@ -101,11 +106,14 @@ def _dispatcher(name: str) -> dict[str, object]:
             "moe_expert_capacity_factor": 1.0,
         }
     if name == "hybridep":
-        return {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": name}
-    if name == "alltoall":
-        # Without one Megatron makes room for tokens x top-k rows (0.19.2, token_dispatcher.py:550) and fills those that
-        # no token is sent to; with one it counts them.
-        return {"moe_token_dispatcher_type": name, "moe_expert_capacity_factor": 1.0}
+        # Every rank has as many positions, but HybridEP takes whole chunks of them. Megatron fills up what is none,
+        # which costs a reduction and makes the host wait for the device, in every layer.
+        positions = config.positions_per_rank
+        return {
+            "moe_token_dispatcher_type": "flex",
+            "moe_flex_dispatcher_backend": name,
+            "moe_hybridep_pad_uneven_dispatch_inputs": positions % HYBRIDEP_TOKEN_ALIGNMENT != 0,
+        }
     return {"moe_token_dispatcher_type": name}
 
 
@@ -119,6 +127,7 @@ def _multi_latent(attention: AttentionConfig) -> dict[str, object]:
         "qk_pos_emb_head_dim": attention.qk_rope_head_dim,
         "v_head_dim": attention.v_head_dim,
         "qk_layernorm": True,
+        "mla_down_proj_fusion": attention.mla_down_proj_fusion,
         "rope_type": rope.type,
         "rotary_base": rope.base,
         # The attention scales its logits by YaRN's mscale whatever the rope type; a factor of 1 leaves them alone.

@@ -1,5 +1,6 @@
 """The modality-aware mixture of experts: groups, router, balance and statistics."""
 
+from megatron_most.moe.dispatcher import ModalityAwareMoELayer
 from megatron_most.moe.expert_groups import ExpertGroups
 from megatron_most.moe.experts import GroupedExperts, SequentialExperts, TransformerEngineExperts
 from megatron_most.moe.router import ModalityAwareRouter, end_routing_step
@@ -8,6 +9,7 @@ from megatron_most.moe.statistics import collect_routing
 __all__ = [
     "ExpertGroups",
     "GroupedExperts",
+    "ModalityAwareMoELayer",
     "ModalityAwareRouter",
     "SequentialExperts",
     "TransformerEngineExperts",

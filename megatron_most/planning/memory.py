@@ -60,17 +60,16 @@ def memory_of_rank(
     """What the ranks at these places of the pipeline and of the expert-parallel group need."""
     sizes = shard_sizes(config, pipeline_rank, expert_rank)
     learning = {part: size for part, size in sizes.items() if config.lr_scale(part) > 0}
-    experts = sum(size for part, size in learning.items() if part.startswith("experts."))
-    dense = sum(learning.values()) - experts
-    is_bf16 = config.precision.dtype == "bf16"
-    # AdamW's two moments, and beside bf16 weights a master copy, in fp32.
-    state = 12 if is_bf16 else 8
+    # AdamW's two moments or Muon's momentum, and beside bf16 weights a master copy, in fp32.
+    master = 4 if config.precision.dtype == "bf16" else 0
+    state = {part: size * (master + (4 if config.uses_muon(part) else 8)) for part, size in learning.items()}
+    expert_state = sum(size for part, size in state.items() if part.startswith("experts."))
     dense_ranks, expert_ranks = _copies(config, world_size) if config.optimizer.distributed else (1, 1)
     pairs = computed_pairs(config, expert_rank) * imbalance
     return MemoryEstimate(
         weights=sum(sizes.values()) * _width(config),
         gradients=sum(learning.values()) * 4,
-        optimizer=state * (dense / dense_ranks + experts / expert_ranks),
+        optimizer=(sum(state.values()) - expert_state) / dense_ranks + expert_state / expert_ranks,
         activations=_activations(config, world_size, pipeline_rank, pairs),
         moe_buffers=_moe_buffers(config, pairs),
     )

@@ -16,6 +16,7 @@ from megatron_most.planning.gpus import DEFAULT_IMBALANCE, GPUS
 from megatron_most.planning.layouts import fitting_layouts
 from megatron_most.planning.memory import MemoryEstimate, expert_load, memory_per_rank
 from megatron_most.planning.shards import code_rows, shard_sizes
+from megatron_most.training.muon import check_muon
 
 _GIB = 1 << 30
 
@@ -34,6 +35,7 @@ def describe_run(config: RunConfig, world_size: int, imbalance: float = DEFAULT_
             model needs is missing.
     """
     check_libraries(config)
+    check_muon(config)
     parallel, training = config.parallel, config.training
     data_parallel = parallel.data_parallel_size(world_size)
     microbatches = config.num_microbatches(data_parallel)

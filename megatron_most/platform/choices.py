@@ -59,9 +59,10 @@ def part_choices() -> list[Choice]:
             "one product for each pool; keeps the pools' weights apart, so that they can be frozen and kept in bf16",
         ),
         Choice("router", "torch", "no fused router takes a mask for each token, which modalities need"),
-        # Megatron 0.16.1, token_dispatcher.py:524: without a capacity it makes room for tokens x top-k rows.
         Choice(
-            "permutation of tokens", "torch", "the fused one wants equally many experts of every token, of padding too"
+            "permutation of tokens",
+            "torch",
+            f"{engine}'s kernel on request (model.moe.moe_permute_fusion): it has not been timed on a GPU yet",
         ),
     ]
     if has_te:

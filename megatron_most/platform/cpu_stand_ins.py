@@ -1,7 +1,7 @@
-"""What lets Megatron-Core 0.16.1 run on a CPU build of torch with gloo, and anywhere without Transformer Engine.
+"""What lets Megatron-Core 0.19.2 run without a GPU, with gloo, and anywhere without Transformer Engine.
 
 The stand-ins for a device are installed only where CUDA is missing, so one program serves both. Where Transformer
-Engine is missing, with CUDA or without, two names that Megatron then leaves wrong are set right. Each change names the
+Engine is missing, with CUDA or without, one name that Megatron then leaves empty is filled in. Each change names the
 Megatron file and line that needs it (paths below ``megatron/core``).
 """
 
@@ -38,7 +38,7 @@ class _InOrderStream:
 def install() -> None:
     """Prepare Megatron for this machine, once; call it before anything of Megatron is built.
 
-    With CUDA it only sets right what a missing Transformer Engine leaves wrong; with both it changes nothing.
+    With CUDA it only fills in what a missing Transformer Engine leaves empty; with both it changes nothing.
     """
     global _installed
     if _installed:
@@ -50,7 +50,7 @@ def install() -> None:
 
 
 def _stand_in_for_cuda() -> None:
-    # jit.py:16 makes jit_fuser torch.compile, which would start a C++ compiler for each fused function.
+    # jit.py:21 makes jit_fuser torch.compile, which would start a C++ compiler for each fused function.
     torch.compiler.set_stance("force_eager")
     _replace_torch_cuda()
     _replace_device_literals()
@@ -60,18 +60,18 @@ def _stand_in_for_cuda() -> None:
 
 def _replace_torch_cuda() -> None:
     cuda = torch.cuda
-    cuda.current_device = lambda: _CPU  # tensor_parallel/layers.py:261 and others use it as a device argument
-    cuda.synchronize = lambda *args: None  # pipeline_parallel/p2p_communication.py:242
-    cuda.Stream = _InOrderStream  # transformer/moe/token_dispatcher.py:445
+    cuda.current_device = lambda: _CPU  # tensor_parallel/layers.py:305 and others use it as a device argument
+    cuda.synchronize = lambda *args: None  # pipeline_parallel/p2p_communication.py:263
+    cuda.Stream = _InOrderStream  # transformer/moe/token_dispatcher.py:469
     main_stream = _InOrderStream()
-    cuda.current_stream = lambda *args: main_stream  # transformer/moe/token_dispatcher.py:871
-    cuda.stream = lambda stream: contextlib.nullcontext()  # transformer/moe/token_dispatcher.py:874
-    cuda.manual_seed = torch.manual_seed  # tensor_parallel/random.py:237
-    cuda.get_rng_state = lambda *args: torch.get_rng_state()  # tensor_parallel/random.py:235
+    cuda.current_stream = lambda *args: main_stream  # transformer/moe/token_dispatcher.py:922
+    cuda.stream = lambda stream: contextlib.nullcontext()  # transformer/moe/token_dispatcher.py:925
+    cuda.manual_seed = torch.manual_seed  # tensor_parallel/random.py:305
+    cuda.get_rng_state = lambda *args: torch.get_rng_state()  # tensor_parallel/random.py:303
 
 
 def _replace_device_literals() -> None:
-    """``device="cuda"`` is written out in pipeline_parallel/schedules.py:596, optimizer/clip_grads.py:90 and others."""
+    """``device="cuda"`` is written out in pipeline_parallel/schedules.py:749, optimizer/clip_grads.py:96 and others."""
 
     def on_cpu(factory: Callable) -> Callable:
         @functools.wraps(factory)
@@ -98,11 +98,11 @@ def _replace_device_literals() -> None:
         name = original_type(self, *args, **kwargs)
         return name if args or kwargs else name.replace("torch.", "torch.cuda.", 1)
 
-    torch.Tensor.type = type_named_as_on_cuda  # optimizer/optimizer.py:690 compares with "torch.cuda.FloatTensor"
+    torch.Tensor.type = type_named_as_on_cuda  # optimizer/optimizer.py:1028 compares with "torch.cuda.FloatTensor"
 
 
 def _replace_collectives() -> None:
-    """gloo gathers equal shapes only; tensor_parallel/mappings.py:150 has unequal ones (expert tensor parallelism)."""
+    """gloo gathers equal shapes only; tensor_parallel/mappings.py:154 has unequal ones (expert tensor parallelism)."""
     original = torch.distributed.all_gather
 
     @functools.wraps(original)
@@ -128,16 +128,16 @@ def _replace_megatron_functions() -> None:
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    # tensor_parallel/random.py:41 and :72 reach into torch.cuda's generators.
+    # tensor_parallel/random.py:104 and :135 reach into torch.cuda's generators.
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    # tensor_parallel/random.py:265 warns when the CPU generator moves; here it is the generator.
+    # tensor_parallel/random.py:332 warns when the CPU generator moves; here it is the generator.
     logging.getLogger(random.__name__).setLevel(logging.ERROR)
 
     def split_sizes_to_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
-    # transformer/moe/moe_utils.py:1093 makes split sizes NumPy only when they come from a CUDA device.
+    # transformer/moe/moe_utils.py:1184 makes split sizes NumPy only when they come from a CUDA device.
     token_dispatcher.maybe_move_tensor_to_cpu = split_sizes_to_numpy
 
     init_data = ShardedTensor.init_data
@@ -145,7 +145,7 @@ def _replace_megatron_functions() -> None:
     def init_data_on_cpu(self: ShardedTensor, device: Any, *args: Any, **kwargs: Any) -> None:
         init_data(self, _CPU if device == "cuda" else device, *args, **kwargs)
 
-    # dist_checkpointing/exchange_utils.py:98 and :106 make room for what another rank has read on a CUDA device.
+    # dist_checkpointing/exchange_utils.py:97 and :105 make room for what another rank has read on a CUDA device.
     ShardedTensor.init_data = init_data_on_cpu
 
 

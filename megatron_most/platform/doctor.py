@@ -192,6 +192,7 @@ def _accelerators() -> list[Finding]:
         ),
         _package(section, "transformer-engine", "fused kernels and FP8 on GPUs", extra="gpu"),
         _package(section, "apex", "Megatron's fused optimizer kernels on GPUs", remedy="build it from NVIDIA's source"),
+        _package(section, "emerging-optimizers", "optimizer.optimizer=muon", extra="muon"),
     ]
 
 
@@ -217,7 +218,7 @@ def _speech_and_tracking() -> list[Finding]:
     section = "Speech and tracking"
     findings = [
         _package(
-            section, "nemo_toolkit", "NeMo codecs: tokenising audio, speaking", expected=NEMO_VERSION, extra="audio"
+            section, "nemo_toolkit", "NeMo codecs: tokenizing audio, speaking", expected=NEMO_VERSION, extra="audio"
         ),
         _package(section, "pocketsphinx", "an independent recogniser that judges speech", extra="quickstart"),
         _package(section, "espeakng-loader", "the synthetic speech of the quickstart", extra="quickstart"),

@@ -7,6 +7,7 @@ from megatron_most.errors import ConfigError
 _REMEDIES = {
     "Transformer Engine": "pip install -c constraints.txt '.[gpu]'",
     "DeepEP": "build it from github.com/deepseek-ai/DeepEP",
+    "emerging_optimizers": "pip install -c constraints.txt '.[muon]'",
     "HybridEP": "build the hybrid-ep branch of github.com/deepseek-ai/DeepEP",
 }
 
@@ -14,16 +15,18 @@ _REMEDIES = {
 def has_library(library: str) -> bool:
     """Whether Megatron can use ``library``: one that is installed and cannot be imported is of no use to it."""
     from megatron.core.extensions import transformer_engine
+    from megatron.core.optimizer import emerging_optimizers
     from megatron.core.transformer.moe import fused_a2a
 
     return {
         "Transformer Engine": transformer_engine.HAVE_TE,
         "DeepEP": fused_a2a.HAVE_DEEP_EP,
         "HybridEP": fused_a2a.HAVE_HYBRIDEP,
+        "emerging_optimizers": emerging_optimizers.HAVE_EMERGING_OPTIMIZERS,
     }[library]
 
 
-def require_library(library: str, field: str, value: str) -> None:
+def require_library(library: str, field: str, value: str | bool) -> None:
     """Raise :class:`ConfigError` unless Megatron can use ``library``, which ``field=value`` asks for."""
     if not has_library(library):
         raise ConfigError(

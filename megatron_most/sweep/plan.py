@@ -14,6 +14,7 @@ from megatron_most.planning import memory_per_rank, train_flops_per_token
 from megatron_most.planning.overview import align
 from megatron_most.sweep.budget import COSTS, matched_width
 from megatron_most.sweep.spec import Sweep, Variant
+from megatron_most.training.muon import check_muon
 
 _NO_MATTER = ("run_dir", "logging")
 """Sections of a configuration that do not change what is trained."""
@@ -63,6 +64,7 @@ def plan_runs(sweep: Sweep) -> list[PlannedRun]:
             config = load_config(spec.base, [*variant.overrides, *more])
             config.num_microbatches(config.parallel.data_parallel_size(world_size))
             build.check_libraries(config)
+            check_muon(config)
         except ConfigError as error:
             raise ConfigError(f"{sweep.path}: variant {variant.name}: {error}") from None
         return config

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from megatron_most.data.batch import Batch
-from megatron_most.data.tasks import TASKS
+from megatron_most.data.loading.batch import Batch
+from megatron_most.data.storage.documents import TASKS
 from megatron_most.errors import ConfigError
 from megatron_most.vocab import NO_CODE, Modality, VocabLayout
 

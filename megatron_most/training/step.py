@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_most import platform
-from megatron_most.data.batch import Batch
+from megatron_most.data.loading.batch import Batch
 from megatron_most.model.packed_row import PackedRow, packed_row
 from megatron_most.parallel import zigzag_positions
 from megatron_most.training.loss import LossTable

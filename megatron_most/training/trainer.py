@@ -26,8 +26,8 @@ from megatron_most.checkpointing import (
     save_checkpoint,
 )
 from megatron_most.config import RunConfig
-from megatron_most.data.batch import Batch
-from megatron_most.data.loader import train_batches, validation_batches
+from megatron_most.data.loading.batch import Batch
+from megatron_most.data.loading.loader import train_batches, validation_batches
 from megatron_most.errors import DataError, MostError
 from megatron_most.model import build_model, check_libraries
 from megatron_most.model.fp8 import collect_fp8_padding, end_fp8_step
@@ -35,6 +35,7 @@ from megatron_most.moe import collect_routing, end_routing_step
 from megatron_most.parallel import fail, on_rank_zero, together
 from megatron_most.training.loss import LossTable
 from megatron_most.training.metrics import MetricAccumulator, MetricsWriter, require_installed
+from megatron_most.training.muon import check_muon
 from megatron_most.training.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -61,6 +62,7 @@ class Trainer:
         self.step = 0
         self.consumed_samples = 0
         self.consumed_tokens = 0
+        self.skipped_steps = 0
         self.loss_table = LossTable(
             config.vocab, config.model.codebook_weights(config.vocab), config.model.text_loss_weight
         )
@@ -80,7 +82,7 @@ class Trainer:
         platform.set_threads(self.config.training.threads_per_rank)
         parallel.initialize(self.config.parallel, self.config.seed)
         self.device = platform.device()
-        together(lambda: check_libraries(self.config))
+        together(lambda: (check_libraries(self.config), check_muon(self.config)))
         on_rank_zero(lambda: check_same_run(self.config))
         resume_from = on_rank_zero(self._find_checkpoint)
         if resume_from is not None and self._restore_counters(resume_from) >= self.config.training.steps:
@@ -109,7 +111,7 @@ class Trainer:
     def _restore_counters(self, checkpoint: Path) -> int:
         metadata = on_rank_zero(lambda: read_metadata(checkpoint))
         self.step, self.consumed_samples = metadata.step, metadata.consumed_samples
-        self.consumed_tokens = metadata.consumed_tokens
+        self.consumed_tokens, self.skipped_steps = metadata.consumed_tokens, metadata.skipped_steps
         self.accumulator.load_state(metadata.pending)
         return self.step
 
@@ -142,7 +144,7 @@ class Trainer:
         if resume_from is not None:
             load_checkpoint(resume_from, config, self.model_chunks, self.optimizer)
             self._say(f"resuming from {resume_from}")
-        self.scheduler = build_scheduler(config, self.optimizer, self.step)
+        self.scheduler = build_scheduler(config, self.optimizer, self.step - self.skipped_steps)
         self.writer: MetricsWriter | None = None
 
         def open_writer() -> None:
@@ -196,7 +198,7 @@ class Trainer:
                 return self.step
 
     def _train_step(self, stop: StopRequest, is_logged: bool) -> tuple[float, dict[str, float], bool, bool]:
-        """One optimizer step.
+        """One optimizer step, which is skipped where its gradients are too large.
 
         Returns:
             The gradient norm before clipping; that of each part, in a step that is logged; whether any rank was asked
@@ -212,10 +214,12 @@ class Trainer:
         flags = table.new_tensor([[float(bool(stop)), float(is_writing)]])
         *sums, (requests, writing) = sum_over_ranks(torch.cat([table, flags]))
         self._require_finite("loss", sums[0][0])
-        self.scheduler.step(1)
+        # A step that was skipped left the schedule where this one finds it.
+        self.scheduler.step(self.step - self.skipped_steps + 1 - self.scheduler.num_steps)
         part_norms = part_grad_norms(self.config, self.optimizer) if is_logged else {}
         _, grad_norm, _ = self.optimizer.step()
         self._require_finite("gradient norm", grad_norm)
+        self._count_if_skipped(grad_norm)
         end_routing_step(self.model_chunks)
         end_fp8_step(self.model_chunks)
         self.step += 1
@@ -226,6 +230,16 @@ class Trainer:
         self._timed_tokens += tokens
         self._timed_steps += 1
         return grad_norm, part_norms, requests > 0, writing > 0
+
+    def _count_if_skipped(self, grad_norm: float) -> None:
+        """Count a step that Megatron's optimizer skipped, and say so; every rank has the same norm."""
+        threshold = self.config.optimizer.grad_norm_skip_threshold
+        if threshold is not None and grad_norm > threshold:
+            self.skipped_steps += 1
+            self._say(
+                f"step {self.step + 1}  skipped: the gradient norm, {grad_norm:.3f}, exceeds"
+                f" optimizer.grad_norm_skip_threshold, {threshold:g}"
+            )
 
     def _read_batches(self) -> list[Batch]:
         """The micro-batches of this step; of the ranks that share broken rows, one tells it and all leave."""
@@ -252,6 +266,7 @@ class Trainer:
             "consumed_tokens": self.consumed_tokens,
             "lr": learning_rate(self.scheduler),
             "grad_norm": grad_norm,
+            **({} if self.config.optimizer.grad_norm_skip_threshold is None else {"skipped_steps": self.skipped_steps}),
             **{f"grad_norm/{part}": norm for part, norm in part_norms.items()},
             **self.accumulator.means(),
             "tokens_per_second": self._timed_tokens / self._seconds,
@@ -291,6 +306,7 @@ class Trainer:
             pending=self.accumulator.state(),
             versions=versions(),
             datasets=self._datasets,
+            skipped_steps=self.skipped_steps,
         )
         options = self.config.checkpoint
         arguments = (self.run_dir, metadata, self.model_chunks, self.optimizer, options.keep_last, options.keep_every)

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: F401  (imported here so that ranks inherit it)
 
 from megatron_most import parallel, platform
+from megatron_most.model import build_model  # noqa: F401  (imported here so that ranks inherit it)
 
 platform.install()
 

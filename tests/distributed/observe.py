@@ -15,7 +15,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_most import parallel
 from megatron_most.config import RunConfig
-from megatron_most.data.batch import Batch
+from megatron_most.data.loading.batch import Batch
 from megatron_most.model import build_model
 from megatron_most.moe import collect_routing, end_routing_step
 from megatron_most.training.loss import LossTable

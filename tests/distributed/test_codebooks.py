@@ -13,8 +13,8 @@ from megatron.core import parallel_state
 
 from megatron_most import parallel
 from megatron_most.config import RunConfig
-from megatron_most.data.batch import Batch
-from megatron_most.data.loader import train_batches
+from megatron_most.data.loading.batch import Batch
+from megatron_most.data.loading.loader import train_batches
 from megatron_most.model import build_model
 from megatron_most.training.loss import LossTable
 from megatron_most.vocab import NO_CODE

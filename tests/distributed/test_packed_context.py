@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_most.config import RunConfig
-from megatron_most.data.batch import Batch
+from megatron_most.data.loading.batch import Batch
 from megatron_most.vocab import NO_CODE
 from tests.distributed.harness import run_ranks
 from tests.distributed.observe import BatchMaker, Observation, assert_same, observe

@@ -11,7 +11,7 @@ import functools
 import pytest
 
 from megatron_most.config import RunConfig
-from megatron_most.data.batch import Batch
+from megatron_most.data.loading.batch import Batch
 from tests.distributed.harness import run_ranks
 from tests.distributed.observe import ROWS, Observation, assert_same, observe, observe_each
 from tests.distributed.tiny import tiny_batch, tiny_config

@@ -11,7 +11,7 @@ import torch
 from megatron_most import parallel
 from megatron_most.checkpointing.state import load_model_state, plan_state
 from megatron_most.config import RunConfig
-from megatron_most.data.batch import Batch
+from megatron_most.data.loading.batch import Batch
 from megatron_most.model import build_model
 from megatron_most.training.optimizer import build_optimizer, wrap_model
 from tests.distributed.harness import run_ranks

@@ -8,8 +8,8 @@ import torch
 
 from megatron_most.config import RunConfig
 from megatron_most.config.load import build_config
-from megatron_most.data.batch import Batch
-from megatron_most.data.tasks import TASKS
+from megatron_most.data.loading.batch import Batch
+from megatron_most.data.storage.documents import TASKS
 from megatron_most.vocab import NO_CODE
 
 SEQ_LENGTH = 32

@@ -19,7 +19,7 @@ from megatron.core.transformer.moe.moe_utils import permute
 from megatron_most import platform
 from megatron_most.checkpointing import load_checkpoint
 from megatron_most.config import PrecisionConfig, RunConfig
-from megatron_most.data.batch import Batch
+from megatron_most.data.loading.batch import Batch
 from megatron_most.model import build_model
 from megatron_most.model.fp8 import end_fp8_step
 from megatron_most.model.specs import experts_spec

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from megatron_most.audio import load_codec
-from megatron_most.data.codes import CodecIdentity
-from megatron_most.data.indexed import DatasetWriter, TokenDataset
-from megatron_most.data.inspection import audio_of
+from megatron_most.data.storage.codes import CodecIdentity
+from megatron_most.data.storage.inspection import audio_of
+from megatron_most.data.storage.token_dataset import DatasetWriter, TokenDataset
 from megatron_most.vocab import CODEC_LAYOUTS, VocabLayout
 from tests.unit.data.tiny import TEXT_VOCAB, example_document
 
@@ -45,7 +45,7 @@ def test_the_first_codebooks_alone_give_sound_that_comes_nearer_with_each(codec,
     whole = codec.decode(codes)
     errors = []
     for count in range(1, codec.num_codebooks):
-        part = codec.decode(codes[:count])
+        part = codec.decode(codes[:, :count])
         assert part.shape == whole.shape and np.isfinite(part).all()
         errors.append(float(np.square(part - whole).mean()))
     assert errors[-1] > 0 and errors[-1] < errors[0]

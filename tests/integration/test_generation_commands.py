@@ -10,7 +10,7 @@ import pytest
 import soundfile
 
 from megatron_most.config import DatasetConfig
-from megatron_most.data.tasks import prompt
+from megatron_most.data.building.tasks import prompt
 from megatron_most.text import load_tokenizer
 from megatron_most.vocab import VocabLayout
 from tests.distributed.harness import run_ranks
@@ -64,7 +64,7 @@ def workplace(tmp_path_factory) -> Path:
 def test_a_recording_becomes_the_same_text_by_generation_and_by_evaluation(workplace):
     tokenizer = load_tokenizer(workplace / "t.model")
     num_frames = -(-soundfile.info(workplace / "wav" / "0.wav").frames * 2 // 640)  # from 8 to 16 kHz
-    codes = np.zeros((VOCAB.num_codebooks, num_frames), dtype=np.int64)
+    codes = np.zeros((num_frames, VOCAB.num_codebooks), dtype=np.int64)
     room = SEQ_LENGTH - len(prompt("asr", VOCAB, tokenizer, codes=codes).ids)
     checkpoint, output = ("--checkpoint", workplace / "run"), workplace / "new" / "transcript.txt"
     asr = ("--task", "asr", "--input", workplace / "wav" / "0.wav", "--max-new-tokens", room)

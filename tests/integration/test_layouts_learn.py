@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from megatron_most import parallel
-from megatron_most.data.batch import make_batch
-from megatron_most.data.tasks import make_document, prompt
+from megatron_most.config import DataConfig
+from megatron_most.data.building.tasks import make_document, prompt
+from megatron_most.data.loading.batch import make_batch
 from megatron_most.inference.generator import Generator
 from megatron_most.inference.sampling import Sampling
 from megatron_most.model import build_model
@@ -23,12 +24,12 @@ def test_what_was_learnt_by_heart_is_said(layout_name):
     config = tiny_config(vocab__layout=layout_name, vocab__num_codebooks=3, data__seq_length=64, model__num_layers=2)
     parallel.initialize(config.parallel, seed=1)
     (model,) = build_model(config)
-    codes = [np.random.default_rng(seed).integers(0, CODEBOOK_SIZE, (3, 5 + seed)) for seed in range(2)]
+    codes = [np.random.default_rng(seed).integers(0, CODEBOOK_SIZE, (3, 5 + seed)).T for seed in range(2)]
     rows = [
-        row_of([make_document("tts", config.vocab, LetterTokenizer(), text=text, codes=spoken)], config.vocab)
+        row_of([make_document("tts", config.vocab, LetterTokenizer(), text=text, codes=spoken)])
         for text, spoken in zip(TEXTS, codes, strict=True)
     ]
-    batch = make_batch(rows, config.vocab, seq_length=64, packing=False)
+    batch = make_batch(rows, config.vocab, DataConfig(seq_length=64, packing=False))
     loss_table = LossTable(config.vocab, [1.0] * 3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
     for _ in range(120):
@@ -41,7 +42,7 @@ def test_what_was_learnt_by_heart_is_said(layout_name):
         (loss / count).backward()
         optimizer.step()
     counts = [int(table[loss_table.names.index(f"loss/codebook_{k}"), 1]) for k in range(3)]
-    assert counts == [sum(spoken.shape[1] for spoken in codes)] * 3
+    assert counts == [sum(len(spoken) for spoken in codes)] * 3
     prompts = [prompt("tts", config.vocab, LetterTokenizer(), text=text) for text in TEXTS]
     for found, spoken in zip(Generator(model).speech(prompts, 12, Sampling()), codes, strict=True):
         np.testing.assert_array_equal(found, spoken)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from megatron_most.config import RunConfig
-from megatron_most.data.indexed import TokenDataset
-from megatron_most.data.loader import open_datasets
+from megatron_most.data.loading.loader import open_datasets
+from megatron_most.data.storage.token_dataset import TokenDataset
 from megatron_most.errors import DataError
 from megatron_most.moe import ExpertGroups
 from megatron_most.report import write_report

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 
 from megatron_most.config import DatasetConfig, RunConfig
-from megatron_most.data.indexed import DatasetWriter
-from megatron_most.data.tasks import Document
+from megatron_most.data.storage.documents import Document
+from megatron_most.data.storage.token_dataset import DatasetWriter
 from megatron_most.training import Trainer
-from megatron_most.vocab import NO_CODE
 from tests.distributed.tiny import tiny_config
 
 NOT_REPEATABLE = {"time", "tokens_per_second", "step_seconds"}
@@ -27,10 +26,9 @@ def write_dataset(prefix: Path, config: RunConfig, task: str, seed: int, num_doc
             num_frames, num_words = int(random.integers(3, 9)), int(random.integers(2, 8))
             text = random.integers(2, vocab.text_vocab_size, num_words)
             ids = np.concatenate([[1, vocab.begin_of_audio], [vocab.frame] * num_frames, [vocab.end_of_audio], text])
-            codes = np.full((len(ids), vocab.num_codebooks), NO_CODE)
-            codes[2 : 2 + num_frames] = random.integers(0, vocab.codebook_size, (num_frames, vocab.num_codebooks))
+            codes = random.integers(0, vocab.codebook_size, (num_frames, vocab.num_codebooks))
             loss_mask = np.arange(len(ids)) >= (3 + num_frames if task == "asr" else 2)
-            writer.add(Document(ids.astype(np.int64), loss_mask, codes))
+            writer.add(Document(ids.astype(np.int64), loss_mask, 2 + np.arange(num_frames), codes))
         writer.commit({})
     return DatasetConfig(str(prefix))
 

@@ -23,7 +23,7 @@ def layouts_and_codes(draw):
     codebooks, frames = draw(st.integers(2 if name in DELAYED else 1, 6)), draw(st.integers(0, 12))
     vocab = VocabLayout(draw(st.integers(1, 500)), codebooks, draw(st.integers(1, 40)), name)
     values = st.lists(st.integers(0, vocab.codebook_size - 1), min_size=codebooks * frames, max_size=codebooks * frames)
-    return vocab, np.array(draw(values), dtype=np.int64).reshape(codebooks, frames)
+    return vocab, np.array(draw(values), dtype=np.int64).reshape(frames, codebooks)
 
 
 @given(layouts_and_codes())
@@ -31,14 +31,14 @@ def test_decoding_undoes_encoding(case):
     vocab, codes = case
     layout = vocab.codec_layout
     ids, side_codes = layout.encode(codes)
-    assert ids.shape == (layout.num_positions(codes.shape[1]),)
+    assert ids.shape == (layout.num_positions(len(codes)),)
     assert side_codes.shape == (ids.size, vocab.num_codebooks)
     assert vocab.is_audio(ids).all()
     vocab.check_ids(ids, "here")
     assert (side_codes == NO_CODE).all() or layout.uses_side_codes
     assert (side_codes[~layout.holds_side_codes(ids)] == NO_CODE).all()
     assert (side_codes != NO_CODE).all() or layout.is_delayed or not layout.uses_side_codes
-    assert layout.is_leading(ids).sum() == codes.shape[1]
+    assert layout.is_leading(ids).sum() == len(codes)
     np.testing.assert_array_equal(layout.decode(ids, side_codes), codes)
 
 
@@ -52,17 +52,19 @@ def test_the_ids_of_a_segment_and_its_end_are_exactly_what_is_allowed(case):
         allowed, may_end = layout.allowed_next(position, frames)
         assert token in allowed and vocab.end_of_audio not in allowed
         assert may_end == (position > 0 and layout.num_positions(frames) == position)
-        has_code = layout.has_code(position, layout.is_leading(ids[: position + 1]).sum(), np.arange(len(codes)))
+        has_code = layout.has_code(
+            position, layout.is_leading(ids[: position + 1]).sum(), np.arange(vocab.num_codebooks)
+        )
         if layout.uses_side_codes:
             np.testing.assert_array_equal(has_code, side_codes[position] != NO_CODE)
     if ids.size:
-        assert layout.allowed_next(ids.size, codes.shape[1])[1]
+        assert layout.allowed_next(ids.size, len(codes))[1]
 
 
 @given(layouts_and_codes(), st.randoms(use_true_random=False))
 def test_whatever_is_allowed_decodes(case, random):
     vocab, codes = case
-    layout, max_frames = vocab.codec_layout, codes.shape[1] + 1
+    layout, max_frames = vocab.codec_layout, len(codes) + 1
     ids: list[int] = []
     while True:
         frames = int(layout.is_leading(np.array(ids, dtype=np.int64)).sum())
@@ -74,7 +76,7 @@ def test_whatever_is_allowed_decodes(case, random):
         ids.append(random.choice(allowed))
     assert 1 <= frames <= max_frames and len(ids) == layout.num_positions(frames)
     decoded = layout.decode(np.array(ids), np.zeros((len(ids), vocab.num_codebooks), dtype=np.int64))
-    assert decoded.shape == (vocab.num_codebooks, frames)
+    assert decoded.shape == (frames, vocab.num_codebooks)
     np.testing.assert_array_equal(layout.encode(decoded)[0], ids)
 
 
@@ -82,13 +84,13 @@ def test_whatever_is_allowed_decodes(case, random):
 def test_steps_tell_what_is_read_together(case):
     vocab, codes = case
     layout = vocab.codec_layout
-    steps = layout.steps(layout.num_positions(codes.shape[1]))
+    steps = layout.steps(layout.num_positions(len(codes)))
     assert (np.diff(steps) >= 0).all() and set(steps.tolist()) == set(range(steps[-1] + 1 if steps.size else 0))
     assert steps.size == 0 or np.bincount(steps).max() <= (1 if layout.uses_side_codes else vocab.num_codebooks)
 
 
 def test_the_layouts_written_out():
-    codes = np.array([[1, 2], [3, 4], [5, 6]])
+    codes = np.array([[1, 3, 5], [2, 4, 6]])
     none = NO_CODE
     written = {
         "frame": ([52, 52], [[1, 3, 5], [2, 4, 6]]),
@@ -135,3 +137,9 @@ def test_numpy_and_torch_agree(name):
     ids = np.arange(vocab_of(name).size)
     for tell in (layout.is_leading, layout.holds_side_codes):
         assert tell(torch.from_numpy(ids)).tolist() == tell(ids).tolist()
+
+
+@pytest.mark.parametrize("name", CODEC_LAYOUTS)
+def test_codes_the_wrong_way_round_are_not_taken(name):
+    with pytest.raises(AssertionError, match=r"are not \[frames, 3\]"):
+        vocab_of(name).codec_layout.encode(np.zeros((3, 5), dtype=np.int64))

@@ -19,6 +19,7 @@ data:
 """
 
 # Everything but what the test is about can be split in three.
+FUSED = ["model.attention.mla_down_proj_fusion=true", "model.attention.q_lora_rank=64"]
 TENSOR_3 = [
     "parallel.tensor_model_parallel_size=3",
     "model.attention.num_heads=12",
@@ -184,6 +185,23 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
             ["model.attention.type=gqa", "model.attention.num_query_groups=3"],
             "must divide model.attention.num_heads, 16",
         ),
+        (
+            ["model.attention.mla_down_proj_fusion=true"],
+            "mla_down_proj_fusion=True: needs model.attention.type=mla with a q_lora_rank",
+        ),
+        (
+            [*FUSED, "optimizer.optimizer=muon", "optimizer.distributed=false"],
+            "mla_down_proj_fusion=True: needs optimizer.optimizer=adam",
+        ),
+        (
+            [*FUSED, "precision.fp8=hybrid", "precision.fp8_recipe=delayed"],
+            "needs a precision.fp8_recipe without histories",
+        ),
+        (["optimizer.optimizer=sgd"], "optimizer.optimizer='sgd': must be one of adam, muon"),
+        (["optimizer.optimizer=muon"], "optimizer.optimizer='muon': needs optimizer.distributed=false"),
+        (["optimizer.muon_num_ns_steps=0"], "optimizer.muon_num_ns_steps=0: must be greater than 0"),
+        (["optimizer.muon_momentum=1"], "optimizer.muon_momentum=1.0: must be in [0, 1)"),
+        (["optimizer.muon_scale_mode=rms"], "muon_scale_mode='rms': must be one of spectral, shape_scaling"),
         (["model.attention.rope.base=1"], "model.attention.rope.base=1.0: must be greater than 1"),
         (["model.attention.rope.beta_slow=0"], "model.attention.rope.beta_slow=0.0: must be greater than 0"),
         (["model.attention.rope.mscale=-1"], "model.attention.rope.mscale=-1.0: must not be negative"),
@@ -237,6 +255,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         (["optimizer.lr_scales=[{part: routers, scale: -1}]"], "lr_scales[routers].scale=-1.0: must not be negative"),
         (["optimizer.lr_scales=[{part: heads, scale: 0}, {part: heads, scale: 1}]"], "names a part twice"),
         (["optimizer.min_lr=1"], "optimizer.min_lr=1.0: must not exceed optimizer.lr"),
+        (["optimizer.grad_norm_skip_threshold=0"], "grad_norm_skip_threshold=0.0: must be greater than 0, or null"),
+        (["optimizer.grad_norm_skip_threshold=.inf"], "grad_norm_skip_threshold=inf: must be greater than 0, or null"),
         (["data.audio_frame_dropout=1"], "data.audio_frame_dropout=1.0: must be in [0, 1)"),
         (["data.train.0.weight=0"], "data: weight of data/asr=0.0: must be greater than 0"),
         (["data.validation=[{path: data/dev, weight: 0}]"], "data: weight of data/dev=0.0: must be greater than 0"),

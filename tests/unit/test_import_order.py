@@ -31,6 +31,8 @@ LAYERS = (
     ("tools", "examples"),
 )
 HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}
+ROOMS = {"data": ("storage", "preparation", "building", "loading")}
+"""The rooms of a part, from the lowest up. What stands beside the rooms is above all of them."""
 PACKAGE = "megatron_most"
 
 
@@ -41,25 +43,27 @@ def part_of_file(path: Path) -> str | None:
     return None if part == "__init__" else part
 
 
-def parts_imported(source: str, path: Path) -> Iterator[tuple[int, str]]:
-    """Line and part of each import of the project's own, at any depth of the file."""
+def modules_imported(source: str, path: Path) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of each import, at any depth of the file."""
     folder = path.parent.parts
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
+            yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(folder[: len(folder) - node.level + 1]) if node.level else ""
             stem = ".".join(filter(None, (base, node.module)))
-            # `from megatron_most import platform` imports a part; `from megatron_most.model import x` a name in one.
-            modules = [f"{stem}.{alias.name}" for alias in node.names] if stem == PACKAGE else [stem]
-        else:
-            continue
-        for module in modules:
-            names = module.split(".")
-            if names[0] == PACKAGE and len(names) > 1 and names[1] != "__version__":
-                yield node.lineno, names[1]
-            elif names[0] in LAYERS[-1]:
-                yield node.lineno, names[0]
+            # `from megatron_most import platform` imports a part, and `from megatron_most.data import loading` a room.
+            yield from ((node.lineno, f"{stem}.{alias.name}") for alias in node.names)
+
+
+def parts_imported(source: str, path: Path) -> Iterator[tuple[int, str]]:
+    """Line and part of each import of the project's own."""
+    for line, module in modules_imported(source, path):
+        names = module.split(".")
+        if names[0] == PACKAGE and len(names) > 1 and names[1] != "__version__":
+            yield line, names[1]
+        elif names[0] in LAYERS[-1]:
+            yield line, names[0]
 
 
 MODULE_NAMED = re.compile(rf"\b{PACKAGE}[./](\w+)")
@@ -136,12 +140,30 @@ def violations(source: str, path: Path) -> list[str]:
     if part is not None and part not in HEIGHT:
         return [f"{path}: {part} is in no layer; give it a place in LAYERS"]
     found = []
-    for line, imported in parts_imported(source, path):
+    for line, imported in dict.fromkeys(parts_imported(source, path)):
         if imported not in HEIGHT:
             found.append(f"{path}:{line}: imports {imported}, which is in no layer")
         elif part is None or HEIGHT[imported] > HEIGHT[part]:
             found.append(f"{path}:{line}: {part or PACKAGE} imports {imported}, which is above it")
     return found + too_high(path, parts_reached(source), "reaches")
+
+
+def room_violations(source: str, path: Path) -> list[str]:
+    """What is wrong with the imports between the rooms of a part, a line each."""
+    names = path.with_suffix("").parts
+    if names[0] != PACKAGE or len(names) < 4 or names[1] not in ROOMS:
+        return []
+    part, room, rooms = names[1], names[2], ROOMS[names[1]]
+    if room not in rooms:
+        return [f"{path}: {part}/{room} is no room in ROOMS"]
+    found = []
+    for line, module in dict.fromkeys(modules_imported(source, path)):
+        package, *inner = module.split(".")
+        if package == PACKAGE and inner[:1] == [part] and len(inner) > 1:
+            above = rooms.index(inner[1]) > rooms.index(room) if inner[1] in rooms else True
+            if above:
+                found.append(f"{path}:{line}: {part}/{room} imports {inner[1]}, which is above it")
+    return found
 
 
 def project_files() -> list[Path]:
@@ -162,6 +184,13 @@ def test_no_script_or_template_of_the_package_reaches_a_higher_layer():
     assert {path.suffix for path in files} == suffixes
     for path in files:
         assert too_high(path.relative_to(ROOT), parts_of_script(path.read_text()), "reaches") == []
+
+
+def test_no_room_imports_a_higher_one():
+    files = project_files()
+    assert {path.parts[2] for path in files if path.parts[1] == "data" and len(path.parts) > 3} == {*ROOMS["data"]}
+    found = [line for path in files for line in room_violations((ROOT / path).read_text(), path)]
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize(
@@ -233,3 +262,35 @@ def test_an_import_downwards_is_allowed(path, source):
 )
 def test_a_script_is_read_too(path, text, count):
     assert len(too_high(Path(path), parts_of_script(text), "reaches")) == count
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("megatron_most/data/storage/x.py", "from megatron_most.data.loading.blend import Row"),
+        ("megatron_most/data/storage/x.py", "import megatron_most.data.preparation.manifest"),
+        ("megatron_most/data/preparation/sources/x.py", "from ...building import tasks"),
+        ("megatron_most/data/building/x.py", "def f():\n    from megatron_most.data import loading"),
+        ("megatron_most/data/storage/x.py", "from megatron_most.data import prose"),
+        ("megatron_most/data/cellar/x.py", "import os"),
+    ],
+)
+def test_an_import_of_a_higher_room_is_caught(path, source):
+    assert violations(source, Path(path)) == []
+    assert len(room_violations(source, Path(path))) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("megatron_most/data/loading/x.py", "from megatron_most.data.storage.documents import TASKS"),
+        ("megatron_most/data/building/x.py", "from megatron_most.data import preparation, storage"),
+        (
+            "megatron_most/data/building/x.py",
+            "from .tasks import make_document\nfrom megatron_most import vocab",
+        ),
+        ("megatron_most/data/x.py", "from megatron_most.data.loading.loader import train_batches"),
+    ],
+)
+def test_an_import_of_a_lower_room_is_allowed(path, source):
+    assert room_violations(source, Path(path)) == []

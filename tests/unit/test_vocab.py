@@ -30,16 +30,16 @@ def test_modality_of_an_id_is_the_same_in_numpy_and_torch(vocab):
 @pytest.mark.parametrize(
     ("codes", "message"),
     [
-        (np.zeros((2, 5)), r"a.wav: codes have shape \[2, 5\], expected \[3, frames\]"),
+        (np.zeros((2, 5)), r"a.wav: codes have shape \[2, 5\], expected \[frames, 3\]"),
         (np.zeros(5), "a.wav: codes have shape"),
-        (np.array([[0, 1], [2, 10], [0, 0]]), r"a.wav: code 10 of codebook 1, frame 1 is outside 0\.\.9"),
-        (np.array([[0, 1], [2, 3], [-1, 0]]), "a.wav: code -1 of codebook 2, frame 0"),
+        (np.array([[0, 2, 0], [1, 10, 0]]), r"a.wav: code 10 of codebook 1, frame 1 is outside 0\.\.9"),
+        (np.array([[0, 2, -1], [1, 3, 0]]), "a.wav: code -1 of codebook 2, frame 0"),
     ],
 )
 def test_codes_outside_their_codebook_are_named(codes, message):
     with pytest.raises(DataError, match=message):
         FRAME.check_codes(codes, "a.wav")
-    FRAME.check_codes(np.full((3, 4), 9), "a.wav")
+    FRAME.check_codes(np.full((4, 3), 9), "a.wav")
 
 
 @pytest.mark.parametrize(("bad", "offset"), [(53, 2), (-1, 0)])

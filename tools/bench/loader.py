@@ -18,16 +18,17 @@ from __future__ import annotations
 import argparse
 import itertools
 import tempfile
+import types
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from megatron_most.config.load import build_config
-from megatron_most.data.documents import Document
-from megatron_most.data.indexed import DatasetWriter
-from megatron_most.data.loader import train_batches
-from megatron_most.vocab import NO_CODE, VocabLayout
+from megatron_most.data.loading.loader import train_batches
+from megatron_most.data.storage.documents import Document
+from megatron_most.data.storage.token_dataset import DatasetWriter
+from megatron_most.vocab import VocabLayout
 from tools.bench import paired
 
 CODEBOOKS, CODEBOOK_SIZE, TEXT_VOCAB = 8, 1000, 32000
@@ -40,14 +41,16 @@ def write_documents(prefix: Path, layout: str, num_documents: int) -> VocabLayou
     seconds = np.clip(random.lognormal(2.4, 0.6, num_documents), 2, 30)
     with DatasetWriter(prefix, "asr", vocab) as writer:
         for duration in seconds:
-            codes = random.integers(0, CODEBOOK_SIZE, (CODEBOOKS, int(12.5 * duration)))
+            codes = random.integers(0, CODEBOOK_SIZE, (int(12.5 * duration), CODEBOOKS))
             frames, side_codes = vocab.codec_layout.encode(codes)
             text = random.integers(3, TEXT_VOCAB, int(3.3 * duration) + 4)
             ids = np.concatenate([frames, text])
-            all_codes = np.full((len(ids), CODEBOOKS), NO_CODE)
-            all_codes[: len(frames)] = side_codes
             mask = np.arange(len(ids)) >= len(frames)
-            writer.add(Document(ids, mask, all_codes if vocab.codec_layout.uses_side_codes else None))
+            writer.add(
+                Document(ids, mask, np.arange(len(frames)), side_codes)
+                if vocab.codec_layout.uses_side_codes
+                else Document(ids, mask)
+            )
         writer.commit({})
     return vocab
 
@@ -64,22 +67,10 @@ def ours(prefix: Path, vocab: VocabLayout, seq_length: int):
 def megatron(prefix: Path, seq_length: int, folder: Path):
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset
-    from megatron.core.datasets.megatron_tokenizer import MegatronLegacyTokenizer
     from megatron.core.datasets.utils import Split
 
-    class Tokenizer(MegatronLegacyTokenizer):
-        """Only the ids of the end and of padding are asked for."""
-
-        def __init__(self) -> None:
-            super().__init__()
-
-        eod = pad = 2
-        vocab = inv_vocab = {}
-        vocab_size = TEXT_VOCAB
-
-        def tokenize(self, text: str) -> list[int]:
-            raise NotImplementedError
-
+    # What GPTDataset asks of a tokenizer.
+    tokenizer = types.SimpleNamespace(vocab_size=TEXT_VOCAB, eod=2, pad=1, unique_identifiers={})
     config = GPTDatasetConfig(
         random_seed=0,
         sequence_length=seq_length,
@@ -90,7 +81,7 @@ def megatron(prefix: Path, seq_length: int, folder: Path):
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
-        tokenizer=Tokenizer(),
+        tokenizer=tokenizer,
     )
     ids = IndexedDataset(f"{prefix}.ids")
     return GPTDataset(ids, f"{prefix}.ids", np.arange(len(ids), dtype=np.int32), 100_000, Split.train, config)

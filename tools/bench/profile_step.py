@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from megatron_most import cli, parallel, platform
 from megatron_most.config import load_config
-from megatron_most.data.loader import train_batches
+from megatron_most.data.loading.loader import train_batches
 from megatron_most.model import build_model
 from megatron_most.training.loss import LossTable
 from megatron_most.training.optimizer import build_optimizer, wrap_model

@@ -23,7 +23,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron_most import cli, parallel, platform
 from megatron_most.config import RunConfig
 from megatron_most.config.load import build_config
-from megatron_most.data.batch import Batch
+from megatron_most.data.loading.batch import Batch
 from megatron_most.model import build_model
 from megatron_most.moe.token_planes import pack_planes
 from megatron_most.training.loss import LossTable

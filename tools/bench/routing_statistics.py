@@ -18,7 +18,7 @@ import torch
 
 from megatron_most import cli, parallel, platform
 from megatron_most.config.load import build_config
-from megatron_most.data.batch import Batch
+from megatron_most.data.loading.batch import Batch
 from megatron_most.model import build_model
 from megatron_most.moe import ModalityAwareRouter, collect_routing
 from megatron_most.training.loss import LossTable

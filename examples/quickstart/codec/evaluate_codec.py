@@ -44,8 +44,8 @@ def read_set(corpus: Path, name: str, sample_rate: int, limit: int | None) -> tu
 
 
 def code_statistics(codes: np.ndarray, codebook_size: int) -> tuple[list[int], list[float]]:
-    """Of codes ``[num_codebooks, num_frames]``: distinct codes and entropy in bits, per codebook."""
-    counts = [np.bincount(codebook, minlength=codebook_size) for codebook in codes]
+    """Of codes ``[num_frames, num_codebooks]``: distinct codes and entropy in bits, per codebook."""
+    counts = [np.bincount(codebook, minlength=codebook_size) for codebook in codes.T]
     entropies = []
     for count in counts:
         share = count[count > 0] / count.sum()
@@ -99,7 +99,7 @@ def main(arguments: argparse.Namespace) -> None:
             deviations.append(deviation)
             still_voiced.append(voiced)
 
-    used, entropies = code_statistics(np.concatenate(all_codes, axis=1), codec.codebook_size)
+    used, entropies = code_statistics(np.concatenate(all_codes), codec.codebook_size)
     print(f"codes in use per codebook: {used} of {codec.codebook_size}")
     print(f"entropy per codebook: {', '.join(f'{entropy:.1f}' for entropy in entropies)} bits")
     print(f"codes unchanged by a delay of {DELAY_SECONDS * 1000:.0f} ms: {np.mean(unchanged):.0%}")

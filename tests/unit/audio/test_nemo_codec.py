@@ -117,7 +117,7 @@ def test_what_a_codec_says_of_itself(codec, codec_path):
 @pytest.mark.parametrize(("num_samples", "num_frames"), [(1, 1), (640, 1), (641, 2), (16000, 25), (10001, 16)])
 def test_frames_cover_the_waveform(codec, num_samples, num_frames):
     codes = codec.encode(noise(num_samples))
-    assert codes.shape == (2, num_frames) and codes.dtype == np.int64
+    assert codes.shape == (num_frames, 2) and codes.dtype == np.int64
     assert codec.decode(codes).shape == (num_frames * 640,)
 
 
@@ -136,17 +136,17 @@ def test_a_loaded_copy_gives_the_same_codes_and_sound(codec, codec_path):
 
 
 def test_codes_outside_the_codebook_are_refused(codec):
-    codes = np.zeros((2, 3), dtype=np.int64)
+    codes = np.zeros((3, 2), dtype=np.int64)
     for bad in (-1, 1000):
-        codes[1, 2] = bad
+        codes[2, 1] = bad
         with pytest.raises(DataError, match=f"code {bad} of codebook 1, frame 2 is outside 0..999"):
             codec.decode(codes)
-    with pytest.raises(DataError, match=r"expected \[2, frames\]"):
+    with pytest.raises(DataError, match=r"expected \[frames, 2\]"):
         codec.decode(np.zeros((3, 3), dtype=np.int64))
 
 
 def test_no_frames_are_no_sound(codec):
-    assert codec.decode(np.zeros((2, 0), dtype=np.int64)).shape == (0,)
+    assert codec.decode(np.zeros((0, 2), dtype=np.int64)).shape == (0,)
     with pytest.raises(DataError, match="shape"):
         codec.encode(np.zeros(0, dtype=np.float32))
 
@@ -237,13 +237,13 @@ def test_a_codec_that_does_not_keep_the_length_is_refused():
     with pytest.raises(DataError, match="codec wrong: gave 3 frames for 1280 samples, 2 are expected"):
         codec.encode(noise(1000))
     with pytest.raises(DataError, match="codec wrong: gave 1919 samples for 3 frames, 1920 are expected"):
-        codec.decode(np.zeros((2, 3), dtype=np.int64))
+        codec.decode(np.zeros((3, 2), dtype=np.int64))
 
 
 @pytest.mark.parametrize(("num_samples", "num_frames"), [(1, 1), (639, 1), (640, 1), (641, 2), (35123, 55)])
 def test_the_shipped_codec_keeps_the_length(shipped_codec, num_samples, num_frames):
     codes = shipped_codec.encode(noise(num_samples))
-    assert codes.shape == (4, num_frames)
+    assert codes.shape == (num_frames, 4)
     assert shipped_codec.decode(codes).shape == (num_frames * 640,)
 
 
@@ -252,7 +252,7 @@ def alone(codec: NemoCodec, waveform: np.ndarray) -> np.ndarray:
     with torch.inference_mode():
         audio = torch.from_numpy(waveform)[None]
         tokens, num_frames = codec._model.encode(audio=audio, audio_len=torch.tensor([len(waveform)]))
-    return tokens[0, :, : int(num_frames[0])].numpy()
+    return tokens[0, :, : int(num_frames[0])].T.numpy()
 
 
 def test_codes_do_not_depend_on_the_batch(shipped_codec, monkeypatch):
@@ -279,7 +279,7 @@ def test_codes_do_not_depend_on_the_batch(shipped_codec, monkeypatch):
         for place, index in enumerate(chosen):
             np.testing.assert_array_equal(codes[place], single[index])
             # Codes hide most differences: what they are rounded from must be equal to the bit.
-            frames = codes[place].shape[1]
+            frames = len(codes[place])
             assert torch.equal(heard[-1][place, :, :frames], features[index][:, :frames])
     hook.remove()
 
@@ -297,7 +297,7 @@ def test_a_codec_that_looks_ahead_is_found_out_and_never_padded(codec, looking_a
         np.testing.assert_array_equal(looking_ahead.encode(waveform), alone(looking_ahead, waveform))
     # The trap: padded as a batch would, the last frames come out as others.
     waveform = noise(16000)
-    padded = alone(looking_ahead, np.pad(waveform, (0, 16000)))[:, :25]
+    padded = alone(looking_ahead, np.pad(waveform, (0, 16000)))[:25]
     assert (padded != alone(looking_ahead, waveform)).any()
 
 

@@ -21,10 +21,9 @@ from megatron_most.checkpointing.metadata import (
     read_metadata,
 )
 from megatron_most.config import RunConfig
-from megatron_most.data.indexed import DatasetWriter
-from megatron_most.data.tasks import Document
+from megatron_most.data.storage.documents import Document
+from megatron_most.data.storage.token_dataset import DatasetWriter
 from megatron_most.errors import CheckpointError
-from megatron_most.vocab import NO_CODE
 from tests.distributed.tiny import tiny_config
 from tests.unit.checkpointing.test_directory import make_checkpoint
 
@@ -136,7 +135,7 @@ def built_dataset(directory: Path, num_documents: int = 2, **provenance: Any) ->
     with DatasetWriter(directory / "notes", "text_lm", vocab) as writer:
         for _ in range(num_documents):
             ids = np.arange(1, 9)
-            writer.add(Document(ids, np.ones(8, dtype=bool), np.full((8, vocab.num_codebooks), NO_CODE)))
+            writer.add(Document(ids, np.ones(8, dtype=bool), np.empty(0, int), np.empty((0, vocab.num_codebooks), int)))
         writer.commit({"tokenizer": "t", "command": "build", "tool_version": "1", **provenance})
     (directory / "notes.more.ids.bin").write_bytes(b"of another dataset")
     return Fingerprint.of_dataset(str(directory / "notes"))

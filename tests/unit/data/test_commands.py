@@ -10,14 +10,14 @@ import soundfile
 
 from megatron_most import audio
 from megatron_most.commands import prepare
-from megatron_most.data import tokenise as tokenise_module
+from megatron_most.data.preparation import tokenize_audio as tokenize_module
 from tests.unit.data.tiny import LoudnessCodec, write_wavs
 
 
 @pytest.fixture
 def call(monkeypatch, capsys):
     """Runs a command line in this process; returns exit status, standard output and standard error."""
-    monkeypatch.setattr(tokenise_module, "load_codec", lambda name: LoudnessCodec())
+    monkeypatch.setattr(tokenize_module, "load_codec", lambda name: LoudnessCodec())
     monkeypatch.setattr(audio, "load_codec", lambda name: LoudnessCodec())
 
     def call(*arguments: object) -> tuple[int, str, str]:

@@ -6,16 +6,16 @@ import sys
 import pytest
 
 from megatron_most.commands import prepare, prepare_sources
-from megatron_most.data import tokenise as tokenise_module
-from megatron_most.data.codes import CodesDataset
-from tests.unit.data import published
+from megatron_most.data.preparation import tokenize_audio as tokenize_module
+from megatron_most.data.storage.codes import CodesDataset
+from tests.unit.data.preparation import published
 from tests.unit.data.tiny import LoudnessCodec
 
 
 @pytest.fixture
 def call(monkeypatch, capsys):
     """Runs a command line in this process; returns exit status, standard output and standard error."""
-    monkeypatch.setattr(tokenise_module, "load_codec", lambda name: LoudnessCodec())
+    monkeypatch.setattr(tokenize_module, "load_codec", lambda name: LoudnessCodec())
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["most", "prepare", *map(str, arguments)])
@@ -34,7 +34,7 @@ def test_from_a_published_data_set_to_codes_directly_or_by_a_manifest(call, tmp_
     source = ("--source", "common_voice", "--root", tmp_path / "cy", "--split", "validated")
     status, out, _ = call("tokenize", *source, "--codec", "c", "--output", tmp_path / "direct" / "codes")
     assert status == 0
-    assert "3 utterances, 0.00 h, codec loudness; 3 records = 3 tokenised + 0 in quarantine" in out
+    assert "3 utterances, 0.00 h, codec loudness; 3 records = 3 tokenized + 0 in quarantine" in out
 
     manifest = tmp_path / "m" / "validated.jsonl"
     status, out, _ = call("manifest", *source, "--output", manifest)
@@ -63,11 +63,11 @@ def test_what_cannot_be_used_is_counted_by_both_commands(call, tmp_path):
     status, _, err = call(*arguments)
     assert status == 1 and "1 of 4 records are in quarantine, more than 1.00% (--max-quarantine)" in err
     status, out, _ = call(*arguments, "--max-quarantine", "0.25")
-    assert status == 0 and "4 records = 3 tokenised + 1 in quarantine" in out
+    assert status == 0 and "4 records = 3 tokenized + 1 in quarantine" in out
 
 
 def test_shares_of_a_job_array(call, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenise_module, "SHARD_SIZES", (1, 1))
+    monkeypatch.setattr(tokenize_module, "SHARD_SIZES", (1, 1))
     published.nemo(tmp_path)
     arguments = ("tokenize", "--manifest", tmp_path / "train.jsonl", "--codec", "c", "--output", tmp_path / "codes")
     status, out, _ = call(*arguments, "--shard", "1/2")
@@ -110,4 +110,4 @@ def test_help_lists_every_source(call):
 
 
 def test_the_parser_and_the_function_agree_on_the_default():
-    assert prepare_sources.MAX_QUARANTINE == tokenise_module.MAX_QUARANTINE
+    assert prepare_sources.MAX_QUARANTINE == tokenize_module.MAX_QUARANTINE

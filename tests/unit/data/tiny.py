@@ -10,13 +10,14 @@ import soundfile
 
 from megatron_most.config import RunConfig
 from megatron_most.config.load import build_config
-from megatron_most.data.blend import Row
-from megatron_most.data.codes import CodecIdentity, CodesDataset
-from megatron_most.data.documents import Document, Documents
-from megatron_most.data.indexed import FORMAT_VERSION, ArrayWriter, DatasetWriter, TokenDataset
-from megatron_most.data.tasks import ChatTurn, make_chat, make_document, make_interleaved
-from megatron_most.files import write_json
-from megatron_most.vocab import CODEC_LAYOUTS, NO_CODE, VocabLayout
+from megatron_most.data.building.tasks import ChatTurn, make_chat, make_document, make_interleaved
+from megatron_most.data.loading.blend import Row
+from megatron_most.data.storage.codes import CodecIdentity, CodesDataset
+from megatron_most.data.storage.documents import Document
+from megatron_most.data.storage.indexed import ArrayWriter
+from megatron_most.data.storage.sidecar import write_sidecar
+from megatron_most.data.storage.token_dataset import DatasetWriter, TokenDataset
+from megatron_most.vocab import CODEC_LAYOUTS, VocabLayout
 
 CODEBOOKS, CODEBOOK_SIZE, TEXT_VOCAB = 3, 50, 40
 LAYOUTS = tuple(CODEC_LAYOUTS)
@@ -53,7 +54,7 @@ class LoudnessCodec:
     def encode(self, waveform: np.ndarray) -> np.ndarray:
         frames = np.pad(waveform, (0, -len(waveform) % 100)).reshape(-1, 100)
         loudness = np.abs(frames).mean(axis=1)
-        return np.stack([(loudness * scale).astype(np.int64) % CODEBOOK_SIZE for scale in (10, 1000, 100000)])
+        return np.stack([(loudness * scale).astype(np.int64) % CODEBOOK_SIZE for scale in (10, 1000, 100000)], axis=1)
 
     def batch_shape(self, num_samples: int) -> tuple[int, int]:
         return 3, -(-num_samples // 100) * 100
@@ -62,11 +63,11 @@ class LoudnessCodec:
         return [self.encode(waveform) for waveform in waveforms]
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        return np.repeat(codes[0] / 10, 100).astype(np.float32)
+        return np.repeat(codes[:, 0] / 10, 100).astype(np.float32)
 
 
 def random_codes(num_frames: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, CODEBOOK_SIZE, (CODEBOOKS, num_frames))
+    return np.random.default_rng(seed).integers(0, CODEBOOK_SIZE, (CODEBOOKS, num_frames)).T
 
 
 def example_document(task: str, vocab: VocabLayout, text: str, codes: np.ndarray, **options) -> Document:
@@ -80,36 +81,35 @@ def example_document(task: str, vocab: VocabLayout, text: str, codes: np.ndarray
     return make_document(task, vocab, LetterTokenizer(), **given, **options)
 
 
-def row_of(documents: list[Document], vocab: VocabLayout, task: int = 0) -> Row:
+def joined(documents: list[Document]) -> Document:
+    """These documents one after the other."""
+    starts = np.cumsum([0, *map(len, documents)])
+    whole = Document(*(np.concatenate([getattr(item, name) for item in documents]) for name in ("ids", "loss_mask")))
+    if documents[0].codes is not None:
+        whole.coded = np.concatenate([item.coded + start for item, start in zip(documents, starts, strict=False)])
+        whole.codes = np.concatenate([item.codes for item in documents])
+    return whole
+
+
+def row_of(documents: list[Document], task: int = 0) -> Row:
     """A row of these documents, with nothing hidden."""
-    ids = np.concatenate([document.ids for document in documents])
-    loss_mask = np.concatenate([document.loss_mask for document in documents])
-    lengths = np.array([len(document) for document in documents])
-    if not vocab.codec_layout.uses_side_codes:
-        return Row(Documents(ids, loss_mask, None, None, lengths), task)
-    coded = np.flatnonzero(vocab.codec_layout.holds_side_codes(ids))
-    codes = np.concatenate([document.codes for document in documents])[coded]
-    return Row(Documents(ids, loss_mask, codes, coded, lengths), task)
+    return Row(task, joined(documents), np.array([len(document) for document in documents]))
 
 
-def parts_of(row: Row, vocab: VocabLayout | None = None) -> list[Document]:
-    """The documents of a row, one by one; their codes only where ``vocab`` is given."""
-    documents = row.documents
-    edges = np.cumsum(documents.lengths)[:-1]
-    codes = [None] * len(documents.lengths)
-    if vocab is not None and documents.codes is not None:
-        dense = np.full((len(documents.ids), vocab.num_codebooks), NO_CODE)
-        dense[vocab.codec_layout.holds_side_codes(documents.ids)] = documents.codes
-        codes = np.split(dense, edges)
-    return [
-        Document(*arrays)
-        for arrays in zip(np.split(documents.ids, edges), np.split(documents.loss_mask, edges), codes, strict=True)
-    ]
+def parts_of(row: Row) -> list[Document]:
+    """The documents of a row, one by one."""
+    whole, parts = row.document, []
+    for start, end in zip(np.cumsum([0, *row.lengths[:-1]]), np.cumsum(row.lengths), strict=True):
+        parts.append(Document(whole.ids[start:end], whole.loss_mask[start:end]))
+        if whole.codes is not None:
+            inside = (whole.coded >= start) & (whole.coded < end)
+            parts[-1].coded, parts[-1].codes = whole.coded[inside] - start, whole.codes[inside]
+    return parts
 
 
 def hidden_of(row: Row) -> list[np.ndarray]:
     """What is hidden of each document of a row."""
-    return np.split(row.hidden, np.cumsum(row.documents.lengths)[:-1])
+    return np.split(row.hidden, np.cumsum(row.lengths)[:-1])
 
 
 def write_dataset(
@@ -130,16 +130,16 @@ def write_dataset(
 def write_codes(
     prefix: Path, utterances: list[tuple[str, str, np.ndarray]], fingerprint: str = "0" * 64
 ) -> CodesDataset:
-    """Tokenised speech: ids, texts and codes ``[C, F]``."""
+    """Tokenized speech: ids, texts and codes ``[F, C]``."""
     writer = ArrayWriter(f"{prefix}.codes", np.uint8)
     entries = []
     for name, text, codes in utterances:
-        writer.add(codes.T.reshape(-1))
-        entries.append({"id": name, "text": text, "num_frames": codes.shape[1]})
+        writer.add(codes.reshape(-1))
+        entries.append({"id": name, "text": text, "num_frames": len(codes)})
     writer.commit()
     Path(f"{prefix}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     codec = CodecIdentity.of(LoudnessCodec()).to_dict()
-    write_json(f"{prefix}.json", {"format": FORMAT_VERSION, "codec": codec, "source": {"licences": {"CC0": 1}}})
+    write_sidecar(f"{prefix}.json", {"codec": codec, "source": {"licenses": {"CC0": 1}}})
     return CodesDataset(prefix)
 
 

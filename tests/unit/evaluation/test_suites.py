@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_most.data.manifest import Record
+from megatron_most.data.preparation.manifest import Record
 from megatron_most.evaluation import suites
 from tests.unit.data.tiny import LAYOUTS, LetterTokenizer, LoudnessCodec, layout, random_codes
 

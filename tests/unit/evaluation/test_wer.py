@@ -14,6 +14,7 @@ from megatron_most.evaluation.wer import NORMALIZERS, Edit, normalise_text, text
         ("isn\u2019t the dogs' 'bone'", "isn't the dogs bone"),
         ("A_b", "a b"),
         ("Müller zahlt 3", "müller zahlt 3"),
+        ("STRASSE Straße", "strasse strasse"),
         ("...", ""),
     ],
 )

@@ -6,6 +6,7 @@ import itertools
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_most import parallel
-from megatron_most.data.batch import make_batch
-from megatron_most.data.tasks import Document
+from megatron_most.config import DataConfig
+from megatron_most.data.loading.batch import make_batch
+from megatron_most.data.storage.documents import Document
 from megatron_most.model import build_model, count_parameters
 from megatron_most.model.core_attention import PortableCoreAttention
 from megatron_most.model.packed_row import packed_row
@@ -32,7 +34,9 @@ GQA = {
 
 
 def core(softmax_scale: float | None = None) -> PortableCoreAttention:
-    config = TransformerConfig(num_layers=1, hidden_size=HEADS * HEAD_DIM, num_attention_heads=HEADS)
+    config = TransformerConfig(
+        num_layers=1, hidden_size=HEADS * HEAD_DIM, num_attention_heads=HEADS, cuda_graph_modules=[]
+    )
     alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
     return PortableCoreAttention(config, softmax_scale=softmax_scale, pg_collection=SimpleNamespace(cp=alone))
 
@@ -179,16 +183,16 @@ def test_packed_and_padded_documents_have_the_losses_they_have_alone(attention, 
     fill_weights([model])
     source = tiny_batch(config, seed=5)
     documents = [
-        Document(source.ids[0, start:end].numpy(), source.loss_mask[0, start:end].bool().numpy(), codes.numpy())
+        Document(ids, source.loss_mask[0, start:end].bool().numpy(), coded, source.codes[0, start:end].numpy()[coded])
         for start, end in ((0, 20), (20, 25), (25, 44))
-        for codes in [source.codes[0, start:end]]
+        for ids in [source.ids[0, start:end].numpy()]
+        for coded in [np.flatnonzero(vocab.codec_layout.holds_side_codes(ids))]
     ]
-    options = {"vocab": vocab, "packing": True}
-    together = make_batch([row_of(documents, vocab)], **options, seq_length=64, document_multiple=8)
+    together = make_batch([row_of(documents)], vocab, DataConfig(seq_length=64, document_multiple=8))
     packed = model_losses(model, together)
     for document, start in zip(documents, together.cu_seqlens.tolist(), strict=False):
         length = len(document) - 1
-        alone = model_losses(model, make_batch([row_of([document], vocab)], **options, seq_length=length))
+        alone = model_losses(model, make_batch([row_of([document])], vocab, DataConfig(seq_length=length)))
         torch.testing.assert_close(packed[:, start : start + length], alone, rtol=1e-5, atol=1e-5)
 
 

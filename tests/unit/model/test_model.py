@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_most import parallel
-from megatron_most.data.batch import Batch
+from megatron_most.data.loading.batch import Batch
 from megatron_most.model import MoSTModel, build_model, count_parameters
 from megatron_most.model.packed_row import PackedRow
 from megatron_most.training.step import packed_seq_params

@@ -10,7 +10,6 @@ from megatron.core.extensions import transformer_engine
 from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_most import parallel, platform
@@ -21,7 +20,7 @@ from megatron_most.model.core_attention import PortableCoreAttention
 from megatron_most.model.norm import RMSNorm
 from megatron_most.model.specs import PackedTEAttention, block_spec
 from megatron_most.model.transformer_config import _transformer_engine_fp8, transformer_config
-from megatron_most.moe import ModalityAwareRouter
+from megatron_most.moe import ModalityAwareMoELayer, ModalityAwareRouter
 from tests.distributed.tiny import tiny_config
 
 ENGINE = (
@@ -77,7 +76,7 @@ def modules_of(config: RunConfig, backend: str) -> dict[str, object]:
     for index, layer in enumerate(spec.layer_specs):
         collect(str(index), layer.submodules)
         assert layer.submodules.sharded_state_dict_keys_map == {}
-        if layer.submodules.mlp.func is MoELayer:
+        if layer.submodules.mlp.func is ModalityAwareMoELayer:
             assert layer.submodules.mlp.keywords["submodules"].router.func is ModalityAwareRouter
     return {
         **{place: module for place, module in found.items() if module not in (IdentityOp, None)},

@@ -88,7 +88,6 @@ def test_one_modality_equals_megatrons_router(case):
     router = make_router(one_modality(**options))
     config = megatron_config(EXPERTS)
     config.moe_router_topk, config.moe_z_loss_coeff = TOP_K, None
-    config.moe_expert_capacity_factor = None  # what is no more than a switch of the dispatcher to us drops its tokens
     for name, value in megatron_options.items():
         setattr(config, name, value)
     plain = TopKRouter(config, ProcessGroupCollection.use_mpu_process_groups())

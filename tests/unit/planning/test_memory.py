@@ -9,7 +9,7 @@ import torch
 
 from megatron_most import parallel
 from megatron_most.config import RunConfig
-from megatron_most.data.batch import Batch
+from megatron_most.data.loading.batch import Batch
 from megatron_most.model import build_model, count_parameters
 from megatron_most.planning import MemoryEstimate, memory_of_rank, memory_per_rank, shard_sizes
 from megatron_most.planning.memory import computed_pairs, expert_load, layer_activations, micro_batches_under_way
@@ -34,6 +34,13 @@ def test_weights_gradients_and_states_follow_from_the_counts() -> None:
     assert only_rank(bf16, 4).optimizer == 3 * total
     assert only_rank(tiny_config(optimizer__distributed=False), 4).optimizer == 8 * total
     assert estimate.total == sum(getattr(estimate, field.name) for field in dataclasses.fields(estimate))
+
+
+def test_muon_keeps_one_moment_of_what_it_moves() -> None:
+    config = tiny_config(optimizer__optimizer="muon", optimizer__distributed=False)
+    sizes = shard_sizes(config, 0, 0)
+    by_adam = sum(sizes[part] for part in ("norms", "embeddings", "heads"))
+    assert only_rank(config).optimizer == 8 * by_adam + 4 * (sum(sizes.values()) - by_adam)
 
 
 def test_frozen_parts_have_weights_alone() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from megatron.core.extensions import transformer_engine
+from megatron.core.optimizer import emerging_optimizers
 from megatron.core.transformer.moe import fused_a2a, token_dispatcher
 
 from megatron_most import platform
@@ -12,6 +13,7 @@ from megatron_most.errors import ConfigError
 from megatron_most.model import build_model, check_libraries
 from megatron_most.model.transformer_config import transformer_config
 from megatron_most.planning import describe_run
+from megatron_most.training.muon import check_muon
 from tests.distributed.tiny import tiny_config
 
 EXPERTS_ON_TWO_RANKS = {"parallel__expert_model_parallel_size": 2}
@@ -47,6 +49,31 @@ def test_flex_dispatchers_are_handed_to_megatron(backend: str) -> None:
     megatron = transformer_config(tiny_config(**EXPERTS_ON_TWO_RANKS, model__moe__dispatcher=backend))
     assert megatron.moe_token_dispatcher_type == "flex"
     assert megatron.moe_flex_dispatcher_backend == backend
+
+
+@pytest.mark.parametrize(("seq_length", "is_filled"), [(128, False), (96, True)])
+def test_hybridep_fills_up_only_what_is_no_whole_chunk(seq_length: int, is_filled: bool) -> None:
+    config = tiny_config(
+        **EXPERTS_ON_TWO_RANKS,
+        model__moe__dispatcher="hybridep",
+        data__seq_length=seq_length,
+        parallel__tensor_model_parallel_size=2,
+    )
+    assert config.positions_per_rank == seq_length * config.training.micro_batch_size // 2
+    assert transformer_config(config).moe_hybridep_pad_uneven_dispatch_inputs == is_filled
+
+
+def test_muon_needs_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(optimizer__optimizer="muon", optimizer__distributed=False)
+    monkeypatch.setattr(emerging_optimizers, "HAVE_EMERGING_OPTIMIZERS", False)
+    for ask in (lambda: check_muon(config), lambda: describe_run(config, 1)):
+        with pytest.raises(ConfigError, match="optimizer.optimizer='muon': needs emerging_optimizers") as caught:
+            ask()
+        assert "\n" not in str(caught.value) and "pip install -c constraints.txt '.[muon]'" in str(caught.value)
+    # A model that was trained with it is built without it.
+    check_libraries(config)
+    monkeypatch.setattr(emerging_optimizers, "HAVE_EMERGING_OPTIMIZERS", True)
+    check_muon(config)
 
 
 def test_deepep_is_told_which_places_of_a_token_are_empty(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from megatron_most.data.tasks import TASKS
+from megatron_most.data.storage.documents import TASKS
 from megatron_most.report.curves import loss_charts, points_of, training_charts
 from megatron_most.report.run_files import RunFiles, read_run
 from megatron_most.report.samples import MAX_SAMPLES, speech_samples

@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_most.data.batch import Batch
-from megatron_most.data.tasks import TASKS
+from megatron_most.data.loading.batch import Batch
+from megatron_most.data.storage.documents import TASKS
 from megatron_most.errors import ConfigError
 from megatron_most.training.loss import LossTable
 from megatron_most.vocab import NO_CODE, ModalityRange, VocabLayout

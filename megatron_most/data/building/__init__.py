@@ -1,0 +1,1 @@
+"""Codes, texts and conversations + a task -> a dataset of documents."""

@@ -1,0 +1,1 @@
+"""Datasets -> the batches of a run: blended, packed, laid out."""

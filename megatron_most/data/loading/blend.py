@@ -1,0 +1,222 @@
+"""An endless, random-access sequence of rows drawn from several datasets.
+
+Row k depends on the seed, the datasets, their weights, the ``data`` section and k, and on nothing else: any rank can
+compute any row, and a resumed run needs only the number of rows consumed.
+
+* A row holds documents of one dataset; attention and loss stay inside each document, so mixing tasks inside a row
+  would change nothing but the bookkeeping.
+* Weights are shares of **tokens**: datasets with longer rows get fewer of them. The order of datasets is fixed for
+  ``BLOCK`` rows and repeats. Every stretch of rows, and so every expert-parallel group at every micro-batch, holds each
+  dataset's share and the share of audio to within a row or two.
+* In every epoch of a dataset each document appears once. Documents are packed once; an epoch then swaps documents that
+  take equally many positions and shuffles rows. So neighbours change and the number of rows of an epoch does not, which
+  is what makes row k computable without computing the rows before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from megatron_most.config import DataConfig
+from megatron_most.data.loading.packing import pack, padded_length
+from megatron_most.data.storage.documents import TASKS, Document
+from megatron_most.data.storage.token_dataset import TokenDataset
+from megatron_most.errors import ConfigError, DataError
+
+BLOCK = 1 << 16
+
+_GOLDEN_RATIO = (5**0.5 - 1) / 2
+
+# What a random stream is for.
+_PACK, _EPOCH, _BLEND, _DROPOUT = range(1, 5)
+
+
+@dataclass
+class Row:
+    """Documents of one task for one row of a batch.
+
+    document: all of them, one after the other; None in a row of padding.
+    lengths: int64, positions of each.
+    hidden: ``[n]`` bool, positions of codec frames to hide from the input; None hides nothing.
+    """
+
+    task: int
+    document: Document | None = None
+    lengths: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    hidden: np.ndarray | None = None
+
+
+class Rows:
+    """See the module. ``rows[k]`` is a :class:`Row` of at most ``data.seq_length`` input positions, for any k >= 0.
+
+    Args:
+        weights: shares of tokens, in any unit; those that ``data.train`` names do not count here.
+        data: how long rows are, how they are filled and what is hidden.
+
+    Raises:
+        DataError: an empty dataset, or documents longer than a row.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[TokenDataset],
+        weights: Sequence[float],
+        data: DataConfig,
+        seed: int,
+    ) -> None:
+        self._seed = seed
+        self._dropout = data.audio_frame_dropout
+        self._streams = [_DatasetRows(dataset, index, data, seed) for index, dataset in enumerate(datasets)]
+        tokens_per_row = np.array([stream.tokens_per_row for stream in self._streams])
+        audio_shares = np.array([dataset.audio_share for dataset in datasets])
+        row_shares = np.asarray(weights) / tokens_per_row
+        self._block, self._rank_in_block, self._per_block = _blend(row_shares, audio_shares, seed)
+
+    @property
+    def rows_per_epoch(self) -> list[int]:
+        """Rows in which each dataset's documents appear once."""
+        return [stream.num_rows for stream in self._streams]
+
+    def __getitem__(self, k: int) -> Row:
+        block, place = divmod(k, BLOCK)
+        index = int(self._block[place])
+        stream = self._streams[index]
+        indices = stream.row(block * int(self._per_block[index]) + int(self._rank_in_block[place]))
+        dataset = stream.dataset
+        document = dataset.read(indices)
+        hidden = self._hide_frames(document, dataset, k) if self._dropout else None
+        return Row(TASKS.index(dataset.task), document, dataset.lengths[indices].astype(np.int64), hidden)
+
+    def _hide_frames(self, document: Document, dataset: TokenDataset, k: int) -> np.ndarray:
+        """Whole steps, also where a step takes several positions; drawn from the seed and k alone."""
+        generator = _stream(self._seed, _DROPOUT, k)
+        vocab = dataset.vocab
+        hidden = np.zeros(len(document), dtype=bool)
+        for start, end in vocab.audio_segments(document.ids):
+            if document.loss_mask[start]:
+                steps = vocab.codec_layout.steps(end - start)
+                hidden[start:end] = (generator.random(steps[-1] + 1) < self._dropout)[steps]
+        return hidden
+
+
+class _DatasetRows:
+    """The rows of one dataset, epoch after epoch."""
+
+    def __init__(self, dataset: TokenDataset, index: int, data: DataConfig, seed: int) -> None:
+        self.dataset = dataset
+        self._seed, self._index = seed, index
+        lengths = dataset.lengths.astype(np.int64) - 1  # input positions: the last id is only a label
+        if not len(lengths):
+            raise DataError(f"dataset {dataset.prefix}: holds no documents")
+        too_long = int((lengths > data.seq_length).sum())
+        if too_long:
+            raise DataError(
+                f"dataset {dataset.prefix}: {too_long} of {len(lengths)} documents do not fit"
+                f" data.seq_length={data.seq_length} (the longest needs {lengths.max()})"
+            )
+        num_tokens = lengths.sum()
+        if data.packing:
+            lengths = padded_length(lengths, data.document_multiple)
+        # Slots: the documents in a random order, packed. An epoch puts each document into a slot of its own length.
+        order = _stream(seed, _PACK, index).permutation(len(lengths))
+        if data.packing:
+            row_of, by_row = pack(lengths[order], data.seq_length)
+            order, row_of = order[by_row], row_of[by_row]
+        else:
+            row_of = np.arange(len(lengths))
+        self._row_starts = np.searchsorted(row_of, np.arange(row_of[-1] + 2))
+        self._lengths = lengths
+        self._slots_by_length = np.argsort(lengths[order], kind="stable")
+        self.num_rows = len(self._row_starts) - 1
+        self.tokens_per_row = num_tokens / self.num_rows
+        self._epoch = -1
+        self._row_order = self._document_in_slot = np.empty(0, dtype=np.int64)
+
+    def row(self, ordinal: int) -> np.ndarray:
+        """Indices of the documents of the ``ordinal``-th row that is drawn from this dataset."""
+        epoch, place = divmod(ordinal, self.num_rows)
+        if epoch != self._epoch:
+            self._shuffle(epoch)
+        row = self._row_order[place]
+        return self._document_in_slot[self._row_starts[row] : self._row_starts[row + 1]]
+
+    def _shuffle(self, epoch: int) -> None:
+        generator = _stream(self._seed, _EPOCH, self._index, epoch)
+        documents = generator.permutation(len(self._lengths))
+        documents = documents[np.argsort(self._lengths[documents], kind="stable")]
+        self._document_in_slot = np.empty(len(documents), dtype=np.int64)
+        self._document_in_slot[self._slots_by_length] = documents
+        self._row_order = generator.permutation(self.num_rows)
+        self._epoch = epoch
+
+
+def _stream(seed: int, purpose: int, *place: int) -> np.random.Generator:
+    """Random numbers for one purpose at one place; the purpose comes first, so that no two purposes share a stream."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(purpose, *place)))
+
+
+def _blend(row_shares: np.ndarray, audio_shares: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The order of datasets in a block.
+
+    Datasets lie side by side on a line of length 1, from the one with least audio to the one with most, each as long as
+    its share; row k takes the dataset at the fractional part of k times the golden ratio. Such points fill every part
+    of the line evenly in every stretch of rows (low discrepancy: Kuipers and Niederreiter, Uniform Distribution of
+    Sequences, chapter 2), hence each dataset, and audio as a whole: also among the rows that the ranks of an
+    expert-parallel group read at the same time. The ratio being irrational, no data-parallel size ever falls into step
+    with it.
+
+    Returns:
+        ``[BLOCK]`` dataset of each row; ``[BLOCK]`` how many rows of that dataset come before it in the block; and
+        ``[datasets]`` rows of each dataset in a block (at least one, by largest remainders).
+    """
+    exact = row_shares / row_shares.sum() * BLOCK
+    counts = np.maximum(np.floor(exact).astype(np.int64), 1)
+    missing = BLOCK - int(counts.sum())
+    if missing >= 0:
+        counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
+    else:  # datasets of tiny weight were given their one row; the largest gives it
+        counts[np.argmax(counts)] += missing
+    line = np.argsort(audio_shares, kind="stable")
+    points = (np.arange(BLOCK) * _GOLDEN_RATIO + _stream(seed, _BLEND).random()) % 1.0
+    dataset_of = np.empty(BLOCK, dtype=np.int32)
+    dataset_of[np.argsort(points)] = np.repeat(line, counts[line])
+    rank = np.empty(BLOCK, dtype=np.int64)
+    rank[np.argsort(dataset_of, kind="stable")] = np.concatenate([np.arange(count) for count in counts])
+    return dataset_of, rank, counts
+
+
+def weights_for_audio_share(weights: Sequence[float], audio_shares: Sequence[float], target: float) -> np.ndarray:
+    """The shares of tokens nearest to ``weights`` of which ``target`` is audio.
+
+    Nearest in relative entropy: each weight is multiplied by ``exp(x * audio share)`` with the x that meets the target.
+
+    Args:
+        audio_shares: of each dataset's tokens.
+
+    Raises:
+        ConfigError: no blend of the datasets has that share.
+    """
+    shares, base = np.asarray(audio_shares, dtype=np.float64), np.asarray(weights, dtype=np.float64)
+    low, high = float(shares.min()), float(shares.max())
+    if not low < target < high:
+        raise ConfigError(
+            f"data.audio_share={target}: must be between the datasets' least and most, {low:.3f} and {high:.3f}"
+        )
+
+    def tilted(x: float) -> np.ndarray:
+        logits = np.log(base) + x * shares
+        unnormalised = np.exp(logits - logits.max())
+        return unnormalised / unnormalised.sum()
+
+    below, above = -1.0, 1.0
+    while tilted(below) @ shares > target:
+        below *= 2
+    while tilted(above) @ shares < target:
+        above *= 2
+    for _ in range(100):
+        middle = (below + above) / 2
+        below, above = (middle, above) if tilted(middle) @ shares < target else (below, middle)
+    return tilted(below)

@@ -1,0 +1,130 @@
+"""The batches of a run: the same sample stream at any data-parallel size, from any number of consumed samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_most.audio import codec_file, file_fingerprint
+from megatron_most.config import DatasetConfig, RunConfig
+from megatron_most.data.loading.batch import Batch, make_batch
+from megatron_most.data.loading.blend import Row, Rows, weights_for_audio_share
+from megatron_most.data.storage.documents import TASKS
+from megatron_most.data.storage.token_dataset import TokenDataset
+from megatron_most.errors import ConfigError, DataError
+from megatron_most.text import load_tokenizer
+
+
+def train_batches(config: RunConfig, *, dp_rank: int, dp_size: int, consumed_samples: int) -> Iterator[Batch]:
+    """Micro-batches of one data-parallel rank, ``config.num_microbatches(dp_size)`` a step, without end.
+
+    A sample is a row. Step t after the start takes the ``global_batch_size`` rows that follow those consumed; its
+    micro-batch m on rank r takes ``micro_batch_size`` of them from ``(m * dp_size + r) * micro_batch_size`` on. So
+    which rows a step is made of depends neither on ``dp_size`` nor on where a run was interrupted.
+
+    Raises:
+        ConfigError: no training data is configured, or the batch size does not divide over ``dp_size`` ranks.
+        DataError: datasets that are broken, or do not fit the model or each other.
+    """
+    data, training = config.data, config.training
+    if not data.train:
+        raise ConfigError("data.train=[]: training needs at least one dataset")
+    datasets = open_datasets(config, data.train)
+    weights = [entry.weight for entry in data.train]
+    if data.audio_share is not None:
+        weights = weights_for_audio_share(weights, [dataset.audio_share for dataset in datasets], data.audio_share)
+    rows = Rows(datasets, weights, data, config.seed)
+    num_microbatches, size = config.num_microbatches(dp_size), training.micro_batch_size
+
+    def stream() -> Iterator[Batch]:
+        step_start = consumed_samples
+        while True:
+            for microbatch in range(num_microbatches):
+                first = step_start + (microbatch * dp_size + dp_rank) * size
+                taken = [rows[k] for k in range(first, first + size)]
+                yield make_batch(taken, config.vocab, data)
+            step_start += training.global_batch_size
+
+    return stream()
+
+
+def validation_batches(config: RunConfig, *, dp_rank: int, dp_size: int) -> dict[str, list[Batch]]:
+    """For each validation dataset, by its file name, the micro-batches of one data-parallel rank.
+
+    Together the ranks hold the first ``eval_batches * global_batch_size`` rows of the dataset in a fixed random order,
+    or all of it when it is smaller: the same rows at any ``dp_size``, seed and step. Every rank has equally many
+    micro-batches; rows of padding without loss fill the last ones.
+    """
+    data, training = config.data, config.training
+    names = [Path(entry.path).name for entry in data.validation]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"data.validation: {names.count(name)} datasets are called {name!r}; names must differ")
+    batches: dict[str, list[Batch]] = {}
+    for name, dataset in zip(names, open_datasets(config, data.validation), strict=True):
+        rows = Rows([dataset], [1.0], dataclasses.replace(data, audio_frame_dropout=0.0), seed=0)
+        num_rows = min(training.eval_batches * training.global_batch_size, rows.rows_per_epoch[0])
+        size = training.micro_batch_size
+        padding = Row(TASKS.index(dataset.task))
+        batches[name] = []
+        for start in range(0, num_rows, size * dp_size):
+            first = start + dp_rank * size
+            taken = [rows[k] if k < num_rows else padding for k in range(first, first + size)]
+            batches[name].append(make_batch(taken, config.vocab, data))
+    return batches
+
+
+def open_datasets(config: RunConfig, entries: Sequence[DatasetConfig]) -> list[TokenDataset]:
+    """Open datasets and refuse those that the model was not configured for, or that do not fit each other.
+
+    Raises:
+        DataError: names the dataset and what it differs from, with both values.
+    """
+    datasets = [TokenDataset(entry.path) for entry in entries]
+    for dataset in datasets:
+        difference = dataset.vocab.describe_difference(config.vocab)
+        if difference:
+            raise DataError(f"dataset {dataset.prefix}: its vocab layout differs from the config's: {difference}")
+    if config.tokenizer is not None:
+        fingerprint = load_tokenizer(config.tokenizer).fingerprint
+        for dataset in datasets:
+            _require_same("tokenizer", dataset, config.tokenizer, fingerprint)
+    if config.codec is not None:
+        # A pretrained model's weights may be out of reach of the training machine; then its name has to do.
+        file = codec_file(config.codec)
+        fingerprint = file_fingerprint(file) if file else None
+        for dataset in datasets:
+            _require_same("codec", dataset, config.codec, fingerprint)
+    _require_same_sources(datasets)
+    return datasets
+
+
+def _require_same(what: str, dataset: TokenDataset, configured: str, fingerprint: str | None) -> None:
+    made_with = dataset.provenance.get(what)
+    if made_with is None:  # text needs no codec
+        return
+    found, wanted = made_with["name"], configured
+    if fingerprint is not None:
+        found, wanted = f"{found} ({made_with['fingerprint'][:12]})", f"{wanted} ({fingerprint[:12]})"
+    same = made_with["name"] == configured if fingerprint is None else made_with["fingerprint"] == fingerprint
+    if not same:
+        raise DataError(f"dataset {dataset.prefix}: was built with {what} {found}, the config's is {wanted}")
+
+
+def _require_same_sources(datasets: Sequence[TokenDataset]) -> None:
+    """All datasets of a blend need one tokenizer, one codec and one version of the templates."""
+    seen: dict[str, tuple[str, str]] = {}
+    for dataset in datasets:
+        values = {"template version": dataset.provenance.get("template_version")}
+        for what in ("tokenizer", "codec"):
+            values[what] = (dataset.provenance.get(what) or {}).get("fingerprint")
+        for what, value in values.items():
+            if value is None:
+                continue
+            other, expected = seen.setdefault(what, (dataset.prefix, value))
+            if value != expected:
+                raise DataError(
+                    f"datasets {other} and {dataset.prefix} were built with different {what}s"
+                    f" ({expected[:12]} and {value[:12]})"
+                )

@@ -1,0 +1,1 @@
+"""Sources in their published layouts -> manifests, spoken conversations and codec codes."""

@@ -1,0 +1,110 @@
+"""A source -> a checked manifest: every record or its reason, each with the line it stands in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from megatron_most.data.preparation.manifest import Record, Rejection, id_digest
+from megatron_most.data.preparation.sources import Source, SourceOptions, open_source
+from megatron_most.errors import DataError
+from megatron_most.files import replacing
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """Which source, and what of it.
+
+    name: one of :data:`~megatron_most.data.preparation.sources.SOURCES`.
+    root: its folder, or its file.
+    audio_roots: further folders that its audio may lie in, beside the root's own.
+    """
+
+    name: str
+    root: str
+    audio_roots: tuple[str, ...] = ()
+    options: SourceOptions = SourceOptions()
+
+    def open(self) -> Source:
+        return open_source(self.name, self.root, self.options, self.audio_roots)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What :func:`collect` wrote.
+
+    num_records, num_rejected: lines of the two files.
+    sha256: of both, equal for a source in an equal state. It reads ``licence`` for ``license`` as version 0.1 wrote it,
+        so that jobs begun then go on.
+    licenses: number of records of each; ``unknown`` where nobody says.
+    """
+
+    num_records: int
+    num_rejected: int
+    sha256: str
+    licenses: dict[str, int]
+
+
+def collect(spec: SourceSpec, manifest: Path, quarantine: Path) -> Collected:
+    """Write every record of a source to ``manifest``, and what cannot be used to ``quarantine``, a JSON line each.
+
+    Raises:
+        DataError: a source that cannot be read, or holds nothing.
+    """
+    digest = hashlib.sha256()
+    counts: Counter[type] = Counter()
+    licenses: Counter[str] = Counter()
+    with replacing(quarantine) as left, replacing(manifest) as kept, open(kept, "wb") as good, open(left, "wb") as bad:
+        for item in checked_records(spec):
+            counts[type(item)] += 1
+            if isinstance(item, Record):
+                licenses[item.license or "unknown"] += 1
+            digest.update(_line(item, license_key="licence"))
+            (good if isinstance(item, Record) else bad).write(_line(item))
+    if not counts:
+        raise DataError(f"{spec.root}: empty manifest" if spec.name == "nemo" else f"{spec.root}: holds no records")
+    return Collected(counts[Record], counts[Rejection], digest.hexdigest(), dict(sorted(licenses.items())))
+
+
+def checked_records(spec: SourceSpec) -> Iterator[Record | Rejection]:
+    """The records of a source with their defaults filled in; those without a place to be read from are rejected."""
+    source, options = spec.open(), spec.options
+    seen: set[bytes] = set()
+    for item in source.records():
+        if isinstance(item, Rejection):
+            yield item
+            continue
+        try:
+            digest = id_digest(item.id)
+            if digest in seen:
+                raise DataError(f"id {item.id!r} is already that of another record")
+            if source.has_audio and options.needs_text and not item.text:
+                raise DataError("has no text (for audio alone: --audio-only)")
+            record = replace(
+                item,
+                audio=None if item.audio is None else source.roots.resolve(item.audio),
+                language=item.language or options.language,
+                license=item.license or options.license or source.license,
+            )
+            _line(record)
+            seen.add(digest)
+            yield record
+        except UnicodeEncodeError:
+            yield Rejection(item.where, "holds text or a path that is not Unicode (half a surrogate pair)", item.id)
+        except DataError as error:
+            yield Rejection(item.where, str(error), item.id)
+
+
+def _line(item: Record | Rejection, license_key: str = "license") -> bytes:
+    """UnicodeEncodeError for a record that cannot be written; what is rejected is only to be read by people."""
+    if isinstance(item, Rejection):
+        return json.dumps(item.to_entry(), ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+    entry = {license_key if name == "license" else name: value for name, value in item.to_entry().items()}
+    return json.dumps(entry | {"where": item.where}, ensure_ascii=False).encode() + b"\n"

@@ -1,0 +1,1 @@
+"""What lies on disk, and what it is in memory: documents, datasets, codes, lines of JSON."""

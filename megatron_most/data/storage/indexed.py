@@ -1,0 +1,114 @@
+"""Arrays on disk: Megatron ``IndexedDataset`` pairs (``.bin`` and ``.idx``), written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_most.errors import DataError
+
+_INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, type, number of sequences, number of documents + 1
+
+
+@functools.cache
+def _megatron():
+    """Megatron's module, imported on first use: it takes seconds and warns about parts that are not needed here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core.datasets import indexed_dataset
+    return indexed_dataset
+
+
+def smallest_dtype(num_values: int) -> type[np.integer]:
+    """The smallest integer type of Megatron's format that holds ``0 .. num_values - 1``."""
+    for dtype in (np.uint8, np.uint16, np.int32):
+        if num_values - 1 <= np.iinfo(dtype).max:
+            return dtype
+    return np.int64
+
+
+class ArrayWriter:
+    """Writes one ``IndexedDataset`` pair under temporary names; :meth:`commit` gives it its own."""
+
+    def __init__(self, prefix: str, dtype: type[np.integer]) -> None:
+        self._prefix = prefix
+        self._temporary = f"{prefix}.{os.getpid()}.tmp"
+        Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+        self._builder = _megatron().IndexedDatasetBuilder(self._temporary + ".bin", dtype=dtype)
+
+    def add(self, values: np.ndarray) -> None:
+        """Append one document: a 1-D array."""
+        self._builder.add_item(torch.from_numpy(np.ascontiguousarray(values)))
+        self._builder.end_document()
+
+    def add_all(self, prefix: str) -> None:
+        """Append every document of another pair of the same type."""
+        self._builder.add_index(prefix)
+
+    def commit(self) -> None:
+        self._builder.finalize(self._temporary + ".idx")
+        for ending in (".bin", ".idx"):
+            os.replace(self._temporary + ending, self._prefix + ending)
+
+    def discard(self) -> None:
+        """Remove what was written, unless it was committed."""
+        with contextlib.suppress(OSError):  # a full disk, once more
+            self._builder.data_file.close()
+        for ending in (".bin", ".idx"):
+            Path(self._temporary + ending).unlink(missing_ok=True)
+
+
+def _check_index(path: str) -> None:
+    """Megatron meets a broken index with assertions, and with noise from the half-built objects they leave."""
+    size = Path(path).stat().st_size
+    with open(path, "rb") as file:
+        header = file.read(_INDEX_HEADER.size)
+    if len(header) == _INDEX_HEADER.size:
+        magic, version, _, num_sequences, num_documents = _INDEX_HEADER.unpack(header)
+        # For each sequence its length (int32) and where it begins (int64); for each document its first sequence.
+        expected = _INDEX_HEADER.size + num_sequences * (4 + 8) + num_documents * 8
+        if magic == b"MMIDIDX\x00\x00" and version == 1 and size == expected:
+            return
+    raise DataError(f"{path}: not readable as the index of a Megatron dataset")
+
+
+class ArrayReader:
+    """Reads one ``IndexedDataset`` pair, memory-mapped; ``reader[i]`` is a read-only view of document ``i`` on disk."""
+
+    def __init__(self, prefix: str) -> None:
+        for ending in (".bin", ".idx"):
+            if not Path(prefix + ending).is_file():
+                raise DataError(f"dataset {prefix}: {prefix}{ending} is missing")
+        _check_index(prefix + ".idx")
+        index = _megatron().IndexedDataset(prefix).index
+        dtype = np.dtype(index.dtype)
+        self.lengths: np.ndarray = np.array(index.sequence_lengths)
+        expected = int(self.lengths.sum(dtype=np.int64)) * dtype.itemsize
+        actual = Path(prefix + ".bin").stat().st_size
+        if actual != expected:
+            raise DataError(f"dataset {prefix}: {prefix}.bin has {actual} bytes, the index needs {expected}")
+        # Plain arrays on the mapped file: Megatron's reader makes a new one for each document, which takes longer than
+        # reading a short document.
+        self._values = np.asarray(np.memmap(prefix + ".bin", dtype, mode="r"))
+        self._starts = index.sequence_pointers // dtype.itemsize
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        start = self._starts[index]
+        return self._values[start : start + self.lengths[index]]
+
+    def read(self, indices: np.ndarray, dtype: type[np.generic] | None = None) -> np.ndarray:
+        """Documents ``indices`` one after the other, in the type they are stored in or another."""
+        starts = self._starts[indices]
+        ends = starts + self.lengths[indices]
+        parts = [self._values[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+        return np.concatenate(parts, dtype=dtype, casting="unsafe")
