@@ -1,41 +1,56 @@
 # make quickstart and make test set everything up themselves, in .venv.
-# Another interpreter: make PYTHON=/path/to/python3.10
+# Another interpreter than the one that is found: make PYTHON=/path/to/python3.12
+# torch without CUDA, from PyTorch's index or another: make TORCH=cpu [TORCH_INDEX=https://...]
 
-PYTHON ?= python3.11
+PYTHON ?=
+TORCH ?= pypi
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_VERSION := 2.13.0
 VENV := .venv
 STAMP := $(VENV)/installed
 LOG := $(VENV)/install.log
-PIP_INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check --no-input --progress-bar off -c constraints.txt
+# Without byte code, which takes 0.4 GB and is made when it is first needed.
+PIP_INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check --no-input --no-compile --progress-bar off
 # One thread for each test process: the tests start several ranks themselves.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --durations=15 --durations-min=2
+
+ifeq ($(TORCH),cpu)
+    TORCH_WHAT := torch $(TORCH_VERSION) for CPUs, 0.2 GB to download, from $(TORCH_INDEX)
+    TORCH_FROM := --index-url $(TORCH_INDEX)
+else ifeq ($(TORCH),pypi)
+    TORCH_WHAT := torch $(TORCH_VERSION) with CUDA, about 2.8 GB to download
+    TORCH_FROM :=
+else
+    $(error TORCH=$(TORCH): pypi or cpu)
+endif
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart test test-slow test-gpu lint format clean
+.PHONY: help setup check-environment wheelhouse quickstart test test-slow test-gpu lint format clean
 
 help: ## say what the targets do
-	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 19
 
 setup: $(STAMP) ## make .venv and install everything the other targets need
 
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 12))' 2>/dev/null || {
-	    echo "error: $(PYTHON): Python 3.10 or 3.11 is needed (make PYTHON=/path/to/python3.11)" >&2
-	    exit 1
-	}
-	rm -f $@
-	# An environment whose interpreter is gone or that was left half-made cannot be mended: start it again.
-	if ! $(VENV)/bin/python -m pip --version >/dev/null 2>&1; then
-	    echo "setup: $(VENV) ($$($(PYTHON) --version))"
-	    $(PYTHON) -m venv --clear $(VENV)
+	@rm -f $@
+	# An environment whose interpreter is gone or too old, or that was left half-made, cannot be mended: start it again.
+	fits() { $(VENV)/bin/python -m pip --version && $(VENV)/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 12))'; }
+	if [ -n "$(PYTHON)" ] || ! fits >/dev/null 2>&1; then
+	    python=$$(tools/find_python.sh $(PYTHON))
+	    if ! fits >/dev/null 2>&1 || [ "$$($(VENV)/bin/python -V)" != "$$($$python -V)" ]; then
+	        $$python -m venv --clear $(VENV)
+	    fi
 	fi
 	: >$(LOG)
+	echo "setup: into $(VENV), $$(df -Ph $(VENV) | awk 'NR == 2 {print $$4}') free; it takes up to 6 GB (log: $(LOG))"
 	install() {
 	    local label=$$1 start=$$SECONDS pid
 	    shift
-	    echo "setup: installing $$label (log: $(LOG))"
+	    echo "setup: installing $$label"
 	    $(PIP_INSTALL) "$$@" >>$(LOG) 2>&1 &
 	    pid=$$!
 	    trap 'kill $$pid 2>/dev/null' INT TERM
@@ -45,12 +60,18 @@ $(STAMP): pyproject.toml constraints.txt
 	        tail -n 15 $(LOG) >&2
 	        exit 1
 	    fi
-	    printf '\r  done in %d s\n' $$((SECONDS - start))
+	    printf '\r  done in %d s, %s has %s\n' $$((SECONDS - start)) $(VENV) "$$(du -sh $(VENV) | cut -f1)"
 	}
 	# torch first: what comes after it must take this build and not bring its own.
-	install "torch (1 of 2)" torch
-	install "megatron-most and its parts (2 of 2, a few minutes)" -e '.[audio,quickstart,dev]'
+	install "$(TORCH_WHAT) (1 of 2)" $(TORCH_FROM) torch==$(TORCH_VERSION)
+	install "megatron-most and its parts (2 of 2, a few minutes)" -c constraints.txt -e '.[audio,quickstart,dev]'
+	echo "setup: done in $$SECONDS s"
 	touch $@
+
+check-environment: ## compare what is there with what is supported, a line for each thing that does not fit
+	@python=$(VENV)/bin/python
+	if [ ! -x $$python ]; then python=$${PYTHON:-python3}; fi
+	$$python tools/doctor.py --check
 
 quickstart: $(STAMP) ## train a tiny MoST on synthetic speech on this machine's CPU, and report on it
 	@$(VENV)/bin/python examples/quickstart/run.py
@@ -58,7 +79,7 @@ quickstart: $(STAMP) ## train a tiny MoST on synthetic speech on this machine's 
 lint: $(STAMP) ## ruff and shellcheck
 	@$(VENV)/bin/ruff check --quiet .
 	$(VENV)/bin/ruff format --check .
-	find examples megatron_most tools -name '*.sh' -print0 -o -name '*.sbatch' -print0 | xargs -0 $(VENV)/bin/shellcheck .ci/run
+	find examples megatron_most tools tests -name '*.sh' -print0 -o -name '*.sbatch' -print0 | xargs -0 $(VENV)/bin/shellcheck .ci/run
 
 format: $(STAMP) ## let ruff put the code in order
 	@$(VENV)/bin/ruff check --quiet --fix .

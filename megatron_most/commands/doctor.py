@@ -2,8 +2,10 @@
 
     most doctor
     most doctor --json
+    most doctor --check      one line for each thing that does not fit what is supported
 
-Exit status 0 when everything is there that training on a CPU needs.
+Exit status 0 when everything is there that training on a CPU needs; with --check, when nothing is there that does not
+fit either.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from megatron_most.errors import ConfigError
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser("doctor", __doc__)
-    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print the findings as JSON")
+    output.add_argument("--check", action="store_true", help="print what does not fit, one line each")
     parser.add_argument("--run-dir", type=Path, default=Path("runs"), help="where space is measured (default: runs)")
     return parser
 
@@ -31,6 +35,9 @@ def examine(arguments: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.name}: not installed, and nothing runs without it; make setup installs it") from None
     findings = doctor.examine(arguments.run_dir)
+    if arguments.check:
+        print(doctor.as_check(findings))
+        sys.exit(bool(doctor.misfits(findings)))
     print(json.dumps(doctor.as_dict(findings), indent=1) if arguments.json else doctor.as_text(findings))
     if not doctor.can_train(findings):
         sys.exit(1)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 import torch.distributed as dist
 
 from megatron_most.errors import MostError
 
-T = TypeVar("T")
 
-
-def together(action: Callable[[], T]) -> T:
+def together[T](action: Callable[[], T]) -> T:
     """Run ``action`` on every rank; when it raises a :class:`MostError` on any, every rank stops. A collective call.
 
     The lowest rank that failed raises its error, the others leave with status 1, so that the user reads one line.
@@ -33,7 +31,7 @@ def together(action: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def on_rank_zero(action: Callable[[], T]) -> T:
+def on_rank_zero[T](action: Callable[[], T]) -> T:
     """Run ``action`` on rank 0 alone and give its (picklable) result to every rank; errors as in :func:`together`."""
     result = [together(lambda: action() if dist.get_rank() == 0 else None)]
     dist.broadcast_object_list(result, src=0)

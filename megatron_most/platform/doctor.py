@@ -1,6 +1,7 @@
 """What this machine can run: an examination of hardware, packages and space, and what is chosen for it.
 
-Packages are judged by their metadata; one that is there but broken is found when it is used.
+Packages are judged by their metadata. What is compiled for one build of torch (Transformer Engine, Apex, torchaudio)
+and Megatron itself are imported as well: metadata do not tell whether they fit.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -16,31 +18,60 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from megatron_most.platform.choices import part_choices
+from megatron_most.platform.device import driver_version
 
-MEGATRON_VERSION = "0.19.2"
-NEMO_VERSION = "3.0.0"
-MINIMUM_TORCH = (2, 9)
+SUPPORTED = {"Python": ">=3.12", "torch": ">=2.10", "megatron-core": ">=0.19.2,<0.20", "nemo_toolkit": "==3.0.0"}
+"""Which versions will do: those of pyproject.toml, which asks for them where something is installed."""
+TESTED = {"Python": ("3.12", "3.13"), "torch": ("2.11", "2.13")}
+"""Which of them the tests ran with, to the minor version."""
 _GIB = 2**30
 _COMFORTABLE_MEMORY_GIB = 6
 _COMFORTABLE_DISK_GIB = 5
-_GPU_PARTS = "an FP8-capable NVIDIA GPU and pip install -c constraints.txt '.[gpu]'"
+_GPU_EXTRA = "pip install --no-build-isolation -c constraints.txt '.[gpu]'"
+_GPU_PARTS = f"an FP8-capable NVIDIA GPU and {_GPU_EXTRA}"
+_IMPORT_SECONDS = 180
+_IMPORT = "Megatron's import"
+_MACHINE = "Machine"
 
 _REQUIRED_PACKAGES = {
+    "triton": "Megatron, which imports it and does not ask for it; torch for CPUs does not bring it",
     "omegaconf": "configuration",
     "pyyaml": "configuration",
     "numpy": "arrays",
+    "packaging": "versions of packages",
     "psutil": "checkpoints: without it Megatron's writer hangs",
+    "isal": "checksums of checkpoints",
     "sentencepiece": "text tokenizers",
     "tokenizers": "text tokenizers",
-    "soundfile": "reading and writing audio",
-    "soxr": "resampling",
     "tensorboard": "logging.tensorboard, which is on by default",
     "tqdm": "progress lines",
-    "jiwer": "word error rates",
-    "jinja2": "the report",
 }
+
+_OPTIONAL_PACKAGES = {
+    "audio": {
+        "nemo_toolkit": "NeMo codecs: tokenizing audio, speaking",
+        "soundfile": "reading and writing audio",
+        "soxr": "resampling",
+        "pyarrow": "data sets in Parquet files",
+    },
+    "evaluation": {
+        "jiwer": "word error rates",
+        "whisper-normalizer": "word error rates that compare with others'",
+        "pocketsphinx": "an independent recogniser that judges speech",
+    },
+    "report": {"jinja2": "the report"},
+    "sweep": {"scipy": "intervals of a sweep", "submitit": "jobs of a sweep"},
+    "conversion": {
+        "safetensors": "checkpoints from and to Hugging Face",
+        "transformers": "models to compare converted ones with",
+    },
+    "quickstart": {"espeakng-loader": "the synthetic speech of the quickstart"},
+}
+"""Extra -> what each of its packages gives; an extra that has one of another extra's does not name it again."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +99,7 @@ class Finding:
 
 def examine(run_dir: Path) -> list[Finding]:
     """Look at everything; ``run_dir`` (it need not exist) is where space is measured."""
-    return [*_foundations(), *_accelerators(), *_parts(), *_speech_and_tracking(), *_machine(run_dir)]
+    return [*_foundations(), *_accelerators(), *_parts(), *_optional(), *_machine(run_dir)]
 
 
 def can_train(findings: list[Finding]) -> bool:
@@ -99,40 +130,62 @@ def as_text(findings: list[Finding]) -> str:
     return "\n".join([*lines[1:], "", verdict if problems else f"{verdict}, {where}"])
 
 
+def as_check(findings: list[Finding]) -> str:
+    """One line for each thing that does not fit; where all fits, one line that says so."""
+    if not (wrong := misfits(findings)):
+        versions = {name: finding.value for finding in findings if (name := finding.name) in SUPPORTED}
+        return "all fits: " + ", ".join(f"{name} {value}" for name, value in versions.items())
+    return "\n".join(f"{finding.name}: {finding.value}; get it: {finding.remedy}" for finding in wrong)
+
+
+def misfits(findings: list[Finding]) -> list[Finding]:
+    """What is there and is not as it has to be, and what is not there and is needed; room on the machine aside."""
+    return [
+        finding
+        for finding in findings
+        if finding.section != _MACHINE and (finding.state == "unfit" or finding.required and finding.state == "missing")
+    ]
+
+
 def _foundations() -> list[Finding]:
     section = "Needed to train"
     python = ".".join(map(str, sys.version_info[:3]))
-    fits = sys.version_info[:2] >= (3, 12)
     findings = [
-        Finding(
+        _version_finding(
             section,
             "Python",
-            "present" if fits else "unfit",
             python,
+            "megatron-core, which needs it",
             True,
-            gives=f"megatron-core {MEGATRON_VERSION}, which needs 3.12",
-            remedy="make setup PYTHON=/path/to/python3.11",
+            "make setup finds one or says how to get it",
         ),
         _torch(section),
         _gloo(section),
-        _package(section, "megatron-core", "the model, parallelism and checkpoints", True, MEGATRON_VERSION),
+        _package(section, "megatron-core", "the model, parallelism and checkpoints", True),
     ]
     findings += [_package(section, name, gives, required=True) for name, gives in _REQUIRED_PACKAGES.items()]
+    if _version("megatron-core") is not None:
+        findings.append(_megatron_import(section))
     return findings
 
 
 def _torch(section: str) -> Finding:
-    release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-    return Finding(
-        section,
-        "torch",
-        "present" if release >= MINIMUM_TORCH else "unfit",
-        f"{torch.__version__} ({build})",
-        True,
-        gives="everything",
-        remedy="pip install -c constraints.txt torch",
+    version = torch.__version__
+    return _version_finding(
+        section, "torch", version, "everything", True, f"pip install 'torch{SUPPORTED['torch']}'", build
     )
+
+
+def _megatron_import(section: str) -> Finding:
+    """Whether Megatron's expert layer, with all that it imports, can be imported here."""
+    try:
+        import megatron.core.transformer.moe.moe_layer  # noqa: F401
+    except Exception as error:  # of whatever kind: a broken library below it raises what it likes
+        why = f"cannot be imported: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        remedy = "mend or uninstall the package that the error names"
+        return Finding(section, _IMPORT, "unfit", why, True, "the model", remedy)
+    return Finding(section, _IMPORT, "present", "works", True)
 
 
 def _gloo(section: str) -> Finding:
@@ -162,13 +215,7 @@ def _accelerators() -> list[Finding]:
     shown = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
     capability = f"compute capability {lowest[0]}.{lowest[1]}" if names else "no CUDA device"
     return [
-        found(
-            "CUDA",
-            bool(names),
-            shown or "no device",
-            gives="training at more than toy size",
-            remedy="an NVIDIA GPU, its driver and a CUDA build of torch",
-        ),
+        _cuda(section, shown),
         found(
             "bf16",
             lowest >= (8, 0),
@@ -190,15 +237,40 @@ def _accelerators() -> list[Finding]:
             gives="ranks that talk to each other on GPUs",
             remedy="a CUDA build of torch and a GPU",
         ),
-        _package(section, "transformer-engine", "fused kernels and FP8 on GPUs", extra="gpu"),
-        _package(section, "apex", "Megatron's fused optimizer kernels on GPUs", remedy="build it from NVIDIA's source"),
+        _compiled(
+            section,
+            "transformer-engine",
+            "import transformer_engine.pytorch",
+            "fused kernels and FP8 on GPUs; one that cannot be imported can stop Megatron",
+            _GPU_EXTRA,
+        ),
+        _compiled(
+            section,
+            "apex",
+            "import amp_C, apex.multi_tensor_apply",
+            "Megatron's fused optimizer kernels on GPUs",
+            "build it from NVIDIA's source, for this torch",
+        ),
         _package(section, "emerging-optimizers", "optimizer.optimizer=muon", extra="muon"),
     ]
 
 
+def _cuda(section: str, devices: str) -> Finding:
+    """Unfit where NVIDIA's driver shows a GPU and torch cannot use it."""
+    gives, remedy = "training at more than toy size", "an NVIDIA GPU, its driver and a CUDA build of torch"
+    if devices:
+        return Finding(section, "CUDA", "present", devices)
+    if (driver := driver_version()) == "unknown":
+        return Finding(section, "CUDA", "missing", "no device", gives=gives, remedy=remedy)
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs alone"
+    value = f"driver {driver} shows a GPU that torch {torch.__version__}, built for {build}, cannot use"
+    remedy = "a torch build for CUDA that the driver is new enough for"
+    return Finding(section, "CUDA", "unfit", value, gives=gives, remedy=remedy)
+
+
 def _parts() -> list[Finding]:
-    """Who computes what where the configuration says ``auto``; nothing before Megatron is installed."""
-    if _version("megatron-core") is None:
+    """Who computes what where the configuration says ``auto``; nothing where Megatron is missing or broken."""
+    if _version("megatron-core") is None or _megatron_import("").state != "present":
         return []
     section = "Chosen here (where the configuration says auto)"
     return [
@@ -214,32 +286,22 @@ def _parts() -> list[Finding]:
     ]
 
 
-def _speech_and_tracking() -> list[Finding]:
-    section = "Speech and tracking"
+def _optional() -> list[Finding]:
+    section = "Optional"
     findings = [
-        _package(
-            section, "nemo_toolkit", "NeMo codecs: tokenizing audio, speaking", expected=NEMO_VERSION, extra="audio"
-        ),
-        _package(section, "pocketsphinx", "an independent recogniser that judges speech", extra="quickstart"),
-        _package(section, "espeakng-loader", "the synthetic speech of the quickstart", extra="quickstart"),
-        _package(section, "wandb", "logging.wandb_project", remedy="pip install wandb"),
+        _package(section, name, gives, extra=extra)
+        for extra, packages in _OPTIONAL_PACKAGES.items()
+        for name, gives in packages.items()
     ]
+    findings.append(_package(section, "wandb", "logging.wandb_project", remedy="pip install wandb"))
     if importlib.util.find_spec("torchaudio"):
-        findings.append(
-            Finding(
-                section,
-                "torchaudio",
-                "unfit",
-                f"{_version('torchaudio')}: nothing here uses it, and NeMo tries to",
-                gives="a NeMo import that fails when its build does not match torch's",
-                remedy="pip uninstall torchaudio",
-            )
-        )
+        gives = "nothing here; NeMo imports it where it is, and fails where it was built for another torch"
+        findings.append(_compiled(section, "torchaudio", "import torchaudio", gives, "pip uninstall torchaudio"))
     return findings
 
 
 def _machine(run_dir: Path) -> list[Finding]:
-    section = "Machine"
+    section = _MACHINE
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB
     parent = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
@@ -265,18 +327,50 @@ def _package(
     name: str,
     gives: str,
     required: bool = False,
-    expected: str | None = None,
     extra: str | None = None,
     remedy: str | None = None,
 ) -> Finding:
-    """A distribution by its metadata; ``expected`` is the only version that will do."""
+    """A distribution by its metadata."""
     wanted = f"pip install -c constraints.txt '.[{extra}]'" if extra else f"pip install -c constraints.txt {name}"
     version = _version(name)
     if version is None:
         return Finding(section, name, "missing", "not installed", required, gives, remedy or wanted)
-    if expected not in (None, version):
-        return Finding(section, name, "unfit", f"{version}, {expected} is needed", required, gives, remedy or wanted)
-    return Finding(section, name, "present", version, required)
+    return _version_finding(section, name, version, gives, required, remedy or wanted)
+
+
+def _version_finding(
+    section: str, name: str, version: str, gives: str, required: bool, remedy: str, note: str = ""
+) -> Finding:
+    """Fit where :data:`SUPPORTED` has nothing against ``version``; says so where the tests ran with others."""
+    shown = f"{version} ({note})" if note else version
+    wanted = SUPPORTED.get(name, "")
+    if not SpecifierSet(wanted).contains(version, prereleases=True):
+        return Finding(section, name, "unfit", f"{shown}, {wanted} is needed", required, gives, remedy)
+    minor = ".".join(map(str, Version(version).release[:2])) if name in TESTED else ""
+    if minor and minor not in TESTED[name]:
+        shown += f", the tests ran with {' and '.join(TESTED[name])}"
+    return Finding(section, name, "present", shown, required)
+
+
+def _compiled(section: str, name: str, statement: str, gives: str, remedy: str) -> Finding:
+    """A distribution that is compiled for one build of torch: there, and can be imported with this one.
+
+    Imported in a process of its own, which a library built for another torch may take down with it.
+    """
+    version = _version(name)
+    if version is None:
+        return Finding(section, name, "missing", "not installed", gives=gives, remedy=remedy)
+    try:
+        command = [sys.executable, "-c", f"import torch; {statement}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_SECONDS)
+    except subprocess.TimeoutExpired:
+        why = f"its import takes more than {_IMPORT_SECONDS} s"
+    else:
+        if done.returncode == 0:
+            return Finding(section, name, "present", version)
+        why = (done.stderr.strip().splitlines() or [f"its import ends with status {done.returncode}"])[-1]
+    value = f"{version} does not work with torch {torch.__version__}: {why}"
+    return Finding(section, name, "unfit", value, gives=gives, remedy=remedy)
 
 
 def _version(name: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_most.errors import ConfigError
 
 _REMEDIES = {
-    "Transformer Engine": "pip install -c constraints.txt '.[gpu]'",
+    "Transformer Engine": "pip install --no-build-isolation -c constraints.txt '.[gpu]'",
     "DeepEP": "build it from github.com/deepseek-ai/DeepEP",
     "emerging_optimizers": "pip install -c constraints.txt '.[muon]'",
     "HybridEP": "build the hybrid-ep branch of github.com/deepseek-ai/DeepEP",

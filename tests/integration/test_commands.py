@@ -24,6 +24,7 @@ EVALUATE = ["--checkpoint", "c", "--suite", "asr", "--data", "{manifest}"]
 WRONG = {
     "doctor.py": [
         (["--run-dir"], "expected one argument", 2),
+        (["--json", "--check"], "not allowed with argument", 2),
     ],
     "report.py": [
         (["{tmp}/absent"], "error: {tmp}/absent: no such run directory", 1),

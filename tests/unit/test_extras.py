@@ -7,10 +7,10 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
-import tomllib
 
 from megatron_most import extras
 from megatron_most.extras import EXTRAS, MissingExtra, require
@@ -84,14 +84,6 @@ def test_all_brings_everything_but_what_only_a_gpu_can_use():
 def test_training_requires_nothing_of_an_extra():
     required = {module(requirement) for requirement in PROJECT["dependencies"]}
     assert not required & set().union(*EXTRAS.values())
-
-
-def test_constraints_hold_a_version_of_every_package_but_those_that_a_machine_brings():
-    pinned = {distribution(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
-    extras_of_project = {**PROJECT["optional-dependencies"], "gpu": []}
-    requirements = [*PROJECT["dependencies"], *(one for group in extras_of_project.values() for one in group)]
-    wanted = {distribution(one) for one in requirements} - {PROJECT["name"], "torch", "triton"}
-    assert wanted <= pinned, wanted - pinned
 
 
 def test_the_installed_metadata_is_that_of_the_project():

@@ -1,12 +1,19 @@
 """The doctor says what is missing, what it would give and how to get it, and decides only by what training needs."""
 
 import json
+import os
+import re
+import sys
 from importlib import metadata
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from megatron_most.platform import doctor
+from tests.unit.install.requirements import ROOT, setup_arguments, setup_requirements
+from tests.unit.install.stand_in_distributions import write_distribution
 
 
 @pytest.fixture
@@ -35,7 +42,7 @@ def find(findings, name):
 def test_a_machine_that_runs_the_tests_can_train(tmp_path):
     findings = doctor.examine(tmp_path)
     assert doctor.can_train(findings)
-    assert find(findings, "megatron-core").value == "0.16.1"
+    assert find(findings, "megatron-core").value == "0.19.2"
     assert find(findings, "torch").value.startswith(torch.__version__)
     assert find(findings, "gloo").state == "present"
     assert doctor.as_text(findings).splitlines()[-1].startswith("can train on this machine")
@@ -49,12 +56,148 @@ def test_a_missing_required_package_decides(tmp_path, without, name):
     assert doctor.as_text(findings).splitlines()[-1] == f"cannot train: {name}"
 
 
-def test_another_megatron_core_does_not_do(tmp_path, without):
-    without(megatron_core="0.17.0")
+@pytest.mark.parametrize(
+    ("name", "version", "problem"),
+    [
+        ("megatron-core", "0.16.1", "0.16.1, >=0.19.2,<0.20 is needed"),
+        ("megatron-core", "0.20.0", "0.20.0, >=0.19.2,<0.20 is needed"),
+        ("megatron-core", "0.19.3", None),
+        ("nemo_toolkit", "2.7.3", "2.7.3, ==3.0.0 is needed"),
+        ("nemo_toolkit", "3.0.0", None),
+    ],
+)
+def test_a_version_out_of_range_does_not_do(tmp_path, without, name, version, problem):
+    without(**{name.replace("-", "_"): version})
     findings = doctor.examine(tmp_path)
-    finding = find(findings, "megatron-core")
-    assert (finding.state, finding.value) == ("unfit", "0.17.0, 0.19.2 is needed")
+    finding = find(findings, name)
+    assert (finding.state, finding.value) == (("unfit", problem) if problem else ("present", version))
+    assert (finding in doctor.misfits(findings)) == (problem is not None)
+    assert doctor.can_train(findings) == (problem is None or name == "nemo_toolkit")
+
+
+@pytest.mark.parametrize(
+    ("version", "state", "value"),
+    [
+        ("2.9.1", "unfit", "2.9.1 (CUDA 13.0), >=2.10 is needed"),
+        ("2.10.0a0+a36e1d39eb.nv26.01", "unfit", "2.10.0a0+a36e1d39eb.nv26.01 (CUDA 13.0), >=2.10 is needed"),
+        ("2.11.0+cu130", "present", "2.11.0+cu130 (CUDA 13.0)"),
+        ("2.13.0a0+8145d630e8.nv26.06", "present", "2.13.0a0+8145d630e8.nv26.06 (CUDA 13.0)"),
+        ("2.14.0", "present", "2.14.0 (CUDA 13.0), the tests ran with 2.11 and 2.13"),
+    ],
+)
+def test_torch_is_new_enough_or_not_and_one_that_was_not_tested_is_said_so(
+    tmp_path, monkeypatch, version, state, value
+):
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    finding = find(doctor.examine(tmp_path), "torch")
+    assert (finding.state, finding.value) == (state, value)
+
+
+@pytest.mark.parametrize(
+    ("version", "state"), [((3, 11, 9), "unfit"), ((3, 12, 0), "present"), ((3, 13, 2), "present")]
+)
+def test_python_is_new_enough_or_not(tmp_path, monkeypatch, version, state):
+    monkeypatch.setattr(sys, "version_info", version)
+    assert find(doctor.examine(tmp_path), "Python").state == state
+
+
+def test_what_is_supported_and_needed_is_what_pyproject_asks_for():
+    requirements = {requirement.name: requirement.specifier for requirement in setup_requirements("audio")}
+    ranges = {name: specifier for name, specifier in requirements.items() if specifier}
+    python = SpecifierSet(setup_arguments()["python_requires"])
+    assert {"Python": python, **ranges} == {name: SpecifierSet(text) for name, text in doctor.SUPPORTED.items()}
+    assert {*doctor._REQUIRED_PACKAGES, "torch", "megatron-core"} == {needed.name for needed in setup_requirements()}
+
+
+def test_every_optional_package_is_looked_for_once_and_its_extra_brings_it():
+    listed = [(name, extra) for extra, packages in doctor._OPTIONAL_PACKAGES.items() for name in packages]
+    extras = setup_arguments()["extras_require"]
+    assert all(name in {Requirement(text).name for text in extras[extra]} for name, extra in listed)
+    assert sorted(name for name, _ in listed) == sorted(
+        {needed.name for needed in setup_requirements("all")}
+        - {needed.name for needed in setup_requirements()}
+        - {"emerging-optimizers"}  # listed with what accelerates
+    )
+
+
+def test_the_torch_that_setup_installs_is_one_that_is_called_tested():
+    version = re.search(r"^TORCH_VERSION := (\d+\.\d+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    assert version in doctor.TESTED["torch"]
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A folder searched first, for metadata by this process and for modules by its children."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    (folder / "torch.py").write_text("")  # only children see it: here torch is loaded
+    return folder
+
+
+def test_what_is_compiled_for_another_torch_does_not_fit(tmp_path, site):
+    broken = "raise OSError('undefined symbol: _ZN3c10')"
+    write_distribution(site, "transformer-engine", "2.16.0+4220403e", {"transformer_engine/pytorch.py": broken})
+    write_distribution(site, "apex", "0.1", {"apex/multi_tensor_apply.py": "", "amp_C.py": "import os; os._exit(139)"})
+    write_distribution(site, "torchaudio", "2.9.0", {"torchaudio.py": ""})
+    findings = doctor.examine(tmp_path)
+    engine, apex = find(findings, "transformer-engine"), find(findings, "apex")
+    assert engine.state == "unfit"
+    assert engine.value == (
+        f"2.16.0+4220403e does not work with torch {torch.__version__}: OSError: undefined symbol: _ZN3c10"
+    )
+    assert (apex.state, apex.value.split(": ")[-1]) == ("unfit", "its import ends with status 139")
+    assert find(findings, "torchaudio").state == "present"
+    assert doctor.can_train(findings)
+    lines = doctor.as_check(findings).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["transformer-engine", "apex"]
+    assert all(": get it: " not in line and "; get it: " in line for line in lines)
+
+
+def test_what_can_be_imported_fits(tmp_path, site):
+    write_distribution(site, "transformer-engine", "2.17.0", {"transformer_engine/pytorch.py": ""})
+    write_distribution(site, "torchaudio", "2.9.0", {"torchaudio.py": "raise OSError('libtorch.so')"})
+    findings = doctor.examine(tmp_path)
+    assert (find(findings, "transformer-engine").state, find(findings, "transformer-engine").value) == (
+        "present",
+        "2.17.0",
+    )
+    assert [finding.name for finding in doctor.misfits(findings)] == ["torchaudio"]
+
+
+def test_a_library_whose_import_hangs_does_not_fit(tmp_path, site, monkeypatch):
+    monkeypatch.setattr(doctor, "_IMPORT_SECONDS", 0.2)
+    write_distribution(site, "apex", "0.1", {"amp_C.py": "import time; time.sleep(60)"})
+    assert find(doctor.examine(tmp_path), "apex").value.endswith("its import takes more than 0.2 s")
+
+
+def test_a_megatron_that_cannot_be_imported_is_named_with_the_reason(tmp_path, monkeypatch):
+    """As without triton, or with half a Transformer Engine, whose FileNotFoundError Megatron does not expect."""
+    monkeypatch.setitem(sys.modules, "megatron.core.transformer.moe.moe_layer", None)
+    monkeypatch.setattr(doctor, "driver_version", lambda: "unknown")
+    findings = doctor.examine(tmp_path)
+    finding = find(findings, "Megatron's import")
+    assert finding.state == "unfit" and "ModuleNotFoundError" in finding.value
     assert not doctor.can_train(findings)
+    assert not [finding for finding in findings if finding.section.startswith("Chosen")]
+
+
+def test_a_gpu_that_torch_cannot_use_does_not_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(doctor, "driver_version", lambda: "580.95.05")
+    findings = doctor.examine(tmp_path)
+    assert find(findings, "CUDA").value == (
+        f"driver 580.95.05 shows a GPU that torch {torch.__version__}, built for CPUs alone, cannot use"
+    )
+    assert find(findings, "CUDA") in doctor.misfits(findings)
+
+
+def test_where_all_fits_the_check_is_one_line(tmp_path):
+    line = doctor.as_check(doctor.examine(tmp_path))
+    assert line.startswith(f"all fits: Python {sys.version.split()[0]}, torch {torch.__version__}") and "\n" not in line
 
 
 @pytest.mark.parametrize("name", ["nemo_toolkit", "pocketsphinx", "espeakng-loader", "wandb", "transformer-engine"])
