@@ -6,6 +6,8 @@ PYTHON ?=
 TORCH ?= pypi
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_VERSION := 2.13.0
+# What make wheelhouse collects: gpu-suite (a few MB), training or audio.
+FOR ?= gpu-suite
 VENV := .venv
 STAMP := $(VENV)/installed
 LOG := $(VENV)/install.log
@@ -13,6 +15,10 @@ LOG := $(VENV)/install.log
 PIP_INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check --no-input --no-compile --progress-bar off
 # One thread for each test process: the tests start several ranks themselves.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --durations=15 --durations-min=2
+
+WHEELS_gpu-suite := tests/gpu/wheels.txt
+WHEELS_training := docker/requirements-training.txt
+WHEELS_audio := docker/requirements-training.txt docker/requirements-audio.txt
 
 ifeq ($(TORCH),cpu)
     TORCH_WHAT := torch $(TORCH_VERSION) for CPUs, 0.2 GB to download, from $(TORCH_INDEX)
@@ -72,6 +78,20 @@ check-environment: ## compare what is there with what is supported, a line for e
 	@python=$(VENV)/bin/python
 	if [ ! -x $$python ]; then python=$${PYTHON:-python3}; fi
 	$$python tools/doctor.py --check
+
+wheelhouse: $(STAMP) ## collect wheels in wheelhouse/ for machines without network: CPython 3.12, Linux, x86-64
+	@lists="$(WHEELS_$(FOR))"
+	if [ -z "$$lists" ]; then echo "error: FOR=$(FOR): gpu-suite, training or audio" >&2; exit 1; fi
+	$(VENV)/bin/python -m pip download --disable-pip-version-check --quiet --no-deps --prefer-binary -c constraints.txt \
+	    --python-version 3.12 --implementation cp --platform manylinux2014_x86_64 --platform manylinux_2_24_x86_64 \
+	    --platform manylinux_2_27_x86_64 --platform manylinux_2_28_x86_64 --dest wheelhouse $(foreach list,$(WHEELS_$(FOR)),-r $(list))
+	# What is published as source alone is pure Python, and its wheel is made here.
+	for source in wheelhouse/*.tar.gz; do
+	    [ -e "$$source" ] || continue
+	    $(VENV)/bin/python -m pip wheel --disable-pip-version-check --quiet --no-deps --wheel-dir wheelhouse "$$source"
+	    rm "$$source"
+	done
+	du -sh wheelhouse
 
 quickstart: $(STAMP) ## train a tiny MoST on synthetic speech on this machine's CPU, and report on it
 	@$(VENV)/bin/python examples/quickstart/run.py

@@ -249,7 +249,7 @@ def _accelerators() -> list[Finding]:
             "apex",
             "import amp_C, apex.multi_tensor_apply",
             "Megatron's fused optimizer kernels on GPUs",
-            "build it from NVIDIA's source, for this torch",
+            "build it for this torch: docs/install.md",
         ),
         _package(section, "emerging-optimizers", "optimizer.optimizer=muon", extra="muon"),
     ]

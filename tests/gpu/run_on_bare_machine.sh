@@ -20,6 +20,7 @@ if [ $# -ne 2 ]; then
     exit 2
 fi
 python=${PYTHON:-python3} budget=${BUDGET:-520}
+[[ $budget =~ ^[0-9]+$ ]] || { echo "error: BUDGET=$budget: must be a number of seconds" >&2; exit 2; }
 wheels=$(cd "$1" 2>/dev/null && pwd) || { echo "error: $1: no such folder of wheels" >&2; exit 2; }
 compgen -G "$wheels/*.whl" >/dev/null || { echo "error: $wheels: holds no wheels; make wheelhouse collects them" >&2; exit 2; }
 out=$(mkdir -p "$2" && cd "$2" && pwd) || { echo "error: $2: cannot be made" >&2; exit 2; }
@@ -96,7 +97,7 @@ bench() { # bench NAME SHARE FOLDERS MODULE [OPTION...]
 }
 
 if ! add install "$site" "$wheels"/*.whl; then
-    sed 's/^/    /' "$logs/install.log" | tee -a "$out/report.txt" >&2
+    sed 's/^/    /' "$logs/install.log" 2>/dev/null | tee -a "$out/report.txt" >&2
     exit 2
 fi
 PYTHONPATH=$site:$base step machine 10 "$python" -c '

@@ -47,7 +47,7 @@ def make_run(
     rng = random.Random(0)
     moe = _config(path, layers, group, top_k, modalities, common, by_list)
     environment = {
-        "versions": {"python": "3.11.7", "megatron-core": "0.16.1", "torch": "2.13.0"},
+        "versions": {"python": "3.12.3", "megatron-core": "0.19.2", "torch": "2.13.0"},
         "command": "python examples/pretrain_most.py --config examples/configs/quickstart.yaml",
         "world_size": 2,
         "device": "x86_64 CPU, 2 cores",

@@ -76,7 +76,7 @@ def test_every_section_is_filled(page):
         "Expert load",
         "word error rate ASR TTS codec round trip original recording",
         "the recogniser heard: the small count seven red stones",
-        "megatron-core 0.16.1",
+        "megatron-core 0.19.2",
         "num_layers: 4",
         "2 ranks · 200 steps",
     ):
