@@ -56,6 +56,7 @@ class MoSTModel(LanguageModule):
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.max_sequence_length = max_sequence_length
         if pre_process:
             self.embedding = LanguageModelEmbedding(
                 config=config,

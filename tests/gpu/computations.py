@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_utils import permute
 
 from megatron_most import platform
 from megatron_most.checkpointing import load_checkpoint
@@ -25,6 +24,7 @@ from megatron_most.model.fp8 import end_fp8_step
 from megatron_most.model.specs import experts_spec
 from megatron_most.model.transformer_config import transformer_config
 from megatron_most.moe import end_routing_step
+from megatron_most.moe.dispatcher import AlltoAllDispatcher
 from megatron_most.moe.token_planes import pack_planes
 from megatron_most.precision import Fp8Product
 from megatron_most.training.optimizer import build_optimizer, wrap_model
@@ -239,11 +239,13 @@ def routing(overrides: Overrides) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(9)
     scores = torch.randn(*hidden.shape[:2], moe.num_experts, generator=generator).to(device).requires_grad_()
     probs, routing_map = router.routing(scores, pack_planes(modality, is_padding, 2).transpose(0, 1))
-    tokens, sorted_probs, order, *_ = permute(hidden.reshape(-1, hidden.shape[-1]), routing_map, probs=probs)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    dispatcher = AlltoAllDispatcher(moe.num_experts, list(range(moe.num_experts)), router.config, groups)
+    tokens, sorted_probs = dispatcher.token_dispatch(*dispatcher.dispatch_preprocess(hidden, routing_map, probs))
     probs.square().sum().backward()
     return {
         "routing map": routing_map.cpu(),
-        "order": order.cpu(),
+        "order": dispatcher.reversed_local_input_permutation_mapping.cpu(),
         "tokens": to_host(tokens),
         "routed": router.statistics.routed.cpu(),
         "probs": to_host(probs),

@@ -122,6 +122,14 @@ def test_its_spec_computes_the_portable_model(name: str) -> None:
     assert_near(model_step({**overrides, **ENGINE}), model_step(overrides), logits=2e-2, loss=2e-3, gradients=3e-2)
 
 
+def test_its_permutation_sends_no_rows_of_padding_and_of_a_smaller_top_k() -> None:
+    """In the portable model; every expert of a modality is chosen, so that no rounding sends a token elsewhere."""
+    groups = "[{modality: text, size: 2, top_k: 2}, {modality: audio, size: 1, top_k: 1}]"
+    overrides = {**WIDE, "model__backend": "portable", "model__moe__groups": groups, "precision__dtype": "bf16"}
+    fused = model_step({**overrides, "model__moe__moe_permute_fusion": True})
+    assert_near(fused, model_step(overrides), logits=2e-2, loss=2e-3, gradients=3e-2)
+
+
 @hardware.needs(hardware.FP8)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_model_in_fp8_trains_as_in_bf16(recipe: str) -> None:

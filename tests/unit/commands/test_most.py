@@ -24,6 +24,7 @@ DOORS = {
     "tools/sweep.py": "sweep",
     "examples/pretrain_most.py": "train",
 }
+NO_DOORS = {"tools/install_missing.py"}  # runs before anything is installed
 HELP_SECONDS = 1.0
 
 ASK_FOR_HELP = """
@@ -85,7 +86,7 @@ def test_every_module_of_the_package_is_a_command_or_part_of_one():
 
 def test_every_door_leads_to_its_command_and_parses_nothing():
     scripts = {str(path.relative_to(ROOT)) for path in (ROOT / "tools").glob("*.py")} | {"examples/pretrain_most.py"}
-    assert scripts == set(DOORS)
+    assert scripts - NO_DOORS == set(DOORS)
     for script, command in DOORS.items():
         text = (ROOT / script).read_text()
         assert f"from megatron_most.commands.{command} import main" in text

@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from megatron_most.config import DataConfig
-from megatron_most.data.loading.blend import BLOCK, Rows, weights_for_audio_share
+from megatron_most.data.loading.blend import BLOCK, Rows, _blend, weights_for_audio_share
 from megatron_most.data.storage.documents import TASKS
 from megatron_most.data.storage.token_dataset import TokenDataset
 from megatron_most.errors import ConfigError, DataError
@@ -62,6 +62,31 @@ def test_each_document_appears_once_an_epoch_whatever_it_is_padded_to(folder):
         [part for k in range(start, start + per_epoch) for part in content(rows[k])] for start in (0, per_epoch)
     )
     assert len(set(first)) == 60 and sorted(first) == sorted(second) and first != second
+
+
+@pytest.mark.parametrize("names", [["asr"], ["asr", "tts"]])
+def test_the_rows_of_a_dataset_go_on_where_the_order_of_datasets_repeats(folder, names):
+    rows = open_rows(folder, names, [1.0] * len(names), packing=False)
+    is_asr = rows._block == 0
+    per_block = int(is_asr.sum())
+    epoch = per_block // 60  # the epoch of the 60 documents in which the first block ends
+    places = np.flatnonzero(np.concatenate([is_asr, is_asr]))[epoch * 60 : (epoch + 1) * 60]
+    assert places[0] < BLOCK <= places[-1]
+    assert len({part for k in places for part in content(rows[int(k)])}) == 60
+
+
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [
+        ([100.9, 200.9, BLOCK - 301.8], [101, 201, BLOCK - 302]),
+        ([1e-9, 1e-9, 0.3 * BLOCK, 0.7 * BLOCK], [1, 1, 19660, 45874]),
+    ],
+)
+def test_rows_of_a_block_go_to_the_largest_remainders_and_to_every_dataset(shares, expected):
+    dataset_of, rank, counts = _blend(np.array(shares), np.zeros(len(shares)), seed=0)
+    assert counts.tolist() == np.bincount(dataset_of).tolist() == expected
+    for index, count in enumerate(expected):
+        assert rank[dataset_of == index].tolist() == list(range(count))
 
 
 def test_neighbours_change_between_epochs(folder):
