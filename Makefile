@@ -41,7 +41,7 @@ help: ## say what the targets do
 
 setup: $(STAMP) ## make .venv and install everything the other targets need
 
-$(STAMP): setup.py constraints.txt
+$(STAMP): pyproject.toml constraints.txt
 	@rm -f $@
 	# An environment whose interpreter is gone or too old, or that was left half-made, cannot be mended: start it again.
 	fits() { $(VENV)/bin/python -m pip --version && $(VENV)/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 12))'; }
@@ -99,7 +99,7 @@ quickstart: $(STAMP) ## train a tiny MoST on synthetic speech on this machine's 
 lint: $(STAMP) ## ruff and shellcheck
 	@$(VENV)/bin/ruff check --quiet .
 	$(VENV)/bin/ruff format --check .
-	find examples tools tests -name '*.sh' -print0 -o -name '*.sbatch' -print0 | xargs -0 $(VENV)/bin/shellcheck .ci/run
+	find examples megatron_most tools tests -name '*.sh' -print0 -o -name '*.sbatch' -print0 | xargs -0 $(VENV)/bin/shellcheck .ci/run
 
 format: $(STAMP) ## let ruff put the code in order
 	@$(VENV)/bin/ruff check --quiet --fix .

@@ -8,7 +8,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /workspace/megatron_most
 # The packages in a layer of their own, which a change of the code leaves as it is.
-COPY Makefile README.md constraints.txt setup.py ./
+COPY Makefile README.md constraints.txt pyproject.toml setup.py ./
 COPY tools/find_python.sh tools/
 COPY megatron_most/__init__.py megatron_most/
 RUN make setup TORCH=cpu

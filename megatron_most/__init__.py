@@ -5,7 +5,7 @@ import warnings
 
 __version__ = "0.1.0"
 
-# What Megatron-Core 0.19.2 warns of whatever its user does, and tools/doctor.py says better. Set here because Megatron
+# What Megatron-Core 0.19.2 warns of whatever its user does, and ``most doctor`` says better. Set here because Megatron
 # warns while it is imported.
 for _message in (
     r"(Transformer Engine and )?Apex (is|are) not installed",

@@ -6,18 +6,30 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from megatron_most.errors import ConfigError, MostError
+from megatron_most.extras import MissingExtra, is_optional
 
 _DEBUG_HELP = "show the traceback of an error"
 
 
-def run(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], None]) -> None:
-    """Parse ``sys.argv`` with ``parser``, call ``command`` and leave the process with its status.
+def make_parser(command: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser for ``most COMMAND``, which is called so however it was started; the description keeps its lines."""
+    return argparse.ArgumentParser(
+        prog=f"most {command}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
-    A :class:`MostError` becomes one line on stderr and exit status 1; ``--debug``, before or after a subcommand, lets
-    it propagate instead.
+
+def run(
+    parser: argparse.ArgumentParser,
+    command: Callable[[argparse.Namespace], None],
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Parse ``arguments`` (default: ``sys.argv``'s), call ``command`` and leave the process with its status.
+
+    A :class:`MostError`, or an optional package that is missing, becomes one line on stderr and exit status 1;
+    ``--debug``, before or after a subcommand, lets it propagate instead.
     Ctrl-C exits with 130, and a reader that has closed the pipe (``| head``) with 141, as shells expect.
     """
     subparsers = _subparsers(parser)
@@ -26,14 +38,16 @@ def run(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace],
         # Suppressed: the default of a subparser would undo a --debug that stands before the subcommand.
         subparser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=_DEBUG_HELP)
     # Intermixed, so that options may stand between positional arguments; argparse cannot do both.
-    arguments = parser.parse_args() if subparsers else parser.parse_intermixed_args()
+    parse = parser.parse_args if subparsers else parser.parse_intermixed_args
+    options = parse(arguments)
     try:
-        command(arguments)
+        command(options)
         sys.stdout.flush()
-    except MostError as error:
-        if arguments.debug:
+    except (MostError, ModuleNotFoundError) as error:
+        line = _one_line(error, parser.prog)
+        if options.debug or line is None:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -42,6 +56,14 @@ def run(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace],
         # Python flushes standard output once more when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+def _one_line(error: Exception, command: str) -> str | None:
+    """What ``command`` says of an error; None for one that is the program's fault."""
+    module = getattr(error, "name", None)
+    if is_optional(module):
+        error = MissingExtra(module, command)
+    return " ".join(str(error).split()) if isinstance(error, MostError) else None
 
 
 def require_positive(arguments: argparse.Namespace, *names: str) -> None:

@@ -1,39 +1,6 @@
-#!/usr/bin/env python
-"""Parallel layouts of a configuration that fit a number of GPUs, the promising ones first.
+"""``most plan`` from a checkout."""
 
-    python tools/plan.py --config examples/configs/most_16b_stage1.yaml --gpus 64
-
-docs/launch.md says what is estimated and how. Nothing is allocated; no GPU is needed.
-"""
-
-import argparse
-
-from megatron_most import cli
-from megatron_most.config import load_config
-from megatron_most.planning import DEFAULT_IMBALANCE, GPUS, describe_layouts
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration")
-    parser.add_argument("--gpus", required=True, type=int, metavar="N")
-    parser.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="default %(default)s")
-    parser.add_argument(
-        "--imbalance",
-        type=float,
-        default=DEFAULT_IMBALANCE,
-        help="load of the busiest expert rank over the mean, beyond the mix of modalities (default %(default)s)",
-    )
-    parser.add_argument("--limit", type=int, default=10, help="layouts to show (default %(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the configuration")
-    return parser
-
-
-def plan(arguments: argparse.Namespace) -> None:
-    cli.require_positive(arguments, "gpus", "imbalance", "limit")
-    config = load_config(arguments.config, arguments.overrides)
-    print(describe_layouts(config, arguments.gpus, arguments.gpu, arguments.imbalance, arguments.limit))
-
+from megatron_most.commands.plan import main
 
 if __name__ == "__main__":
-    cli.run(make_parser(), plan)
+    main()

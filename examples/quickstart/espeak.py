@@ -16,8 +16,9 @@ import os
 import numpy as np
 
 from megatron_most.errors import ConfigError, DataError
+from megatron_most.extras import require
 
-INSTALL_HINT = "espeak-ng is not available: run `pip install espeakng-loader`"
+INSTALL_HINT = "espeak-ng is not available: run `pip install --force-reinstall espeakng-loader`"
 
 # From espeak-ng's speak_lib.h (1.52).
 AUDIO_OUTPUT_SYNCHRONOUS = 2  # espeak_Synth returns when the whole text was handed to the callback
@@ -41,10 +42,9 @@ class Espeak:
     """
 
     def __init__(self) -> None:
-        try:
-            import espeakng_loader
-        except ImportError as error:
-            raise ConfigError(INSTALL_HINT) from error
+        require("espeakng_loader")
+        import espeakng_loader
+
         try:
             self._library = ctypes.CDLL(espeakng_loader.get_library_path())
         except OSError as error:

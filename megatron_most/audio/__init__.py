@@ -1,7 +1,18 @@
-"""Waveforms and codec codes: reading audio, and the NeMo codecs behind one protocol."""
+"""Waveforms and codec codes: reading audio, and the NeMo codecs behind one protocol.
 
-from megatron_most.audio.codec import AudioCodec, codec_file, file_fingerprint
-from megatron_most.audio.io import read_audio, write_wav
-from megatron_most.audio.nemo_codec import load_codec
+Training needs the fingerprint of a codec's file, and neither torch's import nor NeMo for it: names are imported when
+they are used.
+"""
 
-__all__ = ["AudioCodec", "codec_file", "file_fingerprint", "load_codec", "read_audio", "write_wav"]
+from megatron_most.lazy import lazy_names
+
+_MODULES = {
+    "AudioCodec": "codec",
+    "codec_file": "codec",
+    "file_fingerprint": "codec",
+    "load_codec": "nemo_codec",
+    "read_audio": "io",
+    "write_wav": "io",
+}
+__all__ = list(_MODULES)
+__getattr__ = lazy_names(__name__, _MODULES)

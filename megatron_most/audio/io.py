@@ -1,6 +1,8 @@
 """Audio files <-> float32 mono waveforms ``[T]``.
 
 What libsndfile reads: WAV, FLAC, Ogg (Vorbis, Opus), MP3, AIFF and more, at any rate and channel count.
+soundfile and soxr belong to the extra ``audio`` and are imported where they are used: a manifest can be checked, and a
+command can print its help, without them.
 """
 
 from __future__ import annotations
@@ -8,15 +10,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-import soundfile
-import soxr
 
 from megatron_most.audio.containers import check_is_whole
 from megatron_most.errors import DataError
 from megatron_most.files import replacing
+
+if TYPE_CHECKING:
+    import soundfile
 
 DURATION_TOLERANCE = 0.1
 """Seconds by which a length may miss what is said of it: manifests round, resamplers trim, encoders pad."""
@@ -69,6 +72,8 @@ def stream_audio(
     Audio that fits one piece is one, equal to what :func:`read_audio` gives; longer audio is never held whole. What is
     wrong with a file may show only at a later piece.
     """
+    import soundfile
+
     name = str(audio) if isinstance(audio, (str, Path)) else "audio"
     if isinstance(audio, (str, Path)) and not Path(audio).is_file():
         reason = "not a regular file" if Path(audio).exists() else "no such audio file"
@@ -111,7 +116,7 @@ def _pieces(
     # One chunk and a sample more tell whether there is a second chunk.
     first, rest = _take(blocks, None if chunk is None else -(-chunk * rate // sample_rate) + 1)
     if rest is None:
-        waveform = first if rate == sample_rate else soxr.resample(first, rate, sample_rate)
+        waveform = first if rate == sample_rate else resample(first, rate, sample_rate)
         if not len(waveform):
             raise DataError(f"{name}: too short to resample to {sample_rate} Hz")
         yield np.ascontiguousarray(waveform, dtype=np.float32)
@@ -164,10 +169,19 @@ def _resampled(blocks: Iterator[np.ndarray], rate: int, sample_rate: int) -> Ite
     if rate == sample_rate:
         yield from blocks
         return
+    import soxr
+
     stream = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32")
     for block in blocks:
         yield stream.resample_chunk(block)
     yield stream.resample_chunk(np.zeros(0, dtype=np.float32), last=True)
+
+
+def resample(waveform: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
+    """``waveform`` ``[T]`` of ``rate`` samples per second at ``sample_rate``."""
+    import soxr
+
+    return soxr.resample(waveform, rate, sample_rate)
 
 
 def _rechunked(blocks: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
@@ -184,5 +198,7 @@ def _rechunked(blocks: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
 
 def write_wav(path: str | Path, waveform: np.ndarray, sample_rate: int) -> None:
     """Write ``waveform [T]`` as 16-bit mono WAV; values beyond -1..1 are clipped. Appears whole or not at all."""
+    import soundfile
+
     with replacing(path) as temporary:
         soundfile.write(temporary, np.clip(waveform, -1.0, 1.0), sample_rate, format="WAV", subtype="PCM_16")

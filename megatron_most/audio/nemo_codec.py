@@ -18,13 +18,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import soxr
 import torch
 import yaml
 from torch.nn.utils import parametrize
 
 from megatron_most.audio.codec import AudioCodec, codec_file, file_fingerprint
+from megatron_most.audio.io import resample
 from megatron_most.errors import ConfigError, DataError
+from megatron_most.extras import require
 from megatron_most.vocab import check_codes
 
 _TRUSTED_PACKAGES = ("nemo.", "torch.")
@@ -184,7 +185,7 @@ class NemoCodec:
         waveform = audio[0].float().cpu().numpy()
         rate = int(self._model.output_sample_rate)
         if rate != self.sample_rate:  # some codecs raise the rate while decoding
-            waveform = soxr.resample(waveform, rate, self.sample_rate)
+            waveform = resample(waveform, rate, self.sample_rate)
         expected = num_frames * self.samples_per_frame
         if len(waveform) < expected:
             raise DataError(
@@ -215,13 +216,11 @@ class NemoCodec:
 
 
 def _import_nemo():
+    require("nemo")
     try:
         from nemo.collections.tts.models import AudioCodecModel
     except ImportError as error:
-        raise ConfigError(
-            f"NeMo is needed for audio codecs and cannot be imported ({_one_line(error)}):"
-            " pip install megatron-most[audio]"
-        ) from None
+        raise ConfigError(f"NeMo is installed and cannot be imported: {_one_line(error)}") from None
     return AudioCodecModel
 
 

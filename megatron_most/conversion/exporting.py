@@ -186,9 +186,9 @@ def _check_tensors(plan: ExportPlan, made: Path) -> str:
 
 def _check_logits(plan: ExportPlan, made: Path) -> dict[str, Any]:
     if dist.get_world_size() > 1:
-        return {"said": "not compared under torchrun; tools/convert_checkpoint.py verify does"}
+        return {"said": "not compared under torchrun; most convert verify does"}
     if not is_small(plan.config):
-        return {"said": "not compared, the model is not small; tools/convert_checkpoint.py verify does"}
+        return {"said": "not compared, the model is not small; most convert verify does"}
     stored = plan.reader.forms
     rounded = any(form.dtype.itemsize < stored[plan.blocks[name][0].region.key].dtype.itemsize
                   for name, form in plan.forms.items())  # fmt: skip

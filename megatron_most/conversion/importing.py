@@ -181,9 +181,9 @@ def _nth(regions: list[Region], place: int) -> list[Region]:
 
 def _check_logits(plan: ImportPlan, made: Path) -> dict[str, Any]:
     if dist.get_world_size() > 1:
-        return {"said": "not compared under torchrun; tools/convert_checkpoint.py verify does"}
+        return {"said": "not compared under torchrun; most convert verify does"}
     if not is_small(plan.config):
-        return {"said": "not compared, the model is not small; tools/convert_checkpoint.py verify does"}
+        return {"said": "not compared, the model is not small; most convert verify does"}
     # Text loses experts when they are shared out: how much is worth knowing, and no mistake.
     tolerance = None if plan.mode == "partition" or plan.noise else 1e-4
     return check_logits(plan.source, plan.config, made / STATE, tolerance)

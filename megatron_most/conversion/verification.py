@@ -23,7 +23,7 @@ from megatron_most.conversion.hugging_face import CONFIG, HuggingFaceModel
 from megatron_most.conversion.import_plan import most_ids
 from megatron_most.conversion.native import native_shapes
 from megatron_most.conversion.weight_map import IdRun
-from megatron_most.errors import CheckpointError, ConfigError, DataError
+from megatron_most.errors import CheckpointError, DataError
 from megatron_most.model import build_model
 
 _SMALL = 1 << 27
@@ -272,9 +272,3 @@ def _run(
     for handle in handles:
         handle.remove()
     return Outputs(logits, hidden)
-
-
-def require_transformers() -> None:
-    """Raise :class:`ConfigError` where the other implementation is not installed."""
-    if importlib.util.find_spec("transformers") is None:
-        raise ConfigError("transformers is not installed; pip install transformers, to compare with its models")

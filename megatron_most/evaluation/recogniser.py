@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import soxr
 
+from megatron_most.audio.io import resample
 from megatron_most.errors import ConfigError, DataError
 from megatron_most.evaluation.wer import normalise_text
+from megatron_most.extras import require
 
 POCKETSPHINX_SAMPLE_RATE = 16000
 NOISE_AMPLITUDE = 3e-4  # digital silence upsets pocketsphinx's noise estimate
@@ -47,12 +48,9 @@ class PocketsphinxRecogniser:
     """
 
     def __init__(self, sentences: Iterable[str], order: int = 2):
-        try:
-            import pocketsphinx
-        except ImportError as error:
-            raise ConfigError(
-                "the pocketsphinx recogniser needs its package: run `pip install pocketsphinx`"
-            ) from error
+        require("pocketsphinx")
+        import pocketsphinx
+
         words = [normalise_text(sentence).split() for sentence in sentences]
         arpa = arpa_language_model([sentence for sentence in words if sentence], order)
         full_dictionary = Path(pocketsphinx.get_model_path()) / "en-us" / "cmudict-en-us.dict"
@@ -81,7 +79,7 @@ class PocketsphinxRecogniser:
         if not np.isfinite(audio).all():
             raise DataError("audio to recognise holds values that are not finite")
         if sample_rate != POCKETSPHINX_SAMPLE_RATE:
-            audio = soxr.resample(audio, sample_rate, POCKETSPHINX_SAMPLE_RATE)
+            audio = resample(audio, sample_rate, POCKETSPHINX_SAMPLE_RATE)
         padded = np.pad(audio, int(SILENCE_SECONDS * POCKETSPHINX_SAMPLE_RATE))
         padded = padded + np.random.default_rng(0).normal(scale=NOISE_AMPLITUDE, size=len(padded))
         pcm = (np.clip(padded, -1, 1) * 32767).astype(np.int16)

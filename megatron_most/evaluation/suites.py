@@ -1,7 +1,8 @@
 """Evaluation suites: manifests in, one result dictionary out (the report's and the table's input).
 
-A result holds ``suite``, ``set``, ``num_utterances``, ``wer`` (a fraction) and ``items``: one dictionary per utterance
-with ``id``, ``reference`` and ``hypothesis``.
+A result holds ``suite``, ``set``, ``num_utterances``, ``wer`` (a fraction), ``normalizer`` (what both texts went
+through before words were compared) and ``items``: one dictionary per utterance with ``id``, ``reference`` and
+``hypothesis``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from megatron_most.audio import AudioCodec, write_wav
 from megatron_most.data.building.tasks import prompt
 from megatron_most.data.preparation.manifest import Record, read_waveform
 from megatron_most.evaluation.recogniser import Recogniser
-from megatron_most.evaluation.wer import word_errors
+from megatron_most.evaluation.wer import NORMALIZERS, word_errors
 from megatron_most.inference import LoadedModel, Sampling, speak, transcribe
 
 MAX_NEW_TEXT = 256
@@ -36,19 +37,21 @@ def evaluate_asr(
     records: Sequence[Record],
     codes: Sequence[np.ndarray] | None = None,
     max_new: int = MAX_NEW_TEXT,
+    normalizer: str = NORMALIZERS[0],
 ) -> dict[str, Any]:
     """Transcribe greedily and compare with the manifest's text.
 
     Args:
         codes: the records' codes, where they are known, to save encoding the audio again.
         max_new: longest transcript in text ids; the model's sequence length bounds it too.
+        normalizer: of :data:`~megatron_most.evaluation.wer.NORMALIZERS`.
     """
     codes = encode_records(model.codec, records) if codes is None else codes
     vocab, tokenizer = model.config.vocab, model.tokenizer
     longest = max(codes, key=len)
     room = model.config.data.seq_length - len(prompt("asr", vocab, tokenizer, codes=longest).ids)
     hypotheses = transcribe(model, codes, max_new=max(1, min(max_new, room)))
-    return _result("asr", set_name, records, hypotheses)
+    return _result("asr", set_name, records, hypotheses, normalizer)
 
 
 def evaluate_tts(
@@ -60,6 +63,7 @@ def evaluate_tts(
     max_seconds: float = MAX_SPEECH_SECONDS,
     samples: Path | None = None,
     num_samples: int = 0,
+    normalizer: str = NORMALIZERS[0],
 ) -> dict[str, Any]:
     """Speak each text and let an independent recogniser read it back; the WER is the recogniser's.
 
@@ -71,7 +75,16 @@ def evaluate_tts(
     spoken = speak(model, [record.text for record in records], max_seconds, sampling)
     waveforms = [model.codec.decode(codes) for codes in spoken]
     return _recognised(
-        "tts", set_name, records, waveforms, model.codec.sample_rate, recogniser, "generated", samples, num_samples
+        "tts",
+        set_name,
+        records,
+        waveforms,
+        model.codec.sample_rate,
+        recogniser,
+        "generated",
+        samples,
+        num_samples,
+        normalizer,
     )
 
 
@@ -83,6 +96,7 @@ def evaluate_reference_audio(
     codes: Sequence[np.ndarray] | None = None,
     samples: Path | None = None,
     num_samples: int = 0,
+    normalizer: str = NORMALIZERS[0],
 ) -> dict[str, Any]:
     """What the same recogniser makes of the originals or, given their ``codes``, of the codec's round trip.
 
@@ -92,7 +106,9 @@ def evaluate_reference_audio(
         kind, waveforms = "original", [read_waveform(record, codec.sample_rate) for record in records]
     else:
         kind, waveforms = "roundtrip", [codec.decode(utterance) for utterance in codes]
-    return _recognised(kind, set_name, records, waveforms, codec.sample_rate, recogniser, kind, samples, num_samples)
+    return _recognised(
+        kind, set_name, records, waveforms, codec.sample_rate, recogniser, kind, samples, num_samples, normalizer
+    )
 
 
 def _recognised(
@@ -105,9 +121,10 @@ def _recognised(
     kind: str,
     samples: Path | None,
     num_samples: int,
+    normalizer: str,
 ) -> dict[str, Any]:
     hypotheses = [recogniser.transcribe(waveform, sample_rate) for waveform in waveforms]
-    result = _result(suite, set_name, records, hypotheses)
+    result = _result(suite, set_name, records, hypotheses, normalizer)
     if samples is not None:
         for item, waveform in list(zip(result["items"], waveforms, strict=True))[:num_samples]:
             # Ids may hold anything, slashes and dots too.
@@ -117,13 +134,16 @@ def _recognised(
     return result
 
 
-def _result(suite: str, set_name: str, records: Sequence[Record], hypotheses: Sequence[str]) -> dict[str, Any]:
+def _result(
+    suite: str, set_name: str, records: Sequence[Record], hypotheses: Sequence[str], normalizer: str
+) -> dict[str, Any]:
     references = [record.text for record in records]
     return {
         "suite": suite,
         "set": set_name,
         "num_utterances": len(records),
-        "wer": word_errors(references, hypotheses).wer,
+        "wer": word_errors(references, hypotheses, normalizer).wer,
+        "normalizer": normalizer,
         "items": [
             {"id": record.id, "reference": record.text, "hypothesis": hypothesis}
             for record, hypothesis in zip(records, hypotheses, strict=True)

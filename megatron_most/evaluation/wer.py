@@ -4,10 +4,16 @@
 
 both summed over all utterances before the division: long utterances weigh more than short ones, and the rate can
 exceed 1. The alignment itself is jiwer's (minimum edit distance).
+
+Rates compare only where texts were normalized alike. ``whisper-english`` is Whisper's normalizer for English, which
+published rates for English are computed with: it writes numbers in digits, resolves contractions and British spellings,
+and drops fillers. It joins numbers that follow each other ("two nine" becomes "29"). ``basic`` is
+:func:`normalise_text`, for any language.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -15,6 +21,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_most.errors import DataError
+from megatron_most.extras import require
+
+NORMALIZERS = ("whisper-english", "basic")
+"""What a text may be normalized with, the default first."""
 
 EditKind = Literal["equal", "substitute", "delete", "insert"]
 
@@ -28,6 +38,24 @@ def normalise_text(text: str) -> str:
     """
     folded = unicodedata.normalize("NFKC", text).replace("\u2019", "'").casefold()
     return " ".join(_NOT_IN_A_WORD.sub(" ", folded).split())
+
+
+@functools.cache
+def text_normalizer(name: str) -> Callable[[str], str]:
+    """The function that ``name`` of :data:`NORMALIZERS` stands for: text -> words with spaces between them.
+
+    Raises:
+        DataError: there is none of that name.
+        MissingExtra: Whisper's normalizer is asked for and not installed.
+    """
+    if name == "basic":
+        return normalise_text
+    if name != "whisper-english":
+        raise DataError(f"normalizer {name!r}: must be one of {', '.join(NORMALIZERS)}")
+    require("whisper_normalizer")
+    from whisper_normalizer.english import EnglishTextNormalizer
+
+    return EnglishTextNormalizer()
 
 
 @dataclass(frozen=True)
@@ -80,26 +108,25 @@ class WordErrors:
         return self.num_errors / self.num_reference_words
 
 
-def word_errors(
-    references: Sequence[str],
-    hypotheses: Sequence[str],
-    normalise: Callable[[str], str] = normalise_text,
-) -> WordErrors:
+def word_errors(references: Sequence[str], hypotheses: Sequence[str], normalizer: str = NORMALIZERS[0]) -> WordErrors:
     """Align each hypothesis with its reference and count the errors.
 
     Args:
         references: what was said, one text per utterance.
         hypotheses: what was recognised, in the same order. Empty texts are fine and count as deletions.
-        normalise: applied to both sides; must return words separated by white space.
+        normalizer: of :data:`NORMALIZERS`, for both sides.
 
     Raises:
-        DataError: the two lists differ in length, or the references hold no word at all.
+        DataError: the two lists differ in length, the references hold no word at all, or no such normalizer.
+        MissingExtra: jiwer or the normalizer is not installed.
     """
+    require("jiwer")
     import jiwer  # lazily: its aligner is a compiled extension that most commands do not need
 
     if len(references) != len(hypotheses):
         raise DataError(f"word error rate needs one hypothesis per reference, got {len(references)} references "
                         f"and {len(hypotheses)} hypotheses")  # fmt: skip
+    normalise = text_normalizer(normalizer)
     reference_words = [normalise(text).split() for text in references]
     hypothesis_words = [normalise(text).split() for text in hypotheses]
     if not any(reference_words):

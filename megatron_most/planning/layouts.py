@@ -20,37 +20,14 @@ from megatron_most.planning.flops import (
     recomputed_flops_per_token,
     train_flops_per_token,
 )
-from megatron_most.planning.memory import DEFAULT_IMBALANCE, expert_load, memory_per_rank
+from megatron_most.planning.gpus import DEFAULT_IMBALANCE, Gpu
+from megatron_most.planning.memory import expert_load, memory_per_rank
 from megatron_most.planning.shards import shard_sizes
 
 _GIB = 1 << 30
 _GPUS_OF_A_NODE = 8
 _EFFICIENCY = 0.4
 """Share of the peak that matrix products reach (H100s train models of this kind at 0.3 to 0.4)."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Data-sheet numbers.
-
-    Args:
-        memory: bytes a process finds free on an idle device.
-        peak: dense bf16 FLOP/s.
-        node_bandwidth, network_bandwidth: bytes/s that a GPU sends to the others of its node, and to other nodes.
-    """
-
-    memory: float
-    peak: float
-    node_bandwidth: float = 450e9
-    network_bandwidth: float = 50e9
-
-    @property
-    def usable(self) -> float:
-        """What a plan may fill: 3 GiB go to CUDA and NCCL, a tenth of the rest to fragments."""
-        return (self.memory - 3 * _GIB) * 0.9
-
-
-GPUS = {"h100": Gpu(79 * _GIB, 989e12), "h200": Gpu(139 * _GIB, 989e12)}
 
 
 @dataclass(frozen=True)

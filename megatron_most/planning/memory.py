@@ -14,10 +14,8 @@ from megatron_most.config import RunConfig
 from megatron_most.model.most_model import padded
 from megatron_most.moe import ExpertGroups
 from megatron_most.planning.flops import head_sizes, modality_shares
+from megatron_most.planning.gpus import DEFAULT_IMBALANCE
 from megatron_most.planning.shards import code_rows, is_moe_layer, shard_sizes, stage_layers
-
-DEFAULT_IMBALANCE = 1.25
-"""Load of the busiest rank over what the mix of modalities alone gives it; routers are never quite even."""
 
 _PACKED_FILL = 0.75
 """Share of packed documents in the batches attention makes of them: lengths lie between a power of 2 and the next."""

@@ -12,8 +12,9 @@ from megatron_most.model import check_libraries, count_parameters
 from megatron_most.model.most_model import padded
 from megatron_most.moe import ExpertGroups
 from megatron_most.planning.flops import forward_flops, modality_shares, train_flops_per_token
-from megatron_most.planning.layouts import GPUS, fitting_layouts
-from megatron_most.planning.memory import DEFAULT_IMBALANCE, MemoryEstimate, expert_load, memory_per_rank
+from megatron_most.planning.gpus import DEFAULT_IMBALANCE, GPUS
+from megatron_most.planning.layouts import fitting_layouts
+from megatron_most.planning.memory import MemoryEstimate, expert_load, memory_per_rank
 from megatron_most.planning.shards import code_rows, shard_sizes
 from megatron_most.training.muon import check_muon
 

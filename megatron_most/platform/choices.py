@@ -1,6 +1,6 @@
 """Which implementation of each part this machine takes where the configuration leaves it open, and why.
 
-The model is built from these answers and ``tools/doctor.py`` prints them: there is no second list.
+The model is built from these answers and ``most doctor`` prints them: there is no second list.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from megatron_most.platform.choices import part_choices
 from megatron_most.platform.device import driver_version
 
 SUPPORTED = {"Python": ">=3.12", "torch": ">=2.10", "megatron-core": ">=0.19.2,<0.20", "nemo_toolkit": "==3.0.0"}
-"""Which versions will do: those of setup.py, which asks for them where something is installed."""
+"""Which versions will do: those of pyproject.toml, which asks for them where something is installed."""
 TESTED = {"Python": ("3.12", "3.13"), "torch": ("2.11", "2.13")}
 """Which of them the tests ran with, to the minor version."""
 _GIB = 2**30
@@ -42,21 +42,36 @@ _REQUIRED_PACKAGES = {
     "omegaconf": "configuration",
     "pyyaml": "configuration",
     "numpy": "arrays",
+    "packaging": "versions of packages",
     "psutil": "checkpoints: without it Megatron's writer hangs",
     "isal": "checksums of checkpoints",
-    "safetensors": "checkpoints from and to Hugging Face",
     "sentencepiece": "text tokenizers",
     "tokenizers": "text tokenizers",
-    "pyarrow": "datasets in Parquet files",
-    "soundfile": "reading and writing audio",
-    "soxr": "resampling",
     "tensorboard": "logging.tensorboard, which is on by default",
     "tqdm": "progress lines",
-    "jiwer": "word error rates",
-    "scipy": "intervals of a sweep",
-    "submitit": "jobs of a sweep",
-    "jinja2": "the report",
 }
+
+_OPTIONAL_PACKAGES = {
+    "audio": {
+        "nemo_toolkit": "NeMo codecs: tokenizing audio, speaking",
+        "soundfile": "reading and writing audio",
+        "soxr": "resampling",
+        "pyarrow": "data sets in Parquet files",
+    },
+    "evaluation": {
+        "jiwer": "word error rates",
+        "whisper-normalizer": "word error rates that compare with others'",
+        "pocketsphinx": "an independent recogniser that judges speech",
+    },
+    "report": {"jinja2": "the report"},
+    "sweep": {"scipy": "intervals of a sweep", "submitit": "jobs of a sweep"},
+    "conversion": {
+        "safetensors": "checkpoints from and to Hugging Face",
+        "transformers": "models to compare converted ones with",
+    },
+    "quickstart": {"espeakng-loader": "the synthetic speech of the quickstart"},
+}
+"""Extra -> what each of its packages gives; an extra that has one of another extra's does not name it again."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +99,7 @@ class Finding:
 
 def examine(run_dir: Path) -> list[Finding]:
     """Look at everything; ``run_dir`` (it need not exist) is where space is measured."""
-    return [*_foundations(), *_accelerators(), *_parts(), *_speech_and_tracking(), *_machine(run_dir)]
+    return [*_foundations(), *_accelerators(), *_parts(), *_optional(), *_machine(run_dir)]
 
 
 def can_train(findings: list[Finding]) -> bool:
@@ -271,14 +286,14 @@ def _parts() -> list[Finding]:
     ]
 
 
-def _speech_and_tracking() -> list[Finding]:
-    section = "Speech and tracking"
+def _optional() -> list[Finding]:
+    section = "Optional"
     findings = [
-        _package(section, "nemo_toolkit", "NeMo codecs: tokenizing audio, speaking", extra="audio"),
-        _package(section, "pocketsphinx", "an independent recogniser that judges speech", extra="quickstart"),
-        _package(section, "espeakng-loader", "the synthetic speech of the quickstart", extra="quickstart"),
-        _package(section, "wandb", "logging.wandb_project", remedy="pip install wandb"),
+        _package(section, name, gives, extra=extra)
+        for extra, packages in _OPTIONAL_PACKAGES.items()
+        for name, gives in packages.items()
     ]
+    findings.append(_package(section, "wandb", "logging.wandb_project", remedy="pip install wandb"))
     if importlib.util.find_spec("torchaudio"):
         gives = "nothing here; NeMo imports it where it is, and fails where it was built for another torch"
         findings.append(_compiled(section, "torchaudio", "import torchaudio", gives, "pip uninstall torchaudio"))

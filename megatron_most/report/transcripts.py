@@ -9,6 +9,8 @@ from megatron_most.errors import DataError
 from megatron_most.evaluation.wer import Edit, WordErrors, word_errors
 from megatron_most.report.run_files import RunFiles, number
 
+_NORMALIZER_OF_OLD_RESULTS = "basic"  # there was no other when they did not name theirs
+
 MAX_WITH_ERRORS = 16
 MAX_CORRECT = 4
 
@@ -43,6 +45,7 @@ class TranscriptTable:
     Args:
         wer: as the evaluation reported it, a fraction; None when it did not.
         errors: the counts over the utterances that the file lists.
+        normalizer: what both texts went through.
         shown: the worst utterances first, then a few without error.
     """
 
@@ -50,6 +53,7 @@ class TranscriptTable:
     set_name: str
     wer: float | None
     errors: WordErrors
+    normalizer: str
     num_utterances: int
     num_with_errors: int
     shown: list[Transcript]
@@ -68,7 +72,9 @@ def transcript_tables(run: RunFiles) -> list[TranscriptTable]:
             run.notes.append(f"evaluation/{name}.json lists no utterances.")
             continue
         try:
-            errors = word_errors([item["reference"] for item in items], [item["hypothesis"] for item in items])
+            texts = ([item[side] for item in items] for side in ("reference", "hypothesis"))
+            normalizer = str(result.get("normalizer", _NORMALIZER_OF_OLD_RESULTS))
+            errors = word_errors(*texts, normalizer)
         except DataError as error:
             run.notes.append(f"evaluation/{name}.json is left out of the transcripts: {error}.")
             continue
@@ -84,6 +90,7 @@ def transcript_tables(run: RunFiles) -> list[TranscriptTable]:
                 str(result.get("set", "")),
                 number(result.get("wer")),
                 errors,
+                normalizer,
                 len(items),
                 len(wrong),
                 wrong[:MAX_WITH_ERRORS] + correct[:MAX_CORRECT],

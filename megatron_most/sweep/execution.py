@@ -13,7 +13,7 @@ import submitit
 from megatron_most.config import dump_config
 from megatron_most.errors import ConfigError
 from megatron_most.files import write_json, write_text
-from megatron_most.sweep.job import CONFIG, FAILURE, LOG, RESULT, Job, last_error, lock
+from megatron_most.sweep.job import CONFIG, FAILURE, LOG, RESULT, Job, Programs, last_error, lock
 from megatron_most.sweep.plan import PlannedRun
 from megatron_most.sweep.spec import Sweep
 
@@ -36,7 +36,14 @@ def state(run: PlannedRun) -> str:
     return "interrupted" if (directory / LOG).is_file() else "to do"
 
 
-def start(sweep: Sweep, runs: list[PlannedRun], executor: str, resume: bool, report: Callable[[str], None]) -> None:
+def start(
+    sweep: Sweep,
+    runs: list[PlannedRun],
+    executor: str,
+    resume: bool,
+    programs: Programs,
+    report: Callable[[str], None],
+) -> None:
     """Run what is not finished. ``local`` returns when all is done, ``slurm`` when all is submitted.
 
     Failed and interrupted runs are tried again; training goes on from their newest checkpoint.
@@ -59,9 +66,9 @@ def start(sweep: Sweep, runs: list[PlannedRun], executor: str, resume: bool, rep
     if not todo:
         return
     if executor == "slurm":
-        _submit_to_slurm(sweep, todo, report)
+        _submit_to_slurm(sweep, todo, programs, report)
     else:
-        _run_here(sweep, todo, report)
+        _run_here(sweep, todo, programs, report)
 
 
 def _executor(sweep: Sweep, cluster: str) -> submitit.AutoExecutor:
@@ -84,11 +91,11 @@ def _executor(sweep: Sweep, cluster: str) -> submitit.AutoExecutor:
     return executor
 
 
-def _job(sweep: Sweep, run: PlannedRun) -> Job:
-    return Job(str(run.directory.absolute()), run.identity, sweep.spec.resources, sweep.spec.evaluation)
+def _job(sweep: Sweep, run: PlannedRun, programs: Programs) -> Job:
+    return Job(str(run.directory.absolute()), run.identity, sweep.spec.resources, sweep.spec.evaluation, programs)
 
 
-def _submit_to_slurm(sweep: Sweep, todo: list[PlannedRun], report: Callable[[str], None]) -> None:
+def _submit_to_slurm(sweep: Sweep, todo: list[PlannedRun], programs: Programs, report: Callable[[str], None]) -> None:
     executor = _executor(sweep, "slurm")
     path = Path(sweep.spec.output) / _JOBS
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -100,7 +107,7 @@ def _submit_to_slurm(sweep: Sweep, todo: list[PlannedRun], report: Callable[[str
     if not todo:
         return
     with executor.batch():
-        jobs = [executor.submit(_job(sweep, run)) for run in todo]
+        jobs = [executor.submit(_job(sweep, run, programs)) for run in todo]
     known |= {run.identity: job.job_id for run, job in zip(todo, jobs, strict=True)}
     write_json(path, known)
     report(f"submitted {len(jobs)} runs: {jobs[0].job_id} to {jobs[-1].job_id}; --resume collects them")
@@ -118,7 +125,7 @@ def _queued(job_ids: Iterable[str]) -> set[str]:
     return set(done.stdout.split())
 
 
-def _run_here(sweep: Sweep, todo: list[PlannedRun], report: Callable[[str], None]) -> None:
+def _run_here(sweep: Sweep, todo: list[PlannedRun], programs: Programs, report: Callable[[str], None]) -> None:
     """submitit's local engine has no queue: as many as may run are started, one more whenever one ends."""
     executor = _executor(sweep, "local")
     active: list[tuple[PlannedRun, submitit.Job | None]] = []
@@ -128,7 +135,7 @@ def _run_here(sweep: Sweep, todo: list[PlannedRun], report: Callable[[str], None
             while todo and len(active) < sweep.spec.resources.concurrent:
                 run = todo.pop(0)
                 # One that a killed sweep left running is waited for.
-                job = None if state(run) == "running" else executor.submit(_job(sweep, run))
+                job = None if state(run) == "running" else executor.submit(_job(sweep, run, programs))
                 active.append((run, job))
             time.sleep(_POLL_SECONDS)
             for run, job in list(active):

@@ -20,7 +20,6 @@ from megatron_most.errors import MostError
 from megatron_most.files import write_json
 from megatron_most.sweep.spec import EvaluationConfig, ResourcesConfig
 
-ROOT = Path(__file__).parents[2]
 CONFIG = "config.yaml"
 RESULT = "sweep_result.json"
 FAILURE = "sweep_failure.json"
@@ -30,6 +29,20 @@ _PORT = 20000
 _PORTS = 10000
 _SAVE_SECONDS = 600
 _LAST_LINES = 15
+
+
+@dataclass
+class Programs:
+    """The command lines of a run, up to their options. Whoever starts the sweep says them: they are of a layer above.
+
+    train: takes ``--config FILE`` and starts the ranks of one machine.
+    train_node: the same, for one node of several.
+    evaluate: takes the options of ``most evaluate``.
+    """
+
+    train: list[str]
+    train_node: list[str]
+    evaluate: list[str]
 
 
 @dataclass
@@ -45,6 +58,7 @@ class Job:
     identity: str
     resources: ResourcesConfig
     evaluation: list[EvaluationConfig]
+    programs: Programs
 
     def __call__(self) -> None:
         directory = Path(self.directory)
@@ -84,14 +98,13 @@ class Job:
 
     def _train(self, directory: Path, log: Path, descriptors: tuple[int, ...]) -> int:
         environment = {"PET_NPROC_PER_NODE": str(self.resources.ranks)}
-        launcher = "single_node.sh"
+        program = self.programs.train
         if self.resources.nodes > 1:
-            launcher = "multi_node.sh"
+            program = self.programs.train_node
             environment |= _meeting_point()
             environment["PET_NNODES"] = str(self.resources.nodes)
             environment["PET_LOG_DIR"] = str(directory / "logs" / os.environ["SLURMD_NODENAME"])
-        command = [str(ROOT / "examples/launch" / launcher), "--config", str(directory / CONFIG)]
-        return _call(command, log, environment, descriptors)
+        return _call([*program, "--config", str(directory / CONFIG)], log, environment, descriptors)
 
     def _unfinished(self, directory: Path) -> str:
         """What to say of training that ended well and early; one that is asked to stop saves and leaves with 0."""
@@ -108,8 +121,9 @@ class Job:
 
     def _evaluate(self, one: EvaluationConfig, directory: Path, log: Path, descriptors: tuple[int, ...]) -> int:
         output = directory / "evaluation" / f"{one.name}.json"
-        command = [sys.executable, str(ROOT / "tools/evaluate.py"), "--checkpoint", str(directory)]
+        command = [*self.programs.evaluate, "--checkpoint", str(directory)]
         command += ["--suite", one.suite, "--data", one.data, "--output", str(output)]
+        command += ["--normalizer", one.normalizer]
         command += ["--limit", str(one.limit)] if one.limit else []
         command += ["--vocabulary", *one.vocabulary] if one.vocabulary else []
         return _call(command, log, {}, descriptors)
@@ -130,7 +144,7 @@ def _call(command: list[str], log: Path, environment: dict[str, str], descriptor
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**inherited, "PATH": path, "PYTHONPATH": _python_path(), **environment},
+            env={**inherited, "PATH": path, **environment},
             pass_fds=descriptors,
             preexec_fn=_end_with_parent,
         )
@@ -154,10 +168,6 @@ def _meeting_point() -> dict[str, str]:
         "PET_RDZV_ENDPOINT": f"{address}:{_PORT + number % _PORTS}",
         "PET_RDZV_ID": f"{number}-{os.environ.get('SLURM_RESTART_COUNT', 0)}",
     }
-
-
-def _python_path() -> str:
-    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 
 def _end_with_parent() -> None:

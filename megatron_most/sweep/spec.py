@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from megatron_most.config.load import check_shape
 from megatron_most.config.rules import require, require_not_negative, require_one_of, require_positive
 from megatron_most.errors import ConfigError
+from megatron_most.evaluation.wer import NORMALIZERS
 
 
 @dataclass
@@ -37,15 +38,17 @@ class BudgetConfig:
 
 @dataclass
 class EvaluationConfig:
-    """One call of ``tools/evaluate.py`` for each finished run."""
+    """One call of ``most evaluate`` for each finished run."""
 
     suite: str
     data: str
     limit: int | None = None
     vocabulary: list[str] = field(default_factory=list)
+    normalizer: str = NORMALIZERS[0]
 
     def __post_init__(self) -> None:
         require_one_of("evaluation.suite", self.suite, ("asr", "tts"))
+        require_one_of("evaluation.normalizer", self.normalizer, NORMALIZERS)
 
     @property
     def name(self) -> str:

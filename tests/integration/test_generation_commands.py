@@ -79,7 +79,8 @@ def test_a_recording_becomes_the_same_text_by_generation_and_by_evaluation(workp
     evaluation = json.loads(result.read_text(encoding="utf-8"))
     assert [item["hypothesis"] + "\n" for item in evaluation["items"]] == [transcript]
     assert evaluation["items"][0]["reference"] == SENTENCES[0]
-    assert evaluation["wer"] > 0 and out == f"asr m: WER {evaluation['wer']:.2%} on 1 utterances\n"
+    assert evaluation["wer"] > 0 and evaluation["normalizer"] == "whisper-english"
+    assert out == f"asr m: WER {evaluation['wer']:.2%} on 1 utterances (normalizer: whisper-english)\n"
 
 
 def test_text_becomes_sound_that_a_recogniser_judges(workplace):

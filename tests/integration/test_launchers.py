@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_most.commands.launch import LAUNCHERS
 from tests.integration.launching import ROOT, STEPS, environment, small_run, steps_logged, undisturbed_metrics, wait_for
 from tests.integration.tiny_run import metric_lines
-
-LAUNCH = ROOT / "examples" / "launch"
 
 
 def free_port() -> int:
@@ -38,7 +37,7 @@ def start_agent(name: str, config_file: Path, port: int) -> subprocess.Popen:
     }
     with open(config_file.parent / f"{name}.log", "w") as log:
         return subprocess.Popen(
-            [LAUNCH / "multi_node.sh", "--config", config_file],
+            [LAUNCHERS / "multi_node.sh", "--config", config_file],
             env=environment(**settings),
             cwd=ROOT,
             stdout=log,
@@ -86,14 +85,14 @@ def handed_to_torchrun(script: str, tmp_path: Path, **settings: str) -> dict[str
     stand_in.write_text('#!/usr/bin/env bash\nenv\necho "ARGUMENTS=$*"\n')
     stand_in.chmod(0o755)
     bare = {"PATH": f"{tmp_path}:/usr/bin:/bin", **settings}
-    done = subprocess.run([LAUNCH / script, "--config", "x.yaml", "a=b c"], env=bare, capture_output=True, text=True)
+    done = subprocess.run([LAUNCHERS / script, "--config", "x.yaml", "a=b c"], env=bare, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
 
 
 def test_a_single_node_restarts_ranks_and_passes_arguments_on(tmp_path: Path) -> None:
     handed = handed_to_torchrun("single_node.sh", tmp_path)
-    assert handed["ARGUMENTS"] == f"--standalone {LAUNCH}/../pretrain_most.py --config x.yaml a=b c"
+    assert handed["ARGUMENTS"] == "--standalone -m megatron_most.commands.train --config x.yaml a=b c"
     assert handed["PET_MAX_RESTARTS"] == "3"
     assert handed["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
     assert handed_to_torchrun("single_node.sh", tmp_path, CUDA_DEVICE_MAX_CONNECTIONS="8")[
@@ -105,20 +104,22 @@ def test_several_nodes_need_their_number_and_a_meeting_point(tmp_path: Path) -> 
     handed = handed_to_torchrun("multi_node.sh", tmp_path, PET_NNODES="8", PET_RDZV_ENDPOINT="n1:29400")
     assert handed["PET_RDZV_BACKEND"] == "c10d"
     assert handed["PET_NNODES"] == "8"
-    missing = subprocess.run([LAUNCH / "multi_node.sh"], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+    missing = subprocess.run(
+        [LAUNCHERS / "multi_node.sh"], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True
+    )
     assert missing.returncode != 0
     assert "number of nodes" in missing.stderr
 
 
 def test_every_variable_has_its_reason() -> None:
-    lines = (LAUNCH / "environment.sh").read_text().splitlines()
+    lines = (LAUNCHERS / "environment.sh").read_text().splitlines()
     for above, line in zip(lines, lines[1:], strict=False):
         if line.startswith("export "):
             assert above.startswith(("# ", "export ")), line
 
 
 def test_the_kubernetes_job_starts_the_same_script() -> None:
-    job = yaml.safe_load((LAUNCH / "pytorchjob.yaml").read_text())
+    job = yaml.safe_load((LAUNCHERS / "pytorchjob.yaml").read_text())
     worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]
     [container] = worker["template"]["spec"]["containers"]
     script, _, config, *_ = container["command"]

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_most.commands.launch import LAUNCHERS
 from tests.integration.launching import ROOT, STEPS, environment, small_run, steps_logged, undisturbed_metrics, wait_for
 from tests.integration.slurm_cluster import Cluster
 from tests.integration.tiny_run import metric_lines
 
-SLURM = ROOT / "examples" / "slurm"
 QUERIES = ("index", "index,ecc.errors.uncorrected.volatile.total", "index,remapped_rows.pending")
 
 
@@ -34,7 +34,7 @@ ONE_GPU = ("0", "'0, 0'", "'0, No'")
 def check_node(folder: str, **settings: str) -> tuple[int, str]:
     known = environment(SLURMD_NODENAME="node7", **settings)
     known["PATH"] = f"{folder}:{known['PATH']}"
-    done = subprocess.run([SLURM / "check_node.sh"], env=known, capture_output=True, text=True)
+    done = subprocess.run([LAUNCHERS / "check_node.sh"], env=known, capture_output=True, text=True)
     return done.returncode, done.stdout.strip()
 
 
@@ -62,7 +62,7 @@ def submit(cluster: Cluster, tmp_path: Path, config_file: Path, *answers: str) -
     output = tmp_path / "job.out"
     job = cluster.run(
         *("sbatch", "--parsable", "--nodes=2", "--gpus-per-node=1", f"--output={output}"),
-        *(SLURM / "pretrain.sbatch", "--config", config_file),
+        *(LAUNCHERS / "pretrain.sbatch", "--config", config_file),
         PATH=f"{folder}:{cluster.environment['PATH']}",
         PET_NPROC_PER_NODE="1",
     )

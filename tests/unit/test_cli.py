@@ -51,6 +51,29 @@ def test_an_error_of_the_program_keeps_its_traceback(run):
         run(broken, "a.jsonl")
 
 
+def test_an_optional_package_that_is_missing_is_one_line(run, capsys):
+    def broken(arguments):
+        raise ModuleNotFoundError("No module named 'scipy'", name="scipy")
+
+    with pytest.raises(SystemExit) as left:
+        run(broken, "a.jsonl")
+    assert left.value.code == 1
+    assert capsys.readouterr().err == (
+        "error: tool: needs scipy, which is not installed; the extra 'sweep' brings it: pip install"
+        " 'megatron-most[sweep]'\n"
+    )
+    with pytest.raises(ModuleNotFoundError):
+        run(broken, "a.jsonl", "--debug")
+
+
+def test_a_module_that_no_extra_brings_keeps_its_traceback(run):
+    def broken(arguments):
+        raise ModuleNotFoundError("No module named 'megatron_most.melt'", name="megatron_most.melt")
+
+    with pytest.raises(ModuleNotFoundError):
+        run(broken, "a.jsonl")
+
+
 def test_an_interrupt_is_no_traceback(run, capsys):
     def interrupted(arguments):
         raise KeyboardInterrupt

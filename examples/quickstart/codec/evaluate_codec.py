@@ -84,7 +84,7 @@ def main(arguments: argparse.Namespace) -> None:
         audio_seconds += sum(map(len, waveforms)) / codec.sample_rate
         for kind, sound in (("originals", waveforms), ("round trip", decoded)):
             hypotheses = [recogniser.transcribe(waveform, codec.sample_rate) for waveform in sound]
-            errors = word_errors(texts, hypotheses)
+            errors = word_errors(texts, hypotheses, "basic")
             print(
                 f"{name} {kind}: WER {errors.wer:.2%} ({errors.num_errors} of {errors.num_reference_words} words)",
                 flush=True,

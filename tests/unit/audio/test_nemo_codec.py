@@ -199,7 +199,10 @@ def test_classes_from_elsewhere_are_refused(tmp_path):
 def test_without_nemo_the_error_says_how_to_get_it(tmp_path, monkeypatch):
     path = write_archive(tmp_path / "some.nemo", {"target": "nemo.collections.tts.models.AudioCodecModel"})
     monkeypatch.setitem(sys.modules, "nemo.collections.tts.models", None)
-    with pytest.raises(ConfigError, match=r"pip install megatron-most\[audio\]"):
+    with pytest.raises(ConfigError, match="NeMo is installed and cannot be imported: "):
+        load_codec(path)
+    monkeypatch.setitem(sys.modules, "nemo", None)
+    with pytest.raises(ConfigError, match=r"needs nemo, .*: pip install 'megatron-most\[audio\]'$"):
         load_codec(path)
 
 

@@ -1,4 +1,4 @@
-"""``tools/prepare_data.py`` from manifest to inspected document, as a user runs it."""
+"""``most prepare`` from manifest to inspected document, as a user runs it."""
 
 import json
 import re
@@ -8,23 +8,23 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from megatron_most.data import commands
+from megatron_most import audio
+from megatron_most.commands import prepare
 from megatron_most.data.preparation import tokenize_audio as tokenize_module
 from tests.unit.data.tiny import LoudnessCodec, write_wavs
-from tools import prepare_data
 
 
 @pytest.fixture
 def call(monkeypatch, capsys):
     """Runs a command line in this process; returns exit status, standard output and standard error."""
     monkeypatch.setattr(tokenize_module, "load_codec", lambda name: LoudnessCodec())
-    monkeypatch.setattr(commands, "load_codec", lambda name: LoudnessCodec())
+    monkeypatch.setattr(audio, "load_codec", lambda name: LoudnessCodec())
 
     def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tools/prepare_data.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["most", "prepare", *map(str, arguments)])
         status = 0
         try:
-            prepare_data.main()
+            prepare.main(list(map(str, arguments)))
         except SystemExit as leaving:
             status = leaving.code
         return status, *capsys.readouterr()
@@ -54,7 +54,7 @@ def test_from_manifest_to_an_inspected_document(call, manifest, tmp_path, layout
     shown = ("--document", 2, "--tokenizer", tokenizer, "--codec", "c.nemo", "--wav", wav)
     status, out, _ = call("inspect", "--dataset", data, *shown)
     assert status == 0 and "document 2: Say: the fox sees w2 [<17 frames>]" in out
-    assert "prepare_data.py build --task tts" in out  # the command that made it
+    assert "most prepare build --task tts" in out  # the command that made it
     assert soundfile.info(wav).frames == 1700
 
 

@@ -1,15 +1,15 @@
-"""``manifest`` and ``tokenize`` of ``tools/prepare_data.py``, as a user runs them on published data sets."""
+"""``manifest`` and ``tokenize`` of ``most prepare``, as a user runs them on published data sets."""
 
 import json
 import sys
 
 import pytest
 
+from megatron_most.commands import prepare, prepare_sources
 from megatron_most.data.preparation import tokenize_audio as tokenize_module
 from megatron_most.data.storage.codes import CodesDataset
 from tests.unit.data.preparation import published
 from tests.unit.data.tiny import LoudnessCodec
-from tools import prepare_data
 
 
 @pytest.fixture
@@ -18,10 +18,10 @@ def call(monkeypatch, capsys):
     monkeypatch.setattr(tokenize_module, "load_codec", lambda name: LoudnessCodec())
 
     def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tools/prepare_data.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["most", "prepare", *map(str, arguments)])
         status = 0
         try:
-            prepare_data.main()
+            prepare.main(list(map(str, arguments)))
         except SystemExit as leaving:
             status = leaving.code
         return status, *capsys.readouterr()
@@ -41,7 +41,7 @@ def test_from_a_published_data_set_to_codes_directly_or_by_a_manifest(call, tmp_
     assert status == 0 and out == f"{manifest}: 3 records (3 CC0-1.0)\n"
     provenance = json.loads((tmp_path / "m" / "validated.provenance.json").read_text())
     assert provenance["source"]["name"] == "common_voice" and provenance["counts"] == {"records": 3, "quarantined": 0}
-    assert provenance["command"].startswith("tools/prepare_data.py manifest --source common_voice")
+    assert provenance["command"].startswith("most prepare manifest --source common_voice")
 
     # A manifest elsewhere may name audio only in folders that the user names.
     status, _, err = call("tokenize", "--manifest", manifest, "--codec", "c", "--output", tmp_path / "by" / "codes")
@@ -107,3 +107,7 @@ def test_help_lists_every_source(call):
         status, out, _ = call(name, "--help")
         assert status == 0
         assert "libriheavy     libriheavy_cuts_SIZE.jsonl.gz" in out and "--audio-root" in out
+
+
+def test_the_parser_and_the_function_agree_on_the_default():
+    assert prepare_sources.MAX_QUARANTINE == tokenize_module.MAX_QUARANTINE

@@ -1,8 +1,8 @@
-"""What setup.py and the lists of requirements ask for, and what that needs in turn."""
+"""What pyproject.toml and the lists of requirements ask for, and what that needs in turn."""
 
 from __future__ import annotations
 
-import ast
+import tomllib
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
@@ -14,11 +14,26 @@ ROOT = Path(__file__).parents[3]
 
 
 def setup_arguments() -> dict:
-    """Keyword arguments of setup.py's call that are literals; it cannot be imported without running."""
-    calls = [node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.Call)]
-    call = next(node for node in calls if getattr(node.func, "id", "") == "setup")
-    literal = (ast.Dict, ast.List, ast.Constant)
-    return {word.arg: ast.literal_eval(word.value) for word in call.keywords if isinstance(word.value, literal)}
+    """What pyproject.toml says, by the names of setup()'s arguments.
+
+    An extra has the requirements of the extras that it names.
+    """
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+
+    def of(extra: str) -> list[str]:
+        found = []
+        for text in extras[extra]:
+            requirement = Requirement(text)
+            others = requirement.extras if requirement.name == project["name"] else ()
+            found += [one for other in sorted(others) for one in of(other)] if others else [text]
+        return list(dict.fromkeys(found))
+
+    return {
+        "python_requires": project["requires-python"],
+        "install_requires": project["dependencies"],
+        "extras_require": {extra: of(extra) for extra in extras},
+    }
 
 
 def setup_requirements(*extras: str) -> list[Requirement]:

@@ -57,7 +57,14 @@ def container(tmp_path_factory) -> dict[str, str]:
     pip = root / "python/bin/pip"
     pip.write_text('#!/bin/bash\nexec python -m pip "$@"\n')
     pip.chmod(0o755)
-    for name in ("setup.py", "README.md", "constraints.txt", "megatron_most/__init__.py", "tools/install_missing.py"):
+    for name in (
+        "pyproject.toml",
+        "setup.py",
+        "README.md",
+        "constraints.txt",
+        "megatron_most/__init__.py",
+        "tools/install_missing.py",
+    ):
         (root / "clone" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, root / "clone" / name)
     shutil.copytree(ROOT / "docker", root / "clone" / "docker")

@@ -1,4 +1,4 @@
-"""Lists of packages hold what setup.py leads to, and nothing of torch's; the container files name what exists."""
+"""Lists of packages hold what pyproject.toml leads to, and nothing of torch's; the container files name what exists."""
 
 import json
 import os
@@ -27,10 +27,10 @@ def of_torch() -> set[str]:
     return closure([Requirement("torch")])
 
 
-def test_the_lists_are_all_that_training_and_audio_need_but_torch_and_what_it_needs(of_torch):
+def test_the_lists_are_all_that_training_and_the_extras_need_but_torch_and_what_it_needs(of_torch):
     training, audio = set(listed(TRAINING)), set(listed(AUDIO))
     assert training == closure(setup_requirements()) - of_torch
-    assert training | audio == closure(setup_requirements("audio")) - of_torch
+    assert training | audio == closure(setup_requirements("all")) - of_torch
     assert not training & audio
 
 
@@ -54,7 +54,7 @@ def test_constraints_hold_every_package_that_setup_installs_but_torchs(of_torch)
 
 def test_constraints_fit_what_setup_asks_for_and_are_what_the_tests_run_with():
     constraints = listed("constraints.txt")
-    for requirement in setup_requirements("audio"):
+    for requirement in setup_requirements("all"):
         if (held := constraints.get(canonicalize_name(requirement.name))) is not None:
             assert requirement.specifier.contains(str(held.specifier).removeprefix("==")), requirement
     here = {name: metadata.version(name) for name in constraints}
@@ -154,7 +154,7 @@ def test_files_of_make_setup_are_copied_before_it_runs_in_the_cpu_container():
     steps = instructions(ROOT / "docker/cpu.Dockerfile")
     before = " ".join(rest for _, rest in steps[: next(i for i, step in enumerate(steps) if "make setup" in step[1])])
     recipe = (ROOT / "Makefile").read_text().split("$(STAMP):")[1].split("\n\n")[0]
-    needed = {"Makefile", *re.findall(r"setup\.py|constraints\.txt|tools/\w+\.sh", recipe)}
+    needed = {"Makefile", *re.findall(r"pyproject\.toml|constraints\.txt|tools/\w+\.sh", recipe)}
     assert len(needed) == 4 and not [name for name in needed if name not in before]
 
 

@@ -38,7 +38,7 @@ def machine(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir(parents=True)
     for tool in TOOLS.split():
         (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
-    for name in ("Makefile", "setup.py", "constraints.txt", "tools/find_python.sh"):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "tools/find_python.sh"):
         shutil.copy(ROOT / name, tmp_path / "clone" / name)
     return Machine(tmp_path)
 

@@ -129,7 +129,7 @@ def test_the_command_in_a_recipe_makes_a_checkpoint_that_the_recipe_takes(
     name: str, mode: str, base: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = (CONFIGS / f"{name}.yaml").read_text().splitlines()
-    start = next(index for index, line in enumerate(lines) if "convert_checkpoint.py import" in line)
+    start = next(index for index, line in enumerate(lines) if "most convert import" in line)
     command = " ".join(line.strip("# \\") for line in lines[start : start + 2]).split()
     options = dict(zip(command[3::2], command[4::2], strict=True))
     assert options["--experts"] == mode

@@ -8,6 +8,7 @@ from importlib import metadata
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from megatron_most.platform import doctor
@@ -101,12 +102,23 @@ def test_python_is_new_enough_or_not(tmp_path, monkeypatch, version, state):
     assert find(doctor.examine(tmp_path), "Python").state == state
 
 
-def test_what_is_supported_and_needed_is_what_setup_py_asks_for():
+def test_what_is_supported_and_needed_is_what_pyproject_asks_for():
     requirements = {requirement.name: requirement.specifier for requirement in setup_requirements("audio")}
     ranges = {name: specifier for name, specifier in requirements.items() if specifier}
     python = SpecifierSet(setup_arguments()["python_requires"])
     assert {"Python": python, **ranges} == {name: SpecifierSet(text) for name, text in doctor.SUPPORTED.items()}
-    assert {*doctor._REQUIRED_PACKAGES, "torch", "megatron-core", "nemo_toolkit"} == set(requirements)
+    assert {*doctor._REQUIRED_PACKAGES, "torch", "megatron-core"} == {needed.name for needed in setup_requirements()}
+
+
+def test_every_optional_package_is_looked_for_once_and_its_extra_brings_it():
+    listed = [(name, extra) for extra, packages in doctor._OPTIONAL_PACKAGES.items() for name in packages]
+    extras = setup_arguments()["extras_require"]
+    assert all(name in {Requirement(text).name for text in extras[extra]} for name, extra in listed)
+    assert sorted(name for name, _ in listed) == sorted(
+        {needed.name for needed in setup_requirements("all")}
+        - {needed.name for needed in setup_requirements()}
+        - {"emerging-optimizers"}  # listed with what accelerates
+    )
 
 
 def test_the_torch_that_setup_installs_is_one_that_is_called_tested():

@@ -134,5 +134,5 @@ def test_errors_are_one_line_and_say_what_to_do(monkeypatch, tmp_path):
     with pytest.raises(DataError, match="train.jsonl"):
         make_corpus.read_rows("train")
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
-    with pytest.raises(ConfigError, match="pip install espeakng-loader"):
+    with pytest.raises(ConfigError, match=r"needs espeakng_loader.*megatron-most\[quickstart\]"):
         Espeak()

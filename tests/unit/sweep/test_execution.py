@@ -17,12 +17,13 @@ import pytest
 from megatron_most.config import dump_config
 from megatron_most.errors import ConfigError
 from megatron_most.sweep import execution
-from megatron_most.sweep.job import FAILURE, RESULT, Job
+from megatron_most.sweep.job import FAILURE, RESULT, Job, Programs
 from megatron_most.sweep.plan import PlannedRun, plan_runs
 from megatron_most.sweep.spec import Sweep, load_sweep
 from tests.distributed.tiny import tiny_config
 
 TRAINED = "trained.txt"
+PROGRAMS = Programs([], [], [])  # LightJob needs none
 
 
 @dataclass
@@ -66,7 +67,7 @@ def test_a_sweep_that_is_killed_and_resumed_runs_each_exactly_once(described):
     sweep, runs = described
     said: list[str] = []
     process = multiprocessing.get_context("fork").Process(
-        target=execution.start, args=(sweep, runs, "local", False, said.append)
+        target=execution.start, args=(sweep, runs, "local", False, PROGRAMS, said.append)
     )
     process.start()
     deadline = time.monotonic() + 60
@@ -76,15 +77,15 @@ def test_a_sweep_that_is_killed_and_resumed_runs_each_exactly_once(described):
     process.join()
     assert 4 <= finished(runs) < 12
     with pytest.raises(ConfigError, match=f"{sweep.spec.output}: .* of the 12 runs were begun; --resume goes on"):
-        execution.start(sweep, runs, "local", False, said.append)
-    execution.start(sweep, runs, "local", True, said.append)
+        execution.start(sweep, runs, "local", False, PROGRAMS, said.append)
+    execution.start(sweep, runs, "local", True, PROGRAMS, said.append)
     assert finished(runs) == 12
     # Those that went on while nobody looked are among them.
     assert [(run.directory / TRAINED).read_text() for run in runs] == ["once\n"] * 12
     assert {json.loads((run.directory / RESULT).read_text())["identity"] for run in runs} == {
         run.identity for run in runs
     }
-    execution.start(sweep, runs, "local", True, said.append)
+    execution.start(sweep, runs, "local", True, PROGRAMS, said.append)
     assert said[-1] == "s: 12 of 12 runs are finished, 0 to do"
 
 
@@ -94,11 +95,11 @@ def test_a_failure_stops_no_other_run_and_is_tried_again(described):
     runs[0].directory.parent.mkdir(parents=True)
     broken = runs[0].directory.parent / "break"
     broken.touch()
-    execution.start(sweep, runs, "local", False, said.append)
+    execution.start(sweep, runs, "local", False, PROGRAMS, said.append)
     assert [execution.state(run) for run in runs] == ["failed", "failed"]
     assert said[-1].endswith("failed: training ended with status 1: error: the data is gone")
     broken.unlink()
-    execution.start(sweep, runs, "local", True, said.append)
+    execution.start(sweep, runs, "local", True, PROGRAMS, said.append)
     assert [execution.state(run) for run in runs] == ["finished", "finished"]
     assert json.loads((runs[0].directory / RESULT).read_text())["attempts"] == 2
     assert not (runs[0].directory / FAILURE).exists()
@@ -108,7 +109,7 @@ def test_missing_data_stops_all_before_anything_is_made(described):
     sweep, _ = described
     (sweep.path.parent / "asr.json").unlink()
     with pytest.raises(ConfigError, match="sweep.yaml: not there: .*asr.json"):
-        execution.start(sweep, plan_runs(sweep), "local", False, print)
+        execution.start(sweep, plan_runs(sweep), "local", False, PROGRAMS, print)
     assert not Path(sweep.spec.output).exists()
 
 
@@ -116,5 +117,5 @@ def test_slurm_is_missed_in_one_line(described, monkeypatch, tmp_path):
     sweep, runs = described
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="--executor=slurm: ") as raised:
-        execution.start(sweep, runs, "slurm", False, print)
+        execution.start(sweep, runs, "slurm", False, PROGRAMS, print)
     assert "\n" not in str(raised.value)

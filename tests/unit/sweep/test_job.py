@@ -11,9 +11,11 @@ import pytest
 from megatron_most import checkpointing
 from megatron_most.config import dump_config
 from megatron_most.sweep import job as job_module
-from megatron_most.sweep.job import CONFIG, FAILURE, LOG, RESULT, Job, lock
+from megatron_most.sweep.job import CONFIG, FAILURE, LOG, RESULT, Job, Programs, lock
 from megatron_most.sweep.spec import EvaluationConfig, ResourcesConfig
 from tests.distributed.tiny import tiny_config
+
+PROGRAMS = Programs(["train.sh"], ["train_node.sh"], ["python", "evaluate.py"])
 
 
 @pytest.fixture
@@ -42,13 +44,14 @@ def calls(monkeypatch, tmp_path):
 
 
 def make(directory: Path, *evaluation: EvaluationConfig) -> Job:
-    return Job(str(directory), "abc", ResourcesConfig(), list(evaluation))
+    return Job(str(directory), "abc", ResourcesConfig(), list(evaluation), PROGRAMS)
 
 
 def test_it_trains_evaluates_and_leaves_a_result_once(tmp_path, calls):
     job = make(tmp_path, EvaluationConfig("asr", "sets/clean.jsonl", limit=7))
     job()
-    assert "--config" in calls[0] and str(tmp_path / "config.yaml") in calls[0]
+    assert calls[0] == ["train.sh", "--config", str(tmp_path / "config.yaml")]
+    assert calls[1][:2] == ["python", "evaluate.py"]
     assert calls[1][-2:] == ["--limit", "7"] and str(tmp_path / "evaluation/asr_clean.json") in calls[1]
     result = json.loads((tmp_path / RESULT).read_text())
     assert result["identity"] == "abc" and result["attempts"] == 1

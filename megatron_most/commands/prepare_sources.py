@@ -1,19 +1,25 @@
-"""The commands of ``tools/prepare_data.py`` that read sources: ``manifest`` and ``tokenize``."""
+"""The subcommands of ``most prepare`` that read sources: ``manifest`` and ``tokenize``."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_most import __version__
 from megatron_most.cli import require_positive
-from megatron_most.data.preparation.collect import SourceSpec, collect
-from megatron_most.data.preparation.shards import Limits
 from megatron_most.data.preparation.sources import SOURCES, SourceOptions
-from megatron_most.data.preparation.tokenize_audio import MAX_QUARANTINE, tokenize_audio
-from megatron_most.data.storage.sidecar import write_sidecar
 from megatron_most.errors import ConfigError
+from megatron_most.extras import require
 from megatron_most.files import require_writable
+
+if TYPE_CHECKING:
+    from megatron_most.data.preparation.collect import SourceSpec
+
+MAX_QUARANTINE = 0.01
+"""As :data:`megatron_most.data.preparation.tokenize_audio.MAX_QUARANTINE`, which imports torch."""
 
 _LAYOUTS = "\n".join(f"  {name:14} {source.layout}" for name, source in SOURCES.items())
 
@@ -71,6 +77,8 @@ def _add_source(sub: argparse.ArgumentParser) -> None:
 
 
 def _spec(arguments: argparse.Namespace) -> SourceSpec:
+    from megatron_most.data.preparation.collect import SourceSpec
+
     if bool(arguments.source) != bool(arguments.root):
         raise ConfigError("--source and --root: each needs the other (--manifest needs neither)")
     options = SourceOptions(
@@ -84,7 +92,10 @@ def _spec(arguments: argparse.Namespace) -> SourceSpec:
     return SourceSpec(arguments.source or "nemo", root, tuple(arguments.audio_root), options)
 
 
-def manifest(arguments: argparse.Namespace, command: str) -> None:
+def manifest(arguments: argparse.Namespace) -> None:
+    from megatron_most.data.preparation.collect import collect
+    from megatron_most.data.storage.sidecar import write_sidecar
+
     spec, output = _spec(arguments), Path(arguments.output)
     require_writable(output)
     base = output.with_suffix("") if output.suffix in (".jsonl", ".json") else output
@@ -92,18 +103,22 @@ def manifest(arguments: argparse.Namespace, command: str) -> None:
     collected = collect(spec, output, quarantine)
     counts = {"records": collected.num_records, "quarantined": collected.num_rejected}
     source = spec.to_dict() | {"licenses": collected.licenses}
-    provenance = {"source": source, "counts": counts, "tool_version": __version__, "command": command}
+    provenance = {"source": source, "counts": counts, "tool_version": __version__, "command": shlex.join(sys.argv)}
     write_sidecar(sidecar, provenance)
     print(f"{output}: {collected.num_records} records ({_join(collected.licenses)})")
     if collected.num_rejected:
         print(f"{quarantine}: {collected.num_rejected} that cannot be used")
 
 
-def tokenize(arguments: argparse.Namespace, command: str) -> None:
+def tokenize(arguments: argparse.Namespace) -> None:
     require_positive(arguments, "workers", "max_seconds")
     if not 0 <= arguments.max_quarantine <= 1:
         raise ConfigError(f"--max-quarantine={arguments.max_quarantine}: must be in 0..1")
     require_writable(f"{arguments.output}.json")
+    require("nemo", "soundfile", "soxr")
+    from megatron_most.data.preparation.shards import Limits
+    from megatron_most.data.preparation.tokenize_audio import tokenize_audio
+
     codes = tokenize_audio(
         _spec(arguments),
         arguments.codec,
@@ -113,7 +128,7 @@ def tokenize(arguments: argparse.Namespace, command: str) -> None:
         limits=Limits(arguments.max_seconds, arguments.chunk_transcribed),
         max_quarantine=arguments.max_quarantine,
         device=arguments.device,
-        command=command,
+        command=shlex.join(sys.argv),
     )
     if codes is None:
         print(f"{arguments.output}: shard {arguments.shard} is done, others are not; the last one puts them together")

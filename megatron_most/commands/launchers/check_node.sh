@@ -2,9 +2,8 @@
 # Whether this node is fit to train, before a run waits for it: one line, and status 1 if it is not.
 #
 # Looked at: the number of GPUs (MOST_GPUS_PER_NODE, else what SLURM gave the job), memory errors they did not correct,
-# rows of their memory that wait for a reset, InfiniBand ports that are down, shared memory, and tools/doctor.py.
+# rows of their memory that wait for a reset, InfiniBand ports that are down, shared memory, and `most doctor`.
 set -uo pipefail
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 expected="${MOST_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}"
 shared_memory="${MOST_SHARED_MEMORY:-/dev/shm}"
 infiniband="${MOST_INFINIBAND:-/sys/class/infiniband}"
@@ -29,7 +28,7 @@ for port in "$infiniband"/*/ports/*/state; do
 done
 free="$(df --output=avail -k "$shared_memory" | tail -n 1)"
 ((free >= 64 * 1024)) || problems+=("$shared_memory: $((free / 1024)) MiB free, 64 are needed")
-doctor="$(python "$root/tools/doctor.py" 2>&1)" || problems+=("doctor: $(tail -n 1 <<<"$doctor")")
+doctor="$(python -m megatron_most.commands.doctor 2>&1)" || problems+=("doctor: $(tail -n 1 <<<"$doctor")")
 
 if ((${#problems[@]})); then
     (IFS=';' && echo "$name: unfit: ${problems[*]}")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One node's part of a run on several. Start it on every node, with the same settings and arguments:
 #
-#   PET_NNODES=8 PET_RDZV_ENDPOINT=node1:29400 examples/launch/multi_node.sh --config FILE.yaml [key=value ...]
+#   PET_NNODES=8 PET_RDZV_ENDPOINT=node1:29400 "$(most launch)/multi_node.sh" --config FILE.yaml [key=value ...]
 #
 # Settings are torchrun's: PET_NAME is its option --name.
 #   PET_NNODES          nodes of the run. FIRST:LAST lets it go on with fewer, where layout and batch allow that number
@@ -29,4 +29,4 @@ export PET_NPROC_PER_NODE="${PET_NPROC_PER_NODE:-auto}"
 export PET_MAX_RESTARTS="${PET_MAX_RESTARTS:-3}"
 export PET_LOG_DIR="${PET_LOG_DIR:-logs/$(hostname -s)}"
 export PET_TEE="${PET_TEE:-3}" PET_LOCAL_RANKS_FILTER="${PET_LOCAL_RANKS_FILTER:-0}"
-exec torchrun "$here/../pretrain_most.py" "$@"
+exec torchrun -m megatron_most.commands.train "$@"

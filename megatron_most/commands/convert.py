@@ -1,0 +1,175 @@
+"""Checkpoints from and to Hugging Face formats: convert, compare, look into them.
+
+    most convert import --hf base --out most --experts expand --audio-vocab frame:4x4032
+    most convert export --checkpoint runs/most --format deepseek-v2 --out model
+    most convert verify --hf model --checkpoint runs/most
+    most convert inspect runs/most
+
+docs/conversion.md explains what is kept and what changes. import and export run under torchrun, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_most import cli
+from megatron_most.errors import ConfigError
+from megatron_most.extras import require
+from megatron_most.files import require_writable, write_json
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser("convert", __doc__)
+    commands_of = parser.add_subparsers(dest="command", required=True)
+
+    sub = commands_of.add_parser("import", help="Hugging Face model -> native checkpoint")
+    sub.add_argument("--hf", required=True, help="folder of a DeepSeek-V2, MoST or Llama model")
+    sub.add_argument("--out", required=True, help="checkpoint directory to make")
+    sub.add_argument("--experts", choices=("partition", "expand", "upcycle"), help="where the expert groups come from")
+    sub.add_argument("--audio-vocab", help="LAYOUT:CODEBOOKSxSIZE, as frame:4x4032")
+    sub.add_argument("--config", help="YAML file with sections of a run configuration")
+    sub.add_argument("--usage", help="JSON file: modality -> for each MoE layer how often each expert was chosen")
+    sub.add_argument("--noise", type=float, default=0.0, help="on copied experts, as a share of their size (default 0)")
+    sub.add_argument("--seed", type=int, default=1234, help="of new weights and noise (default %(default)s)")
+    sub.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin, weights only")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration")
+
+    sub = commands_of.add_parser("export", help="native checkpoint -> Hugging Face model")
+    sub.add_argument("--checkpoint", required=True, help="checkpoint directory, or a run directory for its newest")
+    sub.add_argument("--format", required=True, choices=("deepseek-v2", "most", "llama"))
+    sub.add_argument("--out", required=True, help="folder to make")
+    sub.add_argument("--dtype", choices=("bf16", "fp32"), help="default: as stored")
+    sub.add_argument("--max-shard-size", default="5GB", help="default %(default)s")
+    sub.add_argument("--experts", choices=("text", "all"), default="text", help="deepseek-v2: those text may choose")
+    sub.add_argument("--without-extension", action="store_true", help="give up what the format has no place for")
+
+    sub = commands_of.add_parser("verify", help="compare the logits of both on the same tokens")
+    sub.add_argument("--hf", required=True)
+    sub.add_argument("--checkpoint", required=True)
+    sub.add_argument("--tokens", help="file of JSON lists of ids, a line each (default: random ids)")
+    sub.add_argument("--tolerance", type=float, default=1e-4, help="of the largest logit (default %(default)s)")
+    sub.add_argument("--report", help="JSON file to write")
+    sub.add_argument("--allow-pickle", action="store_true")
+
+    sub = commands_of.add_parser("inspect", help="what a checkpoint or model is")
+    sub.add_argument("directory")
+    sub.add_argument("--json", action="store_true")
+    sub.add_argument("--checksums", action="store_true", help="read everything and compare with the checksums")
+    sub.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin, weights only")
+    return parser
+
+
+def import_command(arguments: argparse.Namespace) -> None:
+    require("safetensors")
+    from megatron_most.conversion.import_config import ImportOptions
+    from megatron_most.conversion.importing import import_model
+
+    options = ImportOptions(
+        experts=arguments.experts,
+        audio_vocab=arguments.audio_vocab,
+        config=arguments.config,
+        overrides=arguments.overrides,
+        usage=arguments.usage,
+        noise=arguments.noise,
+        seed=arguments.seed,
+        allow_pickle=arguments.allow_pickle,
+    )
+    import_model(arguments.hf, arguments.out, options)
+
+
+def export_command(arguments: argparse.Namespace) -> None:
+    require("safetensors")
+    from megatron_most.conversion.exporting import export_model
+
+    export_model(
+        arguments.checkpoint,
+        arguments.out,
+        arguments.format,
+        arguments.dtype,
+        arguments.max_shard_size,
+        arguments.experts,
+        not arguments.without_extension,
+    )
+
+
+def verify_command(arguments: argparse.Namespace) -> None:
+    """Compare logits; print a line, write the report, and fail above the tolerance."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("verify: holds whole models in one process; start it without torchrun")
+    cli.require_positive(arguments, "tolerance")
+    require("safetensors", "transformers")
+    from megatron_most import parallel, platform
+    from megatron_most.checkpointing import directory as directories
+    from megatron_most.checkpointing import read_metadata, resolve
+    from megatron_most.checkpointing.streaming import STATE
+    from megatron_most.config import ParallelConfig
+    from megatron_most.conversion import hugging_face, verification
+    from megatron_most.conversion.architectures import read_foreign
+    from megatron_most.conversion.export_plan import stored_config
+
+    if arguments.report:
+        require_writable(arguments.report)
+    source = hugging_face.HuggingFaceModel(arguments.hf, arguments.allow_pickle)
+    _, foreign = read_foreign(source.config, str(source.path_of(hugging_face.CONFIG)))
+    directory = resolve(arguments.checkpoint)
+    config = stored_config(directory, read_metadata(directory))
+    directories.verify_checksums(directory)
+    if arguments.tokens is None:
+        tokens = verification.random_tokens(config, foreign)
+    else:
+        tokens = verification.read_tokens(arguments.tokens)
+    platform.install()
+    parallel.initialize(ParallelConfig(), seed=0)
+    try:
+        comparison = verification.compare(source, foreign, config, directory / STATE, tokens)
+    finally:
+        parallel.destroy()
+    print(comparison.describe())
+    for layer, value in enumerate(comparison.layers):
+        print(f"layer {layer}: hidden states differ by at most {value:.1e} of the largest")
+    if arguments.report:
+        report = {
+            **dataclasses.asdict(comparison),
+            "relative_difference": comparison.relative_difference,
+            "tolerance": arguments.tolerance,
+            "first_layer_above_tolerance": comparison.first_difference(arguments.tolerance),
+        }
+        write_json(arguments.report, report)
+    verification.require_close(comparison, arguments.tolerance, f"{arguments.hf} and {arguments.checkpoint}")
+
+
+def inspect_command(arguments: argparse.Namespace) -> None:
+    from megatron_most.conversion.inspection import describe
+
+    found = describe(Path(arguments.directory), arguments.checksums, arguments.allow_pickle)
+    if arguments.json:
+        print(json.dumps(found, indent=1))
+        return
+    width = max(map(len, found))
+    for name, value in found.items():
+        print(f"{name:<{width}}  {value}")
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "import": import_command,
+    "export": export_command,
+    "verify": verify_command,
+    "inspect": inspect_command,
+}
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    COMMANDS[arguments.command](arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    cli.run(make_parser(), convert, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Evaluate a trained model: word error rate of its transcripts (asr) or of its speech, read by a recogniser (tts)."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_most import cli
+from megatron_most.evaluation.wer import NORMALIZERS, text_normalizer
+from megatron_most.extras import require
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser("evaluate", __doc__)
+    parser.add_argument("--checkpoint", required=True, help="checkpoint directory, or a run directory for its newest")
+    parser.add_argument("--suite", required=True, choices=("asr", "tts"))
+    parser.add_argument("--data", required=True, help="NeMo manifest (JSON lines) of the evaluation set")
+    parser.add_argument("--output", required=True, help="JSON file for the result")
+    parser.add_argument("--limit", type=int, help="use only the first so many utterances")
+    parser.add_argument(
+        "--vocabulary", nargs="+", help="tts: manifests whose sentences the recogniser knows (default: --data)"
+    )
+    parser.add_argument(
+        "--max-seconds", type=float, default=6.0, help="tts: longest speech of an utterance (default 6)"
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="tts: 0 (default) is greedy")
+    parser.add_argument(
+        "--normalizer",
+        choices=NORMALIZERS,
+        default=NORMALIZERS[0],
+        help="what both texts go through before words are compared (default %(default)s)",
+    )
+    parser.add_argument("--tokenizer", help="tokenizer, if it is no longer where training found it")
+    parser.add_argument("--codec", help="codec, if it is no longer where training found it")
+    return parser
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    cli.require_positive(arguments, "limit", "max_seconds")
+    require("nemo", "soundfile", "soxr", "jiwer")
+    text_normalizer(arguments.normalizer)  # a package that is missing is missed before anything is computed
+    from megatron_most.data.preparation.manifest import read_manifest
+    from megatron_most.evaluation.recogniser import PocketsphinxRecogniser
+    from megatron_most.evaluation.suites import evaluate_asr, evaluate_tts
+    from megatron_most.files import require_writable, write_json
+    from megatron_most.inference import Sampling, load_for_generation
+
+    sampling = Sampling(arguments.temperature)
+    name = Path(arguments.data).stem
+    records = read_manifest(arguments.data, needs_audio=arguments.suite == "asr")[: arguments.limit]
+    if arguments.suite == "tts":
+        manifests = arguments.vocabulary or [arguments.data]
+        sentences = [record.text for path in manifests for record in read_manifest(path, needs_audio=False)]
+        recogniser = PocketsphinxRecogniser(sentences)
+    require_writable(arguments.output)
+    model = load_for_generation(arguments.checkpoint, arguments.tokenizer, arguments.codec)
+    if arguments.suite == "asr":
+        result = evaluate_asr(model, name, records, normalizer=arguments.normalizer)
+    else:
+        result = evaluate_tts(
+            model, name, records, recogniser, sampling, arguments.max_seconds, normalizer=arguments.normalizer
+        )
+    write_json(arguments.output, result)
+    print(
+        f"{arguments.suite} {name}: WER {result['wer']:.2%} on {result['num_utterances']} utterances"
+        f" (normalizer: {result['normalizer']})"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    cli.run(make_parser(), evaluate, arguments)
+
+
+if __name__ == "__main__":
+    main()

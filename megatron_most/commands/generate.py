@@ -1,0 +1,76 @@
+"""Transcribe audio or speak text with a trained model."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_most import cli
+from megatron_most.errors import ConfigError, DataError
+from megatron_most.extras import require
+from megatron_most.files import require_writable, write_text
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser("generate", __doc__)
+    parser.add_argument("--checkpoint", required=True, help="checkpoint directory, or a run directory for its newest")
+    parser.add_argument("--task", required=True, choices=("asr", "tts"))
+    parser.add_argument(
+        "--input", required=True, nargs="+", help="asr: audio files; tts: the text (or a .txt file) to say"
+    )
+    parser.add_argument("--output", help="asr: text file (default: print); tts: WAV file (required)")
+    parser.add_argument("--tokenizer", help="tokenizer, if it is no longer where training found it")
+    parser.add_argument("--codec", help="codec, if it is no longer where training found it")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="asr: longest transcript (default 32)")
+    parser.add_argument("--max-seconds", type=float, default=6.0, help="tts: longest speech (default 6)")
+    return parser
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    if arguments.task == "tts" and not arguments.output:
+        raise ConfigError("--output: tts needs the WAV file to write")
+    cli.require_positive(arguments, "max_new_tokens", "max_seconds")
+    require("nemo", "soundfile", "soxr")
+    from megatron_most.audio import read_audio, write_wav
+    from megatron_most.inference import Sampling, load_for_generation, speak, transcribe
+
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    text = _text(arguments.input) if arguments.task == "tts" else ""
+    if arguments.output:
+        require_writable(arguments.output)
+    model = load_for_generation(arguments.checkpoint, arguments.tokenizer, arguments.codec)
+    if arguments.task == "asr":
+        codes = [model.codec.encode(read_audio(path, model.codec.sample_rate)) for path in arguments.input]
+        text = "\n".join(transcribe(model, codes, arguments.max_new_tokens, sampling))
+        if arguments.output:
+            write_text(arguments.output, text + "\n")
+        else:
+            print(text)
+    else:
+        [codes] = speak(model, [text], arguments.max_seconds, sampling)
+        write_wav(arguments.output, model.codec.decode(codes), model.codec.sample_rate)
+
+
+def _text(words: list[str]) -> str:
+    path = Path(words[0])
+    if len(words) > 1 or path.suffix != ".txt":
+        return " ".join(words)
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: must be UTF-8 text") from None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    cli.run(make_parser(), generate, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Parallel layouts of a configuration that fit a number of GPUs, the promising ones first.
+
+    most plan --config examples/configs/most_16b_stage1.yaml --gpus 64
+
+docs/launch.md says what is estimated and how. Nothing is allocated; no GPU is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from megatron_most import cli
+from megatron_most.planning import DEFAULT_IMBALANCE, GPUS
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser("plan", __doc__)
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration")
+    parser.add_argument("--gpus", required=True, type=int, metavar="N")
+    parser.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="default %(default)s")
+    parser.add_argument(
+        "--imbalance",
+        type=float,
+        default=DEFAULT_IMBALANCE,
+        help="load of the busiest expert rank over the mean, beyond the mix of modalities (default %(default)s)",
+    )
+    parser.add_argument("--limit", type=int, default=10, help="layouts to show (default %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the configuration")
+    return parser
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    cli.require_positive(arguments, "gpus", "imbalance", "limit")
+    from megatron_most.config import load_config
+    from megatron_most.planning import describe_layouts
+
+    config = load_config(arguments.config, arguments.overrides)
+    print(describe_layouts(config, arguments.gpus, arguments.gpu, arguments.imbalance, arguments.limit))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    cli.run(make_parser(), plan, arguments)
+
+
+if __name__ == "__main__":
+    main()

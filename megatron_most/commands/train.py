@@ -1,0 +1,81 @@
+"""Pretrain a MoST model.
+
+    most train --config FILE.yaml [key=value ...]
+    torchrun --nproc-per-node 8 -m megatron_most.commands.train --config FILE.yaml [key=value ...]
+    most train --config FILE.yaml --dry-run --world-size 64
+
+Run it again with the same run_dir to continue from the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from megatron_most import cli
+from megatron_most.errors import MostError
+
+if TYPE_CHECKING:
+    from megatron_most.config import RunConfig
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser("train", __doc__)
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. training.steps=100")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be trained and leave")
+    parser.add_argument("--world-size", type=int, metavar="N", help="ranks that --dry-run assumes")
+    return parser
+
+
+def train(arguments: argparse.Namespace) -> None:
+    if arguments.dry_run:
+        if _rank() == 0:
+            describe(arguments)
+        return
+    config = read_config(arguments)
+    # After the checks: Megatron takes seconds to import.
+    from megatron_most.training import Trainer
+
+    Trainer(config).run()
+
+
+def describe(arguments: argparse.Namespace) -> None:
+    from megatron_most.config import load_config
+    from megatron_most.planning import describe_run, smallest_world_size
+
+    config = load_config(arguments.config, arguments.overrides)
+    started = os.environ.get("WORLD_SIZE")
+    print(describe_run(config, arguments.world_size or int(started or smallest_world_size(config.parallel))))
+
+
+def read_config(arguments: argparse.Namespace) -> RunConfig:
+    """Load the configuration and check it against the ranks that were started."""
+    from megatron_most.config import load_config
+
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        config.num_microbatches(config.parallel.data_parallel_size(int(os.environ.get("WORLD_SIZE", "1"))))
+        return config
+    except MostError:
+        # Every rank finds the same mistake and rank 0 tells it; torchrun ends all ranks as soon as one is gone.
+        if _rank() != 0:
+            time.sleep(3)
+            sys.exit(1)
+        raise
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    cli.run(make_parser(), train, arguments)
+
+
+if __name__ == "__main__":
+    main()

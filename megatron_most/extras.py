@@ -1,0 +1,59 @@
+"""Optional packages: which extra of the installation brings each, and what to say where one is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from megatron_most.errors import ConfigError
+
+EXTRAS = {
+    "audio": ("nemo", "pyarrow", "soundfile", "soxr"),
+    "evaluation": ("jiwer", "pocketsphinx", "whisper_normalizer"),
+    "report": ("jinja2", "jiwer", "whisper_normalizer"),
+    "sweep": ("jinja2", "jiwer", "pyarrow", "scipy", "submitit", "whisper_normalizer"),
+    "conversion": ("safetensors", "transformers"),
+    "quickstart": ("espeakng_loader",),
+    "muon": ("emerging_optimizers",),
+    "gpu": ("transformer_engine",),
+}
+"""Extra -> the modules that the project imports of what it brings; pyproject.toml names the packages."""
+
+
+class MissingExtra(ConfigError):
+    """The module of an optional package is not installed."""
+
+    def __init__(self, module: str, command: str = "") -> None:
+        self.name = module  # as that of a ModuleNotFoundError
+        extra = _extra_of(module, command)
+        brings = f"the extra {extra!r} brings it: pip install 'megatron-most[{extra}]'"
+        super().__init__(f"{f'{command}: ' if command else ''}needs {module}, which is not installed; {brings}")
+
+
+def require(*modules: str) -> None:
+    """Raise :class:`MissingExtra` for the first of these modules of :data:`EXTRAS` that is not installed.
+
+    None of them is imported.
+    """
+    for module in modules:
+        assert is_optional(module), f"{module} is in no extra"
+        if not _is_installed(module):
+            raise MissingExtra(module)
+
+
+def is_optional(module: str | None) -> bool:
+    """Whether an extra brings this module."""
+    return any(module in modules for modules in EXTRAS.values())
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # what a finder may raise, too
+        return False
+
+
+def _extra_of(module: str, command: str) -> str:
+    """The extra called as the command (``most report``), where it has the module; else the first that has it."""
+    extras = [extra for extra, modules in EXTRAS.items() if module in modules]
+    wanted = command.rpartition(" ")[2]
+    return wanted if wanted in extras else extras[0]
