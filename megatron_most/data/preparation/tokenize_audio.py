@@ -73,7 +73,7 @@ def tokenize_audio(
     if not 0 <= task[0] < task[1]:
         raise ConfigError(f"shard {task[0]}/{task[1]}: must be i/n with i in 0..n-1")
     if not source.open().has_audio:
-        raise ConfigError(f"source {source.name}: is text without audio; prepare_data.py build takes its manifest")
+        raise ConfigError(f"source {source.name}: is text without audio; most prepare build takes its manifest")
     output.parent.mkdir(parents=True, exist_ok=True)
     with one_line_when_the_disk_is_full(output), _tidied(lock, parts):
         with locked(lock, shared=True):  # beside the job's other tasks
