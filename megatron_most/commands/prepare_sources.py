@@ -6,20 +6,15 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_most import __version__
 from megatron_most.cli import require_positive
+from megatron_most.data.preparation.collect import MAX_QUARANTINE, SourceSpec, collect
 from megatron_most.data.preparation.sources import SOURCES, SourceOptions
+from megatron_most.data.storage.sidecar import write_sidecar
 from megatron_most.errors import ConfigError
 from megatron_most.extras import require
 from megatron_most.files import require_writable
-
-if TYPE_CHECKING:
-    from megatron_most.data.preparation.collect import SourceSpec
-
-MAX_QUARANTINE = 0.01
-"""As :data:`megatron_most.data.preparation.tokenize_audio.MAX_QUARANTINE`, which imports torch."""
 
 _LAYOUTS = "\n".join(f"  {name:14} {source.layout}" for name, source in SOURCES.items())
 
@@ -77,8 +72,6 @@ def _add_source(sub: argparse.ArgumentParser) -> None:
 
 
 def _spec(arguments: argparse.Namespace) -> SourceSpec:
-    from megatron_most.data.preparation.collect import SourceSpec
-
     if bool(arguments.source) != bool(arguments.root):
         raise ConfigError("--source and --root: each needs the other (--manifest needs neither)")
     options = SourceOptions(
@@ -93,9 +86,6 @@ def _spec(arguments: argparse.Namespace) -> SourceSpec:
 
 
 def manifest(arguments: argparse.Namespace) -> None:
-    from megatron_most.data.preparation.collect import collect
-    from megatron_most.data.storage.sidecar import write_sidecar
-
     spec, output = _spec(arguments), Path(arguments.output)
     require_writable(output)
     base = output.with_suffix("") if output.suffix in (".jsonl", ".json") else output

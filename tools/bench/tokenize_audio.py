@@ -5,7 +5,7 @@
 
 Both arms decode, resample and encode the same files with one thread of one process; lengths are spread evenly on a
 logarithmic scale, rates and channels vary. A second comparison takes the whole machine: the loop with a thread a core
-against ``prepare_data.py tokenize`` with a process a core, from manifest to finished output.
+against ``most prepare tokenize`` with a process a core, from manifest to finished output.
 """
 
 from __future__ import annotations

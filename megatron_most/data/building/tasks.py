@@ -63,7 +63,7 @@ def make_document(
         codes: ``[F, C]``, needed by all but ``text_lm``, which refuses them.
         where: what errors call this document.
         instruction: another wording than the first, for ``asr`` and ``tts``.
-        loss: one of :data:`~megatron_most.data.storage.documents.LOSSES`.
+        loss: one of :data:`~megatron_most.data.building.document_builder.LOSSES`.
 
     Raises:
         DataError: empty text, codes that are missing, empty or outside the layout, text ids beyond the text vocabulary.

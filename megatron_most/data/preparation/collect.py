@@ -14,6 +14,9 @@ from megatron_most.data.preparation.sources import Source, SourceOptions, open_s
 from megatron_most.errors import DataError
 from megatron_most.files import replacing
 
+MAX_QUARANTINE = 0.01
+"""Share of a source that may be unusable before tokenization calls that an error."""
+
 
 @dataclass(frozen=True)
 class SourceSpec:

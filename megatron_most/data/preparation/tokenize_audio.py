@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from megatron_most.audio import AudioCodec, codec_file, file_fingerprint, load_codec
-from megatron_most.data.preparation.collect import Collected, SourceSpec, collect
+from megatron_most.data.preparation.collect import MAX_QUARANTINE, Collected, SourceSpec, collect
 from megatron_most.data.preparation.shards import Job, Limits, Shard
 from megatron_most.data.preparation.shared_folder import hostname_and_pid, locked, one_line_when_the_disk_is_full
 from megatron_most.data.preparation.tokenize_merge import merge_shards
@@ -30,9 +30,6 @@ SHARD_SIZES = (32, 1024)
 
 NUM_SHARDS = 64
 """How many shards to aim at between these sizes, so that all processes have work to the end."""
-
-MAX_QUARANTINE = 0.01
-"""Share of a source that may be unusable before that is an error."""
 
 
 # Nine arguments: what is encoded, with what, to where, by whom, and what may go wrong have no part in common.
@@ -76,7 +73,7 @@ def tokenize_audio(
     if not 0 <= task[0] < task[1]:
         raise ConfigError(f"shard {task[0]}/{task[1]}: must be i/n with i in 0..n-1")
     if not source.open().has_audio:
-        raise ConfigError(f"source {source.name}: is text without audio; prepare_data.py build takes its manifest")
+        raise ConfigError(f"source {source.name}: is text without audio; most prepare build takes its manifest")
     output.parent.mkdir(parents=True, exist_ok=True)
     with one_line_when_the_disk_is_full(output), _tidied(lock, parts):
         with locked(lock, shared=True):  # beside the job's other tasks

@@ -64,7 +64,7 @@ class Utterance:
 
 
 class CodesDataset:
-    """Reads what :func:`megatron_most.data.preparation.tokenize_audio.tokenize` wrote.
+    """Reads what :func:`megatron_most.data.preparation.tokenize_audio.tokenize_audio` wrote.
 
     Attributes:
         codec: the codec that made the codes.

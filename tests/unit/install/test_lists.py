@@ -77,6 +77,7 @@ sys.exit(pytest.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.timeout(300)
 def test_the_gpu_suite_and_the_benches_are_imported_with_the_wheels_and_torch_alone(of_torch):
     carried = {canonicalize_name(path.name) for path in (Path(setuptools.__file__).parent / "_vendor").iterdir()}
     allowed = {*listed("tests/gpu/wheels.txt"), *of_torch, *carried, "numpy", "megatron-most"}

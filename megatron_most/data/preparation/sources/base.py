@@ -15,7 +15,7 @@ from megatron_most.data.storage.json_lines import Line, read_lines
 from megatron_most.errors import ConfigError, DataError
 
 WRITTEN_BESIDE = (".quarantine.jsonl", ".provenance.json")
-"""What ``prepare_data.py`` itself writes beside a manifest; a folder of manifests may hold it, and it is no data."""
+"""What ``most prepare`` itself writes beside a manifest; a folder of manifests may hold it, and it is no data."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""NeMo manifests, and the manifests that ``prepare_data.py manifest`` writes."""
+"""NeMo manifests, and the manifests that ``most prepare manifest`` writes."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from megatron_most.commands import prepare, prepare_sources
+from megatron_most.commands import prepare
 from megatron_most.data.preparation import tokenize_audio as tokenize_module
 from megatron_most.data.storage.codes import CodesDataset
 from tests.unit.data.preparation import published
@@ -107,7 +107,3 @@ def test_help_lists_every_source(call):
         status, out, _ = call(name, "--help")
         assert status == 0
         assert "libriheavy     libriheavy_cuts_SIZE.jsonl.gz" in out and "--audio-root" in out
-
-
-def test_the_parser_and_the_function_agree_on_the_default():
-    assert prepare_sources.MAX_QUARANTINE == tokenize_module.MAX_QUARANTINE
