@@ -36,20 +36,13 @@ def require(*modules: str) -> None:
     """
     for module in modules:
         assert is_optional(module), f"{module} is in no extra"
-        if not _is_installed(module):
+        if importlib.util.find_spec(module) is None:
             raise MissingExtra(module)
 
 
 def is_optional(module: str | None) -> bool:
     """Whether an extra brings this module."""
     return any(module in modules for modules in EXTRAS.values())
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # what a finder may raise, too
-        return False
 
 
 def _extra_of(module: str, command: str) -> str:

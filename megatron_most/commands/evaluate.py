@@ -38,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     cli.require_positive(arguments, "limit", "max_seconds")
-    require("nemo", "soundfile", "soxr", "jiwer")
+    require("nemo", "soundfile", "soxr", "jiwer", *(["pocketsphinx"] if arguments.suite == "tts" else []))
     text_normalizer(arguments.normalizer)  # a package that is missing is missed before anything is computed
     from megatron_most.data.preparation.manifest import read_manifest
     from megatron_most.evaluation.recogniser import PocketsphinxRecogniser

@@ -1,4 +1,4 @@
-"""What README and documents point at exists, and the README's file tree names every package."""
+"""What README and documents point at exists, and the file tree of CONTRIBUTING.md names every package."""
 
 import re
 from pathlib import Path
@@ -9,9 +9,9 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
 
 
-def tree_paths(readme: str) -> list[str]:
+def tree_paths(document: str) -> list[str]:
     """Paths of the file tree: the code block after the heading "The files", two spaces a level."""
-    block = readme.split("## The files")[1].split("```")[1]
+    block = document.split("## The files")[1].split("```")[1]
     paths, folders = [], [""]
     for line in filter(None, block.splitlines()):
         depth = (len(line) - len(line.lstrip())) // 2
@@ -22,14 +22,14 @@ def tree_paths(readme: str) -> list[str]:
 
 
 def test_the_file_tree_names_only_what_exists():
-    paths = tree_paths((ROOT / "README.md").read_text())
+    paths = tree_paths((ROOT / "CONTRIBUTING.md").read_text())
     assert len(paths) > 20
     missing = [path for path in paths if not (ROOT / path).exists() or path.endswith("/") != (ROOT / path).is_dir()]
     assert not missing
 
 
 def test_the_file_tree_names_every_package_and_module_of_the_top():
-    paths = tree_paths((ROOT / "README.md").read_text())
+    paths = tree_paths((ROOT / "CONTRIBUTING.md").read_text())
     package = ROOT / "megatron_most"
     packages = {f"megatron_most/{path.parent.name}/" for path in package.glob("*/__init__.py")}
     modules = {f"megatron_most/{path.name}" for path in package.glob("*.py") if path.name != "__init__.py"}
