@@ -20,7 +20,7 @@ from megatron_most.data.storage.documents import Document
 from megatron_most.model import build_model, count_parameters
 from megatron_most.model.core_attention import PortableCoreAttention
 from megatron_most.model.packed_row import packed_row
-from megatron_most.training.step import packed_seq_params
+from megatron_most.training.microbatches import packed_seq_params
 from tests.distributed.shards import fill_weights
 from tests.distributed.tiny import tiny_batch, tiny_config
 from tests.unit.data.tiny import row_of
