@@ -70,7 +70,7 @@ def assert_same_with_gradients(actual: torch.Tensor, expected: torch.Tensor, inp
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6),
     num_groups=st.sampled_from([1, 2, 3, 6]),
