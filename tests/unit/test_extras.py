@@ -109,8 +109,9 @@ HIDE = """
 import runpy, sys
 from importlib.machinery import PathFinder
 hidden = set(sys.argv.pop(1).split(","))
-class Filter:  # in the place of the finder that goes through sys.path
-    def find_spec(name, path=None, target=None):
+class Filter(PathFinder):  # in the place of the finder that goes through sys.path; metadata are still found
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
         return None if name.partition(".")[0] in hidden else PathFinder.find_spec(name, path, target)
 sys.meta_path[sys.meta_path.index(PathFinder)] = Filter
 sys.argv[0:2] = [sys.argv[1]]
