@@ -1,6 +1,6 @@
 """Draw docs/figures/layer.svg: tokens of two modalities, the router's masks, expert groups, shared experts.
 
-    python docs/figures/layer.py
+python docs/figures/layer.py
 """
 
 from __future__ import annotations

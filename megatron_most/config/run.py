@@ -259,14 +259,25 @@ class CheckpointConfig:
 
 @dataclass
 class LoggingConfig:
-    """``metrics.jsonl`` is always written. Intervals are in steps."""
+    """``metrics.jsonl`` is always written. Intervals are in steps.
+
+    ``profile_steps`` (first, last) has torch's profiler watch these steps on rank 0.
+    """
 
     interval: int = 10
     tensorboard: bool = True
     wandb_project: str | None = None
+    profile_steps: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         require_positive("logging", self, ("interval",))
+        steps = self.profile_steps
+        require(
+            not steps or (len(steps) == 2 and 1 <= steps[0] <= steps[1]),
+            "logging.profile_steps",
+            steps,
+            "must be [first, last] with 1 <= first <= last",
+        )
 
 
 @dataclass

@@ -11,7 +11,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron_most.data.loading.batch import Batch
 from megatron_most.training.loss import LossTable
 from megatron_most.training.metrics import mean_losses
-from megatron_most.training.step import run_microbatches, sum_over_ranks
+from megatron_most.training.microbatches import run_microbatches, sum_over_ranks
 
 
 def validate(

@@ -11,17 +11,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_most import parallel
 from megatron_most.config import RunConfig
 from megatron_most.data.loading.batch import Batch
 from megatron_most.model import build_model
-from megatron_most.moe import collect_routing, end_routing_step
-from megatron_most.training.loss import LossTable
-from megatron_most.training.optimizer import build_optimizer, build_scheduler, wrap_model
+from megatron_most.moe import collect_routing
+from megatron_most.training.microbatches import sum_over_ranks
 from megatron_most.training.parts import part_grad_norms
-from megatron_most.training.step import run_microbatches, sum_over_ranks
+from megatron_most.training.train_step import build_train_state, compute_gradients, train_step, update_weights
 from tests.distributed.shards import Piece, assemble, fill_weights, local_pieces
 from tests.distributed.tiny import tiny_batch, tiny_config
 
@@ -69,28 +67,23 @@ def observe(overrides: dict[str, Any], num_steps: int = 5, batches_of: BatchMake
     """Train ``num_steps`` steps with weights and batches that depend on nothing but the names and the step."""
     config = tiny_config(**{**STEADY, **overrides})
     parallel.initialize(config.parallel, seed=1)
-    chunks = build_model(config)
-    fill_weights(chunks)
-    wrapped = wrap_model(config, chunks)
-    optimizer = build_optimizer(config, wrapped)
-    scheduler = build_scheduler(config, optimizer, 0)
+    state = build_train_state(config, fill_weights)
     first: dict[str, Any] = {}
     weights = {}
     for step in range(num_steps):
-        table = backward(config, wrapped, optimizer, batches_of(config, step))
-        if not first:
+        batches = own_share(batches_of(config, step))
+        if first:
+            train_step(state, batches)
+        else:
             first = {
-                "table": table,
-                "routing": collect_routing(chunks, config.model),
-                "part_norms": part_grad_norms(config, optimizer),
-                "gradients": _gradients(config, wrapped, chunks),
+                "table": sum_over_ranks(compute_gradients(state, batches)),
+                "routing": collect_routing(state.model_chunks, config.model),
+                "part_norms": part_grad_norms(config, state.optimizer),
+                "gradients": _gradients(config, state.wrapped, state.model_chunks),
             }
-        scheduler.step(1)
-        _, grad_norm, _ = optimizer.step()
-        end_routing_step(chunks)
-        first.setdefault("grad_norm", grad_norm)
+            first["grad_norm"] = update_weights(state)
         if step + 1 in (2, num_steps):
-            weights[step + 1] = _copies(chunks)
+            weights[step + 1] = _copies(state.model_chunks)
     return Observation(**first, weights=weights)
 
 
@@ -103,23 +96,10 @@ def starting_weights(overrides: dict[str, Any]) -> list[Piece]:
     return _copies(chunks)
 
 
-def backward(
-    config: RunConfig, wrapped: list[DistributedDataParallel], optimizer: MegatronOptimizer, batches: list[Batch]
-) -> list[list[float]]:
-    """Gradients of a global batch, of which each data-parallel rank takes its micro-batches; the metric table."""
-    for chunk in wrapped:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-    loss_table = LossTable(config.vocab, config.model.codebook_weights(config.vocab), config.model.text_loss_weight)
+def own_share(batches: list[Batch]) -> list[Batch]:
+    """The micro-batches that this data-parallel rank takes of a global batch."""
     dp_rank, dp_size = parallel.data_parallel_place()
-    return sum_over_ranks(run_microbatches(wrapped, batches[dp_rank::dp_size], loss_table))
-
-
-def train_step(
-    config: RunConfig, wrapped: list[DistributedDataParallel], optimizer: MegatronOptimizer, batches: list[Batch]
-) -> None:
-    backward(config, wrapped, optimizer, batches)
-    optimizer.step()
+    return batches[dp_rank::dp_size]
 
 
 def observe_each(

@@ -12,12 +12,9 @@ from megatron_most.checkpointing import load_checkpoint, save_checkpoint
 from megatron_most.checkpointing.optimizer_state import OptimizerState
 from megatron_most.checkpointing.state import _model_state
 from megatron_most.config import RunConfig
-from megatron_most.model import build_model
-from megatron_most.moe import end_routing_step
-from megatron_most.training.loss import LossTable
-from megatron_most.training.optimizer import build_optimizer, wrap_model
-from megatron_most.training.step import run_microbatches
+from megatron_most.training.train_step import build_train_state, train_step
 from tests.distributed.harness import run_ranks
+from tests.distributed.observe import own_share
 from tests.distributed.shards import Piece, assemble, fill_weights, pieces_of
 from tests.distributed.tiny import tiny_batch, tiny_config
 from tests.unit.checkpointing.test_metadata import metadata_of
@@ -53,26 +50,17 @@ def everything(chunks: list[torch.nn.Module], optimizer: Any) -> list[Piece]:
 def step_and_save(layout: str, run_dir: Path) -> list[Piece]:
     config = config_of(layout)
     parallel.initialize(config.parallel, seed=1)
-    chunks = build_model(config)
-    fill_weights(chunks)
-    wrapped = wrap_model(config, chunks)
-    optimizer = build_optimizer(config, wrapped)
-    for chunk in wrapped:
-        chunk.zero_grad_buffer()
-    dp_rank, dp_size = parallel.data_parallel_place()
-    batches = [tiny_batch(config, seed) for seed in range(4) if seed % dp_size == dp_rank]
-    run_microbatches(wrapped, batches, LossTable(config.vocab, config.model.codebook_weights(config.vocab)))
-    optimizer.step()
-    end_routing_step(chunks)
-    save_checkpoint(run_dir, metadata_of(config, step=1), chunks, optimizer, keep_last=2)
-    return everything(chunks, optimizer)
+    state = build_train_state(config, fill_weights)
+    train_step(state, own_share([tiny_batch(config, seed) for seed in range(4)]))
+    save_checkpoint(run_dir, metadata_of(config, step=1), state.model_chunks, state.optimizer, keep_last=2)
+    return everything(state.model_chunks, state.optimizer)
 
 
 def load(layout: str, run_dir: Path, save_to: Path | None = None) -> list[Piece]:
     config = config_of(layout)
     parallel.initialize(config.parallel, seed=2)
-    chunks = build_model(config)
-    optimizer = build_optimizer(config, wrap_model(config, chunks))
+    state = build_train_state(config)
+    chunks, optimizer = state.model_chunks, state.optimizer
     metadata = load_checkpoint(run_dir, config, chunks, optimizer)
     if save_to is not None:
         save_checkpoint(save_to, metadata_of(config, step=metadata.step), chunks, optimizer, keep_last=2)

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from megatron_most import parallel
-from megatron_most.model import build_model
-from megatron_most.training.loss import LossTable
-from megatron_most.training.optimizer import build_optimizer, wrap_model
-from megatron_most.training.step import run_microbatches, sum_over_ranks
+from megatron_most.training.microbatches import sum_over_ranks
+from megatron_most.training.train_step import build_train_state, compute_gradients
 from tests.distributed.harness import run_ranks
+from tests.distributed.observe import own_share
 from tests.distributed.shards import Piece, assemble, fill_weights, local_pieces
 from tests.distributed.tiny import tiny_batch, tiny_config
 
@@ -57,16 +56,9 @@ def one_pass(overrides: dict[str, Any]) -> tuple[list[list[float]], list[Piece]]
     """Metric table and this rank's pieces of every gradient after four micro-batches."""
     config = tiny_config(**{"optimizer__distributed": False, "optimizer__overlap": False, **EXPERTS, **overrides})
     parallel.initialize(config.parallel, seed=1)
-    chunks = build_model(config)
-    fill_weights(chunks)
-    wrapped = wrap_model(config, chunks)
-    build_optimizer(config, wrapped)
-    for chunk in wrapped:
-        chunk.zero_grad_buffer()
-    dp_rank, dp_size = parallel.data_parallel_place()
-    batches = [tiny_batch(config, seed) for seed in range(4) if seed % dp_size == dp_rank]
-    loss_table = LossTable(config.vocab, config.model.codebook_weights(config.vocab))
-    table = sum_over_ranks(run_microbatches(wrapped, batches, loss_table))
+    state = build_train_state(config, fill_weights)
+    table = sum_over_ranks(compute_gradients(state, own_share([tiny_batch(config, seed) for seed in range(4)])))
+    chunks = state.model_chunks
     with torch.no_grad():
         for parameter in chunks[0].parameters():
             parameter.copy_(parameter.main_grad)

@@ -15,13 +15,13 @@ from megatron_most.checkpointing import load_checkpoint, save_checkpoint
 from megatron_most.config import RunConfig
 from megatron_most.errors import ConfigError
 from megatron_most.model import build_model, check_libraries
-from megatron_most.model.fp8 import collect_fp8_padding, end_fp8_step, fp8_state
-from megatron_most.moe import collect_routing, end_routing_step
+from megatron_most.model.fp8 import collect_fp8_padding, fp8_state
+from megatron_most.moe import collect_routing
 from megatron_most.moe.experts import ExpertPool
 from megatron_most.precision.linear import Fp8ColumnParallelLinear, Fp8Linear, Fp8RowParallelLinear
-from megatron_most.training.optimizer import build_optimizer, wrap_model
+from megatron_most.training.train_step import build_train_state, compute_gradients, train_step
 from tests.distributed.harness import run_ranks
-from tests.distributed.observe import STEADY, backward, mixed_batches
+from tests.distributed.observe import STEADY, mixed_batches, own_share
 from tests.distributed.shards import Piece, assemble, fill_weights, pieces_of
 from tests.distributed.tiny import FP8, tiny_config
 from tests.unit.checkpointing.test_metadata import metadata_of
@@ -73,20 +73,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 def train(overrides: dict[str, Any], num_steps: int = 3, num_batches: int = 3) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step; weights and batches are the same in every layout."""
-    config = fp8_config(**{**STEADY, **overrides})
+    config = fp8_config(**{**STEADY, "optimizer__decay_style": "constant", **overrides})
     parallel.initialize(config.parallel, seed=1)
-    chunks = build_model(config)
-    fill_weights(chunks)
-    wrapped = wrap_model(config, chunks)
-    optimizer = build_optimizer(config, wrapped)
-    found = []
-    for step in range(num_steps):
-        table = backward(config, wrapped, optimizer, mixed_batches(config, step % num_batches))
-        _, norm, _ = optimizer.step()
-        end_routing_step(chunks)
-        end_fp8_step(chunks)
-        found.append((table[0][0] / table[0][1], float(norm)))
-    return found
+    state = build_train_state(config, fill_weights)
+    results = [train_step(state, own_share(mixed_batches(config, step % num_batches))) for step in range(num_steps)]
+    return [(result.mean_losses["loss"], result.grad_norm) for result in results]
 
 
 SAVED = {"precision__fp8_recipe": "delayed", "precision__fp8_amax_history": 2, "optimizer__overlap": False}
@@ -101,20 +92,15 @@ def histories(overrides: dict[str, Any], run_dir: Path, num_steps: int) -> list[
     """This rank's pieces after some steps, which are saved; after none, of what was saved before."""
     config = fp8_config(**{**STEADY, **SAVED, **overrides})
     parallel.initialize(config.parallel, seed=1)
-    chunks = build_model(config)
-    fill_weights(chunks)
-    wrapped = wrap_model(config, chunks)
-    optimizer = build_optimizer(config, wrapped)
+    state = build_train_state(config, fill_weights)
     for step in range(num_steps):
-        backward(config, wrapped, optimizer, mixed_batches(config, step))
-        optimizer.step()
-        end_routing_step(chunks)
-        end_fp8_step(chunks)
+        train_step(state, own_share(mixed_batches(config, step)))
     if num_steps:
-        save_checkpoint(run_dir, metadata_of(config, step=num_steps), chunks, optimizer, keep_last=1)
+        metadata = metadata_of(config, step=num_steps)
+        save_checkpoint(run_dir, metadata, state.model_chunks, state.optimizer, keep_last=1)
     else:
-        load_checkpoint(run_dir, config, chunks, optimizer)
-    return list(pieces_of({"fp8": fp8_state(chunks)}))
+        load_checkpoint(run_dir, config, state.model_chunks, state.optimizer)
+    return list(pieces_of({"fp8": fp8_state(state.model_chunks)}))
 
 
 def test_histories_go_through_a_checkpoint_into_other_layouts(tmp_path: Path) -> None:
@@ -196,11 +182,9 @@ def test_a_hundred_steps_stay_in_a_band_around_bf16(recipe: str, fp8: str) -> No
 def first_routing(overrides: dict[str, Any]) -> list[Any]:
     config = fp8_config(**overrides)
     parallel.initialize(config.parallel, seed=1)
-    chunks = build_model(config)
-    fill_weights(chunks)
-    wrapped = wrap_model(config, chunks)
-    backward(config, wrapped, build_optimizer(config, wrapped), mixed_batches(config, 0))
-    return [collect_routing(chunks, config.model), collect_fp8_padding(chunks)]
+    state = build_train_state(config, fill_weights)
+    compute_gradients(state, own_share(mixed_batches(config, 0)))
+    return [collect_routing(state.model_chunks, config.model), collect_fp8_padding(state.model_chunks)]
 
 
 def test_routing_before_the_first_layer_in_fp8_is_untouched_and_after_it_moves_little() -> None:

@@ -145,17 +145,15 @@ def test_resumed_run_equals_undisturbed_run(world_size: int, overrides: dict[str
 
 
 def never_stop(run_dir: Path) -> list[list[list[float]]]:
-    run = Run(MUON)
-    fill_weights(run.chunks)
-    run.start()
+    run = Run(MUON, load_weights=fill_weights)
     run.losses(2)
     run.save(run_dir)
     return run.losses(3)
 
 
 def pass_on(overrides: dict[str, Any], source: Path, copy: Path) -> list[list[list[float]]]:
-    run = Run({**MUON, **overrides})
-    run.start(2, source)
+    run = Run({**MUON, **overrides}, 2)
+    run.load(source)
     run.save(copy)
     return run.losses(3)
 
@@ -171,9 +169,9 @@ def test_losses_go_on_in_other_layouts(tmp_path: Path) -> None:
 
 
 def go_on_with_adam(source: Path) -> str:
-    run = Run({})
+    run = Run({}, 2)
     with pytest.raises(CheckpointError) as caught:
-        run.start(2, source)
+        run.load(source)
     return str(caught.value)
 
 

@@ -17,8 +17,9 @@ from megatron_most.checkpointing.optimizer_state import OptimizerState
 from megatron_most.checkpointing.state import _model_state
 from megatron_most.config import RunConfig
 from megatron_most.model import build_model
-from megatron_most.training.optimizer import build_optimizer, build_scheduler, learning_rate, wrap_model
+from megatron_most.training.optimizer import learning_rate
 from megatron_most.training.parts import named_parts, part_of
+from megatron_most.training.train_step import build_train_state, train_step
 from tests.distributed.harness import run_ranks
 from tests.distributed.observe import (
     STEADY,
@@ -27,8 +28,8 @@ from tests.distributed.observe import (
     mixed_batches,
     observe,
     observe_each,
+    own_share,
     starting_weights,
-    train_step,
 )
 from tests.distributed.shards import Piece, assemble, fill_weights, pieces_of
 from tests.distributed.tiny import tiny_config
@@ -174,21 +175,20 @@ def memory_and_rates(scales: str) -> tuple[int, int, int, int, list[tuple[float,
     """Numbers: parameters that learn, in the model, gradient buffers and optimizer; the rates of a few steps."""
     config = tiny_config(**{**STEADY, **UNSHARDED, SCALES: scales, "optimizer__min_lr": 1e-3, "training__steps": 6})
     parallel.initialize(config.parallel, seed=1)
-    chunks = build_model(config)
-    wrapped = wrap_model(config, chunks)
-    optimizer = build_optimizer(config, wrapped)
-    scheduler = build_scheduler(config, optimizer, 0)
+    state = build_train_state(config)
+    chunks, optimizer = state.model_chunks, state.optimizer
     learning = sum(p.numel() for _, p, part in named_parts(config, chunks) if config.lr_scale(part) > 0)
     with_buffer = sum(p.numel() for p in chunks[0].parameters() if hasattr(p, "main_grad"))
     rates = []
     for step in range(3):
-        train_step(config, wrapped, optimizer, mixed_batches(config, step))
-        scheduler.step(1)
-        rates.append((learning_rate(scheduler), {g["part"]: g["lr"] for g in optimizer.param_groups if g["params"]}))
+        train_step(state, mixed_batches(config, step))
+        rates.append(
+            (learning_rate(state.scheduler), {g["part"]: g["lr"] for g in optimizer.param_groups if g["params"]})
+        )
     in_optimizer = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     [member] = optimizer.chained_optimizers
-    state = sum(values[key].numel() for values in member.state.values() for key in ("exp_avg", "exp_avg_sq"))
-    return learning, with_buffer, in_optimizer, state, rates
+    moments = sum(values[key].numel() for values in member.state.values() for key in ("exp_avg", "exp_avg_sq"))
+    return learning, with_buffer, in_optimizer, moments, rates
 
 
 def test_frozen_parts_take_no_memory_and_rates_keep_their_ratio():
@@ -223,26 +223,21 @@ def save(config: RunConfig, step: int, chunks: list[torch.nn.Module], optimizer:
 def save_frozen(overrides: dict[str, Any], scales: str, run_dir: Path) -> list[Piece]:
     config = config_for(overrides, scales)
     parallel.initialize(config.parallel, seed=1)
-    chunks = build_model(config)
-    fill_weights(chunks)
-    wrapped = wrap_model(config, chunks)
-    optimizer = build_optimizer(config, wrapped)
-    train_step(config, wrapped, optimizer, mixed_batches(config, 0))
-    save(config, 1, chunks, optimizer, run_dir)
-    return everything(chunks, optimizer)
+    state = build_train_state(config, fill_weights)
+    train_step(state, own_share(mixed_batches(config, 0)))
+    save(config, 1, state.model_chunks, state.optimizer, run_dir)
+    return everything(state.model_chunks, state.optimizer)
 
 
 def resume(overrides: dict[str, Any], scales: str, run_dir: Path) -> list[Piece]:
     """What was loaded, after a step has shown that training goes on."""
     config = config_for(overrides, scales)
     parallel.initialize(config.parallel, seed=2)
-    chunks = build_model(config)
-    wrapped = wrap_model(config, chunks)
-    optimizer = build_optimizer(config, wrapped)
-    load_checkpoint(run_dir, config, chunks, optimizer)
-    loaded = everything(chunks, optimizer)
-    train_step(config, wrapped, optimizer, mixed_batches(config, 1))
-    save(config, 2, chunks, optimizer, run_dir)
+    state = build_train_state(config)
+    load_checkpoint(run_dir, config, state.model_chunks, state.optimizer)
+    loaded = everything(state.model_chunks, state.optimizer)
+    train_step(state, own_share(mixed_batches(config, 1)))
+    save(config, 2, state.model_chunks, state.optimizer, run_dir)
     return loaded
 
 

@@ -6,6 +6,7 @@ are those of one process that never stopped. The optimizer's state counts: the s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,10 @@ import pytest
 from megatron_most import parallel
 from megatron_most.checkpointing import load_checkpoint, load_model_weights, save_checkpoint
 from megatron_most.config import RunConfig
-from megatron_most.model import build_model
-from megatron_most.moe import end_routing_step
-from megatron_most.training.optimizer import build_optimizer, build_scheduler, wrap_model
+from megatron_most.model import MoSTModel
+from megatron_most.training.train_step import build_train_state, train_step
 from tests.distributed.harness import run_ranks
-from tests.distributed.observe import STEADY, assert_close, backward, mixed_batches
+from tests.distributed.observe import STEADY, assert_close, mixed_batches, own_share
 from tests.distributed.shards import fill_weights
 from tests.distributed.tiny import tiny_config
 from tests.unit.checkpointing.test_metadata import metadata_of
@@ -68,55 +68,48 @@ MORE_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 class Run:
     """A model in training, without a run directory."""
 
-    def __init__(self, overrides: dict[str, Any]) -> None:
+    def __init__(
+        self, overrides: dict[str, Any], step: int = 0, load_weights: Callable[[list[MoSTModel]], None] | None = None
+    ) -> None:
         self.config: RunConfig = tiny_config(**{**MODEL, **overrides})
         parallel.initialize(self.config.parallel, seed=1)
-        self.chunks = build_model(self.config)
+        self.state = build_train_state(self.config, load_weights, num_updates=step)
+        self.state.step = step
 
-    def start(self, step: int = 0, load: Path | None = None) -> None:
-        self.wrapped = wrap_model(self.config, self.chunks)
-        self.optimizer = build_optimizer(self.config, self.wrapped)
-        if load is not None:
-            assert load_checkpoint(load, self.config, self.chunks, self.optimizer).step == step
-        self.scheduler = build_scheduler(self.config, self.optimizer, step)
-        self.step = step
+    def load(self, directory: Path) -> None:
+        state = self.state
+        assert load_checkpoint(directory, self.config, state.model_chunks, state.optimizer).step == state.step
 
     def losses(self, num_steps: int) -> list[list[list[float]]]:
         """Tables of sums and counts of the next steps: training and balance loss, by modality and task."""
-        tables = []
-        for _ in range(num_steps):
-            tables.append(backward(self.config, self.wrapped, self.optimizer, mixed_batches(self.config, self.step)))
-            self.scheduler.step(1)
-            self.optimizer.step()
-            end_routing_step(self.chunks)
-            self.step += 1
-        return tables
+        return [
+            train_step(self.state, own_share(mixed_batches(self.config, self.state.step))).sums
+            for _ in range(num_steps)
+        ]
 
     def save(self, run_dir: Path) -> None:
-        save_checkpoint(run_dir, metadata_of(self.config, step=self.step), self.chunks, self.optimizer, keep_last=1)
+        state = self.state
+        metadata = metadata_of(self.config, step=state.step)
+        save_checkpoint(run_dir, metadata, state.model_chunks, state.optimizer, keep_last=1)
 
 
 def never_stop(run_dir: Path) -> list[list[list[float]]]:
-    run = Run({})
-    fill_weights(run.chunks)
-    run.start()
+    run = Run({}, load_weights=fill_weights)
     run.losses(SAVED_AFTER)
     run.save(run_dir)
     return run.losses(STEPS)
 
 
 def pass_on(overrides: dict[str, Any], source: Path, copy: Path) -> list[list[list[float]]]:
-    run = Run(overrides)
-    run.start(SAVED_AFTER, source)
+    run = Run(overrides, SAVED_AFTER)
+    run.load(source)
     run.save(copy)
     return run.losses(STEPS)
 
 
 def without_optimizer_state(source: Path) -> list[list[list[float]]]:
-    run = Run({})
-    load_model_weights(source, run.config, run.chunks)
-    run.start(SAVED_AFTER)
-    return run.losses(STEPS)
+    config = tiny_config(**MODEL)
+    return Run({}, SAVED_AFTER, lambda chunks: load_model_weights(source, config, chunks)).losses(STEPS)
 
 
 @pytest.fixture(scope="module")

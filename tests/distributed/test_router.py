@@ -95,11 +95,7 @@ def save_and_load(directory: Path) -> tuple[torch.Tensor, torch.Tensor]:
     saved, loaded = build_model(config), build_model(config)
     for seed, router in enumerate(routers(saved)):
         router.expert_bias.values.normal_(generator=torch.Generator().manual_seed(seed))
-    wrapped = wrap_model(config, saved)
-    optimizer = build_optimizer(config, wrapped)
-    for chunk in wrapped:
-        chunk.zero_grad_buffer()
-    optimizer.step()  # an optimizer has nothing to save before its first step
+    optimizer = build_optimizer(config, wrap_model(config, saved))
     directory.mkdir()
     share = plan_state(directory, saved, optimizer, copy=False)
     share.write_index([share.write().results])

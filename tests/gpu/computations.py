@@ -8,28 +8,23 @@ Shape letters: n tokens, k inputs, o outputs, e experts.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_most import platform
 from megatron_most.checkpointing import load_checkpoint
 from megatron_most.config import PrecisionConfig, RunConfig
 from megatron_most.data.loading.batch import Batch
-from megatron_most.model import build_model
-from megatron_most.model.fp8 import end_fp8_step
 from megatron_most.model.specs import experts_spec
 from megatron_most.model.transformer_config import transformer_config
-from megatron_most.moe import end_routing_step
 from megatron_most.moe.dispatcher import AlltoAllDispatcher
 from megatron_most.moe.token_planes import pack_planes
 from megatron_most.precision import Fp8Product
-from megatron_most.training.optimizer import build_optimizer, wrap_model
-from megatron_most.training.step import packed_seq_params
-from tests.distributed.observe import STEADY, backward, mixed_batches
+from megatron_most.training.microbatches import packed_seq_params, sum_over_ranks
+from megatron_most.training.train_step import build_train_state, compute_gradients, train_step
+from tests.distributed.observe import STEADY, mixed_batches
 from tests.distributed.shards import assemble, fill_weights, local_pieces
 from tests.distributed.tiny import tiny_config
 from tests.unit.moe.routing import make_router, make_tokens
@@ -79,12 +74,10 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().float().cpu()
 
 
-def filled_model(config: RunConfig) -> list[torch.nn.Module]:
-    """Chunks with weights that depend on their names alone, rounded to bf16."""
-    chunks = build_model(config)
+def fill_rounded(chunks: list[torch.nn.Module]) -> None:
+    """Weights that depend on their names alone, rounded to bf16."""
     fill_weights(chunks)
     round_to_bf16(chunks)
-    return chunks
 
 
 @torch.no_grad()
@@ -109,9 +102,7 @@ def logits(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
     return {"logits": to_host(main), "codebook logits": to_host(codes)}
 
 
-def gradients(
-    config: RunConfig, wrapped: list[DistributedDataParallel], chunks: list[torch.nn.Module]
-) -> dict[str, torch.Tensor]:
+def gradients(chunks: list[torch.nn.Module]) -> dict[str, torch.Tensor]:
     """By global name, from the buffers of a single rank; weights are overwritten."""
     with torch.no_grad():
         for parameter in chunks[0].parameters():
@@ -126,32 +117,20 @@ def by_name(chunks: list[torch.nn.Module]) -> dict[str, torch.Tensor]:
 def model_step(overrides: Overrides) -> dict[str, Any]:
     """Logits of one micro-batch, then the metric table and all gradients of a step."""
     config = tiny_config(**{"model__backend": "portable", **overrides})
-    chunks = filled_model(config)
+    state = build_train_state(config, fill_rounded)
     batches = batches_of_step(config, 0)
-    found: dict[str, Any] = logits(chunks[0], batches[0])
-    wrapped = wrap_model(config, chunks)
-    optimizer = build_optimizer(config, wrapped)
-    found["table"] = torch.tensor(backward(config, wrapped, optimizer, batches))
-    found["gradients"] = gradients(config, wrapped, chunks)
+    found: dict[str, Any] = logits(state.model_chunks[0], batches[0])
+    found["table"] = torch.tensor(sum_over_ranks(compute_gradients(state, batches)))
+    found["gradients"] = gradients(state.model_chunks)
     return found
 
 
 def losses_of_steps(overrides: Overrides, num_steps: int, same_batch: bool = False) -> list[float]:
     """Mean loss of each step of training, every step on a batch of its own unless it is to be the ``same_batch``."""
     config = tiny_config(**{"model__backend": "portable", "precision__dtype": "bf16", **STEADY, **overrides})
-    chunks = filled_model(config)
-    wrapped = wrap_model(config, chunks)
-    optimizer = build_optimizer(config, wrapped)
-    losses = []
-    for step in range(num_steps):
-        table = backward(config, wrapped, optimizer, batches_of_step(config, 0 if same_batch else step))
-        succeeded, norm, _ = optimizer.step()
-        assert succeeded and math.isfinite(norm)
-        end_routing_step(chunks)
-        end_fp8_step(chunks)
-        losses.append(table[0][0] / table[0][1])
-    assert all(map(math.isfinite, losses))
-    return losses
+    state = build_train_state(config, fill_rounded)
+    results = [train_step(state, batches_of_step(config, 0 if same_batch else step)) for step in range(num_steps)]
+    return [result.mean_losses["loss"] for result in results]
 
 
 def experts(backend: str, counts: list[int], dtype: str) -> dict[str, torch.Tensor]:
@@ -258,12 +237,10 @@ def routing(overrides: Overrides) -> dict[str, torch.Tensor]:
 def continued(directory: str) -> dict[str, Any]:
     """Weights read from a checkpoint, and the metric table of the step after it."""
     config = tiny_config(**TRAINED)
-    chunks = build_model(config)
-    wrapped = wrap_model(config, chunks)
-    optimizer = build_optimizer(config, wrapped)
-    load_checkpoint(directory, config, chunks, optimizer)
-    weights = by_name(chunks)
-    table = backward(config, wrapped, optimizer, batches_of_step(config, 1))
+    state = build_train_state(config)
+    load_checkpoint(directory, config, state.model_chunks, state.optimizer)
+    weights = by_name(state.model_chunks)
+    table = sum_over_ranks(compute_gradients(state, batches_of_step(config, 1)))
     return {"weights": weights, "table": torch.tensor(table)}
 
 

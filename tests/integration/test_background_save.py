@@ -7,7 +7,6 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,12 @@ from megatron_most.checkpointing.state import plan_state
 from megatron_most.checkpointing.streaming import StateReader
 from megatron_most.config import RunConfig
 from megatron_most.errors import MostError
-from megatron_most.model import build_model
 from megatron_most.parallel import on_rank_zero
-from megatron_most.training import Trainer
-from megatron_most.training.optimizer import build_optimizer, wrap_model
+from megatron_most.training import Trainer, build_train_state, train_step
 from tests.distributed.harness import run_ranks
-from tests.distributed.observe import backward, mixed_batches
+from tests.distributed.observe import mixed_batches, own_share
 from tests.distributed.tiny import tiny_config
-from tests.integration.tiny_run import assert_same_weights, metric_lines, run_config, train
+from tests.integration.tiny_run import BeforeStep, assert_same_weights, metric_lines, run_config, train
 
 PATIENCE = 60
 """Seconds after which a test that waits for another thread has failed."""
@@ -70,17 +67,6 @@ def hold_writing_of_step(step: int, until: threading.Event) -> None:
     Share.write = held
 
 
-def before_step(step: int, action: Callable[[], None]) -> None:
-    original = Trainer._train_step
-
-    def with_action(self: Trainer, *rest: Any) -> Any:
-        if self.step + 1 == step:
-            action()
-        return original(self, *rest)
-
-    Trainer._train_step = with_action
-
-
 def train_with_slow_storage(config: RunConfig) -> dict[str, torch.Tensor]:
     """The checkpoint of step 3 is written when step 6 begins."""
     reached = threading.Event()
@@ -90,8 +76,7 @@ def train_with_slow_storage(config: RunConfig) -> dict[str, torch.Tensor]:
         assert not (Path(config.run_dir) / "checkpoints" / "step_00000003").exists()
         reached.set()
 
-    before_step(6, look_and_go_on)
-    return train(config)
+    return train(config, BeforeStep(6, look_and_go_on))
 
 
 def tensor_files(config: RunConfig, step: int) -> dict[str, directories.FileEntry]:
@@ -123,8 +108,7 @@ def train_until_somebody_waits(config: RunConfig, stop_at: int) -> None:
         return wait(save)
 
     CheckpointSave.wait = wait_after_word
-    before_step(stop_at, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    train(config)
+    train(config, BeforeStep(stop_at, lambda: os.kill(os.getpid(), signal.SIGTERM)))
 
 
 @pytest.mark.parametrize(("interval", "stop_at", "saved"), [(3, 4, [3, 4]), (1, 3, [1, 2, 3])], ids=["stop", "next"])
@@ -164,15 +148,17 @@ def train_and_die(config: RunConfig, moment: str) -> None:
     def die(*arguments: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
+    hooks = []
     if moment == "writing":
         items: list[object] = []
+        is_half_written = threading.Event()
         resolve = _Planner.resolve_data
 
         def count(planner: _Planner, item: Any) -> Any:
             # Half of its tensors are in the file then, and training goes on until it dies.
             items.append(item)
             if len(items) == 60:
-                before_step(5, die)
+                is_half_written.set()
                 threading.Event().wait(PATIENCE)
             return resolve(planner, item)
 
@@ -183,11 +169,12 @@ def train_and_die(config: RunConfig, moment: str) -> None:
             _Planner.resolve_data = count
 
         _Planner.hold_copies = hold_then_count
+        hooks.append(BeforeStep(5, lambda: is_half_written.wait(PATIENCE) and die()))
     elif moment == "written":
         CheckpointSave.advance = die
     else:
         setattr(saving.directories, moment, die)
-    train(config)
+    train(config, *hooks)
 
 
 @pytest.mark.parametrize(
@@ -230,8 +217,7 @@ def train_and_fail(config: RunConfig) -> bool:
         raise MostError("something else")
 
     _Planner.resolve_data = slow
-    before_step(5, fail)
-    trainer = Trainer(config)
+    trainer = Trainer(config, [BeforeStep(5, fail)])
     with pytest.raises(MostError, match="something else"):
         trainer.run()
     [writer] = writers
@@ -249,13 +235,10 @@ def copies_of_a_share(state: Path) -> int:
     """Bytes of host memory that this rank holds from planning a checkpoint to writing it."""
     config = tiny_config(precision__dtype="bf16")
     parallel.initialize(config.parallel, seed=1)
-    chunks = build_model(config)
-    wrapped = wrap_model(config, chunks)
-    optimizer = build_optimizer(config, wrapped)
-    backward(config, wrapped, optimizer, mixed_batches(config, 0))
-    optimizer.step()
+    training = build_train_state(config)
+    train_step(training, own_share(mixed_batches(config, 0)))
     on_rank_zero(state.mkdir)
-    share = plan_state(state, chunks, optimizer, copy=True)
+    share = plan_state(state, training.model_chunks, training.optimizer, copy=True)
     copies = [copy for copy in share._planner._copies.values() if isinstance(copy, torch.Tensor)]
     assert all(copy.untyped_storage().nbytes() == copy.nbytes for copy in copies)
     written = [None] * torch.distributed.get_world_size()

@@ -14,10 +14,9 @@ from megatron_most.checkpointing import complete_checkpoints, read_metadata
 from megatron_most.checkpointing.share import Share
 from megatron_most.config import RunConfig
 from megatron_most.training import optimizer as optimizer_module
-from megatron_most.training import trainer as trainer_module
 from tests.distributed.harness import run_ranks
 from tests.distributed.tiny import FP8
-from tests.integration.tiny_run import assert_same_weights, metric_lines, run_config, train
+from tests.integration.tiny_run import BeforeStep, assert_same_weights, metric_lines, run_config, train
 
 LAYOUTS = {
     "one-rank": (1, {}),
@@ -52,11 +51,9 @@ def train_and_die(config: RunConfig, step: int, moment: str) -> None:
     def die(*arguments: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
+    hooks = []
     if moment == "update":
-        original = trainer_module.Trainer._train_step
-        trainer_module.Trainer._train_step = lambda self, *rest: (
-            die() if self.step + 1 == step else original(self, *rest)
-        )
+        hooks.append(BeforeStep(step, die))
     else:
         write = Share.write
 
@@ -65,7 +62,7 @@ def train_and_die(config: RunConfig, step: int, moment: str) -> None:
             return die() if share._directory.parent.name.endswith(f"{step:08d}") else written
 
         Share.write = write_and_die
-    train(config)
+    train(config, *hooks)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -137,15 +134,11 @@ def test_resumed_run_equals_undisturbed_run_with_many_gradient_buckets(precision
 
 
 def train_with_sigterm(config: RunConfig, step: int) -> None:
-    original = trainer_module.Trainer._train_step
-
-    def signalled(self: trainer_module.Trainer, *rest: object) -> object:
-        if self.step + 1 == step and os.environ["RANK"] == "1":
+    def signal_rank_1() -> None:
+        if os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, *rest)
 
-    trainer_module.Trainer._train_step = signalled
-    train(config)
+    train(config, BeforeStep(step, signal_rank_1))
 
 
 def test_finished_run_has_nothing_to_do_and_goes_on_with_more_steps(tmp_path: Path) -> None:

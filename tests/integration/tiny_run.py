@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from megatron_most.config import DatasetConfig, RunConfig
 from megatron_most.data.storage.documents import Document
 from megatron_most.data.storage.token_dataset import DatasetWriter
-from megatron_most.training import Trainer
+from megatron_most.training import StepHook, Trainer
 from tests.distributed.tiny import tiny_config
 
 NOT_REPEATABLE = {"time", "tokens_per_second", "step_seconds"}
@@ -61,11 +62,22 @@ def run_config(directory: Path, run_name: str = "run", **overrides: Any) -> RunC
     return config
 
 
-def train(config: RunConfig) -> dict[str, torch.Tensor]:
+class BeforeStep(StepHook):
+    """Calls ``action`` when ``step`` is about to begin."""
+
+    def __init__(self, step: int, action: Callable[[], object]) -> None:
+        self.step, self.action = step, action
+
+    def before_step(self, trainer: Trainer) -> None:
+        if trainer.state.step + 1 == self.step:
+            self.action()
+
+
+def train(config: RunConfig, *hooks: StepHook) -> dict[str, torch.Tensor]:
     """Run to the end on this rank and return its weights; empty when there was nothing left to train."""
-    trainer = Trainer(config)
+    trainer = Trainer(config, hooks)
     trainer.run()
-    chunks = getattr(trainer, "model_chunks", [])
+    chunks = trainer.state.model_chunks if hasattr(trainer, "state") else []
     return {
         f"{index}.{name}": value.clone()
         for index, chunk in enumerate(chunks)

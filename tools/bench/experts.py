@@ -18,7 +18,6 @@ from collections.abc import Callable
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import permute, unpermute
-from megatron.core.transformer.spec_utils import build_module
 
 from megatron_most import cli, parallel, platform
 from megatron_most.config import RunConfig
@@ -100,7 +99,7 @@ def build_experts(config: RunConfig) -> torch.nn.Module:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     megatron = transformer_config(config)
     spec = experts_spec(config.model.moe)
-    return build_module(spec, config.model.moe.num_experts, megatron, pg_collection=groups).to(platform.device())
+    return spec(config.model.moe.num_experts, megatron, pg_collection=groups).to(platform.device())
 
 
 @torch.no_grad()

@@ -24,15 +24,11 @@ from megatron.core import fp8_utils
 from megatron_most import cli, parallel, platform
 from megatron_most.config import RunConfig, load_config
 from megatron_most.errors import ConfigError
-from megatron_most.model import build_model
-from megatron_most.model.fp8 import end_fp8_step
 from megatron_most.model.transformer_config import transformer_config
 from megatron_most.planning import memory_of_rank, train_flops_per_token
 from megatron_most.precision import fp8_product
-from megatron_most.training.loss import LossTable
-from megatron_most.training.optimizer import build_optimizer, wrap_model
 from megatron_most.training.run_directory import device_name, versions
-from megatron_most.training.step import run_microbatches
+from megatron_most.training.train_step import build_train_state, train_step
 from tools.bench.experts import build_experts
 from tools.bench.router import half_audio
 from tools.bench.timing import Timing, matmul_rate, time_calls
@@ -113,19 +109,10 @@ def training_table(config: RunConfig, calls: int, ceiling: float) -> list[str]:
 
 def training_step(config: RunConfig, calls: int) -> tuple[Timing, int]:
     """Time of a step, and the bytes of the device that tensors held at most (0 on a CPU)."""
-    chunks = build_model(config)
-    wrapped = wrap_model(config, chunks)
-    optimizer = build_optimizer(config, wrapped)
-    batch = half_audio(config)
-    loss_table = LossTable(config.vocab, config.model.codebook_weights(config.vocab), config.model.text_loss_weight)
+    state, batch = build_train_state(config), half_audio(config)
 
     def step() -> None:
-        for chunk in wrapped:
-            chunk.zero_grad_buffer()
-        optimizer.zero_grad()
-        run_microbatches(wrapped, [batch], loss_table)
-        optimizer.step()
-        end_fp8_step(chunks)
+        train_step(state, [batch])
 
     is_cuda = platform.device().type == "cuda"
     if is_cuda:

@@ -16,10 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from megatron_most import cli, parallel, platform
 from megatron_most.config import load_config
 from megatron_most.data.loading.loader import train_batches
-from megatron_most.model import build_model
-from megatron_most.training.loss import LossTable
-from megatron_most.training.optimizer import build_optimizer, wrap_model
-from megatron_most.training.step import run_microbatches
+from megatron_most.training.train_step import build_train_state, train_step
 
 MATRIX_PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::_grouped_mm")
 ATTENTION = ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention")
@@ -31,20 +28,12 @@ def profile_step(arguments: argparse.Namespace) -> None:
     platform.install()
     threads = platform.set_threads(config.training.threads_per_rank)
     parallel.initialize(config.parallel, config.seed)
-    chunks = build_model(config)
-    wrapped = wrap_model(config, chunks)
-    optimizer = build_optimizer(config, wrapped)
-    loss_table = LossTable(config.vocab, config.model.codebook_weights(config.vocab), config.model.text_loss_weight)
+    state = build_train_state(config)
     dp_rank, dp_size = parallel.data_parallel_place()
     batches = train_batches(config, dp_rank=dp_rank, dp_size=dp_size, consumed_samples=0)
 
     def step() -> None:
-        micro = [next(batches).to(platform.device()) for _ in range(config.num_microbatches(dp_size))]
-        for chunk in wrapped:
-            chunk.zero_grad_buffer()
-        optimizer.zero_grad()
-        run_microbatches(wrapped, micro, loss_table)
-        optimizer.step()
+        train_step(state, [next(batches).to(platform.device()) for _ in range(config.num_microbatches(dp_size))])
 
     for _ in range(WARM_UP_STEPS):
         step()

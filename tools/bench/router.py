@@ -24,11 +24,8 @@ from megatron_most import cli, parallel, platform
 from megatron_most.config import RunConfig
 from megatron_most.config.load import build_config
 from megatron_most.data.loading.batch import Batch
-from megatron_most.model import build_model
 from megatron_most.moe.token_planes import pack_planes
-from megatron_most.training.loss import LossTable
-from megatron_most.training.optimizer import build_optimizer, wrap_model
-from megatron_most.training.step import run_microbatches
+from megatron_most.training.train_step import build_train_state, compute_gradients
 from tools.bench import paired
 
 LAYERS = 4  # the first has no experts
@@ -51,10 +48,9 @@ def bench_router(arguments: argparse.Namespace) -> None:
     platform.set_threads(arguments.threads)
     config = model_config(arguments)
     parallel.initialize(config.parallel, config.seed)
-    chunks = build_model(config)
-    wrapped = wrap_model(config, chunks)
-    optimizer = build_optimizer(config, wrapped)
-    layers = [layer.mlp for layer in chunks[0].decoder.layers[1:]]
+    state = build_train_state(config)
+    [model] = state.model_chunks
+    layers = [layer.mlp for layer in model.decoder.layers[1:]]
     routers = {AWARE: [layer.router for layer in layers], PLAIN: [plain_router(layer.router) for layer in layers]}
 
     def with_router(arm: str, call: Callable[[], None]) -> Callable[[], None]:
@@ -67,10 +63,9 @@ def bench_router(arguments: argparse.Namespace) -> None:
 
     batch = half_audio(config)
     planes = pack_planes(batch.modality, batch.is_padding, 2)
-    dtype = next(chunks[0].parameters()).dtype
+    dtype = next(model.parameters()).dtype
     tokens = torch.randn(arguments.tokens, 1, arguments.hidden, dtype=dtype, device=planes.device, requires_grad=True)
     gradient = torch.randn_like(tokens)
-    loss_table = LossTable(config.vocab, config.model.codebook_weights(config.vocab))
 
     def router_pass() -> None:
         probs, _ = layers[0].router(tokens, planes.transpose(0, 1))
@@ -80,11 +75,8 @@ def bench_router(arguments: argparse.Namespace) -> None:
         layers[0](tokens, padding_mask=planes)[0].backward(gradient)
 
     def training_step() -> None:
-        for chunk in wrapped:
-            chunk.zero_grad_buffer()
-        optimizer.zero_grad()
-        run_microbatches(wrapped, [batch], loss_table)
-        optimizer.step()
+        compute_gradients(state, [batch])
+        state.optimizer.step()
 
     print(
         f"{arguments.tokens} tokens, half of them audio, top-{arguments.top_k} of {arguments.experts} experts,"

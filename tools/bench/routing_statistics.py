@@ -19,11 +19,8 @@ import torch
 from megatron_most import cli, parallel, platform
 from megatron_most.config.load import build_config
 from megatron_most.data.loading.batch import Batch
-from megatron_most.model import build_model
 from megatron_most.moe import ModalityAwareRouter, collect_routing
-from megatron_most.training.loss import LossTable
-from megatron_most.training.optimizer import wrap_model
-from megatron_most.training.step import run_microbatches
+from megatron_most.training.train_step import build_train_state, compute_gradients
 from tools.bench import paired
 
 LENGTH, NUM_TEXT_IDS = 1024, 1000
@@ -62,16 +59,13 @@ def measure(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     config = build_config("bench", MODEL)
     parallel.initialize(config.parallel, config.seed)
-    chunks = build_model(config)
-    wrapped = wrap_model(config, chunks)
-    loss_table = LossTable(config.vocab, config.model.codebook_weights(config.vocab))
+    state = build_train_state(config)
+    chunks = state.model_chunks
     batch = random_batch().to(platform.device())
     routers = [module for module in chunks[0].modules() if isinstance(module, ModalityAwareRouter)]
 
     def step() -> None:
-        for chunk in wrapped:
-            chunk.zero_grad_buffer()
-        run_microbatches(wrapped, [batch], loss_table)
+        compute_gradients(state, [batch])
 
     def without() -> None:
         switched_off(routers, step)

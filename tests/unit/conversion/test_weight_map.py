@@ -85,7 +85,7 @@ def config_of(layers: int, dense: int, experts: int, groups: int, heads: int, ki
     )
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.data())
 def test_every_foreign_row_has_its_place_and_every_native_row_one_source(data):
     layers = data.draw(st.integers(1, 3))
@@ -117,7 +117,6 @@ def test_every_foreign_row_has_its_place_and_every_native_row_one_source(data):
         assert set(counts) == set(range(len(counts))) and set(counts.values()) == {expected}, name
 
 
-@settings(deadline=None)
 @given(st.integers(0, 50), st.integers(1, 90), st.integers(1, 40), st.integers(1, 200), st.booleans())
 def test_a_cut_keeps_every_row(start, rows, columns, most, has_lead):
     lead = (3,) if has_lead else ()

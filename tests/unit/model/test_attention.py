@@ -20,7 +20,7 @@ from megatron_most.data.storage.documents import Document
 from megatron_most.model import build_model, count_parameters
 from megatron_most.model.core_attention import PortableCoreAttention
 from megatron_most.model.packed_row import packed_row
-from megatron_most.training.step import packed_seq_params
+from megatron_most.training.microbatches import packed_seq_params
 from tests.distributed.shards import fill_weights
 from tests.distributed.tiny import tiny_batch, tiny_config
 from tests.unit.data.tiny import row_of
@@ -70,7 +70,7 @@ def assert_same_with_gradients(actual: torch.Tensor, expected: torch.Tensor, inp
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6),
     num_groups=st.sampled_from([1, 2, 3, 6]),

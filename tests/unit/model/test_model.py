@@ -9,7 +9,7 @@ from megatron_most import parallel
 from megatron_most.data.loading.batch import Batch
 from megatron_most.model import MoSTModel, build_model, count_parameters
 from megatron_most.model.packed_row import PackedRow
-from megatron_most.training.step import packed_seq_params
+from megatron_most.training.microbatches import packed_seq_params
 from megatron_most.vocab import NO_CODE
 from tests.distributed.shards import fill_weights
 from tests.distributed.tiny import tiny_batch, tiny_config

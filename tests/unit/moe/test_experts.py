@@ -68,7 +68,7 @@ def assert_equal_runs(mine, theirs, rtol: float = 1e-5, atol: float = 1e-6) -> N
         torch.testing.assert_close(gradient, their_weights[key], rtol=rtol, atol=atol)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.sampled_from([0, 0, 1, 2, 7, 30]), min_size=8, max_size=8), st.booleans(), st.booleans())
 def test_grouped_equals_sequential_for_any_load(counts: list[int], recompute: bool, contiguous: bool) -> None:
     overrides = {**POOLS, **COMMON, "model__moe__expert_order": "contiguous" if contiguous else "interleaved"}

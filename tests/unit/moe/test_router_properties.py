@@ -126,7 +126,7 @@ def build(case: Case) -> ModalityAwareRouter:
     return router
 
 
-@settings(deadline=None, derandomize=True, max_examples=200)
+@settings(derandomize=True, max_examples=200)
 @given(cases())
 def test_every_valid_token_goes_to_its_top_k_of_its_own_choice(case):
     router = build(case)
@@ -150,7 +150,7 @@ def test_every_valid_token_goes_to_its_top_k_of_its_own_choice(case):
     torch.testing.assert_close(probs, expected)
 
 
-@settings(deadline=None, derandomize=True, max_examples=200)
+@settings(derandomize=True, max_examples=200)
 @given(cases())
 def test_probabilities_and_losses_have_the_gradients_of_their_definitions(case):
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
@@ -182,7 +182,7 @@ def test_probabilities_and_losses_have_the_gradients_of_their_definitions(case):
         assert router.statistics.losses[name].item() == pytest.approx(value, rel=1e-4, abs=1e-4), name
 
 
-@settings(deadline=None, derandomize=True, max_examples=100)
+@settings(derandomize=True, max_examples=100)
 @given(cases())
 def test_the_physical_order_changes_nothing(case):
     """Outputs and gradients: both orders at a random expert-parallel size, against a single rank."""

@@ -152,3 +152,12 @@ def test_the_first_position_of_a_document_is_predicted_by_none():
         [row_of([document, document])], vocab, DataConfig(seq_length=8, packing=True, document_multiple=4)
     )
     assert (batch.code_labels[0, [3, 7]] == NO_CODE).all()
+
+
+def test_hiding_the_last_position_of_a_document_hides_nothing_of_the_next():
+    vocab = layout()
+    ids, side_codes = vocab.codec_layout.encode(np.ones((4, CODEBOOKS), dtype=np.int64))
+    row = row_of([Document(ids, np.ones(4, dtype=bool), np.arange(4), side_codes)] * 2)
+    row.hidden = np.arange(8) == 3
+    batch = make_batch([row], vocab, DataConfig(seq_length=6, packing=True))
+    assert (batch.codes == 1).all()

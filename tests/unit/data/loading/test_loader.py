@@ -59,7 +59,7 @@ def _row(batch, row: int) -> tuple:
     return tuple(value[row].numpy().tobytes() for value in values)
 
 
-@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(dp_size=st.sampled_from([1, 2, 4]), resumed_at=st.integers(0, 6), packing=st.booleans(), seed=st.integers(0, 99))
 def test_the_stream_is_the_same_at_any_data_parallel_size_and_after_any_resume(
     folder, dp_size, resumed_at, packing, seed

@@ -1,0 +1,219 @@
+"""What is due around a step: small objects in a list, which the trainer calls one after another.
+
+A hook of one's own needs no change of the trainer::
+
+    class PrintLoss(StepHook):
+        def after_step(self, trainer, result):
+            trainer.say(f"{trainer.state.step}: {result.mean_losses['loss']:.3f}")
+
+    Trainer(config, hooks=[PrintLoss()]).run()
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from megatron_most.checkpointing import CheckpointMetadata, CheckpointSave, Fingerprint, save_checkpoint
+from megatron_most.data.loading.batch import Batch
+from megatron_most.parallel import on_rank_zero
+from megatron_most.training.metrics import MetricsWriter
+from megatron_most.training.optimizer import learning_rate
+from megatron_most.training.run_directory import versions
+from megatron_most.training.train_step import StepResult
+from megatron_most.training.validation import validate
+
+if TYPE_CHECKING:
+    from megatron_most.training.trainer import Trainer
+
+
+class StepHook:
+    """Called on every rank around every step, in the order of the trainer's list; what is not needed is left out."""
+
+    def before_step(self, trainer: Trainer) -> None:
+        """``trainer.state.step`` steps were taken; the next one is about to read its batches."""
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        """``trainer.state.step`` counts the step by now. ``trainer.ends`` says whether it was the last one."""
+
+    def close(self) -> None:
+        """The run has ended well."""
+
+    def abandon(self) -> None:
+        """The run ends with an error."""
+
+
+class MetricsLog(StepHook):
+    """``metrics.jsonl``, ``routing.jsonl``, the console, TensorBoard and wandb. Making one is a collective call."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        config = trainer.config
+        self.interval, self.num_steps = config.logging.interval, config.training.steps
+        self.writer: MetricsWriter | None = None
+        self._began = self._seconds = 0.0
+        self._steps = self._tokens = 0
+
+        def open_writer() -> None:
+            self.writer = MetricsWriter(
+                trainer.run_dir,
+                config.logging,
+                config.training.steps,
+                trainer.state.step,
+                config.vocab.modality_names,
+                dataclasses.asdict(config),
+            )
+
+        on_rank_zero(open_writer)
+
+    def is_due(self, step: int) -> bool:
+        return step == 1 or step % self.interval == 0 or step == self.num_steps
+
+    def before_step(self, trainer: Trainer) -> None:
+        self._began = time.perf_counter()
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        self._seconds += time.perf_counter() - self._began
+        self._steps += 1
+        self._tokens += result.num_tokens
+        trainer.accumulator.add(result.sums)
+        if self.is_due(trainer.state.step):
+            self._log(trainer, result)
+
+    def _log(self, trainer: Trainer, result: StepResult) -> None:
+        """Write what was gathered since the last line; loss metrics are sums over targets divided by their number."""
+        state = trainer.state
+        trainer.collect()
+        threshold = state.config.optimizer.grad_norm_skip_threshold
+        values: dict[str, Any] = {
+            "step": state.step,
+            "time": time.time(),
+            "consumed_samples": state.consumed_samples,
+            "consumed_tokens": state.consumed_tokens,
+            "lr": learning_rate(state.scheduler),
+            "grad_norm": result.grad_norm,
+            **({} if threshold is None else {"skipped_steps": state.skipped_steps}),
+            **{f"grad_norm/{part}": norm for part, norm in result.part_grad_norms.items()},
+            **trainer.accumulator.means(),
+            "tokens_per_second": self._tokens / self._seconds,
+            "step_seconds": self._seconds / self._steps,
+        }
+        if self.writer is not None:
+            self.writer.training(values, trainer.accumulator.routing.layers())
+        trainer.accumulator.reset()
+        self._seconds, self._steps, self._tokens = 0.0, 0, 0
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+class Validation(StepHook):
+    """Losses on the validation sets, every ``training.eval_interval`` steps and at the end of training.
+
+    Args:
+        datasets: this rank's batches of each, on its device.
+    """
+
+    def __init__(self, log: MetricsLog, datasets: dict[str, list[Batch]]) -> None:
+        self._log, self._datasets = log, datasets
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        state, training = trainer.state, trainer.config.training
+        if not training.eval_interval or (state.step % training.eval_interval and state.step != training.steps):
+            return
+        losses = validate(state.wrapped, self._datasets, state.loss_table)
+        if self._log.writer is not None and losses:
+            self._log.writer.validation(state.step, losses)
+
+
+class Checkpoints(StepHook):
+    """Saves every ``checkpoint.interval`` steps and after the last one; in the background while training goes on.
+
+    Args:
+        tokenizer, codec, datasets: fingerprints of what the run is fed with.
+    """
+
+    def __init__(self, tokenizer: Fingerprint | None, codec: Fingerprint | None, datasets: list[Fingerprint]) -> None:
+        self._fingerprints = {"tokenizer": tokenizer, "codec": codec, "datasets": datasets}
+        self._saving: CheckpointSave | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether this rank is still writing; where the ranks meet before it is done, the others wait for it."""
+        return self._saving is not None and self._saving.is_busy
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        if self._saving is not None and not trainer.is_any_writing and self._saving.advance():
+            self._saving = None
+        if trainer.ends or trainer.state.step % trainer.config.checkpoint.interval == 0:
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        """Save this step, after a save that is under way."""
+        if self._saving is not None:
+            self._saving.wait()
+            self._saving = None
+        trainer.collect()
+        state, options = trainer.state, trainer.config.checkpoint
+        metadata = CheckpointMetadata(
+            step=state.step,
+            consumed_samples=state.consumed_samples,
+            consumed_tokens=state.consumed_tokens,
+            config=dataclasses.asdict(trainer.config),
+            world_size=dist.get_world_size(),
+            pending=trainer.accumulator.state(),
+            versions=versions(),
+            skipped_steps=state.skipped_steps,
+            **self._fingerprints,
+        )
+        arguments = (
+            trainer.run_dir,
+            metadata,
+            state.model_chunks,
+            state.optimizer,
+            options.keep_last,
+            options.keep_every,
+        )
+        if options.asynchronous and not trainer.ends:
+            self._saving = CheckpointSave(*arguments)
+        else:
+            save_checkpoint(*arguments)
+
+    def abandon(self) -> None:
+        if self._saving is not None:
+            self._saving.abandon()
+
+
+class Profile(StepHook):
+    """torch's profile of the steps ``first`` to ``last`` of rank 0, as a trace for Perfetto or ``chrome://tracing``.
+
+    It is written to ``<run_dir>/profile/steps_<first>_<last>.json.gz``.
+    """
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last = first, last
+        self._profile: profile | None = None
+
+    def before_step(self, trainer: Trainer) -> None:
+        if trainer.state.step + 1 == self.first and dist.get_rank() == 0:
+            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+            self._profile = profile(activities=activities)
+            self._profile.start()
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        if self._profile is None or not (trainer.state.step == self.last or trainer.ends):
+            return
+        self._profile.stop()
+        folder = trainer.run_dir / "profile"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"steps_{self.first}_{trainer.state.step}.json.gz"
+        temporary = path.with_name(f".tmp-{path.name}")
+        self._profile.export_chrome_trace(str(temporary))
+        temporary.rename(path)
+        self._profile = None
+        trainer.say(f"profile of steps {self.first} to {trainer.state.step}: {path}")
