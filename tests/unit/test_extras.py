@@ -109,9 +109,14 @@ HIDE = """
 import runpy, sys
 from importlib.machinery import PathFinder
 hidden = set(sys.argv.pop(1).split(","))
-class Filter:  # in the place of the finder that goes through sys.path
-    def find_spec(name, path=None, target=None):
+class Filter(PathFinder):  # in the place of the finder that goes through sys.path
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
         return None if name.partition(".")[0] in hidden else PathFinder.find_spec(name, path, target)
+    @classmethod
+    def find_distributions(cls, *context):
+        found = PathFinder.find_distributions(*context)
+        return (one for one in found if one.name.lower().replace("-", "_") not in hidden)
 sys.meta_path[sys.meta_path.index(PathFinder)] = Filter
 sys.argv[0:2] = [sys.argv[1]]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
