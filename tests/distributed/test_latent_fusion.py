@@ -42,15 +42,13 @@ def test_one_projection_computes_what_two_do(layout: str) -> None:
 
 
 def pass_on(overrides: dict[str, Any], source: Path | None, copy: Path) -> list[list[list[float]]]:
-    run = Run(overrides)
-    is_fused = isinstance(run.chunks[0].decoder.layers[0].self_attention, FusedMultiLatentAttention)
-    assert is_fused == overrides.get(FUSION, False)
+    run = Run(overrides, load_weights=fill_weights) if source is None else Run(overrides, 2)
+    [attention, *_] = [layer.self_attention for layer in run.state.model_chunks[0].decoder.layers]
+    assert isinstance(attention, FusedMultiLatentAttention) == overrides.get(FUSION, False)
     if source is None:
-        fill_weights(run.chunks)
-        run.start()
         run.losses(2)
     else:
-        run.start(2, source)
+        run.load(source)
     run.save(copy)
     return run.losses(3)
 
