@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -127,7 +128,10 @@ def line_chart(title: str, series: Sequence[Series], unit: str = "", from_zero: 
         return round(LEFT + (step - low_x) / (high_x - low_x) * (WIDTH - LEFT - RIGHT), 1)
 
     def y_of(value: float) -> float:
-        share = math.log(value / low_y) / math.log(high_y / low_y) if is_log else (value - low_y) / (high_y - low_y)
+        if is_log:  # differences of logarithms: quotients of floats may be infinite
+            share = (math.log(value) - math.log(low_y)) / (math.log(high_y) - math.log(low_y))
+        else:
+            share = (value - low_y) / (high_y - low_y)
         return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
 
     curves = []
@@ -181,9 +185,9 @@ def _linear_axis(values: Sequence[float], from_zero: bool) -> tuple[float, float
 
 
 def _log_axis(values: Sequence[float]) -> tuple[float, float, list[float]]:
-    low, high = min(values) / 1.1, max(values) * 1.1
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    decades = math.log10(high / low)
+    low, high = min(values) / 1.1, min(max(values), sys.float_info.max / 1.1) * 1.1
+    first, last = math.floor(math.log10(low)), min(math.ceil(math.log10(high)), sys.float_info.max_10_exp)
+    decades = math.log10(high) - math.log10(low)
     factors = (1, 2, 5) if decades < 2.5 else (1,)
     every = max(1, round(decades / 5))
     candidates = [factor * 10.0**power for power in range(first, last + 1, every) for factor in factors]

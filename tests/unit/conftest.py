@@ -1,9 +1,13 @@
-"""Shared by unit tests: the time of one example tells how loaded the machine is, so none has a deadline.
+"""Shared by unit tests: property tests try the same examples everywhere, and none has a deadline.
 
-pytest's timeout ends what hangs.
+The time of an example tells how loaded the machine is; pytest's timeout ends what hangs. To explore further:
+``HYPOTHESIS_PROFILE=explore pytest ...``.
 """
+
+import os
 
 import hypothesis
 
-hypothesis.settings.register_profile("any machine", deadline=None)
-hypothesis.settings.load_profile("any machine")
+hypothesis.settings.register_profile("any machine", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "any machine"))

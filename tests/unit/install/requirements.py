@@ -11,6 +11,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[3]
+OLDEST_PYTHON = {"python_version": "3.12", "python_full_version": "3.12.0"}
+"""What the lists are for; a later Python needs a package or two more, which left its standard library."""
 
 
 def setup_arguments() -> dict:
@@ -70,6 +72,6 @@ def closure(roots: Iterable[Requirement], without: Iterable[str] = ()) -> set[st
         seen[name] |= new
         for text in metadata.requires(name) or ():
             needed = Requirement(text)
-            if any(needed.marker is None or needed.marker.evaluate({"extra": extra}) for extra in new):
+            if any(needed.marker is None or needed.marker.evaluate({**OLDEST_PYTHON, "extra": extra}) for extra in new):
                 ahead.append(needed)
     return set(seen)

@@ -1,7 +1,7 @@
 """Geometry of the curves: where values land, which scale is used, how long runs are thinned."""
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from megatron_most.report.charts import (
@@ -49,7 +49,25 @@ def test_an_axis_from_zero_starts_there():
     st.lists(st.tuples(st.integers(0, 10**7), st.floats(-1e30, 1e30, allow_nan=False)), min_size=1, max_size=40),
     st.booleans(),
 )
+@example([(0, 1.0), (1, 2.225073858507e-311)], False)
+@example([(0, 8e20), (1, 5e-288)], False)
 def test_any_values_stay_inside_the_chart(points, from_zero):
+    assert_inside(points, from_zero)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 10**7), st.floats(0, exclude_min=True, allow_infinity=False)), min_size=1, max_size=40
+    )
+)
+@example([(0, 5e-324), (1, 1.7e308)])
+def test_a_logarithmic_axis_takes_any_positive_values(points):
+    values = dict(points).values()
+    assume(min(values) < max(values) / 1e3)
+    assert_inside(points, from_zero=False)
+
+
+def assert_inside(points, from_zero):
     chart = line_chart("t", [Series("a", sorted(dict(points).items()), 0)], from_zero=from_zero)
     for _, _, x, y in chart.curves[0].points:
         assert LEFT - 0.1 <= x <= WIDTH
