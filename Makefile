@@ -34,7 +34,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: help setup check-environment wheelhouse quickstart test test-slow test-gpu lint format clean
+.PHONY: help setup check-environment wheelhouse quickstart test test-slow test-gpu lint format docs clean
 
 help: ## say what the targets do
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 19
@@ -96,9 +96,10 @@ wheelhouse: $(STAMP) ## collect wheels in wheelhouse/ for machines without netwo
 quickstart: $(STAMP) ## train a tiny MoST on synthetic speech on this machine's CPU, and report on it
 	@$(VENV)/bin/python examples/quickstart/run.py
 
-lint: $(STAMP) ## ruff and shellcheck
+lint: $(STAMP) ## ruff, codespell and shellcheck
 	@$(VENV)/bin/ruff check --quiet .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/codespell
 	find examples megatron_most tools tests -name '*.sh' -print0 -o -name '*.sbatch' -print0 | xargs -0 $(VENV)/bin/shellcheck .ci/run
 
 format: $(STAMP) ## let ruff put the code in order
@@ -114,6 +115,9 @@ test-slow: $(STAMP) ## the slow tests
 test-gpu: $(STAMP) ## the tests that compare a GPU with the CPU; each says why where it is skipped
 	@$(PYTEST) -m gpu -rs tests/gpu
 
+docs: $(STAMP) ## build the documentation in site/; a broken link is an error
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+
 clean: ## remove .venv and caches; runs/ stays
-	@rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	@rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist site *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
