@@ -94,6 +94,7 @@ WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten
 def test_the_host_does_not_wait_for_the_device_on_a_packed_row(num_groups):
     query, key, value = tensors(0, 30, 30, num_groups)
     packed = packed_row(torch.tensor([0, 3, 4, 16, 30], dtype=torch.int32))
+    assert packed.batches.documents  # made on the host, by the first layer
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         core()(query, key, value, None, packed_seq_params=packed)
     called = {event.key: event.count for event in profile.key_averages()}
