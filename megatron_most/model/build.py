@@ -41,7 +41,7 @@ def build_model(config: RunConfig) -> list[MoSTModel]:
     check_libraries(config)
     megatron = transformer_config(config)
     backend = platform.model_backend(config.model.backend)
-    rotary = Rotations(config.model.attention, parallel_state.get_context_parallel_group())
+    rotary = Rotations(config.model.attention, config.data.seq_length, parallel_state.get_context_parallel_group())
     stages = range(config.parallel.virtual_pipeline_model_parallel_size or 1)
     virtual = config.parallel.virtual_pipeline_model_parallel_size is not None
     chunks = []

@@ -31,12 +31,15 @@ class Rotations:
     would round.
     """
 
-    def __init__(self, attention: AttentionConfig, cp_group: torch.distributed.ProcessGroup) -> None:
+    def __init__(
+        self, attention: AttentionConfig, num_positions: int, cp_group: torch.distributed.ProcessGroup
+    ) -> None:
+        """``num_positions`` of a row are expected; for a longer one the table is made anew."""
         self.cp_group = cp_group
         self.embedding = _embedding(attention, cp_group)
         # The first numbers of a latent head stand in no position.
         self.num_unrotated = attention.qk_nope_head_dim if attention.type == "mla" else 0
-        self.table = self._up_to(0)
+        self.table = self._up_to(num_positions)
 
     def __call__(
         self, num_positions: int, packed: PackedRow | None = None, inference_context: BaseInferenceContext | None = None
