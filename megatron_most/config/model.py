@@ -82,7 +82,8 @@ class AttentionConfig:
             )
             return
         require_positive(section, self, ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
-        require(self.qk_rope_head_dim % 2 == 0, f"{section}.qk_rope_head_dim", self.qk_rope_head_dim, "must be even")
+        for size in ("qk_nope_head_dim", "qk_rope_head_dim"):  # heads are rotated in pairs
+            require(getattr(self, size) % 2 == 0, f"{section}.{size}", getattr(self, size), "must be even")
         require(self.rope.type != "llama3", f"{section}.rope.type", self.rope.type, f"needs {section}.type=gqa")
         if self.q_lora_rank is not None:
             require_positive(section, self, ("q_lora_rank",))

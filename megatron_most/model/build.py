@@ -9,7 +9,7 @@ from megatron_most.config import RunConfig
 from megatron_most.config.model import AttentionConfig
 from megatron_most.model.fp8 import convert_to_fp8
 from megatron_most.model.most_model import MoSTModel, padded
-from megatron_most.model.rotary import rotary_embedding
+from megatron_most.model.rotary import Rotations
 from megatron_most.model.specs import block_spec
 from megatron_most.model.transformer_config import transformer_config
 from megatron_most.moe import ExpertGroups
@@ -41,10 +41,7 @@ def build_model(config: RunConfig) -> list[MoSTModel]:
     check_libraries(config)
     megatron = transformer_config(config)
     backend = platform.model_backend(config.model.backend)
-    attention = config.model.attention
-    rotary = None
-    if attention.type == "gqa":
-        rotary = rotary_embedding(attention, parallel_state.get_context_parallel_group())
+    rotary = Rotations(config.model.attention, config.data.seq_length, parallel_state.get_context_parallel_group())
     stages = range(config.parallel.virtual_pipeline_model_parallel_size or 1)
     virtual = config.parallel.virtual_pipeline_model_parallel_size is not None
     chunks = []
@@ -57,8 +54,8 @@ def build_model(config: RunConfig) -> list[MoSTModel]:
             max_sequence_length=config.data.seq_length,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-            vp_stage=vp_stage,
             rotary=rotary,
+            vp_stage=vp_stage,
         )
         chunks.append(chunk.to(platform.device()))
     if config.precision.uses_fp8 and fp8_backend(config) != "transformer_engine":

@@ -10,6 +10,7 @@ i * g // n), d head size of queries and keys, v head size of values.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -20,6 +21,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_most import platform
 from megatron_most.model.packed_row import PackedRow
 from megatron_most.parallel import zigzag_positions
 
@@ -36,15 +38,18 @@ class PortableCoreAttention(MegatronModule):
         *,
         softmax_scale: float | None,
         pg_collection: ProcessGroupCollection,
+        k_channels: int | None = None,
         **spec_arguments: Any,
     ) -> None:
         """``spec_arguments`` are what Megatron hands to every core attention and this one reads off its inputs.
 
         ``softmax_scale`` multiplies the logits; None stands for one over the square root of the head size.
+        ``k_channels`` is the head size d where it is not that of the configuration.
         """
         super().__init__(config=config)
         self.softmax_scale = 1 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
         self.cp_group = pg_collection.cp
+        self.document_kernel = platform.document_attention(k_channels or config.kv_channels, config.params_dtype)
 
     def forward(
         self,
@@ -69,36 +74,65 @@ class PortableCoreAttention(MegatronModule):
         """
         if packed_seq_params is not None:
             return self._packed(query, key, value, packed_seq_params)
-        num_queries, size, device = query.shape[0], self.cp_group.size(), key.device
+        size = self.cp_group.size()
         if size > 1:
-            shares = [zigzag_positions(key.shape[0] * size, rank, size, device) for rank in range(size)]
-            gather_order = torch.cat(shares).argsort()
-            key, value = self._whole_row(key, gather_order), self._whole_row(value, gather_order)
-        may_attend = None
-        if attention_mask is not None or num_queries < key.shape[0]:
-            key_at = torch.arange(key.shape[0], device=device)
-            query_at = shares[self.cp_group.rank()] if size > 1 else key_at[-num_queries:]
-            may_attend = key_at <= query_at[:, None]
-            if attention_mask is not None:
-                may_attend = may_attend & ~attention_mask
-        out = self._attend(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), may_attend)
+            order = _zigzag_order(key.shape[0] * size, size, key.device)
+            key, value = self._whole_row(key, order), self._whole_row(value, order)
+        may_attend, is_causal = self._mask(query.shape[0], key.shape[0], key.device, attention_mask)
+        out = self._attend(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), may_attend, is_causal)
         return out.transpose(0, 1).flatten(2)
+
+    def _mask(
+        self, num_queries: int, num_keys: int, device: torch.device, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, bool]:
+        """Where queries may attend, or whether the kernel is to see to causality. A last position may see all keys."""
+        if num_queries == 1:
+            return None if attention_mask is None else ~attention_mask, False
+        if attention_mask is None and num_queries == num_keys:
+            return None, True
+        key_at = torch.arange(num_keys, device=device)
+        size = self.cp_group.size()
+        query_at = key_at[-num_queries:]
+        if size > 1:
+            query_at = zigzag_positions(num_keys, self.cp_group.rank(), size, device)
+        may_attend = key_at <= query_at[:, None]
+        return may_attend if attention_mask is None else may_attend & ~attention_mask, False
 
     def _packed(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: PackedRow) -> torch.Tensor:
         """``[s, n, d]``, ``[s, g, d]``, ``[s, g, v]`` -> ``[s, n * v]``, without waiting for the device."""
-        if row.gather_order is not None:
-            key, value = self._whole_row(key, row.gather_order), self._whole_row(value, row.gather_order)
+        if self.document_kernel is not None and row.context_size == 1:
+            boundaries, longest = row.cu_seqlens_q, row.max_seqlen_q
+            out = self.document_kernel(
+                query,
+                key,
+                _filled_up(value, key),
+                boundaries,
+                boundaries,
+                longest,
+                longest,
+                0.0,  # dropout
+                True,  # causal
+                False,  # no mask to debug
+                scale=self.softmax_scale,
+            )[0]
+            return out[..., : value.shape[-1]].flatten(1)
+        batches = row.batches
+        if batches.gather_order is not None:
+            key, value = self._whole_row(key, batches.gather_order), self._whole_row(value, batches.gather_order)
         outputs = []
-        for batch in row.batches:
+        for batch in batches.documents:
             may_attend = None if batch.query_at is None else batch.key_at <= batch.query_at
-            out = self._attend(query[batch.query_index], key[batch.key_index], value[batch.key_index], may_attend)
-            outputs.append(out.flatten(0, 1))
-        return torch.cat(outputs)[row.output_order].flatten(1)
+            q, k, v = query[batch.query_index], key[batch.key_index], value[batch.key_index]
+            outputs.append(self._attend(q, k, v, may_attend, may_attend is None).flatten(0, 1))
+        return torch.cat(outputs)[batches.output_order].flatten(1)
 
     def _attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, may_attend: torch.Tensor | None
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, may_attend: torch.Tensor | None, is_causal: bool
     ) -> torch.Tensor:
-        """``[b, s, n, d]``, ``[b, k, g, d]``, ``[b, k, g, v]`` -> ``[b, s, n, v]``; causal without ``may_attend``."""
+        """``[b, s, n, d]``, ``[b, k, g, d]``, ``[b, k, g, v]`` -> ``[b, s, n, v]``."""
+        value_size = v.shape[-1]
+        if is_causal and platform.wants_equal_head_sizes(k.shape[-1], value_size, k.dtype):
+            v = _filled_up(v, k)
         if may_attend is not None and q.shape[2] != k.shape[2]:
             # On a GPU the kernel that takes a mask and needs no memory for the logits knows no grouped queries.
             k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
@@ -107,12 +141,28 @@ class PortableCoreAttention(MegatronModule):
             k.transpose(1, 2),
             v.transpose(1, 2),
             attn_mask=may_attend,
-            is_causal=may_attend is None,
+            is_causal=is_causal,
             scale=self.softmax_scale,
             enable_gqa=q.shape[2] != k.shape[2],
         )
-        return out.transpose(1, 2)
+        return out.transpose(1, 2)[..., :value_size]
 
     def _whole_row(self, mine: torch.Tensor, gather_order: torch.Tensor) -> torch.Tensor:
         """This rank's positions ``[t / size, ...]`` -> those of all context ranks ``[t, ...]``, in the row's order."""
         return gather_from_sequence_parallel_region(mine, group=self.cp_group)[gather_order]
+
+
+def _filled_up(value: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """``[..., v]`` -> ``[..., d]``, as fused kernels want it; what stands behind v is cut off the output again.
+
+    So anything finite may stand there, and numbers of the keys take one kernel, where zeros would take two and one more
+    for the gradient.
+    """
+    missing = key.shape[-1] - value.shape[-1]
+    return value if missing <= 0 else torch.cat([value, key[..., :missing].detach()], dim=-1)
+
+
+@functools.lru_cache(maxsize=8)
+def _zigzag_order(length: int, size: int, device: torch.device) -> torch.Tensor:
+    """``[t]``: where each position of a row stands in what the context ranks hold, one after the other."""
+    return torch.cat([zigzag_positions(length, rank, size, device) for rank in range(size)]).argsort()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from megatron.core.inference.contexts import BaseInferenceContext
-from megatron.core.models.common.embeddings import RotaryEmbedding
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
@@ -20,7 +19,7 @@ from megatron_most.config.model import VOCAB_MULTIPLE
 from megatron_most.data.loading.batch import Targets
 from megatron_most.model.codebooks import CodebookEmbeddings, CodebookHeads
 from megatron_most.model.packed_row import PackedRow
-from megatron_most.model.rotary import row_angles
+from megatron_most.model.rotary import Rotations
 from megatron_most.model.target_rows import cross_entropy, put_rows, take_rows
 from megatron_most.moe.token_planes import pack_planes
 from megatron_most.vocab import NO_CODE, VocabLayout
@@ -40,7 +39,7 @@ class MoSTModel(LanguageModule):
     Args:
         vocab: the id space; layout ``frame`` adds codebook embeddings to the first stage and heads to the last.
         max_sequence_length: positions of the longest row.
-        rotary: angles of the positions, where attention does not make its own.
+        rotary: rotations of the positions, for all layers.
     """
 
     def __init__(
@@ -51,8 +50,8 @@ class MoSTModel(LanguageModule):
         max_sequence_length: int,
         pre_process: bool,
         post_process: bool,
+        rotary: Rotations,
         vp_stage: int | None = None,
-        rotary: RotaryEmbedding | None = None,
     ) -> None:
         super().__init__(config)
         # What Megatron's schedules and gradient reductions read of a model.
@@ -134,7 +133,7 @@ class MoSTModel(LanguageModule):
             hidden_states=self._embed(ids, codes) if self.pre_process else None,
             attention_mask=attention_mask,
             inference_context=inference_context,
-            rotary_pos_emb=self._angles(ids.shape[1], packed_seq_params, inference_context),
+            rotary_pos_emb=self.rotary(ids.shape[1], packed_seq_params, inference_context),
             packed_seq_params=packed_seq_params,
             padding_mask=self._local_planes(modality, is_padding),
         )
@@ -170,18 +169,6 @@ class MoSTModel(LanguageModule):
         if self.codebook_embeddings is None:
             return embeddings
         return embeddings + self.codebook_embeddings(codes)
-
-    def _angles(
-        self, num_positions: int, packed: PackedRow | None, inference_context: BaseInferenceContext | None
-    ) -> torch.Tensor | None:
-        """Of this rank's positions; of those of a whole packed row or a whole cache where attention chooses."""
-        if self.rotary is None:
-            return None
-        if packed is not None:
-            return row_angles(self.rotary, packed)
-        if inference_context is not None:
-            return self.rotary(inference_context.max_sequence_length)
-        return self.rotary(num_positions * self.pg_collection.cp.size())
 
     def _local_planes(self, modality: torch.Tensor, is_padding: torch.Tensor) -> torch.Tensor:
         """Each stage shards the planes itself; Megatron would do so on the first stage only."""

@@ -10,8 +10,10 @@ similar length: D their number, L positions and l positions on this rank of the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
+import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_most.parallel import zigzag_positions_packed
@@ -36,26 +38,42 @@ class DocumentBatch:
     key_at: torch.Tensor | None
 
 
-@dataclasses.dataclass(kw_only=True)
-class PackedRow(PackedSeqParams):
-    """Megatron's description of a packed row, and the indices that attention needs beside it.
+@dataclasses.dataclass(frozen=True)
+class DocumentBatches:
+    """All documents of a row, in batches, for attention that knows no documents.
 
-    ``cu_seqlens_q`` and ``cu_seqlens_kv`` are on the host: Megatron's rotary embedding reads them as numbers in every
-    layer of grouped-query attention.
-
-    batches: all documents.
-    output_order: ``[s]``, where each position of this rank stands in the outputs of ``batches``, one after the other.
-    positions: ``[s]``, where in the row the positions of this rank stand. None without context parallelism.
-    gather_order: ``[t]``, where each position of the row stands in what the ranks hold, one after the other. None as
-        before.
-    document_positions: ``[t]``, where in its document each position of the row stands.
+    output_order: ``[s]``, where each position of this rank stands in the outputs of ``documents``, one after the other.
+    gather_order: ``[t]``, where each position of the row stands in what the ranks hold, one after the other. None
+        without context parallelism.
     """
 
-    batches: list[DocumentBatch]
+    documents: list[DocumentBatch]
     output_order: torch.Tensor
-    positions: torch.Tensor | None
     gather_order: torch.Tensor | None
+
+
+@dataclasses.dataclass(kw_only=True)
+class PackedRow(PackedSeqParams):
+    """Megatron's description of a packed row, and what the portable attention needs beside it.
+
+    ``cu_seqlens_q`` and ``cu_seqlens_kv`` are on the device, for kernels that know documents; ``max_seqlen_q`` and
+    ``max_seqlen_kv`` are the longest document's length rounded up, which such kernels take as well.
+
+    boundaries: ``[documents + 1]`` int32, the same on the host.
+    positions: ``[s]``, where in the row the positions of this rank stand. None without context parallelism.
+    document_positions: ``[s]``, where in its document each position of this rank stands.
+    """
+
+    boundaries: torch.Tensor
+    context_rank: int
+    context_size: int
+    positions: torch.Tensor | None
     document_positions: torch.Tensor
+
+    @functools.cached_property
+    def batches(self) -> DocumentBatches:
+        """Made when a layer first asks, for kernels that know documents never do."""
+        return _document_batches(self.boundaries, self.context_rank, self.context_size, self.document_positions.device)
 
 
 def packed_row(
@@ -63,15 +81,39 @@ def packed_row(
 ) -> PackedRow:
     """The packed row as one context-parallel rank sees it, with its indices on ``device``.
 
-    Documents whose lengths share their highest bit become one batch: few calls, less than half of it padding.
-
     Args:
         cu_seqlens: ``[documents + 1]``, where the documents begin and end in the whole row; every length is divisible
             by ``2 * context_size`` (any when that is 1).
     """
-    boundaries = cu_seqlens.cpu()
+    boundaries = cu_seqlens.cpu().int()
+    starts, lengths = boundaries[:-1].long(), boundaries.diff().long()
+    document_positions = torch.arange(int(boundaries[-1])) - starts.repeat_interleave(lengths)
+    positions = None
+    if context_size > 1:
+        positions = zigzag_positions_packed(boundaries, context_rank, context_size)
+        document_positions = document_positions[positions]
+    [(on_device, positions, document_positions)] = _on_device([(boundaries, positions, document_positions)], device)
+    # Transformer Engine selects its kernel anew for every length that it has not seen: let there be few.
+    longest = min(1 << (int(lengths.max()) - 1).bit_length(), int(boundaries[-1]))
+    return PackedRow(
+        qkv_format="thd",
+        cu_seqlens_q=on_device,
+        cu_seqlens_kv=on_device,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        boundaries=boundaries,
+        context_rank=context_rank,
+        context_size=context_size,
+        positions=positions,
+        document_positions=document_positions,
+    )
+
+
+def _document_batches(
+    boundaries: torch.Tensor, context_rank: int, context_size: int, device: torch.device
+) -> DocumentBatches:
+    """Documents whose lengths share their highest bit become one batch: few calls, less than half of it padding."""
     starts, lengths = boundaries[:-1, None].long(), boundaries.diff()[:, None].long()
-    document_positions = torch.arange(int(boundaries[-1])) - starts[:, 0].repeat_interleave(lengths[:, 0])
     positions = gather_order = None
     if context_size > 1:
         shares = [zigzag_positions_packed(boundaries, rank, context_size) for rank in range(context_size)]
@@ -93,31 +135,21 @@ def packed_row(
         is_query = query_offset < length // context_size
         output_order[query_index[is_query]] = num_outputs + is_query.flatten().nonzero()[:, 0]
         num_outputs += query_index.numel()
-    (output_order, positions, gather_order, document_positions), *indices = _on_device(
-        [(output_order, positions, gather_order, document_positions), *indices], torch.device(device)
-    )
-    longest = int(lengths.max())
-    return PackedRow(
-        qkv_format="thd",
-        cu_seqlens_q=boundaries,
-        cu_seqlens_kv=boundaries,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-        batches=[DocumentBatch(*tensors) for tensors in indices],
-        output_order=output_order,
-        positions=positions,
-        gather_order=gather_order,
-        document_positions=document_positions,
-    )
+    (output_order, gather_order), *indices = _on_device([(output_order, gather_order), *indices], device)
+    return DocumentBatches([DocumentBatch(*tensors) for tensors in indices], output_order, gather_order)
 
 
 def _on_device(
-    groups: list[tuple[torch.Tensor | None, ...]], device: torch.device
+    groups: list[tuple[torch.Tensor | None, ...]], device: torch.device | str
 ) -> list[tuple[torch.Tensor | None, ...]]:
-    """Tensors of one dtype, taken over in one copy that the host does not wait for."""
+    """The tensors, taken over in one copy that the host does not wait for."""
     tensors = [tensor for group in groups for tensor in group if tensor is not None]
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    if device.type == "cuda":
+    # Each begins at a multiple of eight bytes, so that it can be read as numbers again.
+    flat = torch.cat([F.pad(x.flatten().view(torch.uint8), (0, -x.nbytes % 8)) for x in tensors])
+    if torch.device(device).type == "cuda":
         flat = flat.pin_memory()
-    pieces = iter(flat.to(device, non_blocking=True).split([tensor.numel() for tensor in tensors]))
-    return [tuple(None if x is None else next(pieces).view(x.shape) for x in group) for group in groups]
+    pieces = iter(flat.to(device, non_blocking=True).split([-(-x.nbytes // 8) * 8 for x in tensors]))
+    return [
+        tuple(None if x is None else next(pieces)[: x.nbytes].view(x.dtype).view(x.shape) for x in group)
+        for group in groups
+    ]

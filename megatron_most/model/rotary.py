@@ -1,7 +1,11 @@
-"""Rotary position embedding: built here for grouped-query attention, by each layer of multi-latent attention itself.
+"""Rotary position embedding, made once for all layers, queries and keys.
+
+A head's numbers stand in pairs, and position p turns pair i by p times the pair's frequency. With complex numbers that
+is one product. Both halves of a pair come out side by side, whether they went in so or not: queries and keys agree on
+the order, so the logits do not see it.
 
 Shape letters: d head size; a head has d / 2 frequencies, in radians per position, from fast to slow; s positions of
-this rank, t of a row over all context-parallel ranks.
+this rank; b rows; n heads.
 """
 
 from __future__ import annotations
@@ -10,72 +14,94 @@ import math
 
 import torch
 from megatron.core.inference.contexts import BaseInferenceContext
-from megatron.core.models.common.embeddings import RotaryEmbedding
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEmbedding
 
 from megatron_most.config.model import AttentionConfig, RopeConfig
 from megatron_most.model.packed_row import PackedRow
+from megatron_most.parallel import zigzag_positions
 
 _LLAMA3_ROTATIONS = (1.0, 4.0)
 """Rotations over the original length below which a frequency is slowed down fully, and above which not at all."""
 
 
-def rotary_embedding(attention: AttentionConfig, cp_group: torch.distributed.ProcessGroup) -> RotaryEmbedding:
-    """The angles of each position, for all layers. YaRN's other half is in :func:`softmax_scale`."""
-    embedding = RotaryEmbedding(
-        attention.head_dim, rotary_percent=1.0, rotary_base=attention.rope.base, cp_group=cp_group
+class Rotations:
+    """What to multiply pairs of numbers of queries and keys by, for every position: ``cos + i sin`` of its angles.
+
+    Positions of all micro-batches share one table. It is no buffer of a module, which a change of the model's precision
+    would round.
+    """
+
+    def __init__(
+        self, attention: AttentionConfig, num_positions: int, cp_group: torch.distributed.ProcessGroup
+    ) -> None:
+        """``num_positions`` of a row are expected; for a longer one the table is made anew."""
+        self.cp_group = cp_group
+        self.embedding = _embedding(attention, cp_group)
+        # The first numbers of a latent head stand in no position.
+        self.num_unrotated = attention.qk_nope_head_dim if attention.type == "mla" else 0
+        self.table = self._up_to(num_positions)
+
+    def __call__(
+        self, num_positions: int, packed: PackedRow | None = None, inference_context: BaseInferenceContext | None = None
+    ) -> torch.Tensor:
+        """Complex ``[s, 1, 1, d / 2]`` of the ``num_positions`` s that this rank holds of a row.
+
+        They start anew with each document of a packed row, and follow what an ``inference_context`` has cached.
+        """
+        size = self.cp_group.size()
+        first = 0 if inference_context is None else inference_context.sequence_len_offset
+        last = first + num_positions * size
+        if last > len(self.table):
+            self.table = self._up_to(last)
+        if packed is not None:
+            return self.table[packed.document_positions]
+        if size > 1:
+            return self.table[zigzag_positions(last, self.cp_group.rank(), size, self.table.device)]
+        return self.table[first:last]
+
+    @torch.no_grad()
+    def _up_to(self, num_positions: int) -> torch.Tensor:
+        angles = self.embedding.get_emb(num_positions)
+        angles, scale = angles if isinstance(angles, tuple) else (angles, 1.0)
+        angles = angles[..., : angles.shape[-1] // 2]  # the other half says the same again
+        rotated = torch.polar(torch.full_like(angles, scale), angles)
+        return torch.cat([rotated.new_ones(num_positions, 1, 1, self.num_unrotated // 2), rotated], dim=-1)
+
+
+def rotate_pairs(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
+    """``[s, b, n, d]``, whose pairs are neighbors -> the same, rotated. Computed in fp32."""
+    pairs = torch.view_as_complex(x.float().contiguous().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotations).flatten(-2).to(x.dtype)
+
+
+def rotate_halves(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
+    """``[s, b, n, d]``, whose pairs are a number and that d / 2 places on -> rotated, pairs as neighbors. In fp32."""
+    pairs = torch.complex(*x.float().chunk(2, dim=-1))
+    return torch.view_as_real(pairs * rotations).flatten(-2).to(x.dtype)
+
+
+def _embedding(attention: AttentionConfig, cp_group: torch.distributed.ProcessGroup) -> RotaryEmbedding:
+    """The angles of each position. YaRN's other half is in Megatron's latent attention, or in :func:`softmax_scale`."""
+    rope = attention.rope
+    if attention.type == "gqa":
+        embedding = RotaryEmbedding(attention.head_dim, rotary_percent=1.0, rotary_base=rope.base, cp_group=cp_group)
+        rescale = {"yarn": yarn_frequencies, "llama3": llama3_frequencies}.get(rope.type)
+        if rescale is not None:
+            embedding.inv_freq = rescale(embedding.inv_freq, rope)
+        return embedding
+    if rope.type == "rope":
+        return RotaryEmbedding(attention.qk_rope_head_dim, rotary_percent=1.0, rotary_base=rope.base, cp_group=cp_group)
+    return YarnRotaryEmbedding(
+        attention.qk_rope_head_dim,
+        rotary_base=rope.base,
+        scaling_factor=rope.scaling_factor,
+        original_max_position_embeddings=rope.original_max_position,
+        beta_fast=rope.beta_fast,
+        beta_slow=rope.beta_slow,
+        mscale=rope.mscale,
+        mscale_all_dim=rope.mscale_all_dim,
+        cp_group=cp_group,
     )
-    rescale = {"yarn": yarn_frequencies, "llama3": llama3_frequencies}.get(attention.rope.type)
-    if rescale is not None:
-        embedding.inv_freq = rescale(embedding.inv_freq, attention.rope)
-    return embedding
-
-
-def row_angles(embedding: RotaryEmbedding, row: PackedRow) -> torch.Tensor:
-    """Angles ``[t, 1, 1, d]`` of a packed row, which start anew with each document.
-
-    Megatron (0.19.2, rope_utils.py:178) takes angles of a whole row as they are. Of the longest document alone it would
-    rotate one document after another, some twenty kernels each.
-    """
-    return embedding(row.max_seqlen_q, packed_seq=True)[row.document_positions]
-
-
-class LatentRotary(torch.nn.Module):
-    """The embedding of a layer of multi-latent attention, with the angles of every position of a packed row.
-
-    The layer asks for the length that its input needs and then for the angles of so many positions. A packed row is the
-    answer to the first question, for the second one to know it.
-    """
-
-    def __init__(self, embedding: RotaryEmbedding) -> None:
-        super().__init__()
-        self.embedding = embedding
-
-    def get_rotary_seq_len(
-        self,
-        inference_context: BaseInferenceContext | None,
-        transformer: torch.nn.Module | None,
-        transformer_input: torch.Tensor,
-        transformer_config: TransformerConfig,
-        packed_seq_params: PackedRow | None = None,
-    ) -> int | PackedRow:
-        if packed_seq_params is not None:
-            return packed_seq_params
-        return self.embedding.get_rotary_seq_len(
-            inference_context, transformer, transformer_input, transformer_config, None
-        )
-
-    def forward(self, length: int | PackedRow, packed_seq: bool = False) -> torch.Tensor | tuple[torch.Tensor, float]:
-        """Angles ``[length, 1, 1, d]``, or ``[s, 1, d]`` of a packed row; with a scale where the embedding has one."""
-        if not isinstance(length, PackedRow):
-            return self.embedding(length, packed_seq=packed_seq)
-        row = length
-        found = self.embedding(row.max_seqlen_q, packed_seq=True)
-        positions = row.document_positions if row.positions is None else row.document_positions[row.positions]
-        if isinstance(found, tuple):
-            angles, scale = found
-            return angles[:, 0][positions], scale
-        return found[:, 0][positions]
 
 
 def yarn_frequencies(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tensor:

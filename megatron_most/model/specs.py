@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensor, ShardedTensorFactory
 from megatron.core.extensions import transformer_engine
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.multi_latent_attention import (
-    FusedMLASelfAttention,
-    MLASelfAttention,
-    MLASelfAttentionSubmodules,
-)
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_most.config import MoEConfig
+from megatron_most.model.attention import FusedMultiLatentAttention, GroupedQueryAttention, MultiLatentAttention
 from megatron_most.model.core_attention import PortableCoreAttention
 from megatron_most.model.norm import RMSNorm
-from megatron_most.model.packed_row import PackedRow
-from megatron_most.model.rotary import LatentRotary
 from megatron_most.moe import (
     GroupedExperts,
     ModalityAwareMoELayer,
@@ -63,6 +55,7 @@ def block_spec(
             layer.submodules.self_attention.module = FusedMultiLatentAttention if fused else MultiLatentAttention
             _complete_multi_latent(attention, parts)
         else:
+            layer.submodules.self_attention.module = GroupedQueryAttention
             attention.linear_qkv = parts.column
         # Megatron names the feed-forward part by a call to be completed: its function and its submodules.
         mlp = layer.submodules.mlp
@@ -89,97 +82,11 @@ class _Parts:
     replicated: type
 
 
-class MultiLatentAttention(MLASelfAttention):
-    """Megatron's, with the parts its submodules name.
-
-    Where keys have a norm and queries no low rank, Megatron (0.19.2, mla_qk_norm_config.py) would have a norm of
-    queries, which DeepSeek-V2-Lite has not.
-    """
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.rotary_pos_emb = LatentRotary(self.rotary_pos_emb)
-
-    def get_query_key_value_tensors(
-        self,
-        hidden_states: torch.Tensor,
-        key_value_states: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        packed_seq_params: PackedRow | None = None,
-        **options: Any,
-    ) -> tuple[torch.Tensor, ...]:
-        """A packed row is rotated at once by the angles of its positions, as one that has no documents."""
-        if packed_seq_params is not None:
-            packed_seq_params = dataclasses.replace(packed_seq_params, qkv_format="sbhd")
-        return super().get_query_key_value_tensors(
-            hidden_states, key_value_states, position_ids, packed_seq_params, **options
-        )
-
-    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
-        parts = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
-        return {part: getattr(submodules, part) for part in parts}
-
-
-class FusedMultiLatentAttention(MultiLatentAttention, FusedMLASelfAttention):
-    """With one down-projection for queries, keys and values; in checkpoints they are two, as without it.
-
-    Megatron's own cuts the projection over tensor ranks; here it is whole on each, as those that it stands for are.
-    """
-
-    def _qkv_down_projection(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._parts(self.linear_qkv_down_proj(hidden_states)[0], dim=-1)
-
-    def _parts(self, combined: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What belongs to queries, and to keys and values."""
-        config = self.config
-        return combined.split([config.q_lora_rank, config.kv_lora_rank + config.qk_pos_emb_head_dim], dim=dim)
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        state = MLASelfAttention.sharded_state_dict(self, prefix, sharded_offsets, metadata)
-        whole = state[f"{prefix}linear_qkv_down_proj.weight"]
-
-        @torch.no_grad()
-        def build(key: str, weight: torch.Tensor, replica_id: ReplicaId, flattened_range: None) -> list[ShardedTensor]:
-            return [
-                ShardedTensor.from_rank_offsets(
-                    key.replace("linear_qkv_down_proj", name),
-                    part,
-                    *sharded_offsets,
-                    replica_id=replica_id,
-                    prepend_axis_num=len(sharded_offsets),
-                )
-                for name, part in zip(
-                    ("linear_q_down_proj", "linear_kv_down_proj"), self._parts(weight, dim=0), strict=True
-                )
-            ]
-
-        state[f"{prefix}linear_qkv_down_proj.weight"] = ShardedTensorFactory(
-            whole.key, whole.data, build, torch.cat, replica_id=whole.replica_id
-        )
-        return state
-
-
-class PackedTEAttention(transformer_engine.TEDotProductAttention):
-    """Transformer Engine's attention, which wants the boundaries of packed documents on the device."""
-
-    def forward(self, query: torch.Tensor, *tensors: Any, packed_seq_params: Any = None, **options: Any) -> Any:
-        if packed_seq_params is not None:
-            device = query.device
-            packed_seq_params = dataclasses.replace(
-                packed_seq_params,
-                cu_seqlens_q=packed_seq_params.cu_seqlens_q.to(device, non_blocking=True),
-                cu_seqlens_kv=packed_seq_params.cu_seqlens_kv.to(device, non_blocking=True),
-            )
-        return super().forward(query, *tensors, packed_seq_params=packed_seq_params, **options)
-
-
 _PARTS = {
     "portable": _Parts(RMSNorm, PortableCoreAttention, ColumnParallelLinear, RowParallelLinear, Linear),
     "transformer_engine": _Parts(
         transformer_engine.TENorm,
-        PackedTEAttention,
+        transformer_engine.TEDotProductAttention,
         transformer_engine.TEColumnParallelLinear,
         transformer_engine.TERowParallelLinear,
         transformer_engine.TELinear,

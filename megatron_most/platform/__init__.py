@@ -1,5 +1,6 @@
 """Every question about hardware is asked and answered here."""
 
+from megatron_most.platform.attention import document_attention, wants_equal_head_sizes
 from megatron_most.platform.choices import model_backend, part_choices
 from megatron_most.platform.cpu_stand_ins import install
 from megatron_most.platform.device import backend, device, driver_version, has_fp8, has_grouped_fp8, set_threads
@@ -8,6 +9,7 @@ from megatron_most.platform.libraries import has_library, require_library
 __all__ = [
     "backend",
     "device",
+    "document_attention",
     "driver_version",
     "has_fp8",
     "has_grouped_fp8",
@@ -17,4 +19,5 @@ __all__ = [
     "part_choices",
     "require_library",
     "set_threads",
+    "wants_equal_head_sizes",
 ]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_most.platform.attention import document_attention
 from megatron_most.platform.device import has_fp8
 from megatron_most.platform.libraries import has_library, require_library
 
@@ -51,7 +52,7 @@ def part_choices() -> list[Choice]:
             "attention, norms, linear layers",
             "torch",
             f"{engine}: {why_not}",
-            "fused kernels; attention over packed rows runs in a few calls a layer instead of one" if is_gpu else "",
+            _lost_without_engine() if is_gpu else "",
         ),
         Choice(
             "routed experts",
@@ -85,3 +86,9 @@ def part_choices() -> list[Choice]:
             )
         )
     return found
+
+
+def _lost_without_engine() -> str:
+    if document_attention(128, torch.bfloat16) is not None:
+        return "fused kernels"
+    return "fused kernels; attention over packed rows runs in a few calls a layer instead of one"

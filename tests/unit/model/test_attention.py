@@ -70,20 +70,65 @@ def assert_same_with_gradients(actual: torch.Tensor, expected: torch.Tensor, inp
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def document_kernel(query, key, value, cum_q, cum_k, max_q, max_k, dropout, is_causal, debug, *, scale):
+    """What stands in for torch's flash kernel on packed rows, and asks of its arguments what that does."""
+    assert query.shape[-1] == key.shape[-1] == value.shape[-1] and query.shape[1] % key.shape[1] == 0
+    assert cum_q.dtype == cum_k.dtype == torch.int32
+    assert (dropout, is_causal, debug) == (0.0, True, False)
+    assert max_q >= int(cum_q.diff().max()) and max_k >= int(cum_k.diff().max())
+    key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
+    outputs = []
+    for start, end in itertools.pairwise(cum_q.tolist()):
+        logits = torch.einsum("qnd,knd->nqk", query[start:end], key[start:end]) * scale
+        is_later = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
+        weights = logits.masked_fill(is_later, float("-inf")).softmax(-1)
+        outputs.append(torch.einsum("nqk,knd->qnd", weights, value[start:end]))
+    return torch.cat(outputs), None
+
+
+@pytest.mark.parametrize("kernel", [None, document_kernel], ids=["batches", "kernel"])
 @settings(max_examples=25)
 @given(
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6),
     num_groups=st.sampled_from([1, 2, 3, 6]),
     seed=st.integers(0, 1000),
 )
-def test_packed_queries_see_what_comes_before_them_in_their_document(lengths, num_groups, seed):
+def test_packed_queries_see_what_comes_before_them_in_their_document(kernel, lengths, num_groups, seed):
     ends = [0, *itertools.accumulate(lengths)]
     start_of = [start for start, end in itertools.pairwise(ends) for _ in range(start, end)]
     query, key, value = inputs = tensors(seed, ends[-1], ends[-1], num_groups)
     packed = packed_row(torch.tensor(ends, dtype=torch.int32))
-    actual = core(0.3)(query, key, value, None, packed_seq_params=packed)
+    attention = core(0.3)
+    attention.document_kernel = kernel
+    actual = attention(query, key, value, None, packed_seq_params=packed)
     expected = one_by_one(query, key, value, 0.3, lambda i: list(range(start_of[i], i + 1)))
     assert_same_with_gradients(actual, expected, inputs)
+
+
+@pytest.mark.parametrize("value_dim", [128, 192])
+def test_torchs_kernel_takes_what_it_is_given(value_dim):
+    """Without a device for it there are no numbers, but shapes, and the arguments of the installed torch."""
+    sizes = ((4, 192), (2, 192), (2, value_dim))
+    query, key, value = (
+        torch.zeros(30, *size, dtype=torch.bfloat16, device="meta", requires_grad=True) for size in sizes
+    )
+    packed = packed_row(torch.tensor([0, 3, 30], dtype=torch.int32), device="meta")
+    attention = core()
+    attention.document_kernel = torch.ops.aten._flash_attention_forward
+    out = attention(query, key, value, None, packed_seq_params=packed)
+    assert out.shape == (30, 4 * value_dim)
+    out.sum().backward()
+    assert [x.grad.shape for x in (query, key, value)] == [x.shape for x in (query, key, value)]
+
+
+def test_kernels_that_know_documents_are_given_few_lengths_and_no_batches():
+    rows = [packed_row(torch.tensor([0, length, 4096], dtype=torch.int32)) for length in range(2048, 4096)]
+    assert {(row.max_seqlen_q, row.max_seqlen_kv) for row in rows} == {(2048, 2048), (4096, 4096)}
+    assert packed_row(torch.tensor([0, 3000], dtype=torch.int32)).max_seqlen_q == 3000
+    row, attention = packed_row(torch.tensor([0, 3, 30], dtype=torch.int32)), core()
+    attention.document_kernel = document_kernel
+    attention(*tensors(0, 30, 30, 6), None, packed_seq_params=row)
+    assert "batches" not in vars(row)
 
 
 WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::_unique2", "aten::equal"}
@@ -94,6 +139,7 @@ WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten
 def test_the_host_does_not_wait_for_the_device_on_a_packed_row(num_groups):
     query, key, value = tensors(0, 30, 30, num_groups)
     packed = packed_row(torch.tensor([0, 3, 4, 16, 30], dtype=torch.int32))
+    assert packed.batches.documents  # made on the host, by the first layer
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         core()(query, key, value, None, packed_seq_params=packed)
     called = {event.key: event.count for event in profile.key_averages()}
@@ -168,7 +214,8 @@ def test_llama_3_2_1b_s_attention_is_counted_as_published():
 @pytest.mark.usefixtures("process_groups")
 @pytest.mark.parametrize("attention", [{}, GQA], ids=["mla", "gqa"])
 @pytest.mark.parametrize("rope", ["rope", "yarn"])
-def test_packed_and_padded_documents_have_the_losses_they_have_alone(attention, rope):
+@pytest.mark.parametrize("kernel", [None, document_kernel], ids=["batches", "kernel"])
+def test_packed_and_padded_documents_have_the_losses_they_have_alone(attention, rope, kernel):
     config = tiny_config(
         **attention,
         model__attention__rope__type=rope,
@@ -181,6 +228,8 @@ def test_packed_and_padded_documents_have_the_losses_they_have_alone(attention, 
     vocab = config.vocab
     [model] = build_model(config)
     fill_weights([model])
+    for layer in model.decoder.layers:
+        layer.self_attention.core_attention.document_kernel = kernel
     source = tiny_batch(config, seed=5)
     documents = [
         Document(ids, source.loss_mask[0, start:end].bool().numpy(), coded, source.codes[0, start:end].numpy()[coded])

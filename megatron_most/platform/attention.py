@@ -1,0 +1,59 @@
+"""Which kernels of torch attend on this machine. Each is tried before it is trusted: builds and devices differ.
+
+Shape letters: t positions of a packed row, n query heads and g key-value heads, d head size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch.nn.attention import SDPBackend
+
+from megatron_most.platform.device import device
+
+
+@functools.cache
+def document_attention(head_dim: int, dtype: torch.dtype) -> Callable[..., tuple[torch.Tensor, ...]] | None:
+    """torch's flash kernel for packed rows: queries ``[t, n, d]``, keys and values ``[t, g, d]``. None without it.
+
+    It is what ``torch.nn.attention.varlen`` calls, by a name that has its gradient in C++. The public function is
+    written in Python, costs the host several times as much, and changed its arguments from torch 2.10 to 2.12.
+    """
+    kernel = torch.ops.aten._flash_attention_forward
+    if not torch.cuda.is_available() or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            query, key = (
+                torch.zeros(4, heads, head_dim, dtype=dtype, device=device(), requires_grad=True) for heads in (2, 1)
+            )
+            boundaries = torch.tensor([0, 1, 4], dtype=torch.int32, device=device())
+            out = kernel(query, key, key, boundaries, boundaries, 3, 3, 0.0, True, False, scale=1.0)[0]
+            out.sum().backward()
+            torch.cuda.synchronize()
+    except (RuntimeError, TypeError):
+        return None
+    return kernel
+
+
+@functools.cache
+def wants_equal_head_sizes(key_size: int, value_size: int, dtype: torch.dtype) -> bool:
+    """Whether causal attention without a mask gets a fused kernel only if values are as large as keys.
+
+    Torch is asked which one it would take. FlashAttention wants equal sizes; cuDNN's does not, where torch prefers it.
+    """
+    if value_size >= key_size:
+        return False
+    slow = (SDPBackend.MATH.value, SDPBackend.EFFICIENT_ATTENTION.value)
+
+    def chosen(size: int) -> int:
+        with torch.inference_mode(False):
+            query, value = (
+                torch.empty(1, 1, 128, width, dtype=dtype, device=device(), requires_grad=True)
+                for width in (key_size, size)
+            )
+            return torch._fused_sdp_choice(query, query, value, is_causal=True)
+
+    return chosen(value_size) in slow and chosen(key_size) not in slow
