@@ -3,9 +3,9 @@
 
     python -m tools.bench.launches [--part NAME ...] [--operators] [key=value ...]
 
-A model with the shape of most_16b_stage1 (64 experts, top-6, 13 codebooks, YaRN) and small sizes: the count of operators
-hardly depends on sizes, and on a GPU the host pays for each of them. Every part runs alone, twice, and the second time
-is counted; ``step`` and ``micro-batch`` run all of them together. Prints Markdown.
+A model with the shape of most_16b_stage1 (64 experts, top-6, 13 codebooks, YaRN) and small sizes: the number of
+operators hardly depends on sizes, and on a GPU the host pays for each of them. Every part runs alone, twice, and the
+second time is counted; ``step`` and ``micro-batch`` run all of them together. Prints Markdown.
 
 Operators are calls of ATen that start work: views and bare allocations are left out. Waits are what makes the host wait
 for a GPU: results whose size depends on values, single values read by the host, and copies of Python lists. On a CPU
@@ -41,8 +41,8 @@ from megatron_most.inference import Generator, Sampling
 from megatron_most.moe.token_planes import pack_planes
 from megatron_most.training.microbatches import packed_seq_params, run_microbatches
 from megatron_most.training.train_step import TrainState, build_train_state, compute_gradients, train_step
-from tools.bench.rows import half_audio, packed_documents
 from tools.bench.router import plain_router
+from tools.bench.rows import half_audio, packed_documents
 
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
 WAITS = {"nonzero", "masked_select", "item", "_local_scalar_dense", "is_nonzero", "equal", "_unique2"}
@@ -332,9 +332,7 @@ def count_parts(bench: Bench, parts: Sequence[str]) -> dict[str, tuple[Count, Co
     """Counts of :data:`PARTS` and :data:`DECODE`, forward and backward."""
     # The optimizer's part spends gradients that a step has left.
     compute_gradients(bench.state, [bench.batch])
-    return {
-        name: (count_token(bench), None) if name == DECODE else count_part(bench, PARTS[name]) for name in parts
-    }
+    return {name: (count_token(bench), None) if name == DECODE else count_part(bench, PARTS[name]) for name in parts}
 
 
 def table(counts: dict[str, tuple[Count, Count | None]], with_operators: bool) -> str:
