@@ -40,6 +40,7 @@ from megatron_most.errors import ConfigError
 from megatron_most.inference import Generator, Sampling
 from megatron_most.moe.token_planes import pack_planes
 from megatron_most.training.microbatches import packed_seq_params, run_microbatches
+from megatron_most.training.optimizer import fuse_adam
 from megatron_most.training.train_step import TrainState, build_train_state, compute_gradients, train_step
 from tools.bench.router import plain_router
 from tools.bench.rows import half_audio, packed_documents
@@ -209,6 +210,7 @@ class Bench:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.state: TrainState = build_train_state(config)
+        fuse_adam(self.state.optimizer)  # as on a GPU
         [self.model] = self.state.model_chunks
         self.batch = half_audio(config)
         self.packed = packed_documents(config, DOCUMENTS)
