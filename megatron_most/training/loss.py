@@ -8,12 +8,23 @@ Shape letters: b rows, s positions, C codebooks, R rows of the metric table.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from megatron_most.data.loading.batch import Batch
 from megatron_most.data.storage.documents import TASKS
 from megatron_most.errors import ConfigError
 from megatron_most.vocab import NO_CODE, Modality, VocabLayout
+
+
+class _Constants(NamedTuple):
+    """On the device of the losses: ``weights [C]`` fp32 and the indices of modalities, tasks and codebooks."""
+
+    weights: torch.Tensor
+    modalities: torch.Tensor
+    tasks: torch.Tensor
+    codebooks: torch.Tensor
 
 
 class LossTable:
@@ -42,6 +53,7 @@ class LossTable:
     def __init__(self, vocab: VocabLayout, weights: list[float], text_weight: float = 1.0) -> None:
         self.vocab = vocab
         self.weights = weights
+        self._constants_of: dict[torch.device, _Constants] = {}
         self.text_weight = text_weight
         codebooks = [f"codebook_{k}" for k in range(vocab.num_codebooks)]
         self.names = ["loss", *(f"loss/{name}" for name in (*vocab.modality_names, *TASKS, *codebooks)), "tokens"]
@@ -60,41 +72,52 @@ class LossTable:
             ``[R, 2]`` float64 of (sum, count), rows as in :attr:`names`.
         """
         slot_losses = slot_losses.float()
+        constants = self._constants(slot_losses.device)
         mask = batch.loss_mask.to(slot_losses.dtype)
         main, codebooks = slot_losses[..., 0], slot_losses[..., 1:]
-        weights = main.new_tensor(self.weights)
         if self.vocab.codec_layout.uses_side_codes:
-            losses = main + codebooks @ weights
+            losses = main + codebooks @ constants.weights
         else:
             codebook, is_code = self._codebook_of(batch.labels)
-            losses = main * weights[codebook].where(is_code, 1.0)
+            losses = main * constants.weights[codebook].where(is_code, 1.0)
         modality = self.vocab.modality_of(batch.labels)
-        loss_sum = (losses * mask.where(modality != Modality.TEXT, mask * self.text_weight)).sum()
-        count = mask.sum()
+        weighted = mask
+        if self.text_weight != 1:
+            weighted = mask.where(modality != Modality.TEXT, mask * self.text_weight)
+        loss_sum = (losses * weighted).sum()
         with torch.no_grad():
-            selected = [mask]
-            selected += [mask * (modality == index) for index in range(len(self.vocab.modality_names))]
-            selected += [mask * (batch.task == task) for task in range(len(TASKS))]
-            rows = torch.stack(selected).double()
-            table = torch.stack([(rows * losses).sum(dim=(1, 2)), rows.sum(dim=(1, 2))], dim=1)
-            per_codebook = self._codebooks(batch, slot_losses, mask)
-            positions = (~batch.is_padding).sum()
-            tokens = torch.stack([positions, positions.new_tensor(batch.ids.shape[0])]).double()
-            table = torch.cat([table, per_codebook, tokens[None]])
-        return loss_sum, count.int(), table
+            # Sums over positions are products with what each row of the table selects.
+            pairs = torch.stack([losses * mask, mask]).double().flatten(1)
+            selected = torch.cat([modality == constants.modalities, batch.task == constants.tasks]).flatten(1)
+            total = pairs.sum(dim=1, keepdim=True).T
+            positions = (~batch.is_padding).sum(dtype=torch.float64).view(1, 1)
+            tokens = torch.nn.functional.pad(positions, (0, 1), value=batch.ids.shape[0])
+            per_codebook = self._codebooks(batch, slot_losses, pairs[1], constants)
+            table = torch.cat([total, selected.double() @ pairs.T, per_codebook, tokens])
+        return loss_sum, total[0, 1].int(), table
 
-    def _codebooks(self, batch: Batch, slot_losses: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """``[C, 2]`` (sum, count) of every codebook's cross entropy."""
+    def _codebooks(
+        self, batch: Batch, slot_losses: torch.Tensor, mask: torch.Tensor, constants: _Constants
+    ) -> torch.Tensor:
+        """``[C, 2]`` (sum, count) of every codebook's cross entropy; ``mask [b * s]`` is float64."""
         if self.vocab.codec_layout.uses_side_codes:
-            has_code = (batch.code_labels != NO_CODE) & (mask > 0)[..., None]
-            losses = slot_losses[..., 1:]
+            has_code, losses = (batch.code_labels != NO_CODE).double(), slot_losses[..., 1:]
         else:
             codebook, is_code = self._codebook_of(batch.labels)
-            numbers = torch.arange(self.vocab.num_codebooks, device=codebook.device)
-            has_code = (codebook[..., None] == numbers) & (is_code & (mask > 0))[..., None]
+            has_code = ((codebook[..., None] == constants.codebooks) & is_code[..., None]).double()
             losses = slot_losses[..., :1]
-        chosen = has_code.double()
-        return torch.stack([(losses * chosen).sum(dim=(0, 1)), chosen.sum(dim=(0, 1))], dim=1)
+        return (mask @ torch.cat([losses * has_code, has_code], dim=-1).flatten(0, 1)).view(2, -1).T
+
+    def _constants(self, device: torch.device) -> _Constants:
+        """Made once: to copy a list makes the host wait for a GPU."""
+        if device not in self._constants_of:
+            self._constants_of[device] = _Constants(
+                weights=torch.tensor(self.weights, dtype=torch.float32).to(device),
+                modalities=torch.arange(len(self.vocab.modality_names), device=device)[:, None, None],
+                tasks=torch.arange(len(TASKS), device=device)[:, None, None],
+                codebooks=torch.arange(self.vocab.num_codebooks, device=device),
+            )
+        return self._constants_of[device]
 
     def _codebook_of(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Layouts whose codes are ids: the codebook of each label, and whether it is a code at all."""
