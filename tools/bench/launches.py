@@ -39,7 +39,7 @@ from megatron_most.data.loading.batch import Batch
 from megatron_most.errors import ConfigError
 from megatron_most.inference import Generator, Sampling
 from megatron_most.moe.token_planes import pack_planes
-from megatron_most.training.microbatches import packed_seq_params, run_microbatches
+from megatron_most.training.microbatches import packed_seq_params, run_microbatches, stage
 from megatron_most.training.optimizer import fuse_adam
 from megatron_most.training.train_step import TrainState, build_train_state, compute_gradients, train_step
 from tools.bench.router import plain_router
@@ -213,8 +213,7 @@ class Bench:
         fuse_adam(self.state.optimizer)  # as on a GPU
         [self.model] = self.state.model_chunks
         self.batch = half_audio(config)
-        self.packed = packed_documents(config, DOCUMENTS)
-        self.packed_row = packed_seq_params(self.packed)
+        self.packed = stage(packed_documents(config, DOCUMENTS), platform.device())
         self.planes = pack_planes(self.batch.modality, self.batch.is_padding, len(config.vocab.modality_names))
         # The first step sets the scale by which balance losses are weighed in the backward passes after it.
         train_step(self.state, [self.batch])
@@ -275,7 +274,7 @@ Part = Callable[[Bench], torch.Tensor | None]
 PARTS: dict[str, Part] = {
     "attention": lambda bench: bench.layer.self_attention(bench.hidden, None)[0],
     "attention, packed": lambda bench: bench.layer.self_attention(
-        bench.hidden, None, packed_seq_params=bench.packed_row
+        bench.hidden, None, packed_seq_params=bench.packed.packed_row
     )[0],
     "router": lambda bench: bench.router(bench.hidden, bench.planes.transpose(0, 1))[0],
     "router, Megatron's": lambda bench: bench.plain_router(bench.hidden)[0],
@@ -285,7 +284,7 @@ PARTS: dict[str, Part] = {
     "MoE layer": lambda bench: bench.moe_layer(bench.router),
     "MoE layer, Megatron's router": lambda bench: bench.moe_layer(bench.plain_router),
     "layer": lambda bench: bench.whole_layer(None),
-    "layer, packed": lambda bench: bench.whole_layer(bench.packed_row),
+    "layer, packed": lambda bench: bench.whole_layer(bench.packed.packed_row),
     "dense feed-forward": lambda bench: bench.dense_layer.mlp(bench.hidden)[0],
     "embeddings": lambda bench: bench.model._embed(bench.batch.ids, bench.batch.codes),
     "text head": lambda bench: bench.model.compute_language_model_loss(
@@ -293,6 +292,7 @@ PARTS: dict[str, Part] = {
     ),
     "codebook heads": lambda bench: bench.model.codebook_heads.loss(bench.hidden, bench.batch.code_labels),
     "loss": lambda bench: bench.state.loss_table(bench.batch, bench.slot_losses)[0],
+    "packed row": lambda bench: packed_seq_params(bench.packed) and None,  # in training another thread's work
     "optimizer": lambda bench: bench.update(),
     "micro-batch": lambda bench: bench.microbatch(bench.batch),
     "micro-batch, packed": lambda bench: bench.microbatch(bench.packed),

@@ -39,6 +39,7 @@ class Batch:
     cu_seqlens: ``[documents + 1]`` int32, where documents begin and end in a packed row (b is 1), with the padding that
         brings each to ``data.document_multiple``; padding at the end of the row counts as a document. It describes the
         whole row also where a batch holds a share of its positions. None when rows hold one document each.
+    packed_row: what the model works out of ``cu_seqlens`` for all its layers, once someone has had it do so.
     """
 
     ids: torch.Tensor
@@ -50,27 +51,33 @@ class Batch:
     codes: torch.Tensor | None
     code_labels: torch.Tensor | None
     cu_seqlens: torch.Tensor | None
+    packed_row: object | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device; ``cu_seqlens`` stays, for the host reads the numbers in it."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        moved = {
-            name: value.to(device, non_blocking=True)
-            for name, value in values.items()
-            if value is not None and name != "cu_seqlens"
-        }
-        return dataclasses.replace(self, **moved)
+        """The same batch on another device; ``cu_seqlens`` stays, for the host reads the numbers in it.
+
+        The host does not wait for a GPU: what goes there is pinned.
+        """
+        is_pinned = torch.device(device).type == "cuda"
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            pinned = tensor.pin_memory() if is_pinned and tensor.device.type == "cpu" else tensor
+            return pinned.to(device, non_blocking=True)
+
+        return dataclasses.replace(self, **{name: move(tensor) for name, tensor in self._by_position()})
 
     def take_positions(self, positions: torch.Tensor) -> Batch:
         """The batch with ``positions [k]`` only, along s: the share of a context-parallel rank."""
         positions = positions.to(self.ids.device)
-        tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        taken = {
-            name: tensor.index_select(1, positions)
-            for name, tensor in tensors.items()
-            if tensor is not None and name != "cu_seqlens"
-        }
+        taken = {name: tensor.index_select(1, positions) for name, tensor in self._by_position()}
         return dataclasses.replace(self, **taken)
+
+    def _by_position(self) -> list[tuple[str, torch.Tensor]]:
+        """Name and tensor of everything that has a value for each position."""
+        values = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        return [
+            (name, value) for name, value in values if name not in ("cu_seqlens", "packed_row") and value is not None
+        ]
 
 
 def make_batch(rows: Sequence[Row], vocab: VocabLayout, data: DataConfig) -> Batch:
