@@ -55,7 +55,22 @@ def wrap_model(config: RunConfig, model_chunks: list[MoSTModel]) -> list[Distrib
         wrapped.append(
             DistributedDataParallel(megatron, ddp_config, module, disable_bucketing=index > 0, full_param_layout=layout)
         )
+    _fuse_weight_gradients(wrapped)
     return wrapped
+
+
+def _fuse_weight_gradients(wrapped: list[DistributedDataParallel]) -> None:
+    """Have Transformer Engine's linear layers add to the gradient buffers in the product that makes the gradients.
+
+    Megatron's ``gradient_accumulation_fusion`` would tell them so, but it holds for all layers, and those of Megatron
+    itself, which the heads are, refuse it without a kernel of Apex (tensor_parallel/layers.py:1070). A layer of which
+    a weight is frozen stays as it is: that weight has no place in the buffers.
+    """
+    for chunk in wrapped:
+        for module in chunk.modules():
+            weights = list(module.parameters(recurse=False))
+            if hasattr(module, "fuse_wgrad_accumulation") and all(hasattr(x, "main_grad") for x in weights):
+                module.fuse_wgrad_accumulation = True
 
 
 def _bucket_size() -> int:

@@ -122,3 +122,59 @@ def test_norm_and_scaling_of_all_gradients_are_megatrons_bit_for_bit() -> None:
     utils.local_multi_tensor_scale(65536, flag, [theirs, theirs], 0.3)
     assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
     clip_grads.multi_tensor_scale_impl(65536, flag, [[], []], 0.3)  # of a rank where nothing learns
+
+
+class FusingProduct(torch.autograd.Function):
+    """Transformer Engine's product as far as Megatron's buffers are concerned."""
+
+    @staticmethod
+    def forward(ctx, x, weight, is_fused):
+        ctx.save_for_backward(x, weight)
+        ctx.is_fused = is_fused
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        of_weight = gradient.flatten(0, -2).t() @ x.flatten(0, -2)
+        if ctx.is_fused:
+            weight.main_grad += of_weight
+            weight.grad_added_to_main_grad = True
+            of_weight = torch.full_like(of_weight, torch.nan)  # nobody is to read it
+        return gradient @ weight, of_weight, None
+
+
+class FusingLinear(torch.nn.Module):
+    fuse_wgrad_accumulation = False
+
+    def __init__(self, weight: torch.nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return FusingProduct.apply(x, self.weight, self.fuse_wgrad_accumulation), None
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_engines_layers_add_to_the_gradient_buffers_themselves(
+    monkeypatch: pytest.MonkeyPatch, frozen: bool, overlap: bool
+) -> None:
+    scales = {"optimizer__lr_scales": "[{part: shared_experts, scale: 0}]"} if frozen else {}
+    config = config_of(optimizer__overlap=overlap, **scales)
+
+    def with_fusing_layers(chunks: list[torch.nn.Module]) -> None:
+        fill_weights(chunks)
+        for layer in chunks[0].decoder.layers:
+            layer.self_attention.linear_proj = FusingLinear(layer.self_attention.linear_proj.weight)
+            mlp = getattr(layer.mlp, "shared_experts", None)
+            if mlp is not None:
+                mlp.linear_fc1 = FusingLinear(mlp.linear_fc1.weight)
+
+    plain, fused = built(config, False), build_train_state(config, with_fusing_layers)
+    layers = [module for module in fused.model_chunks[0].modules() if isinstance(module, FusingLinear)]
+    assert [layer.fuse_wgrad_accumulation for layer in layers] == [True, True, not frozen]
+    train(plain, range(2)), train(fused, range(2))
+    expected = weights(plain)
+    for name, value in weights(fused).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7, msg=name)
