@@ -172,9 +172,11 @@ def _whole_state(part: MegatronOptimizer, model_state: dict[str, Any], loading: 
 
 def _set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
     """torch counts the steps of each parameter, in a tensor of its own; the fused optimizers per group; Muon none."""
-    if isinstance(optimizer, torch.optim.Adam):  # AdamW is a kind of it
-        for state in optimizer.state.values():
-            state["step"] = torch.tensor(float(step))
-    else:
-        for group in optimizer.param_groups:
+    for group in optimizer.param_groups:
+        if not isinstance(optimizer, torch.optim.Adam):  # AdamW is a kind of it
             group["step"] = step
+            continue
+        for parameter in group["params"]:
+            # torch's fused kernel reads the count on the device, the others on the host.
+            device = parameter.device if group["fused"] else "cpu"
+            optimizer.state[parameter]["step"] = torch.full((), float(step), device=device)

@@ -78,12 +78,7 @@ def part_choices() -> list[Choice]:
         found.append(Choice("AdamW, gradient norms", engine if has_te else "Apex", "installed"))
     else:
         found.append(
-            Choice(
-                "AdamW, gradient norms",
-                "torch",
-                f"{engine} and Apex: {why_not}",
-                "one kernel for all parameters instead of one for each" if is_gpu else "",
-            )
+            Choice("AdamW, gradient norms", "torch, fused" if is_gpu else "torch", f"{engine} and Apex: {why_not}")
         )
     return found
 

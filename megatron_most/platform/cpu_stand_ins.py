@@ -1,8 +1,9 @@
 """What lets Megatron-Core 0.19.2 run without a GPU, with gloo, and anywhere without Transformer Engine.
 
 The stand-ins for a device are installed only where CUDA is missing, so one program serves both. Where Transformer
-Engine is missing, with CUDA or without, one name that Megatron then leaves empty is filled in. Each change names the
-Megatron file and line that needs it (paths below ``megatron/core``).
+Engine is missing, with CUDA or without, one name that Megatron then leaves empty is filled in, and two functions are
+replaced that then wait for every gradient by itself. Each change names the Megatron file and line that needs it (paths
+below ``megatron/core``).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class _InOrderStream:
 def install() -> None:
     """Prepare Megatron for this machine, once; call it before anything of Megatron is built.
 
-    With CUDA it only fills in what a missing Transformer Engine leaves empty; with both it changes nothing.
+    With CUDA it only makes up for a missing Transformer Engine; with both it changes nothing.
     """
     global _installed
     if _installed:
@@ -47,6 +48,7 @@ def install() -> None:
     if not torch.cuda.is_available():
         _stand_in_for_cuda()
     _mend_missing_transformer_engine()
+    _mend_missing_multi_tensor_kernels()
 
 
 def _stand_in_for_cuda() -> None:
@@ -158,3 +160,24 @@ def _mend_missing_transformer_engine() -> None:
     if not te.HAVE_TE:
         # transformer/multi_latent_attention.py:79 forgets it; :528 and :575 accept a projection of this class only.
         mla.Linear = Linear
+
+
+def _mend_missing_multi_tensor_kernels() -> None:
+    """Norm and scaling of all gradients at once, where neither Transformer Engine nor Apex brings kernels for it.
+
+    What Megatron has for that case (utils.py:1325 and :1337) brings the norm of each gradient to the host, one after
+    another, and scales each in two steps. Here is the same arithmetic in the same order.
+    """
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads
+
+    def norm(chunk_size: int, noop_flag: torch.Tensor, lists: list[list[torch.Tensor]], *args: Any) -> Any:
+        return torch.nn.utils.get_total_norm(lists[0], foreach=True).view(1), None
+
+    def scale(chunk_size: int, noop_flag: torch.Tensor, lists: list[list[torch.Tensor]], factor: float) -> None:
+        gradients, _ = lists  # the same twice: they are scaled where they are (optimizer/clip_grads.py:191)
+        if gradients:
+            torch._foreach_mul_(gradients, factor)
+
+    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl = norm, scale

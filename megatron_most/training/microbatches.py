@@ -5,6 +5,7 @@ Shape letters: R rows of the metric table.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 
@@ -26,7 +27,7 @@ def forward_step(
 ) -> tuple[torch.Tensor, Callable]:
     """Run one stage on the next micro-batch; the second value turns the last stage's output into losses."""
     batch = next(batches)
-    packed = packed_seq_params(batch)
+    packed = packed_seq_params(batch) if batch.packed_row is None else batch.packed_row
     context_size = parallel_state.get_context_parallel_world_size()
     if context_size > 1:
         rank = parallel_state.get_context_parallel_rank()
@@ -56,6 +57,14 @@ def packed_seq_params(batch: Batch) -> PackedRow | None:
         parallel_state.get_context_parallel_world_size(),
         batch.ids.device,
     )
+
+
+def stage(batch: Batch, device: torch.device) -> Batch:
+    """The batch on ``device`` and with its packed row: all that a step needs of it. Any thread may call it."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # each thread has a current device of its own
+    batch = batch.to(device)
+    return dataclasses.replace(batch, packed_row=packed_seq_params(batch))
 
 
 def run_microbatches(

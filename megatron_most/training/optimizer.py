@@ -18,6 +18,7 @@ from megatron.core.optimizer.param_layout import FullParamLayout
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
+from megatron_most import platform
 from megatron_most.config import RunConfig
 from megatron_most.model import MoSTModel
 from megatron_most.training.muon import muon_options
@@ -54,7 +55,22 @@ def wrap_model(config: RunConfig, model_chunks: list[MoSTModel]) -> list[Distrib
         wrapped.append(
             DistributedDataParallel(megatron, ddp_config, module, disable_bucketing=index > 0, full_param_layout=layout)
         )
+    _fuse_weight_gradients(wrapped)
     return wrapped
+
+
+def _fuse_weight_gradients(wrapped: list[DistributedDataParallel]) -> None:
+    """Have Transformer Engine's linear layers add to the gradient buffers in the product that makes the gradients.
+
+    Megatron's ``gradient_accumulation_fusion`` would tell them so, but it holds for all layers, and those of Megatron
+    itself, which the heads are, refuse it without a kernel of Apex (tensor_parallel/layers.py:1070). A layer of which
+    a weight is frozen stays as it is: that weight has no place in the buffers.
+    """
+    for chunk in wrapped:
+        for module in chunk.modules():
+            weights = list(module.parameters(recurse=False))
+            if hasattr(module, "fuse_wgrad_accumulation") and all(hasattr(x, "main_grad") for x in weights):
+                module.fuse_wgrad_accumulation = True
 
 
 def _bucket_size() -> int:
@@ -97,7 +113,8 @@ def build_optimizer(config: RunConfig, wrapped: list[DistributedDataParallel]) -
 
     Each part of the model has parameter groups of its own, with the part's learning rate.
 
-    Megatron takes the fused kernel of Transformer Engine or Apex where one is installed, torch's AdamW elsewhere.
+    Megatron takes the fused kernel of Transformer Engine or Apex where one is installed, torch's AdamW elsewhere; on a
+    GPU that is fused, too.
 
     Raises:
         ConfigError: Muon is asked for and its library is missing.
@@ -122,6 +139,8 @@ def build_optimizer(config: RunConfig, wrapped: list[DistributedDataParallel]) -
     )
     overrides = {**get_standard_config_overrides(megatron_config), **group_overrides(config, wrapped)}
     optimizer = get_megatron_optimizer(megatron_config, wrapped, overrides)
+    if platform.device().type == "cuda":
+        fuse_adam(optimizer)
     megatron = wrapped[0].config
     megatron.finalize_model_grads_func = finalize_model_grads
     megatron.grad_scale_func = optimizer.scale_loss
@@ -130,6 +149,18 @@ def build_optimizer(config: RunConfig, wrapped: list[DistributedDataParallel]) -
         no_sync = [chunk.no_sync for chunk in wrapped]
         megatron.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return optimizer
+
+
+def fuse_adam(optimizer: MegatronOptimizer) -> None:
+    """Have torch's AdamW update a parameter group in one pass over its memory, where Megatron took torch's.
+
+    Otherwise a GPU runs a pass for each step of the formula. Megatron has no option for it. Call it before the first
+    update: the fused kernel reads the step counts on the parameters' device.
+    """
+    for member in optimizer.chained_optimizers:
+        if isinstance(member.optimizer, torch.optim.Adam):  # AdamW is a kind of it
+            for group in member.optimizer.param_groups:
+                group.update(fused=True, foreach=False)
 
 
 def build_scheduler(config: RunConfig, optimizer: MegatronOptimizer, num_updates: int) -> OptimizerParamScheduler:

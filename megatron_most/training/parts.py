@@ -114,9 +114,10 @@ def part_grad_norms(config: RunConfig, optimizer: MegatronOptimizer) -> dict[str
     for member in optimizer.chained_optimizers:
         squares = torch.zeros_like(total)
         for group in member.param_groups:
-            for parameter in group["params"]:
-                if _counts(parameter, member.tp_group):
-                    squares[parts.index(group["part"])] += torch.linalg.vector_norm(parameter.grad).double().square()
+            grads = [parameter.grad for parameter in group["params"] if _counts(parameter, member.tp_group)]
+            if grads:
+                norms = torch.stack(torch._foreach_norm(grads))
+                squares[parts.index(group["part"])] += norms.double().square().sum()
         dist.all_reduce(squares, group=member.get_grad_stats_parallel_group())
         total += squares
     return {part: math.sqrt(square) for part, square in zip(parts, total.tolist(), strict=True)}

@@ -147,7 +147,10 @@ def train_step(
         MostError: the loss or the gradient norm is not finite; on rank 0, the others leave with status 1.
     """
     table = compute_gradients(state, batches)
-    ballots = table.new_tensor([[vote, 0.0] for vote in votes]).view(-1, 2)
+    ballots = table.new_zeros(len(votes), 2)
+    for ballot, vote in zip(ballots, votes, strict=True):
+        if vote:
+            ballot[0].fill_(vote)  # a copy of the list would make the host wait for the device
     totals = sum_over_ranks(torch.cat([table, ballots]))
     sums, counted = totals[: len(table)], totals[len(table) :]
     _require_finite(state, "loss", sums[0][0])

@@ -27,7 +27,9 @@ from megatron_most.model.fp8 import collect_fp8_padding
 from megatron_most.moe import collect_routing
 from megatron_most.parallel import fail, on_rank_zero, together
 from megatron_most.training.metrics import MetricAccumulator, require_installed
+from megatron_most.training.microbatches import stage
 from megatron_most.training.muon import check_muon
+from megatron_most.training.prefetch import Prefetch
 from megatron_most.training.run_directory import check_same_run, claim, device_name
 from megatron_most.training.step_hooks import Checkpoints, MetricsLog, Profile, StepHook, Validation
 from megatron_most.training.stop import StopRequest
@@ -124,9 +126,8 @@ class Trainer:
         )
         validation_sets: dict[str, list[Batch]] = {}
         if config.training.eval_interval:
-            validation_sets = together(
-                lambda: self._to_device(validation_batches(config, dp_rank=dp_rank, dp_size=dp_size))
-            )
+            read = together(lambda: validation_batches(config, dp_rank=dp_rank, dp_size=dp_size))
+            validation_sets = {name: [self._stage(batch) for batch in batches] for name, batches in read.items()}
         tokenizer, codec = on_rank_zero(lambda: (Fingerprint.of_tokenizer(config), Fingerprint.of_codec(config)))
         datasets = on_rank_zero(lambda: [Fingerprint.of_dataset(entry.path) for entry in config.data.train])
         if metadata is not None:
@@ -152,16 +153,18 @@ class Trainer:
         if metadata is not None:
             self.accumulator.load_state(metadata.pending)
 
-    def _to_device(self, datasets: dict[str, list[Batch]]) -> dict[str, list[Batch]]:
-        return {name: [batch.to(self.device) for batch in batches] for name, batches in datasets.items()}
+    def _stage(self, batch: Batch) -> Batch:
+        return stage(batch, self.device)
 
     def _train(self, log: MetricsLog, checkpoints: Checkpoints) -> None:
         try:
-            with StopRequest() as stop:
+            # The next step's batches are made while this one runs.
+            prefetch = Prefetch(self.batches, self._stage, depth=self.num_microbatches)
+            with StopRequest() as stop, prefetch as batches:
                 while True:
                     for hook in self.hooks:
                         hook.before_step(self)
-                    result = self._step(log, checkpoints, stop)
+                    result = self._step(batches, log, checkpoints, stop)
                     for hook in self.hooks:
                         hook.after_step(self, result)
                     if self.ends:
@@ -179,11 +182,13 @@ class Trainer:
         else:
             self.say(f"finished {steps} steps in {self.run_dir}")
 
-    def _step(self, log: MetricsLog, checkpoints: Checkpoints, stop: StopRequest) -> StepResult:
+    def _step(
+        self, batches: Iterator[Batch], log: MetricsLog, checkpoints: Checkpoints, stop: StopRequest
+    ) -> StepResult:
         # These ride along, so that all ranks stop after the same step and meet over a checkpoint when all can.
         votes = (float(bool(stop)), float(checkpoints.is_busy))
         is_logged = log.is_due(self.state.step + 1)
-        result = train_step(self.state, self._read_batches(), votes, wants_part_grad_norms=is_logged)
+        result = train_step(self.state, self._take(batches), votes, wants_part_grad_norms=is_logged)
         requests, writing = result.votes
         self.is_stopping, self.is_any_writing = requests > 0, writing > 0
         if result.is_skipped:
@@ -193,9 +198,9 @@ class Trainer:
             )
         return result
 
-    def _read_batches(self) -> list[Batch]:
+    def _take(self, batches: Iterator[Batch]) -> list[Batch]:
         """The micro-batches of this step; of the ranks that share broken rows, one tells it and all leave."""
         try:
-            return [next(self.batches).to(self.device) for _ in range(self.num_microbatches)]
+            return [next(batches) for _ in range(self.num_microbatches)]
         except DataError as error:
             fail(error if parallel.is_first_of_replica() else None)

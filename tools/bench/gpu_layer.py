@@ -30,7 +30,7 @@ from megatron_most.precision import fp8_product
 from megatron_most.training.run_directory import device_name, versions
 from megatron_most.training.train_step import build_train_state, train_step
 from tools.bench.experts import build_experts
-from tools.bench.router import half_audio
+from tools.bench.rows import half_audio
 from tools.bench.timing import Timing, matmul_rate, time_calls
 
 RECIPE = "examples/configs/most_16b_stage1.yaml"

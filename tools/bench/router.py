@@ -23,10 +23,10 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron_most import cli, parallel, platform
 from megatron_most.config import RunConfig
 from megatron_most.config.load import build_config
-from megatron_most.data.loading.batch import Batch
 from megatron_most.moe.token_planes import pack_planes
 from megatron_most.training.train_step import build_train_state, compute_gradients
 from tools.bench import paired
+from tools.bench.rows import half_audio
 
 LAYERS = 4  # the first has no experts
 VOCABULARY = 4096
@@ -129,28 +129,6 @@ def plain_router(router: torch.nn.Module) -> PlainRouter:
     plain.set_layer_number(router.layer_number)
     plain.weight = router.weight
     return plain
-
-
-def half_audio(config: RunConfig) -> Batch:
-    """One row, text and codec frames in runs of 64 positions, a target at every position."""
-    vocab, length = config.vocab, config.data.seq_length
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocab.text_vocab_size, (1, length + 1), generator=generator)
-    is_audio = torch.arange(length + 1) // 64 % 2 == 1
-    ids[:, is_audio] = vocab.frame
-    codes = torch.randint(0, vocab.codebook_size, (1, length + 1, vocab.num_codebooks), generator=generator)
-    codes[:, ~is_audio] = -1
-    return Batch(
-        ids=ids[:, :-1],
-        labels=ids[:, 1:],
-        loss_mask=torch.ones(1, length),
-        modality=vocab.modality_of(ids[:, :-1]),
-        is_padding=torch.zeros(1, length, dtype=torch.bool),
-        task=torch.zeros(1, length, dtype=torch.long),
-        codes=codes[:, :-1],
-        code_labels=codes[:, 1:],
-        cu_seqlens=None,
-    ).to(platform.device())
 
 
 @torch.no_grad()

@@ -24,10 +24,6 @@ PADDING_ID = 0
 """Any text id does: padding is told by ``is_padding``, never by the id."""
 
 
-_ON_HOST = ("cu_seqlens", "predicts")
-"""Fields that stay with the host, which reads the numbers in them: it would wait for the device to have them back."""
-
-
 @dataclass(frozen=True)
 class Targets:
     """What a micro-batch predicts and where. Positions are numbered as hidden states ``[s, b]`` lie in memory.
@@ -61,6 +57,7 @@ class Batch:
         whole row also where a batch holds a share of its positions. None when rows hold one document each.
     predicts: ``[b, s]`` uint8 on the host: whether a position predicts nothing (0), an id (1), or codes as well (2).
         It follows from ``loss_mask`` and ``code_labels``.
+    packed_row: what the model works out of ``cu_seqlens`` for all its layers, once someone has had it do so.
     """
 
     ids: torch.Tensor
@@ -73,6 +70,7 @@ class Batch:
     code_labels: torch.Tensor | None
     cu_seqlens: torch.Tensor | None
     predicts: torch.Tensor | None = None
+    packed_row: object | None = None
 
     def __post_init__(self) -> None:
         if self.predicts is None or self.loss_mask.device.type == "cpu":
@@ -83,25 +81,26 @@ class Batch:
             self.predicts = predicts.cpu()
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device, but for ``cu_seqlens`` and ``predicts``."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        moved = {
-            name: value.to(device, non_blocking=True)
-            for name, value in values.items()
-            if value is not None and name not in _ON_HOST
-        }
+        """The same batch on another device, but for ``predicts`` and ``cu_seqlens``, in which the host reads."""
+        device = torch.device(device)
+        moved = {name: to_device(value, device) for name, value in self._by_position() if name != "predicts"}
         return dataclasses.replace(self, **moved)
 
     def take_positions(self, positions: torch.Tensor) -> Batch:
         """The batch with ``positions [k]`` (on the host) only, along s: the share of a context-parallel rank."""
-        on_device = _to_device(positions, self.ids.device)
-        tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        on_device = to_device(positions, self.ids.device)
         taken = {
             name: tensor.index_select(1, positions if name == "predicts" else on_device)
-            for name, tensor in tensors.items()
-            if tensor is not None and name != "cu_seqlens"
+            for name, tensor in self._by_position()
         }
         return dataclasses.replace(self, **taken)
+
+    def _by_position(self) -> list[tuple[str, torch.Tensor]]:
+        """Name and tensor of everything that has a value for each position."""
+        values = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        return [
+            (name, value) for name, value in values if name not in ("cu_seqlens", "packed_row") and value is not None
+        ]
 
     def targets(self) -> Targets:
         """The positions that predict something, found on the host, and their labels. It never waits for the device."""
@@ -109,7 +108,7 @@ class Batch:
         places = [predicts.nonzero()[:, 0]]
         if self.code_labels is not None:
             places.append((predicts == 2).nonzero()[:, 0])
-        index, *rest = _to_device(torch.cat(places), self.ids.device).split([len(place) for place in places])
+        index, *rest = to_device(torch.cat(places), self.ids.device).split([len(place) for place in places])
         labels = self.labels.transpose(0, 1).flatten().index_select(0, index)
         if not rest:
             return Targets(index, labels, None, None)
@@ -118,9 +117,10 @@ class Batch:
         return Targets(index, labels, code_index, code_labels)
 
 
-def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy of a tensor of the host for which the host does not wait."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on ``device``. The host does not wait for a GPU: what goes there from the host is pinned."""
+    pinned = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+    return pinned.to(device, non_blocking=True)
 
 
 def make_batch(rows: Sequence[Row], vocab: VocabLayout, data: DataConfig) -> Batch:

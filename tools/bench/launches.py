@@ -1,0 +1,388 @@
+#!/usr/bin/env python
+"""How many operators each part of a training step starts, forward and backward, and where the host would wait.
+
+    python -m tools.bench.launches [--part NAME ...] [--operators] [key=value ...]
+
+A model with the shape of most_16b_stage1 (64 experts, top-6, 13 codebooks, YaRN) and small sizes: the number of
+operators hardly depends on sizes, and on a GPU the host pays for each of them. Every part runs alone, twice, and the
+second time is counted; ``step`` and ``micro-batch`` run all of them together. Prints Markdown.
+
+Operators are calls of ATen that start work: views and bare allocations are left out. Waits are what makes the host wait
+for a GPU: results whose size depends on values, single values read by the host, and copies of Python lists. On a CPU
+they are told by the operator alone, so a value that is on the host anyway counts too. Bytes are those of all operands
+and results, as if nothing were cached; FLOPs are those of matrix products and attention.
+
+Shape letters: s positions, h hidden size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from megatron_most import cli, parallel, platform
+from megatron_most.config import RunConfig
+from megatron_most.config.load import build_config
+from megatron_most.data.loading.batch import Batch
+from megatron_most.errors import ConfigError
+from megatron_most.inference import Generator, Sampling
+from megatron_most.moe.token_planes import pack_planes
+from megatron_most.training.microbatches import packed_seq_params, run_microbatches, stage
+from megatron_most.training.optimizer import fuse_adam
+from megatron_most.training.train_step import TrainState, build_train_state, compute_gradients, train_step
+from tools.bench.router import plain_router
+from tools.bench.rows import half_audio, packed_documents
+
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
+WAITS = {"nonzero", "masked_select", "item", "_local_scalar_dense", "is_nonzero", "equal", "_unique2"}
+LIST_COPY = "copy of a list"
+DOCUMENTS = 16
+_GROUP = {"size": 32, "top_k": 6}
+CONFIG = {
+    "vocab": {"text_vocab_size": 1024, "num_codebooks": 13, "codebook_size": 100},
+    "model": {
+        "num_layers": 3,
+        "hidden_size": 64,
+        "ffn_hidden_size": 128,
+        "attention": {
+            "num_heads": 4,
+            "kv_lora_rank": 32,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 16,
+            "rope": {
+                "type": "yarn",
+                "base": 10000.0,
+                "scaling_factor": 40.0,
+                "original_max_position": 4096,
+                "mscale": 0.707,
+                "mscale_all_dim": 0.707,
+            },
+        },
+        "moe": {
+            "groups": [{"modality": name, **_GROUP} for name in ("text", "audio")],
+            "ffn_hidden_size": 32,
+            "shared_ffn_hidden_size": 64,
+            "balance_loss": "seq_aux_loss",
+        },
+    },
+    # Parts run by themselves, where no hook may wait for the gradients of the whole model.
+    "optimizer": {"overlap": False},
+    "data": {"seq_length": 256, "packing": False},
+    "training": {"micro_batch_size": 1, "global_batch_size": 1},
+    "precision": {"dtype": "fp32"},
+}
+
+
+@dataclasses.dataclass
+class Count:
+    """What a piece of work started: operators and waits by name, bytes and FLOPs."""
+
+    operators: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    waits: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    bytes: int = 0
+    flops: int = 0
+
+    @property
+    def num_operators(self) -> int:
+        return self.operators.total()
+
+    @property
+    def num_waits(self) -> int:
+        return self.waits.total()
+
+    def __sub__(self, other: Count) -> Count:
+        return Count(
+            self.operators - other.operators,
+            self.waits - other.waits,
+            self.bytes - other.bytes,
+            self.flops - other.flops,
+        )
+
+
+class Counting(TorchDispatchMode):
+    """``with Counting() as count``: fills a :class:`Count` with what runs inside, backward passes too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = Count()
+        self._lists = _list_copies(self.count)
+
+    def __enter__(self) -> Count:
+        super().__enter__()
+        self._lists.__enter__()
+        return self.count
+
+    def __exit__(self, *exception: Any) -> None:
+        self._lists.__exit__(*exception)
+        super().__exit__(*exception)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if func.namespace == "aten" and name not in ALLOCATIONS and not _is_view(func):
+            self.count.operators[name] += 1
+            tensors = {id(x): x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)}
+            self.count.bytes += sum(tensor.nbytes for tensor in tensors.values())
+            self.count.flops += _flops(func, args, kwargs or {}, out)
+            if name in WAITS or _crosses_pageable(name, args, kwargs or {}, out):
+                self.count.waits[name] += 1
+        return out
+
+
+@contextlib.contextmanager
+def _list_copies(count: Count) -> Iterator[None]:
+    """Counts Python lists that are copied to a device: at once, or later without ``non_blocking``."""
+    tensor, new_tensor, to = torch.tensor, torch.Tensor.new_tensor, torch.Tensor.to
+    on_host = WeakTensorKeyDictionary()
+
+    def counted_tensor(*args: Any, **kwargs: Any) -> torch.Tensor:
+        made = tensor(*args, **kwargs)
+        if "device" in kwargs:
+            count.waits[LIST_COPY] += 1
+        else:
+            on_host[made] = True
+        return made
+
+    def counted_new_tensor(*args: Any, **kwargs: Any) -> torch.Tensor:
+        count.waits[LIST_COPY] += 1
+        return new_tensor(*args, **kwargs)
+
+    def counted_to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self in on_host and not kwargs.get("non_blocking", False):
+            count.waits[LIST_COPY] += 1
+        return to(self, *args, **kwargs)
+
+    with (
+        mock.patch.object(torch, "tensor", counted_tensor),
+        mock.patch.object(torch.Tensor, "new_tensor", counted_new_tensor),
+        mock.patch.object(torch.Tensor, "to", counted_to),
+    ):
+        yield
+
+
+def _is_view(func: Any) -> bool:
+    aliases = [result.alias_info for result in func._schema.returns]
+    return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
+
+
+def _crosses_pageable(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> bool:
+    """Whether a copy between host and device makes the host wait."""
+    if name not in ("_to_copy", "copy_"):
+        return False
+    source, target = (args[0], out) if name == "_to_copy" else (args[1], args[0])
+    if source.device.type == target.device.type:
+        return False
+    non_blocking = kwargs.get("non_blocking", False) or (name == "copy_" and len(args) > 2 and args[2])
+    on_host = source if source.device.type == "cpu" else target
+    return not (non_blocking and on_host.is_pinned())
+
+
+def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    aten, packet = torch.ops.aten, func.overloadpacket
+    if packet is aten._grouped_mm:  # each row of the first operand meets one matrix
+        return 2 * args[0].numel() * args[1].shape[-1]
+    like = {
+        aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: aten._scaled_dot_product_flash_attention_backward,
+    }
+    formula = flop_registry.get(like.get(packet, packet))
+    return 0 if formula is None else formula(*args, **kwargs, out_val=out)
+
+
+class Bench:
+    """A model that has taken a step, and what its parts are fed with. Process groups must be there."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.state: TrainState = build_train_state(config)
+        fuse_adam(self.state.optimizer)  # as on a GPU
+        [self.model] = self.state.model_chunks
+        self.batch = half_audio(config)
+        self.packed = stage(packed_documents(config, DOCUMENTS), platform.device())
+        self.planes = pack_planes(self.batch.modality, self.batch.is_padding, len(config.vocab.modality_names))
+        # The first step sets the scale by which balance losses are weighed in the backward passes after it.
+        train_step(self.state, [self.batch])
+        parameter = next(self.model.parameters())
+        shape = (config.data.seq_length, 1, config.model.hidden_size)
+        self.hidden = torch.randn(shape, dtype=parameter.dtype, device=parameter.device, requires_grad=True)
+        self.dense_layer, self.layer = self.model.decoder.layers[0], self.model.decoder.layers[1]
+        self.moe = self.layer.mlp
+        self.router = self.moe.router
+        self.plain_router = plain_router(self.router)
+        with torch.no_grad():
+            self.probs, self.routing_map = self.router(self.hidden, self.planes.transpose(0, 1))
+            rows, probs, counts = self._dispatch()
+        self.expert_inputs = rows.clone().requires_grad_(), counts, probs.clone().requires_grad_()
+        self.slot_losses = torch.rand(
+            *self.batch.ids.shape, 1 + config.vocab.num_codebooks, device=parameter.device, requires_grad=True
+        )
+
+    def _dispatch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows of the experts, their probs, and how many rows each expert has."""
+        dispatcher = self.moe.token_dispatcher
+        sent = dispatcher.dispatch_preprocess(self.hidden, self.routing_map, self.probs)
+        rows, counts, probs = dispatcher.dispatch_postprocess(*dispatcher.token_dispatch(*sent))
+        return rows, probs, counts
+
+    def there_and_back(self) -> torch.Tensor:
+        """Dispatch and combine, with experts that return what they are given."""
+        dispatcher, (rows, _, _) = self.moe.token_dispatcher, self._dispatch()
+        return dispatcher.combine_postprocess(dispatcher.token_combine(dispatcher.combine_preprocess(rows)))
+
+    def moe_layer(self, router: torch.nn.Module) -> torch.Tensor:
+        self.moe.router = router
+        output, _ = self.moe(self.hidden, padding_mask=self.planes)
+        self.moe.router = self.router
+        return output
+
+    def whole_layer(self, packed_row: Any) -> torch.Tensor:
+        return self.layer(self.hidden, padding_mask=self.planes, packed_seq_params=packed_row)[0]
+
+    def microbatch(self, batch: Batch) -> None:
+        run_microbatches(self.state.wrapped, [batch], self.state.loss_table)
+
+    def update(self) -> None:
+        """The optimizer's step alone; the gradients are those of the pass before."""
+        self.state.optimizer.step()
+
+    def tokens(self, number: int) -> None:
+        """Generate ``number`` text ids after a prompt of eight; no id ends them."""
+        prompt = types.SimpleNamespace(ids=self.batch.ids[0, :8].cpu().numpy(), side_codes=None)
+        text = Generator(self.model).text([prompt], end=-1, max_new=number, sampling=Sampling(temperature=0.0))
+        assert len(text[0]) == number
+        self.model.train()
+
+
+Part = Callable[[Bench], torch.Tensor | None]
+"""Runs a part; what it returns has a graph, whose backward pass is counted too."""
+
+PARTS: dict[str, Part] = {
+    "attention": lambda bench: bench.layer.self_attention(bench.hidden, None)[0],
+    "attention, packed": lambda bench: bench.layer.self_attention(
+        bench.hidden, None, packed_seq_params=bench.packed.packed_row
+    )[0],
+    "router": lambda bench: bench.router(bench.hidden, bench.planes.transpose(0, 1))[0],
+    "router, Megatron's": lambda bench: bench.plain_router(bench.hidden)[0],
+    "dispatch": lambda bench: bench.there_and_back(),
+    "experts": lambda bench: bench.moe.experts(*bench.expert_inputs)[0],
+    "shared expert": lambda bench: bench.moe.shared_experts(bench.hidden),
+    "MoE layer": lambda bench: bench.moe_layer(bench.router),
+    "MoE layer, Megatron's router": lambda bench: bench.moe_layer(bench.plain_router),
+    "layer": lambda bench: bench.whole_layer(None),
+    "layer, packed": lambda bench: bench.whole_layer(bench.packed.packed_row),
+    "dense feed-forward": lambda bench: bench.dense_layer.mlp(bench.hidden)[0],
+    "embeddings": lambda bench: bench.model._embed(bench.batch.ids, bench.batch.codes),
+    "text head": lambda bench: bench.model.compute_language_model_loss(
+        bench.batch.labels, bench.model.output_layer(bench.hidden)[0].float()
+    ),
+    "codebook heads": lambda bench: bench.model.codebook_heads.loss(bench.hidden, bench.batch.code_labels),
+    "loss": lambda bench: bench.state.loss_table(bench.batch, bench.slot_losses)[0],
+    "packed row": lambda bench: packed_seq_params(bench.packed) and None,  # in training another thread's work
+    "optimizer": lambda bench: bench.update(),
+    "micro-batch": lambda bench: bench.microbatch(bench.batch),
+    "micro-batch, packed": lambda bench: bench.microbatch(bench.packed),
+    "step": lambda bench: train_step(bench.state, [bench.batch]) and None,
+    "step, packed": lambda bench: train_step(bench.state, [bench.packed]) and None,
+}
+
+
+DECODE = "decode token"
+
+
+def count_part(bench: Bench, part: Part) -> tuple[Count, Count | None]:
+    """Forward and backward of a part; what fills caches has run before. None for one without a graph."""
+    for _ in range(2):
+        for chunk in bench.state.wrapped:
+            chunk.zero_grad_buffer()
+        with Counting() as forward:
+            output = part(bench)
+        backward = None
+        if output is not None:
+            gradient = torch.ones_like(output)
+            with Counting() as backward:
+                output.backward(gradient)
+    return forward, backward
+
+
+def count_token(bench: Bench) -> Count:
+    """One token of text more, after a cache of ten positions."""
+    bench.tokens(1)
+    counts = []
+    for number in (2, 3):
+        with Counting() as count:
+            bench.tokens(number)
+        counts.append(count)
+    return counts[1] - counts[0]
+
+
+def count_parts(bench: Bench, parts: Sequence[str]) -> dict[str, tuple[Count, Count | None]]:
+    """Counts of :data:`PARTS` and :data:`DECODE`, forward and backward."""
+    # The optimizer's part spends gradients that a step has left.
+    compute_gradients(bench.state, [bench.batch])
+    return {name: (count_token(bench), None) if name == DECODE else count_part(bench, PARTS[name]) for name in parts}
+
+
+def table(counts: dict[str, tuple[Count, Count | None]], with_operators: bool) -> str:
+    """The counts in Markdown."""
+    lines = [
+        "| part | operators, forward | backward | waits, forward | backward | MB | GFLOP |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    details = []
+    for name, (forward, backward) in counts.items():
+        both = [forward] if backward is None else [forward, backward]
+        operators = [count.num_operators for count in both] + [""] * (2 - len(both))
+        waits = [count.num_waits for count in both] + [""] * (2 - len(both))
+        megabytes = sum(count.bytes for count in both) / 1e6
+        gigaflops = sum(count.flops for count in both) / 1e9
+        cells = (name, *operators, *waits, f"{megabytes:.1f}", f"{gigaflops:.3f}")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+        for direction, count in zip(("forward", "backward"), both, strict=False):
+            for what, counter in (("operators", count.operators), ("waits", count.waits)):
+                if counter:
+                    listed = ", ".join(f"{key} {number}" for key, number in counter.most_common())
+                    details.append(f"- {name}, {direction}, {what}: {listed}")
+    return "\n".join([*lines, *(["", *details] if with_operators else [])])
+
+
+def bench_launches(arguments: argparse.Namespace) -> None:
+    names = [*PARTS, DECODE]
+    unknown = [name for name in arguments.part if name not in names]
+    if unknown:
+        raise ConfigError(f"--part {unknown[0]}: no such part; there are {', '.join(names)}")
+    platform.install()
+    platform.set_threads(1)
+    config = build_config("bench", CONFIG, arguments.overrides)
+    parallel.initialize(config.parallel, config.seed)
+    counts = count_parts(Bench(config), arguments.part or names)
+    shape = f"{config.model.num_layers} layers, {config.data.seq_length} positions, {DOCUMENTS} documents where packed"
+    print(f"{shape}, {config.precision.dtype}, torch {torch.__version__}, {platform.device().type}\n")
+    print(table(counts, arguments.operators))
+    parallel.destroy()
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="count the operators of each part of a training step")
+    parser.add_argument("--part", action="append", default=[], metavar="NAME", help="count this part only; repeatable")
+    parser.add_argument("--operators", action="store_true", help="list operators and waits of each part by name")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the configuration")
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(make_parser(), bench_launches)
