@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from megatron_most import platform
 
-CUDA, FP8, ENGINE = "CUDA", "FP8", "Transformer Engine"
+CUDA, FP8, ENGINE, DOCUMENTS = "CUDA", "FP8", "Transformer Engine", "kernel for packed rows"
 
 
 def missing(what: str) -> str | None:
@@ -17,6 +18,8 @@ def missing(what: str) -> str | None:
         return "no FP8: the GPU's compute capability is below 8.9"
     if what == ENGINE and not platform.has_library("Transformer Engine"):
         return "no Transformer Engine: not installed, or it cannot be imported"
+    if what == DOCUMENTS and platform.document_attention(192, torch.bfloat16) is None:
+        return "no kernel for packed rows: torch's FlashAttention is not built, or not for this GPU"
     return None
 
 

@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 
-from tests.gpu.comparison import assert_near
+from megatron_most import platform
+from megatron_most.model.core_attention import PortableCoreAttention
+from megatron_most.model.packed_row import packed_row
+from tests.gpu import hardware
+from tests.gpu.comparison import assert_near, relative_error
 from tests.gpu.computations import ALL_CHOSEN, MODELS, losses_of_steps, model_step
 
 STEPS = 40
+
+
+def core_attention(head_dim: int, dtype: torch.dtype) -> PortableCoreAttention:
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=4 * head_dim,
+        num_attention_heads=4,
+        kv_channels=head_dim,
+        params_dtype=dtype,
+        cuda_graph_modules=[],
+    )
+    alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    return PortableCoreAttention(config, softmax_scale=None, pg_collection=SimpleNamespace(cp=alone))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -41,3 +61,21 @@ def test_recomputation_changes_no_gradient() -> None:
         model_step({**ALL_CHOSEN, "precision__dtype": "bf16", "training__recompute": mode}) for mode in ("none", "full")
     )
     assert_near(again, plain, logits=1e-2, loss=1e-3, gradients=2e-2)  # sums of atomic additions have no order
+
+
+@hardware.needs(hardware.DOCUMENTS)
+@pytest.mark.parametrize("num_groups", [4, 2])
+def test_the_kernel_for_packed_rows_is_the_batches_of_documents(num_groups: int) -> None:
+    """With the head sizes of DeepSeek-V2-Lite, outputs and gradients; the batches in fp32."""
+    boundaries = torch.tensor([0, 1, 130, 131, 700, 1024], dtype=torch.int32)
+    row = packed_row(boundaries, device=platform.device())
+    shapes = ((1024, 4, 192), (1024, num_groups, 192), (1024, num_groups, 128))
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(shape, generator=generator) for shape in shapes]
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = [x.to(platform.device(), torch.bfloat16).to(dtype).requires_grad_() for x in values]
+        out = core_attention(head_dim=192, dtype=dtype)(*inputs, None, packed_seq_params=row)
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
+    for wanted, found in zip(*results, strict=True):
+        assert relative_error(found, wanted) < 1e-2

@@ -18,14 +18,14 @@ from megatron_most.errors import ConfigError
 from megatron_most.model import check_libraries
 from megatron_most.model.core_attention import PortableCoreAttention
 from megatron_most.model.norm import RMSNorm
-from megatron_most.model.specs import PackedTEAttention, block_spec
+from megatron_most.model.specs import block_spec
 from megatron_most.model.transformer_config import _transformer_engine_fp8, transformer_config
 from megatron_most.moe import ModalityAwareMoELayer, ModalityAwareRouter
 from tests.distributed.tiny import tiny_config
 
 ENGINE = (
     transformer_engine.TENorm,
-    PackedTEAttention,
+    transformer_engine.TEDotProductAttention,
     transformer_engine.TEColumnParallelLinear,
     transformer_engine.TERowParallelLinear,
     transformer_engine.TELinear,
