@@ -17,7 +17,6 @@ from collections.abc import Callable
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_utils import permute, unpermute
 
 from megatron_most import cli, parallel, platform
 from megatron_most.config import RunConfig
@@ -25,6 +24,7 @@ from megatron_most.config.load import build_config
 from megatron_most.errors import MostError
 from megatron_most.model.specs import experts_spec
 from megatron_most.model.transformer_config import transformer_config
+from megatron_most.moe.dispatcher import AlltoAllDispatcher
 from tools.bench import paired
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest output
@@ -40,9 +40,10 @@ def bench_experts(arguments: argparse.Namespace) -> None:
     copy_weights(backends["grouped"], backends["sequential"])
     separate = separate_matrices(backends["sequential"])
     tokens, choice, weights = routed_tokens(arguments, next(backends["grouped"].parameters()).dtype)
+    dispatcher = build_dispatcher(configs["grouped"])
     computations: dict[str, Callable[[], torch.Tensor]] = {
-        "grouped": lambda: dispatched(backends["grouped"], tokens, choice, weights, arguments.experts),
-        "sequential": lambda: dispatched(backends["sequential"], tokens, choice, weights, arguments.experts),
+        "grouped": lambda: dispatched(dispatcher, backends["grouped"], tokens, choice, weights),
+        "sequential": lambda: dispatched(dispatcher, backends["sequential"], tokens, choice, weights),
         "loop over masks": lambda: loop_over_masks(separate, tokens, choice, weights),
     }
     outputs = {arm: compute().detach() for arm, compute in computations.items()}
@@ -102,6 +103,12 @@ def build_experts(config: RunConfig) -> torch.nn.Module:
     return spec(config.model.moe.num_experts, megatron, pg_collection=groups).to(platform.device())
 
 
+def build_dispatcher(config: RunConfig) -> AlltoAllDispatcher:
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    num_experts = config.model.moe.num_experts
+    return AlltoAllDispatcher(num_experts, list(range(num_experts)), transformer_config(config), groups)
+
+
 @torch.no_grad()
 def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
     """From grouped to sequential experts, on one rank."""
@@ -134,16 +141,20 @@ def routed_tokens(arguments: argparse.Namespace, dtype: torch.dtype) -> tuple[to
 
 
 def dispatched(
-    experts: torch.nn.Module, tokens: torch.Tensor, choice: torch.Tensor, weights: torch.Tensor, num_experts: int
+    dispatcher: AlltoAllDispatcher,
+    experts: torch.nn.Module,
+    tokens: torch.Tensor,
+    choice: torch.Tensor,
+    weights: torch.Tensor,
 ) -> torch.Tensor:
-    """What Megatron's dispatchers do on one rank: sort tokens by expert, compute, add up the outputs of each token."""
-    empty = torch.zeros(tokens.shape[0], num_experts, device=tokens.device)
+    """What a layer does between its router and its output: sort tokens by expert, compute, add up each token's."""
+    empty = torch.zeros(tokens.shape[0], dispatcher.num_experts, device=tokens.device)
     routing_map = empty.bool().scatter(1, choice, True)
     probs = empty.scatter(1, choice, weights)
-    counts = routing_map.sum(dim=0).cpu()
-    sorted_tokens, sorted_probs, order = permute(tokens, routing_map, probs=probs)
-    output, _ = experts(sorted_tokens, counts, sorted_probs)
-    return unpermute(output, order, tokens.shape, routing_map=routing_map)
+    sent = dispatcher.token_dispatch(*dispatcher.dispatch_preprocess(tokens, routing_map, probs))
+    rows, counts, row_probs = dispatcher.dispatch_postprocess(*sent)
+    output, _ = experts(rows, counts, row_probs)
+    return dispatcher.combine_postprocess(dispatcher.token_combine(dispatcher.combine_preprocess(output)))
 
 
 def loop_over_masks(
@@ -159,7 +170,7 @@ def loop_over_masks(
     return (outputs.view(*choice.shape, -1) * weights[..., None]).sum(dim=1).to(tokens.dtype)
 
 
-if __name__ == "__main__":
+def make_parser() -> argparse.ArgumentParser:
     full = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description="time the routed experts of one layer")
     for option, on_gpu, on_cpu in (("tokens", 16384, 2048), ("hidden", 2048, 512), ("ffn", 1408, 352)):
@@ -167,4 +178,8 @@ if __name__ == "__main__":
     parser.add_argument("--experts", type=int, default=64, metavar="N", help="of both modalities (default: 64)")
     parser.add_argument("--top-k", type=int, default=6, metavar="N")
     paired.add_arguments(parser)
-    cli.run(parser, bench_experts)
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(make_parser(), bench_experts)

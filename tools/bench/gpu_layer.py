@@ -2,9 +2,10 @@
 
     python -m tools.bench.gpu_layer [--layers N] [--calls N] [--config FILE] [key=value ...]
 
-A training step of the first N layers of a recipe on one row of its length, half of it audio; then the experts that a
-rank holds at an expert parallelism of 8, at several loads, in bf16 and in FP8 by every backend that is there. Rates are
-shares of a bf16 matrix product measured in the same run. Prints Markdown for docs/performance.md.
+A training step of the first N layers of a recipe on one row of its length, half of it audio: one document with a target
+at every position, and packed documents as training has them. Then the experts that a rank holds at an expert
+parallelism of 8, at several loads, in bf16 and in FP8 by every backend that is there. Rates are shares of a bf16 matrix
+product measured in the same run. Prints Markdown for docs/performance.md.
 
 Shape letters: n tokens of an expert, e experts, f width of an expert, h hidden size.
 """
@@ -23,23 +24,27 @@ from megatron.core import fp8_utils
 
 from megatron_most import cli, parallel, platform
 from megatron_most.config import RunConfig, load_config
+from megatron_most.data.loading.batch import Batch
 from megatron_most.errors import ConfigError
 from megatron_most.model.transformer_config import transformer_config
 from megatron_most.planning import memory_of_rank, train_flops_per_token
 from megatron_most.precision import fp8_product
+from megatron_most.training.microbatches import stage
 from megatron_most.training.run_directory import device_name, versions
 from megatron_most.training.train_step import build_train_state, train_step
 from tools.bench.experts import build_experts
-from tools.bench.rows import half_audio
+from tools.bench.rows import half_audio, packed_documents
 from tools.bench.timing import Timing, matmul_rate, time_calls
 
 RECIPE = "examples/configs/most_16b_stage1.yaml"
 ONE_GPU = (
     "parallel.expert_model_parallel_size=1",
     "training.global_batch_size=1",
-    "data.packing=false",  # a row is one document, as the count of operations has it
 )
-LOADS = (64, 384, 1536, 6144)  # 384: 4096 tokens, top-6 of 64 experts
+LOADS = (64, 384, 1536, 3072, 6144)
+"""384: 4096 tokens, top-6 of 64 experts. 3072: those of eight such ranks."""
+DOCUMENTS = 16
+"""Of a packed row, fewer where it is short."""
 EXPERTS = 8
 MATMUL = 8192
 ARMS = {
@@ -93,26 +98,44 @@ def measure(config: RunConfig, fp8_backends: Sequence[str], loads: Sequence[int]
 
 def training_table(config: RunConfig, calls: int, ceiling: float) -> list[str]:
     """Forward, backward and update."""
-    with _memory_freed():
-        timing, peak = training_step(config, calls)
-    rate = config.data.seq_length / timing.median
-    flops = rate * train_flops_per_token(config)
     estimate = memory_of_rank(config, world_size=1, pipeline_rank=0, expert_rank=0).total
-    measured = f"{peak / 2**30:.1f}" if peak else ""
-    return [
-        "| layers | positions | step | tokens/s | TFLOP/s | share of the product | peak memory, GiB | estimate, GiB |",
-        "|---|---|---|---|---|---|---|---|",
-        f"| {config.model.num_layers} | {config.data.seq_length} | {timing} | {rate:.0f} | {flops / 1e12:.1f}"
-        f" | {flops / ceiling:.1%} | {measured} | {estimate / 2**30:.1f} |",
+    lines = [
+        "| layers | positions | row | step | tokens/s | TFLOP/s | share of the product | peak memory, GiB"
+        " | estimate, GiB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
+    rows = {"one document": half_audio(config)}
+    count = min(DOCUMENTS, config.data.seq_length // 8)
+    rows[f"{count} documents"] = packed_documents(config, count)
+    for name, batch in rows.items():
+        with _memory_freed():
+            timing, peak = training_step(config, batch, calls)
+        rate = config.data.seq_length / timing.median
+        flops = rate * flops_per_token(config, batch)
+        measured = f"{peak / 2**30:.1f}" if peak else ""
+        lines.append(
+            f"| {config.model.num_layers} | {config.data.seq_length} | {name} | {timing} | {rate:.0f}"
+            f" | {flops / 1e12:.1f} | {flops / ceiling:.1%} | {measured} | {estimate / 2**30:.1f} |"
+        )
+    return lines
 
 
-def training_step(config: RunConfig, calls: int) -> tuple[Timing, int]:
+def flops_per_token(config: RunConfig, batch: Batch) -> float:
+    """The planner's count, for which attention ends where documents do."""
+    if batch.cu_seqlens is None:
+        return train_flops_per_token(config)
+    lengths = batch.cu_seqlens.diff().double()
+    # A position attends to half of its document; the average position's document is longer than the average document.
+    data = dataclasses.replace(config.data, seq_length=round((lengths.square().sum() / lengths.sum()).item()))
+    return train_flops_per_token(dataclasses.replace(config, data=data))
+
+
+def training_step(config: RunConfig, batch: Batch, calls: int) -> tuple[Timing, int]:
     """Time of a step, and the bytes of the device that tensors held at most (0 on a CPU)."""
-    state, batch = build_train_state(config), half_audio(config)
+    state, staged = build_train_state(config), stage(batch, platform.device())
 
     def step() -> None:
-        train_step(state, [batch])
+        train_step(state, [staged])
 
     is_cuda = platform.device().type == "cuda"
     if is_cuda:

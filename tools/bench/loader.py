@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megatron_most import cli
 from megatron_most.config.load import build_config
 from megatron_most.data.loading.loader import train_batches
 from megatron_most.data.storage.documents import Document
@@ -104,12 +105,16 @@ def read_all(prefix: Path, layout: str, ids, documents_per_row: int):
     return call
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=20_000)
     parser.add_argument("--seq-length", type=int, default=4096)
     paired.add_arguments(parser)
-    arguments = parser.parse_args()
+    return parser
+
+
+def bench_loader(arguments: argparse.Namespace) -> None:
+    cli.require_positive(arguments, "documents", "seq_length", "blocks", "threads")
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as name:
         for layout in ("flat", "frame"):
@@ -132,4 +137,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(make_parser(), bench_loader)

@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from megatron_most import cli, parallel, platform
 from megatron_most.config import load_config
 from megatron_most.data.loading.loader import train_batches
+from megatron_most.training.microbatches import stage
 from megatron_most.training.train_step import build_train_state, train_step
 
 MATRIX_PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::_grouped_mm")
@@ -33,7 +34,7 @@ def profile_step(arguments: argparse.Namespace) -> None:
     batches = train_batches(config, dp_rank=dp_rank, dp_size=dp_size, consumed_samples=0)
 
     def step() -> None:
-        train_step(state, [next(batches).to(platform.device()) for _ in range(config.num_microbatches(dp_size))])
+        train_step(state, [stage(next(batches), platform.device()) for _ in range(config.num_microbatches(dp_size))])
 
     for _ in range(WARM_UP_STEPS):
         step()
@@ -61,8 +62,12 @@ def report(profiler: profile, threads: int) -> None:
         print(f"  {time / total:6.1%}  {time / STEPS / 1e3:8.2f} ms  {key}")
 
 
-if __name__ == "__main__":
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="profile a training step")
     parser.add_argument("--config", required=True, metavar="FILE")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    cli.run(parser, profile_step)
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(make_parser(), profile_step)

@@ -149,7 +149,7 @@ def report_floor(
     print(f"router, forward, {num_bytes / 1e6:.1f} MB: {paired.compare(arms, 'copy of the bytes', arguments.blocks)}")
 
 
-if __name__ == "__main__":
+def make_parser() -> argparse.ArgumentParser:
     full = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description="time routing by modality against Megatron's plain router")
     for option, on_gpu, on_cpu in (("tokens", 16384, 2048), ("hidden", 2048, 512), ("ffn", 1408, 352)):
@@ -157,4 +157,8 @@ if __name__ == "__main__":
     parser.add_argument("--experts", type=int, default=64, metavar="N", help="of both modalities (default: 64)")
     parser.add_argument("--top-k", type=int, default=6, metavar="N")
     paired.add_arguments(parser)
-    cli.run(parser, bench_router)
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(make_parser(), bench_router)

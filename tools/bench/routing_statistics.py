@@ -47,10 +47,10 @@ MODEL = {
 }
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     paired.add_arguments(parser)
-    cli.run(parser, measure)
+    return parser
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -127,4 +127,4 @@ def recorded(router: ModalityAwareRouter, action: Callable[[], None]) -> tuple[t
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(make_parser(), measure)

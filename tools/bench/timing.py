@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch._dynamo.utils import counters
 
 from megatron_most import platform
 
@@ -17,27 +18,31 @@ WARM_UP = 5
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of a call: median and quartiles."""
+    """Seconds of a call: median and quartiles; and how often ``torch.compile`` compiled during the timed calls."""
 
     median: float
     lower: float
     upper: float
+    recompilations: int = 0
 
     @classmethod
-    def of(cls, seconds: list[float]) -> Timing:
+    def of(cls, seconds: list[float], recompilations: int = 0) -> Timing:
         lower, median, upper = statistics.quantiles(seconds, n=4, method="inclusive")
-        return cls(median, lower, upper)
+        return cls(median, lower, upper, recompilations)
 
     def __str__(self) -> str:
-        return f"{self.median * 1e3:.3f} ms (IQR {self.lower * 1e3:.3f} to {self.upper * 1e3:.3f})"
+        recompiled = f", {self.recompilations} recompilations" if self.recompilations else ""
+        return f"{self.median * 1e3:.3f} ms (IQR {self.lower * 1e3:.3f} to {self.upper * 1e3:.3f}{recompiled})"
 
 
 def time_calls(call: Callable[[], object], calls: int) -> Timing:
     """Time ``calls`` calls one by one, after :data:`WARM_UP` others: by CUDA events, on a CPU by the clock."""
     for _ in range(WARM_UP):
         call()
+    compiled = _compilations()
     if platform.device().type != "cuda":
-        return Timing.of([_on_clock(call) for _ in range(calls)])
+        seconds = [_on_clock(call) for _ in range(calls)]
+        return Timing.of(seconds, _compilations() - compiled)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
     torch.cuda.synchronize()
     for start, end in events:
@@ -45,7 +50,12 @@ def time_calls(call: Callable[[], object], calls: int) -> Timing:
         call()
         end.record()
     torch.cuda.synchronize()
-    return Timing.of([start.elapsed_time(end) / 1e3 for start, end in events])
+    return Timing.of([start.elapsed_time(end) / 1e3 for start, end in events], _compilations() - compiled)
+
+
+def _compilations() -> int:
+    """Frames that ``torch.compile`` has worked on in this process."""
+    return counters["frames"]["total"]
 
 
 def matmul_rate(size: int, dtype: torch.dtype, calls: int) -> float:

@@ -142,15 +142,15 @@ def require_equal(expected: list[np.ndarray], shard: Shard, codec: NemoCodec) ->
         raise SystemExit("error: the two arms do not compute the same")
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--codec", type=Path, default=TINY_CODEC, help=".nemo file (default: the quickstart's)")
     parser.add_argument("--files", type=int, default=48)
     parser.add_argument("--shortest", type=float, default=0.5, help="seconds (default %(default)g)")
     parser.add_argument("--longest", type=float, default=15.0, help="seconds (default %(default)g)")
     paired.add_arguments(parser)
-    cli.run(parser, bench_tokenization)
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(make_parser(), bench_tokenization)

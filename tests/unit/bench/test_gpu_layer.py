@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from megatron_most.errors import ConfigError
 from megatron_most.planning import GPUS, memory_of_rank, train_flops_per_token
 from tests.distributed.tiny import WIDE, tiny_config
 from tools.bench import gpu_layer, timing
+from tools.bench.rows import half_audio, packed_documents
 
 ROOT = Path(__file__).parents[3]
 
@@ -33,8 +35,8 @@ def test_every_table_is_there_and_full() -> None:
     assert "torch" in head and "driver" in head and "Transformer Engine" in head
     assert rates.startswith("bf16 product of 32 x 32")
     rows = [line.split(" | ") for line in report.splitlines() if line.startswith("| ")]
-    step, experts = rows[1], rows[3:]
-    assert step[0] == "| 2" and step[1] == "32"
+    steps, experts = rows[1:3], rows[4:]
+    assert [row[:3] for row in steps] == [["| 2", "32", "one document"], ["| 2", "32", "4 documents"]]
     assert [(row[0], row[1], row[2]) for row in experts] == [
         (f"| {load}", backend, precision)
         for load in (3, 16)
@@ -45,11 +47,34 @@ def test_every_table_is_there_and_full() -> None:
 
 def test_rates_are_those_of_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_config()
-    monkeypatch.setattr(gpu_layer, "training_step", lambda *_: (timing.Timing(0.5, 0.4, 0.6), 3 * 2**30))
-    row = gpu_layer.training_table(config, calls=2, ceiling=64 * train_flops_per_token(config) * 2)[-1]
-    assert row.split(" | ")[2] == "500.000 ms (IQR 400.000 to 600.000)"
-    assert row.split(" | ")[3] == "64"
-    assert "50.0%" in row and " | 3.0 | " in row
+    monkeypatch.setattr(gpu_layer, "training_step", lambda *_: (timing.Timing(0.5, 0.4, 0.6, 2), 3 * 2**30))
+    rows = gpu_layer.training_table(config, calls=2, ceiling=64 * train_flops_per_token(config) * 2)[-2:]
+    cells = rows[0].split(" | ")
+    assert cells[3] == "500.000 ms (IQR 400.000 to 600.000, 2 recompilations)"
+    assert cells[4] == "64" and cells[6] == "50.0%" and cells[7] == "3.0"
+    # Attention inside documents is less work in the same time.
+    assert 0 < float(rows[1].split(" | ")[6].rstrip("%")) < 50
+
+
+def test_a_packed_row_counts_attention_inside_its_documents() -> None:
+    config = small_config()
+    batch = packed_documents(config, 4)
+    lengths = batch.cu_seqlens.diff().tolist()
+    per_position = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_length=1))
+    core = train_flops_per_token(config) - train_flops_per_token(per_position)  # of 31 positions more
+    mean = sum(length * length for length in lengths) / sum(lengths)
+    expected = train_flops_per_token(per_position) + core / 31 * (round(mean) - 1)
+    assert gpu_layer.flops_per_token(config, batch) == pytest.approx(expected)
+    assert gpu_layer.flops_per_token(config, half_audio(config)) == train_flops_per_token(config)
+
+
+def test_compilations_during_timed_calls_are_counted() -> None:
+    functions = iter([lambda x: x + 1, lambda x: x + 2, lambda x: x * 3, lambda x: x - 4])
+    x = torch.ones(2)
+    with torch.compiler.set_stance("default"):
+        found = timing.time_calls(lambda: torch.compile(next(functions), backend="eager")(x), calls=3)
+    assert found.recompilations == 3
+    assert timing.time_calls(lambda: x + 1, calls=3).recompilations == 0
 
 
 def test_the_recipe_fits_one_gpu() -> None:
