@@ -6,6 +6,7 @@ import torch
 from megatron.core.transformer.moe.fused_a2a import HYBRIDEP_TOKEN_ALIGNMENT
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from megatron_most import platform
 from megatron_most.config import RunConfig
 from megatron_most.config.model import AttentionConfig
 from megatron_most.model.rotary import softmax_scale
@@ -70,7 +71,8 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        bias_activation_fusion=False,
+        # One compiled kernel for SwiGLU forward and one backward; CPUs compile none, and fp32 stays as torch has it.
+        bias_activation_fusion=dtype == torch.bfloat16 and platform.device().type == "cuda",
         bias_dropout_fusion=False,
         **_recompute(training.recompute),
         # No module is captured. The default, "full", is a name that Megatron has given up.
