@@ -210,7 +210,7 @@ class MoEConfig:
     expert_backend: str = "grouped"
     dispatcher: str = "alltoall"
     shared_expert_overlap: bool = False
-    moe_permute_fusion: bool = False
+    moe_permute_fusion: bool | None = None
 
     def __post_init__(self) -> None:
         section = "model.moe"

@@ -6,6 +6,7 @@ import torch
 from megatron.core.transformer.moe.fused_a2a import HYBRIDEP_TOKEN_ALIGNMENT
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from megatron_most import platform
 from megatron_most.config import RunConfig
 from megatron_most.config.model import AttentionConfig
 from megatron_most.model.rotary import softmax_scale
@@ -50,7 +51,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         moe_router_load_balancing_type="none",
         moe_router_dtype="fp32",
         moe_shared_expert_overlap=moe.shared_expert_overlap,
-        moe_permute_fusion=moe.moe_permute_fusion,
+        moe_permute_fusion=_fuses_permutation(config),
         **_dispatcher(config),
         # Parallelism.
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -70,7 +71,8 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        bias_activation_fusion=False,
+        # One compiled kernel for SwiGLU forward and one backward; CPUs compile none, and fp32 stays as torch has it.
+        bias_activation_fusion=dtype == torch.bfloat16 and platform.device().type == "cuda",
         bias_dropout_fusion=False,
         **_recompute(training.recompute),
         # No module is captured. The default, "full", is a name that Megatron has given up.
@@ -93,6 +95,15 @@ def _transformer_engine_fp8(config: RunConfig) -> dict[str, object]:
         "num_layers_at_start_in_bf16": precision.bf16_first_layers,
         "num_layers_at_end_in_bf16": precision.bf16_last_layers,
     }
+
+
+def _fuses_permutation(config: RunConfig) -> bool:
+    """As configured; if it is not, where the model's other parts are Transformer Engine's."""
+    moe = config.model.moe
+    if moe.moe_permute_fusion is not None:
+        return moe.moe_permute_fusion
+    is_engine = config.model.backend != "portable" and platform.model_backend("auto") == "transformer_engine"
+    return is_engine and moe.dispatcher == "alltoall"
 
 
 def _dispatcher(config: RunConfig) -> dict[str, object]:

@@ -22,8 +22,8 @@ def sum_by_modality(membership: torch.Tensor, per_token: torch.Tensor, num_seque
     Returns:
         ``[B, M, E]``. Counts are exact to 2^24.
     """
-    by_sequence = membership.view(membership.shape[0], -1, num_sequences)
-    return torch.einsum("msb,sbe->bme", by_sequence, per_token.view(-1, num_sequences, per_token.shape[1]))
+    by_sequence = membership.view(membership.shape[0], -1, num_sequences).permute(2, 0, 1)
+    return by_sequence.bmm(per_token.view(-1, num_sequences, per_token.shape[1]).transpose(0, 1))
 
 
 class BalanceLoss:
@@ -78,7 +78,7 @@ class BalanceLoss:
             the number of valid tokens gives the mean.
         """
         if self._count_group.size() > 1:
-            pairs = pairs.clone()
+            pairs = pairs.clone(memory_format=torch.contiguous_format)
             dist.all_reduce(pairs, group=self._count_group)
         if self.kind == "global_aux_loss":
             self._step_pairs += pairs

@@ -1,5 +1,7 @@
 """The choice: which experts a token is sent to, given how it ranks them.
 
+Tables have a row for each plane (:mod:`megatron_most.moe.token_planes`): M modalities and padding.
+
 Shape letters: n tokens, E experts (physical order), M modalities, K largest top_k, R runs, L experts of a run.
 """
 
@@ -20,39 +22,37 @@ class ExpertChoice:
 
     def __init__(self, moe: MoEConfig, groups: ExpertGroups, device: torch.device) -> None:
         self.max_top_k = moe.max_top_k
-        self._top_k = torch.tensor(groups.top_k, device=device)
-        self._places = torch.arange(self.max_top_k, device=device)
+        top_k = torch.tensor([*groups.top_k, 0], device=device)
+        self._is_taken = torch.arange(self.max_top_k, device=device) < top_k[:, None]
         self._runs: torch.Tensor | None = None
         if any(group.n_group > 1 for group in moe.groups):
             # DeepSeek-V2 ranks a run by its best expert, DeepSeek-V3, which has sigmoid scores, by its two best.
             self._experts_that_rank_a_run = 2 if moe.score_function == "sigmoid" else 1
             self._runs, self._run_of = _runs(moe, groups)
             self._runs, self._run_of = self._runs.to(device), self._run_of.to(device)
-            self._topk_group = torch.tensor([group.topk_group for group in moe.groups], device=device)
+            of_groups = [group.topk_group for group in moe.groups]
+            self._topk_group = torch.tensor([*of_groups, of_groups[0]], device=device)
 
-    def __call__(
-        self, ranking: torch.Tensor, modality: torch.Tensor, is_valid: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, ranking: torch.Tensor, plane: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose.
 
         Args:
             ranking: ``[n, E]``, larger is better, -inf where the token's modality may not choose.
-            modality: ``[n]`` int64.
-            is_valid: ``[n]`` bool, False for padding, which is sent nowhere.
+            plane: ``[n]`` int64: the modality of a token, M where it is padding, which is sent nowhere.
 
         Returns:
-            Experts ``[n, K]`` int64, all of a row different, and ``[n, K]`` bool, which of them the token is sent to:
-            its first ``top_k``, none for padding.
+            Experts ``[n, K]`` int64, best first, all of a row different, and ``[n, K]`` bool, which of them the token
+            is sent to: the first ``top_k`` of its modality.
         """
         if self._runs is not None:
-            ranking = self._within_best_runs(ranking, modality)
+            ranking = self._within_best_runs(ranking, plane)
         experts = ranking.topk(self.max_top_k, dim=-1).indices
-        return experts, self._places < (self._top_k[modality] * is_valid)[:, None]
+        return experts, self._is_taken[plane]
 
-    def _within_best_runs(self, ranking: torch.Tensor, modality: torch.Tensor) -> torch.Tensor:
+    def _within_best_runs(self, ranking: torch.Tensor, plane: torch.Tensor) -> torch.Tensor:
         """DeepSeek's group-limited routing (arXiv 2405.04434, section 2.2.2): -inf outside the best ``topk_group``."""
         num_runs, run_length = self._runs.shape[1:]
-        members = F.pad(ranking, (0, 1), value=float("-inf")).gather(1, self._runs[modality].flatten(1))
+        members = F.pad(ranking, (0, 1), value=float("-inf")).gather(1, self._runs[plane].flatten(1))
         num_best = min(self._experts_that_rank_a_run, run_length)
         best = members.view(-1, num_runs, run_length).topk(num_best).values
         # A run of a single expert has no second best; a run that does not exist has no best and stays at -inf.
@@ -60,14 +60,17 @@ class ExpertChoice:
         run_ranking = best[..., 0] + second.sum(dim=-1)
         order = run_ranking.argsort(dim=-1, descending=True)
         places = torch.arange(num_runs, device=ranking.device)
-        is_kept = places < self._topk_group[modality][:, None]
+        is_kept = places < self._topk_group[plane][:, None]
         is_kept_run = torch.zeros_like(is_kept).scatter(1, order, is_kept)
-        is_kept_expert = F.pad(is_kept_run, (0, 1)).gather(1, self._run_of[modality])
+        is_kept_expert = F.pad(is_kept_run, (0, 1)).gather(1, self._run_of[plane])
         return ranking.masked_fill(~is_kept_expert, float("-inf"))
 
 
 def _runs(moe: MoEConfig, groups: ExpertGroups) -> tuple[torch.Tensor, torch.Tensor]:
-    """``[M, R, L]`` experts of each run, E where there is none, and ``[M, E]`` the run of each expert, R for none."""
+    """``[M + 1, R, L]`` experts of each run, E for none, and ``[M + 1, E]`` the run of each expert, R for none.
+
+    Padding has the runs of the first modality.
+    """
     physical = {expert: place for place, expert in enumerate(groups.physical_to_logical)}
     num_runs = max(group.n_group for group in moe.groups)
     run_length = max(len(choice) // group.n_group for choice, group in zip(groups.choices, moe.groups, strict=True))
@@ -78,4 +81,4 @@ def _runs(moe: MoEConfig, groups: ExpertGroups) -> tuple[torch.Tensor, torch.Ten
         for place, expert in enumerate(choice):
             runs[modality, place // length, place % length] = physical[expert]
             run_of[modality, physical[expert]] = place // length
-    return runs, run_of
+    return torch.cat([runs, runs[:1]]), torch.cat([run_of, run_of[:1]])

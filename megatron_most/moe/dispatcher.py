@@ -5,7 +5,11 @@ Shape letters: n tokens of this rank, E experts in physical order, h hidden size
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection, permute
@@ -39,9 +43,8 @@ class AlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
     """Megatron's all-to-all, which sends as many rows as there are (token, expert) pairs.
 
     Megatron (0.19.2, token_dispatcher.py:550) takes n x top-k for that number, so that the host need not ask the device
-    for it, or asks for it once more when a capacity is set. Here n x max top-k rows are laid out without asking, and
-    cut to the pairs that exist where the dispatcher waits for the counts of all experts anyway: before it sends.
-    Rows after the last pair hold the first token once more, or nothing of meaning, and are never sent.
+    for it, or asks for it once more when a capacity is set. Here rows are laid out where the dispatcher waits for the
+    counts of all experts anyway: before it sends.
     """
 
     def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
@@ -53,7 +56,7 @@ class AlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states ``[..., h]``, map and probs ``[n, E]`` -> rows ``[n * max top-k, h]`` by expert, and probs."""
+        """Hidden states ``[..., h]``, map and probs ``[n, E]`` -> tokens ``[n, h]`` and probs, not yet permuted."""
         self.hidden_shape, self.probs, self.routing_map = hidden_states.shape, probs, routing_map
         tokens = hidden_states.view(-1, hidden_states.shape[-1])
         self.hidden_shape_before_permute = tokens.shape
@@ -62,26 +65,24 @@ class AlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
             self.shared_experts.pre_forward_comm(hidden_states)
         # Here the copies to the host start; waiting for them is left to token_dispatch.
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", self.tokens_per_expert)
-        if self.config.moe_permute_fusion:
-            rows, row_probs, self.reversed_local_input_permutation_mapping, *_ = permute(
-                tokens, routing_map, probs=probs, num_out_tokens=self.num_out_tokens, fused=True
-            )
-            return rows, row_probs
-        pairs = _pairs_by_expert(routing_map, self.num_out_tokens)
-        token_of_row = pairs.remainder(tokens.shape[0])
-        self.reversed_local_input_permutation_mapping = token_of_row
-        return tokens.index_select(0, token_of_row), probs.T.contiguous().view(-1).index_select(0, pairs)
+        if not self.config.moe_permute_fusion:  # what the device can do meanwhile
+            self._found = _Found.in_map(routing_map, self.num_out_tokens)
+        return tokens, probs
 
-    def token_dispatch(
-        self, permutated_local_input_tokens: torch.Tensor, permuted_probs: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Send the rows that hold a pair: ``[r, h]`` and ``[r]``."""
+    def token_dispatch(self, tokens: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens ``[n, h]`` and probs ``[n, E]`` -> rows and probs by expert, sent: as many as pairs came."""
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_ep_alltoall", self.tokens_per_expert)
         # On one rank there are no splits: all its pairs are for its own experts.
-        num_pairs = int((self.tokens_per_expert if self.input_splits is None else self.input_splits).sum())
-        if not self.config.moe_permute_fusion:  # the fused kernel's mapping has a place for each expert, not for rows
-            self.reversed_local_input_permutation_mapping = self.reversed_local_input_permutation_mapping[:num_pairs]
-        return super().token_dispatch(permutated_local_input_tokens[:num_pairs], permuted_probs[:num_pairs])
+        num_pairs = sum((self.tokens_per_expert if self.input_splits is None else self.input_splits).tolist())
+        if self.config.moe_permute_fusion:
+            rows, row_probs, self.reversed_local_input_permutation_mapping, *_ = permute(
+                tokens, self.routing_map, probs=probs, num_out_tokens=num_pairs, fused=True
+            )
+        else:
+            self._pairs = pairs = self._found.pairs(num_pairs)
+            rows, row_probs = _Permute.apply(tokens, pairs), probs.flatten().index_select(0, pairs.cell)
+            self._found = None
+        return super().token_dispatch(rows, row_probs)
 
     def dispatch_postprocess(
         self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
@@ -96,7 +97,93 @@ class AlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
         """Rows in the order in which they came."""
         return super().combine_preprocess(hidden_states) if self.ep_size * self.tp_size > 1 else hidden_states
 
+    def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> torch.Tensor:
+        """Rows ``[r, h]`` by expert -> the sum of each token's, ``[..., h]``, and of what shared experts gave."""
+        if self.config.moe_permute_fusion:
+            return super().combine_postprocess(permutated_local_input_tokens)
+        output = _Unpermute.apply(permutated_local_input_tokens, self._pairs).view(self.hidden_shape)
+        self._pairs = None
+        if self.shared_experts is not None:
+            output += self.shared_experts.get_output()
+        return output
 
-def _pairs_by_expert(routing_map: torch.Tensor, room: int) -> torch.Tensor:
-    """Routing map ``[n, E]`` -> ``expert * n + token`` of each pair, ascending, ``[room]``; 0 after the last pair."""
-    return routing_map.T.contiguous().view(-1).nonzero_static(size=room, fill_value=0).view(-1)
+
+@dataclass
+class _Pairs:
+    """The pairs of a routing map ``[n, E]``, in rows by expert and, for each expert, by token.
+
+    Args:
+        token: ``[r]``, the token of each row.
+        cell: ``[r]``, ``token * E + expert`` of each row.
+        rows: ``[r]``, all rows by token and, for each token, by expert.
+        starts: ``[n + 1]``, where the rows of each token start among these, and where they end.
+    """
+
+    token: torch.Tensor
+    cell: torch.Tensor
+    rows: torch.Tensor
+    starts: torch.Tensor
+
+    def gather(self, tokens: torch.Tensor) -> torch.Tensor:
+        """``[n, h]`` -> ``[r, h]``: to each row its token."""
+        return tokens.index_select(0, self.token)
+
+    def sum(self, rows: torch.Tensor) -> torch.Tensor:
+        """``[r, h]`` -> ``[n, h]``: to each token the sum of its rows, in fp32 and in the order of experts.
+
+        One pass without atomic additions, which are slow in bf16 and add in an order that changes.
+        """
+        return F.embedding_bag(self.rows, rows.detach(), self.starts, mode="sum", include_last_offset=True)
+
+
+@dataclass
+class _Found:
+    """What is known of the pairs before their number is.
+
+    Args:
+        places: ``[room, 2]``, expert and token of each row; those after the last pair mean nothing.
+        before: ``[n * E + 1]``, pairs in the cells of the map before each cell, token by token.
+    """
+
+    places: torch.Tensor
+    before: torch.Tensor
+    num_experts: int
+
+    @classmethod
+    def in_map(cls, routing_map: torch.Tensor, room: int) -> _Found:
+        before = routing_map.new_zeros(routing_map.numel() + 1, dtype=torch.long)
+        torch.cumsum(routing_map.flatten(), 0, out=before[1:])
+        return cls(routing_map.T.nonzero_static(size=room), before, routing_map.shape[1])
+
+    def pairs(self, num_pairs: int) -> _Pairs:
+        expert, token = self.places[:num_pairs].unbind(1)
+        cell = torch.add(expert, token, alpha=self.num_experts)
+        place = self.before.index_select(0, cell)
+        rows = torch.empty_like(place).scatter_(0, place, torch.arange(num_pairs, device=place.device))
+        return _Pairs(token, cell, rows, self.before[:: self.num_experts].contiguous())
+
+
+class _Permute(torch.autograd.Function):
+    """:meth:`_Pairs.gather`, whose backward is :meth:`_Pairs.sum`."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: torch.Tensor, pairs: _Pairs) -> torch.Tensor:
+        ctx.pairs = pairs
+        return pairs.gather(tokens)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.pairs.sum(gradient), None
+
+
+class _Unpermute(torch.autograd.Function):
+    """:meth:`_Pairs.sum`, whose backward is :meth:`_Pairs.gather`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, pairs: _Pairs) -> torch.Tensor:
+        ctx.pairs = pairs
+        return pairs.sum(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.pairs.gather(gradient), None

@@ -28,12 +28,13 @@ class ExpertBias(torch.nn.Module):
         # No buffer: whole numbers must stay whole when the model is made bf16.
         self.step_pairs = torch.zeros(shape, dtype=torch.float64, device=device)
         self._physical_to_logical = torch.tensor(groups.physical_to_logical, device=device)
+        self._modality_of_plane = torch.tensor([*range(shape[0]), 0], device=device)[:, None]
         self._is_allowed = groups.allowed().to(device)
         self._choice_sizes = self._is_allowed.sum(dim=1, keepdim=True)
 
-    def physical(self) -> torch.Tensor:
-        """``[M, E]`` in physical order."""
-        return self.values[:, self._physical_to_logical]
+    def by_plane(self) -> torch.Tensor:
+        """``[M + 1, E]`` in physical order. The last row is for padding, which is sent nowhere."""
+        return self.values[self._modality_of_plane, self._physical_to_logical]
 
     @torch.no_grad()
     def count(self, pairs: torch.Tensor) -> None:

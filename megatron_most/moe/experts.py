@@ -141,10 +141,10 @@ class ExpertPool(torch.nn.Module):
             places, ends, num_rows = fc1.padding(counts, tokens.device)
             tokens = tokens.new_zeros(num_rows, tokens.shape[1]).index_copy(0, places, tokens)
             probs = probs.new_zeros(num_rows).index_copy(0, places, probs)
-            hidden = _weighted_swiglu(fc1.grouped(tokens, self.linear_fc1, ends), probs)
+            hidden = weighted_swiglu(fc1.grouped(tokens, self.linear_fc1, ends), probs)
             return fc2.grouped(hidden, self.linear_fc2, ends)[places]
         hidden = torch.nn.functional.grouped_mm(tokens, self.linear_fc1.transpose(1, 2), offs=ends)
-        hidden = _weighted_swiglu(hidden, probs)
+        hidden = weighted_swiglu(hidden, probs)
         return torch.nn.functional.grouped_mm(hidden, self.linear_fc2.transpose(1, 2), offs=ends)
 
 
@@ -180,8 +180,22 @@ class TransformerEngineExperts(_LogicalCheckpoints, TEGroupedMLP):
     """Transformer Engine's grouped linear layers."""
 
 
-@jit_fuser
+def weighted_swiglu(gate_and_up: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    """``[n, 2f]`` and ``[n]`` -> ``silu(gate) * up * prob``, ``[n, f]``, multiplied in the dtype of the probs.
+
+    Compiled once for any n, which is another one in every call. torch.compile takes 0 and 1 for constants and would
+    compile once more for each.
+    """
+    if len(probs) < 2:
+        return _weighted_swiglu(gate_and_up, probs)
+    for tensor in (gate_and_up, probs):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return _compiled_swiglu(gate_and_up, probs)
+
+
 def _weighted_swiglu(gate_and_up: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
-    """``[n, 2f]`` and ``[n]`` -> ``silu(gate) * up * prob``, ``[n, f]``, multiplied in the dtype of the probs."""
     gate, up = gate_and_up.chunk(2, dim=-1)
     return (torch.nn.functional.silu(gate) * up * probs[:, None]).to(gate_and_up.dtype)
+
+
+_compiled_swiglu = jit_fuser(_weighted_swiglu)

@@ -55,7 +55,7 @@ class RouterLosses:
             own = [getattr(group, name) for group in moe.groups]
             return torch.tensor([layer if value is None else value for value in own], device=device)
 
-        self._coefficients: dict[str, torch.Tensor | float] = {}
+        self._coefficients: dict[str, torch.Tensor] = {}
         if moe.balance_loss != "none":
             self._coefficients["balance_loss"] = of_group("balance_coeff")
             is_pooled = moe.balance_scope == "pooled"
@@ -65,7 +65,8 @@ class RouterLosses:
         if z_coefficients.any():
             self._coefficients["z_loss"] = z_coefficients
         if moe.orthogonality_coeff:
-            self._coefficients["orthogonality_loss"] = moe.orthogonality_coeff
+            coefficients = torch.full((len(moe.groups),), moe.orthogonality_coeff, device=device)
+            self._coefficients["orthogonality_loss"] = coefficients
             is_choice = torch.zeros(len(groups.choices), groups.num_experts, device=device)
             for modality, choice in enumerate(groups.choices):
                 is_choice[modality, list(choice)] = 1
@@ -104,8 +105,8 @@ class RouterLosses:
         """
         if not losses:
             return probs
-        total = sum((value * self._coefficients[name]).sum() for name, value in losses.items())
-        return MoEAuxLossAutoScaler.apply(probs, total)
+        first, *others = (value.dot(self._coefficients[name]) for name, value in losses.items())
+        return MoEAuxLossAutoScaler.apply(probs, sum(others, first))
 
     def end_step(self) -> None:
         if "balance_loss" in self._coefficients:

@@ -15,7 +15,6 @@ from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_most.config import MoEConfig
-from megatron_most.moe.balance import sum_by_modality
 from megatron_most.moe.choice import ExpertChoice
 from megatron_most.moe.expert_bias import ExpertBias, update_expert_biases
 from megatron_most.moe.expert_groups import ExpertGroups
@@ -30,7 +29,7 @@ class ModalityAwareRouter(Router):
 
     Logits outside the choice are masked before the scores and the top-k, so that one dispatch and one set of experts
     serve all modalities. Padding is sent to no expert. Everything the router needs of a token comes in
-    ``padding_mask``, which holds the planes of :mod:`megatron_most.moe.token_planes`.
+    ``padding_mask``, which holds the planes of :mod:`megatron_most.moe.token_planes`; tables have a row for each plane.
 
     ``weight`` is ``[E, h]``, or ``[M, E, h]`` with a matrix for each modality, in logical order; its rows are brought
     into physical order when logits are computed.
@@ -57,9 +56,8 @@ class ModalityAwareRouter(Router):
         device = torch.device(torch.cuda.current_device())
         order = groups.physical_to_logical
         self._row_order = None if order == tuple(range(len(order))) else torch.tensor(order, device=device)
-        self._mask = torch.zeros(len(groups.choices), len(order), device=device)
-        self._mask.masked_fill_(~groups.allowed().to(device), float("-inf"))
-        self._modalities = torch.arange(len(groups.choices), device=device)[:, None]
+        self._mask = torch.zeros(len(groups.choices) + 1, len(order), device=device)
+        self._mask[:-1].masked_fill_(~groups.allowed().to(device), float("-inf"))
         self._choice = ExpertChoice(moe, groups, device)
         # The order of logits is that of scores, and has no ties where scores underflow; sums need scores themselves.
         self._ranks_by_score = moe.score_function == "sigmoid" and any(group.n_group > 1 for group in moe.groups)
@@ -72,7 +70,7 @@ class ModalityAwareRouter(Router):
     def forward(
         self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``input [s, b, h]`` and planes ``[s, P * b]`` -> probs ``[n, E]`` and routing map ``[n, E]`` bool."""
+        """``input [s, b, h]`` and planes ``[s, (M + 1) * b]`` -> probs ``[n, E]`` and routing map ``[n, E]`` bool."""
         return self.routing(self.gating(input), padding_mask)
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
@@ -83,23 +81,21 @@ class ModalityAwareRouter(Router):
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What :meth:`gating` returned, and planes ``[s, P * b]`` -> probs and routing map, ``[n, E]`` each."""
-        modality, is_valid = self._read_planes(padding_mask, logits.shape[:2])
-        num_rows, logits = logits.shape[1], self._own_logits(logits, modality)
-        group_logits = logits + self._mask[modality]
+        """What :meth:`gating` returned, and planes ``[s, (M + 1) * b]`` -> probs and routing map, ``[n, E]`` each."""
+        plane, membership = self._read_planes(padding_mask, logits.shape[:2])
+        num_rows, logits = logits.shape[1], self._own_logits(logits, plane)
+        group_logits = logits + self._mask[plane]
         scores = expert_scores(logits, group_logits, self.moe)
-        experts, is_chosen = self._choice(self._ranking(scores, group_logits, modality), modality, is_valid)
-        probs = torch.zeros_like(scores).scatter(1, experts, gates(scores, experts, is_chosen, self.moe))
-        routing_map = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, experts, is_chosen)
+        experts, is_taken = self._choice(self._ranking(scores, group_logits, plane), plane)
+        routing_map = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, experts, is_taken)
+        probs = gates(scores, routing_map, experts, is_taken, self.moe)
 
         # In training, counts and losses belong to the pass that has a backward: not to evaluation, and only to the
         # second of the two forwards of a recomputed layer.
         if self.training and torch.is_grad_enabled():
             group_probs = choice_distribution(scores, group_logits, self.moe)
-            membership = ((modality == self._modalities) & is_valid).float()
             num_sequences = num_rows if self.moe.balance_loss == "seq_aux_loss" else 1
-            pairs = sum_by_modality(membership, routing_map.float(), num_sequences)
-            self.statistics.count(pairs.sum(dim=0), scores, group_probs, membership)
+            pairs = self.statistics.count(routing_map, scores, group_probs, membership, num_sequences)
             if self.expert_bias is not None:
                 self.expert_bias.count(pairs.sum(dim=0))
             losses = self.losses(
@@ -110,37 +106,37 @@ class ModalityAwareRouter(Router):
                 self.weight.view(-1, *self.weight.shape[-2:]),
             )
             for name, value in losses.items():
-                self.statistics.add_loss(name, value.sum())
+                self.statistics.add_loss(name, value)
             probs = self.losses.attach(probs, losses)
         return probs, routing_map
 
     def _read_planes(self, planes: torch.Tensor | None, token_shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
-        """Modality ``[n]`` int64 and is_valid ``[n]`` bool."""
+        """What :func:`~megatron_most.moe.token_planes.unpack_planes` finds in them for tokens ``[s, b]``."""
         if planes is None:
             raise RuntimeError(f"layer {self.layer_number}: no modality reached the router")
-        modality, is_padding = unpack_planes(planes, len(self.groups.choices))
-        if modality.shape != token_shape:
+        num_modalities, (positions, rows) = len(self.groups.choices), token_shape
+        if planes.shape != (positions, (num_modalities + 1) * rows):
             raise RuntimeError(
-                f"layer {self.layer_number}: modality of shape {tuple(modality.shape)} for tokens of shape"
-                f" {tuple(token_shape)}"
+                f"layer {self.layer_number}: planes of shape {tuple(planes.shape)} for {num_modalities} modalities and"
+                f" tokens of shape {tuple(token_shape)}"
             )
-        return modality.reshape(-1), ~is_padding.reshape(-1)
+        return unpack_planes(planes, num_modalities)
 
-    def _own_logits(self, logits: torch.Tensor, modality: torch.Tensor) -> torch.Tensor:
+    def _own_logits(self, logits: torch.Tensor, plane: torch.Tensor) -> torch.Tensor:
         """``[n, E]``: with a matrix for each modality, those of the token's own."""
         num_experts = self.groups.num_experts
         if self.moe.router_weights == "shared":
             return logits.view(-1, num_experts)
-        num_tokens, num_modalities = modality.numel(), len(self.groups.choices)
-        own = torch.arange(num_tokens, device=modality.device) * num_modalities + modality
+        num_tokens, num_modalities = plane.numel(), len(self.groups.choices)
+        own = torch.arange(num_tokens, device=plane.device) * num_modalities + plane.clamp(max=num_modalities - 1)
         return logits.view(-1, num_experts).index_select(0, own)
 
-    def _ranking(self, scores: torch.Tensor, group_logits: torch.Tensor, modality: torch.Tensor) -> torch.Tensor:
+    def _ranking(self, scores: torch.Tensor, group_logits: torch.Tensor, plane: torch.Tensor) -> torch.Tensor:
         """``[n, E]``, by which a token prefers experts; -inf outside its choice."""
         if self.expert_bias is not None:
-            return scores.detach() + (self.expert_bias.physical() + self._mask)[modality]
+            return scores.detach() + (self.expert_bias.by_plane() + self._mask)[plane]
         if self._ranks_by_score:
-            return scores.detach() + self._mask[modality]
+            return scores.detach() + self._mask[plane]
         return group_logits.detach()
 
 

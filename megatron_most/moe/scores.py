@@ -1,6 +1,6 @@
 """Logits of the router -> scores of the experts.
 
-Shape letters: n tokens, E experts.
+Shape letters: n tokens, E experts, K largest top_k.
 """
 
 from __future__ import annotations
@@ -30,19 +30,26 @@ def expert_scores(logits: torch.Tensor, group_logits: torch.Tensor, moe: MoEConf
 def choice_distribution(scores: torch.Tensor, group_logits: torch.Tensor, moe: MoEConfig) -> torch.Tensor:
     """``[n, E]``: the scores as a distribution over the token's choice, 0 outside, for losses and statistics."""
     if moe.score_function == "sigmoid":
-        return _normalised(scores)
+        return _normalised(scores, scores)
     return scores if moe.score_rule == "group" else torch.softmax(group_logits, dim=-1)
 
 
-def gates(scores: torch.Tensor, experts: torch.Tensor, is_chosen: torch.Tensor, moe: MoEConfig) -> torch.Tensor:
-    """``[n, K]``: the factor of each chosen expert's output, 0 where ``is_chosen [n, K]`` is False."""
-    chosen = scores.gather(1, experts) * is_chosen
+def gates(
+    scores: torch.Tensor, routing_map: torch.Tensor, experts: torch.Tensor, is_taken: torch.Tensor, moe: MoEConfig
+) -> torch.Tensor:
+    """``[n, E]``: the factor of each chosen expert's output, 0 of others.
+
+    Args:
+        routing_map: ``[n, E]`` bool.
+        experts, is_taken: the same as ``[n, K]``, the best first; sums are taken in this order, as Megatron's are.
+    """
+    chosen = scores * routing_map
     if moe.normalize_top_k:
-        chosen = _normalised(chosen)
+        chosen = _normalised(chosen, scores.gather(1, experts) * is_taken)
     return chosen if moe.routed_scaling_factor == 1 else chosen * moe.routed_scaling_factor
 
 
-def _normalised(scores: torch.Tensor) -> torch.Tensor:
-    """Rows that sum to 1, however small their scores are (under ``all`` they may be); rows of zeros stay zeros."""
-    total = scores.sum(dim=-1, keepdim=True)
+def _normalised(scores: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """Over the sum of each row's ``counted`` scores, however small (under ``all`` it may be); zeros stay zeros."""
+    total = counted.sum(dim=-1, keepdim=True)
     return scores / (total + (total == 0))

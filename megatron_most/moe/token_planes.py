@@ -5,9 +5,10 @@ block, activation recomputation and the MoE layer to the router. We stack our pl
 tensor is an argument all the way, a layer that is recomputed sees the tensor of its own micro-batch; state held in a
 module or a context would show it the latest one.
 
-The planes are the bits of the modality's index, lowest first, and then padding.
+There is one plane for each modality and one for padding, and each token is in exactly one of them. Planes of this kind
+are cheap to read: every layer does, with two operators.
 
-Shape letters: b micro-batch rows, s positions, P planes.
+Shape letters: b micro-batch rows, s positions, n = s * b tokens, M modalities.
 """
 
 from __future__ import annotations
@@ -15,21 +16,21 @@ from __future__ import annotations
 import torch
 
 
-def num_planes(num_modalities: int) -> int:
-    """Planes that hold the index of one of ``num_modalities``, and padding."""
-    return (num_modalities - 1).bit_length() + 1
-
-
 def pack_planes(modality: torch.Tensor, is_padding: torch.Tensor, num_modalities: int) -> torch.Tensor:
-    """``modality [b, s]`` and ``is_padding [b, s]`` -> planes ``[P * b, s]`` bool for the model's ``padding_mask``."""
-    bits = [(modality >> bit & 1).bool() for bit in range(num_planes(num_modalities) - 1)]
-    return torch.cat([*bits, is_padding.bool()], dim=0)
+    """``modality [b, s]`` and ``is_padding [b, s]`` -> planes ``[(M + 1) * b, s]`` for the model's ``padding_mask``."""
+    plane = modality.masked_fill(is_padding.bool(), num_modalities)
+    return (plane == torch.arange(num_modalities + 1, device=plane.device)[:, None, None]).flatten(0, 1)
 
 
 def unpack_planes(planes: torch.Tensor, num_modalities: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Planes as the MoE layer hands them on, ``[s, P * b]`` -> ``[s, b]`` modality (int64) and is_padding (bool)."""
-    *bits, is_padding = planes.chunk(num_planes(num_modalities), dim=1)
-    modality = torch.zeros(is_padding.shape, dtype=torch.long, device=planes.device)
-    for bit, plane in enumerate(bits):
-        modality += plane.long() << bit
-    return modality, is_padding
+    """Read planes as the MoE layer hands them on, ``[s, (M + 1) * b]``.
+
+    Returns:
+        ``plane [n]`` int64, the modality of a token, M where it is padding; and ``membership [M, n]`` fp32, 1 where the
+        token is of that modality and no padding, else 0.
+    """
+    by_plane = planes.unflatten(1, (num_modalities + 1, -1))
+    plane = by_plane.view(torch.uint8).argmax(dim=1).view(-1)
+    modalities = by_plane[:, :num_modalities].transpose(0, 1)
+    membership = modalities.to(torch.float32, memory_format=torch.contiguous_format)
+    return plane, membership.view(num_modalities, -1)

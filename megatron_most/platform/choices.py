@@ -60,10 +60,13 @@ def part_choices() -> list[Choice]:
             "one product for each pool; keeps the pools' weights apart, so that they can be frozen and kept in bf16",
         ),
         Choice("router", "torch", "no fused router takes a mask for each token, which modalities need"),
-        Choice(
+        Choice("permutation of tokens", engine, "installed; model.moe.moe_permute_fusion=false takes torch")
+        if has_te
+        else Choice(
             "permutation of tokens",
             "torch",
-            f"{engine}'s kernel on request (model.moe.moe_permute_fusion): it has not been timed on a GPU yet",
+            f"{engine}: {why_not}",
+            "two kernels instead of about ten" if is_gpu else "",
         ),
     ]
     if has_te:

@@ -20,6 +20,7 @@ from megatron_most import cli, parallel, platform
 from megatron_most.config.load import build_config
 from megatron_most.data.loading.batch import Batch
 from megatron_most.moe import ModalityAwareRouter, collect_routing
+from megatron_most.moe.balance import sum_by_modality
 from megatron_most.training.train_step import build_train_state, compute_gradients
 from tools.bench import paired
 
@@ -106,9 +107,13 @@ def random_batch() -> Batch:
 
 
 def switched_off(routers: list[ModalityAwareRouter], action: Callable[[], None]) -> None:
-    """Run ``action`` with routers that count nothing."""
+    """Run ``action`` with routers that count nothing but the pairs that their losses take."""
+
+    def pairs_alone(routing_map: torch.Tensor, _scores, _group_probs, membership: torch.Tensor, num_sequences: int):
+        return sum_by_modality(membership, routing_map.float(), num_sequences)
+
     for router in routers:
-        router.statistics.count = router.statistics.add_loss = lambda *arguments: None
+        router.statistics.count, router.statistics.add_loss = pairs_alone, lambda *arguments: None
     action()
     for router in routers:
         del router.statistics.count, router.statistics.add_loss

@@ -10,6 +10,7 @@ from megatron.core.extensions import transformer_engine
 from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_most import parallel, platform
@@ -54,6 +55,9 @@ def engine(monkeypatch):
     monkeypatch.setattr(transformer_engine, "HAVE_TE", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    kernels = ("permute", "permute_with_probs", "sort_chunks_by_index", "sort_chunks_by_index_with_probs", "unpermute")
+    for kernel in kernels:
+        monkeypatch.setattr(moe_utils, f"fused_{kernel}", lambda: None)
 
 
 def modules_of(config: RunConfig, backend: str) -> dict[str, object]:
@@ -101,6 +105,24 @@ def test_auto_takes_the_engine_where_there_is_one(engine):
     assert platform.model_backend("portable") == "portable"
     assert {choice.chosen for choice in platform.part_choices()} >= {"Transformer Engine"}
     assert not any(choice.loses for choice in platform.part_choices())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_fused"),
+    [
+        ({}, True),
+        ({"model__backend": "portable"}, False),
+        ({"model__moe__dispatcher": "allgather"}, False),
+        ({"model__moe__moe_permute_fusion": "false"}, False),
+        ({"model__moe__moe_permute_fusion": "true", "model__backend": "portable"}, True),
+    ],
+)
+def test_the_engine_permutes_tokens_where_it_computes_the_rest(engine, overrides, is_fused):
+    assert transformer_config(tiny_config(**overrides)).moe_permute_fusion == is_fused
+
+
+def test_without_one_tokens_are_permuted_by_torch():
+    assert not transformer_config(tiny_config()).moe_permute_fusion
 
 
 def test_without_one_auto_is_portable_and_asking_for_it_is_an_error():

@@ -7,12 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 from megatron_most import parallel
 from megatron_most.config import RunConfig
 from megatron_most.model.specs import experts_spec
 from megatron_most.model.transformer_config import transformer_config
+from megatron_most.moe import experts as experts_module
 from tests.distributed.shards import fill_weights, local_pieces
 from tests.distributed.tiny import tiny_config
 
@@ -112,6 +114,17 @@ def test_no_token_at_all_gives_zero_gradients() -> None:
     output, token_gradient, _, weights = run(filled(tiny_config()), [0] * 8)
     assert output.shape == token_gradient.shape == (0, HIDDEN)
     assert len(weights) == 8 * 3 and not any(gradient.any() for gradient in weights.values())
+
+
+def test_the_activation_is_compiled_once_for_any_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = CompileCounter()
+    compiled = torch.compile(experts_module._weighted_swiglu, backend=compiler)
+    monkeypatch.setattr(experts_module, "_compiled_swiglu", compiled)
+    experts = filled(tiny_config(**POOLS))
+    with torch.compiler.set_stance("default"):
+        for counts in ([5, 0, 11, 2, 30], [0, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0] * 5, [7, 8, 9, 1, 2], [0, 0, 0, 64, 0]):
+            run(experts, counts)
+    assert compiler.frame_count == 1
 
 
 def test_pools_are_parameters_of_their_own() -> None:

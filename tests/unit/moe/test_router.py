@@ -9,6 +9,7 @@ from megatron_most.config import CommonExpertsConfig, ExpertGroupConfig, MoEConf
 from megatron_most.moe.token_planes import pack_planes, unpack_planes
 from megatron_most.vocab import Modality
 from tests.distributed.tiny import tiny_config
+from tests.unit.moe.operators import Operators
 from tests.unit.moe.routing import flat, make_router, make_tokens, route
 
 
@@ -33,8 +34,10 @@ def test_planes_survive_packing(num_modalities):
     _, modality, is_padding = make_tokens(shares=(1.0,) * num_modalities)
     assert modality.unique().numel() == num_modalities
     planes = pack_planes(modality, is_padding, num_modalities).transpose(0, 1)
-    unpacked = unpack_planes(planes, num_modalities)
-    assert torch.equal(unpacked[0].t(), modality) and torch.equal(unpacked[1].t(), is_padding)
+    plane, membership = unpack_planes(planes, num_modalities)
+    assert torch.equal(plane, flat(modality.masked_fill(is_padding, num_modalities)))
+    expected = [(flat(modality) == m) & ~flat(is_padding) for m in range(num_modalities)]
+    assert torch.equal(membership, torch.stack(expected).float())
 
 
 def test_a_modality_with_a_smaller_top_k_is_sent_to_fewer_experts():
@@ -109,6 +112,19 @@ def test_statistics_count_training_passes_only():
         assert router.statistics.tokens[group] == is_mine.sum()
 
 
+def test_a_micro_batch_takes_few_operators():
+    """Megatron's own router takes 50 with a balance loss by sequence, without statistics."""
+    router = make_router(text_and_audio(balance_loss="seq_aux_loss")).bfloat16()
+    hidden, modality, is_padding = make_tokens(rows=1)
+    hidden = hidden.bfloat16().requires_grad_()
+    planes = pack_planes(modality, is_padding, 2).transpose(0, 1)
+    router(hidden, planes)[0].sum().backward()
+    with Operators() as operators:
+        probs, _ = router(hidden, planes)
+        probs.backward(torch.ones_like(probs))
+    assert operators.counts.total() <= 46, operators.counts
+
+
 def test_a_router_without_modality_says_so():
     router = make_router(text_and_audio())
     with pytest.raises(RuntimeError, match="layer 2: no modality reached the router"):
@@ -118,5 +134,5 @@ def test_a_router_without_modality_says_so():
 def test_modality_of_another_shape_is_refused():
     router = make_router(text_and_audio())
     hidden, modality, is_padding = make_tokens()
-    with pytest.raises(RuntimeError, match="layer 2: modality of shape"):
+    with pytest.raises(RuntimeError, match="layer 2: planes of shape"):
         route(router, hidden, modality[:, :-1], is_padding[:, :-1])

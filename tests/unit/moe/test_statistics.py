@@ -11,7 +11,6 @@ import torch
 from megatron_most import parallel
 from megatron_most.config import CommonExpertsConfig, ExpertGroupConfig, ModelConfig, MoEConfig, ParallelConfig
 from megatron_most.moe import ExpertGroups, collect_routing
-from megatron_most.moe.balance import sum_by_modality
 from megatron_most.moe.statistics import _KEPT, LOSSES, RoutingStatistics
 from tests.distributed.harness import run_ranks
 
@@ -61,8 +60,7 @@ def count(router: Router, batch: dict[str, torch.Tensor]) -> None:
     """Count a batch as the router does."""
     modalities = torch.arange(len(MOE.groups))[:, None]
     membership = ((batch["modality"] == modalities) & batch["is_valid"]).float()
-    pairs = sum_by_modality(membership, batch["routing_map"].float(), num_sequences=1)[0]
-    router.statistics.count(pairs, batch["scores"], batch["group_probs"], membership)
+    router.statistics.count(batch["routing_map"], batch["scores"], batch["group_probs"], membership, num_sequences=2)
 
 
 def by_hand(groups: ExpertGroups, seeds: range) -> dict[str, dict]:
@@ -98,7 +96,7 @@ def collected(expert_parallel_size: int) -> tuple[list[dict], list[dict]]:
     for seed in range(first, first + 5):
         for router in routers:
             count(router, random_tokens(groups, seed))
-            router.statistics.add_loss("z_loss", torch.tensor(0.5 * router.layer_number))
+            router.statistics.add_loss("z_loss", torch.tensor([0.5, 0.25, 0.25]) * router.layer_number)
     return collect_routing(routers, MODEL), collect_routing(routers, MODEL)
 
 
@@ -118,7 +116,7 @@ def test_sums_of_all_ranks_equal_a_loop_over_tokens(expert_parallel_size):
         assert layer["outside_group"] == 0
         assert {name: layer[name] for name in LOSSES} == {
             "balance_loss": 0,
-            "z_loss": 10 * 0.5 * layer["layer"],
+            "z_loss": 10 * layer["layer"],
             "orthogonality_loss": 0,
         }
 
