@@ -5,12 +5,16 @@ Shape letters: n tokens of this rank, E experts in physical order, h hidden size
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection, permute
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_most.moe.experts import GroupedExperts
 
 
 class ModalityAwareMoELayer(MoELayer):
@@ -33,6 +37,20 @@ class ModalityAwareMoELayer(MoELayer):
             )
             if self.shared_expert_overlap:
                 self.token_dispatcher.set_shared_experts(self.shared_experts)
+
+    def forward(
+        self, hidden_states: torch.Tensor, intermediate_tensors: Any = None, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As Megatron's; without a dispatcher for the single position of each row that a step of generation has."""
+        if hidden_states.shape[0] > 1 or torch.is_grad_enabled() or not self._can_decode:
+            return super().forward(hidden_states, intermediate_tensors, padding_mask)
+        probs, _ = self.route(hidden_states, padding_mask.transpose(0, 1))
+        output = self.experts.decode(hidden_states.flatten(0, 1), probs).view_as(hidden_states)
+        return output + self.shared_experts(hidden_states) if self.use_shared_expert else output, None
+
+    @property
+    def _can_decode(self) -> bool:
+        return isinstance(self.experts, GroupedExperts) and self.experts.can_decode and not self.shared_expert_overlap
 
 
 class AlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
