@@ -61,7 +61,8 @@ class PortableCoreAttention(MegatronModule):
         Args:
             query: ``[s, b, n, d]``, or ``[s, n, d]`` when packed.
             key, value: ``[k, b, g, d]`` and ``[k, b, g, v]`` (``k >= s``: a cache precedes the queries), or packed.
-            attention_mask: bool, broadcastable to ``[b, n, s, k]``, True where attention is forbidden beside causality.
+            attention_mask: broadcastable to ``[b, n, s, k]``. bool: True where attention is forbidden beside causality.
+                Of the dtype of queries: what is added to the logits, causality included.
             packed_seq_params: the documents of the whole row, as this rank sees them; attention stays inside each.
 
         Returns:
@@ -75,7 +76,9 @@ class PortableCoreAttention(MegatronModule):
             gather_order = torch.cat(shares).argsort()
             key, value = self._whole_row(key, gather_order), self._whole_row(value, gather_order)
         may_attend = None
-        if attention_mask is not None or num_queries < key.shape[0]:
+        if attention_mask is not None and attention_mask.is_floating_point():
+            may_attend = attention_mask
+        elif attention_mask is not None or num_queries < key.shape[0]:
             key_at = torch.arange(key.shape[0], device=device)
             query_at = shares[self.cp_group.rank()] if size > 1 else key_at[-num_queries:]
             may_attend = key_at <= query_at[:, None]

@@ -6,7 +6,7 @@ Shape letters: b micro-batch rows, s positions, h hidden size, C codebooks, V id
 from __future__ import annotations
 
 import torch
-from megatron.core.inference.contexts import BaseInferenceContext
+import torch.nn.functional as F
 from megatron.core.models.common.embeddings import RotaryEmbedding
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_most.config.model import VOCAB_MULTIPLE
 from megatron_most.model.codebooks import CodebookEmbeddings, CodebookHeads
+from megatron_most.model.key_value_cache import KeyValueCache
 from megatron_most.model.packed_row import PackedRow
 from megatron_most.model.rotary import row_angles
 from megatron_most.moe.token_planes import pack_planes
@@ -105,7 +106,8 @@ class MoSTModel(LanguageModule):
         code_labels: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         packed_seq_params: PackedRow | None = None,
-        inference_context: BaseInferenceContext | None = None,
+        inference_context: KeyValueCache | None = None,
+        logit_ids: range | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         """Run this stage. Every stage is given the same batch; it uses what it needs.
 
@@ -113,17 +115,19 @@ class MoSTModel(LanguageModule):
             ids: ``[b, s]``.
             modality: ``[b, s]``, :class:`~megatron_most.vocab.Modality` of each input position.
             is_padding: ``[b, s]`` bool; padding is routed to no expert.
-            codes: ``[b, s, C]``, ``NO_CODE`` where a position holds no visible frame (layout ``frame`` only).
+            codes: ``[b, s, C]``, ``NO_CODE`` where a position holds no visible frame (layout ``frame`` only). None: no
+                position holds any, and none are predicted.
             labels, code_labels: ``[b, s]`` and ``[b, s, C]``, what each position predicts.
-            attention_mask: bool, True where attention is forbidden beside causality.
+            attention_mask: bool, True where attention is forbidden beside causality; or what to add to the logits.
             packed_seq_params: the documents of a packed row; positions restart and attention ends there.
             inference_context: key-value cache.
+            logit_ids: the ids whose logits are wanted, of a model that is whole on this rank; None stands for all.
 
         Returns:
             Not the last stage: hidden states ``[s, b, h]``. Last stage with labels: losses ``[b, s, 1 + C]`` fp32 (main
             head, then each codebook; ``[b, s, 1]`` in layout ``flat``), not masked. Without labels: logits
-            ``[b, s, V]`` fp32 and codebook logits ``[b, s, C, K]`` fp32 (None in layout ``flat``), of the last
-            position only with an ``inference_context``.
+            ``[b, s, V]`` fp32 and codebook logits ``[b, s, C, K]`` fp32 (None without ``codes``), of the last position
+            only with an ``inference_context``.
         """
         hidden = self.decoder(
             hidden_states=self._embed(ids, codes) if self.pre_process else None,
@@ -138,8 +142,8 @@ class MoSTModel(LanguageModule):
         if labels is None:
             if inference_context is not None:
                 hidden = hidden[-1:]  # generation continues from the last position only
-            logits = self.output_layer(hidden, runtime_gather_output=True)[0].float().transpose(0, 1)
-            return logits, None if self.codebook_heads is None else self.codebook_heads.logits(hidden)
+            code_logits = None if codes is None or self.codebook_heads is None else self.codebook_heads.logits(hidden)
+            return self._logits(hidden, logit_ids), code_logits
         loss = self.compute_language_model_loss(labels, self.output_layer(hidden)[0].float())[..., None]
         if self.codebook_heads is None:
             return loss
@@ -147,20 +151,29 @@ class MoSTModel(LanguageModule):
 
     def _embed(self, ids: torch.Tensor, codes: torch.Tensor | None) -> torch.Tensor:
         embeddings = self.embedding(input_ids=ids, position_ids=None)
-        if self.codebook_embeddings is None:
+        if self.codebook_embeddings is None or codes is None:
             return embeddings
         return embeddings + self.codebook_embeddings(codes)
 
+    def _logits(self, hidden: torch.Tensor, ids: range | None) -> torch.Tensor:
+        """``[s, b, h]`` -> ``[b, s, V]`` fp32."""
+        if ids is None:
+            logits, _ = self.output_layer(hidden, runtime_gather_output=True)
+        else:
+            logits = F.linear(hidden, self.output_layer.weight[ids.start : ids.stop])
+        return logits.float().transpose(0, 1)
+
     def _angles(
-        self, num_positions: int, packed: PackedRow | None, inference_context: BaseInferenceContext | None
-    ) -> torch.Tensor | None:
-        """Of this rank's positions; of those of a whole packed row or a whole cache where attention chooses."""
+        self, num_positions: int, packed: PackedRow | None, inference_context: KeyValueCache | None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None:
+        """Of this rank's positions; of a whole packed row; of a whole cache, first those of queries, then of keys."""
         if self.rotary is None:
             return None
         if packed is not None:
             return row_angles(self.rotary, packed)
         if inference_context is not None:
-            return self.rotary(inference_context.max_sequence_length)
+            angles = self.rotary(inference_context.max_sequence_length)
+            return inference_context.own_angles(angles), angles
         return self.rotary(num_positions * self.pg_collection.cp.size())
 
     def _local_planes(self, modality: torch.Tensor, is_padding: torch.Tensor) -> torch.Tensor:

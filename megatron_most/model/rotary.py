@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 
 import torch
-from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.models.common.embeddings import RotaryEmbedding
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_most.config.model import AttentionConfig, RopeConfig
+from megatron_most.model.key_value_cache import KeyValueCache
 from megatron_most.model.packed_row import PackedRow
 
 _LLAMA3_ROTATIONS = (1.0, 4.0)
@@ -43,8 +43,8 @@ def row_angles(embedding: RotaryEmbedding, row: PackedRow) -> torch.Tensor:
 class LatentRotary(torch.nn.Module):
     """The embedding of a layer of multi-latent attention, with the angles of every position of a packed row.
 
-    The layer asks for the length that its input needs and then for the angles of so many positions. A packed row is the
-    answer to the first question, for the second one to know it.
+    The layer asks for the length that its input needs and then for the angles of so many positions. A packed row, or a
+    cache, is the answer to the first question, for the second one to know it.
     """
 
     def __init__(self, embedding: RotaryEmbedding) -> None:
@@ -53,20 +53,25 @@ class LatentRotary(torch.nn.Module):
 
     def get_rotary_seq_len(
         self,
-        inference_context: BaseInferenceContext | None,
+        inference_context: KeyValueCache | None,
         transformer: torch.nn.Module | None,
         transformer_input: torch.Tensor,
         transformer_config: TransformerConfig,
         packed_seq_params: PackedRow | None = None,
-    ) -> int | PackedRow:
+    ) -> int | PackedRow | KeyValueCache:
         if packed_seq_params is not None:
             return packed_seq_params
-        return self.embedding.get_rotary_seq_len(
-            inference_context, transformer, transformer_input, transformer_config, None
-        )
+        if inference_context is not None:
+            return inference_context
+        return self.embedding.get_rotary_seq_len(None, transformer, transformer_input, transformer_config, None)
 
-    def forward(self, length: int | PackedRow, packed_seq: bool = False) -> torch.Tensor | tuple[torch.Tensor, float]:
+    def forward(
+        self, length: int | PackedRow | KeyValueCache, packed_seq: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, float]:
         """Angles ``[length, 1, 1, d]``, or ``[s, 1, d]`` of a packed row; with a scale where the embedding has one."""
+        if isinstance(length, KeyValueCache):
+            found = self.embedding(length.max_sequence_length)
+            return (length.own_angles(found[0]), found[1]) if isinstance(found, tuple) else length.own_angles(found)
         if not isinstance(length, PackedRow):
             return self.embedding(length, packed_seq=packed_seq)
         row = length
