@@ -82,12 +82,8 @@ def test_another_batch_size_or_sampling_is_recorded_anew(recording: Generator, m
     recorded = []
     monkeypatch.setattr(decoder, "_GraphedCall", lambda call: recorded.append(call) or call)
     prompts = [asr_prompt(recording, seed, 5) for seed in range(3)]
-    for rows, sampling in (
-        (3, Sampling()),
-        (2, Sampling()),
-        (2, Sampling(temperature=1.0)),
-        (2, Sampling(1.0, seed=4)),
-    ):
+    last = Sampling(temperature=1.0, seed=4)
+    for rows, sampling in ((3, Sampling()), (2, Sampling()), (2, Sampling(temperature=1.0)), (2, last)):
         recording.text(prompts[:rows], end=-1, max_new=3, sampling=sampling)
     assert len(recorded) == 3
     recording.text(prompts[:2], end=-1, max_new=70, sampling=last)
