@@ -80,6 +80,7 @@ def config_for_generation(source: str, trained_with: dict[str, Any]) -> RunConfi
         "training.micro_batch_size=1",
         "model.backend=portable",
         "model.moe.dispatcher=alltoall",
+        "model.moe.shared_expert_overlap=false",
     ]
     if trained_with["model"]["moe"]["expert_backend"] == "transformer_engine":
         overrides.append("model.moe.expert_backend=grouped")

@@ -5,6 +5,7 @@ Shape letters: ... any batch dimensions, V choices.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -29,13 +30,24 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p}: must be in (0, 1]")
 
+    @property
+    def is_random(self) -> bool:
+        return self.temperature > 0
+
+    def with_seed(self, seed: int) -> Sampling:
+        return dataclasses.replace(self, seed=seed)
+
     def generator(self, device: torch.device) -> torch.Generator:
         """The random numbers of one call of the generator."""
         return torch.Generator(device).manual_seed(self.seed)
 
-    def choose(self, logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """``logits [..., V]`` (``-inf`` forbids a choice) -> indices ``[...]``."""
-        if self.temperature == 0:
+    def choose(self, logits: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+        """``logits [..., V]`` (``-inf`` forbids a choice) -> indices ``[...]``, without waiting for the device.
+
+        Args:
+            noise: ``[..., V]`` from the exponential distribution of mean 1; None at ``temperature`` 0.
+        """
+        if noise is None:
             return logits.argmax(dim=-1)
         logits = logits / self.temperature
         if self.top_k:
@@ -47,5 +59,5 @@ class Sampling:
             # Keep each choice whose better ones do not reach top_p yet: the best one always stays.
             dropped = ordered.cumsum(dim=-1) - ordered >= self.top_p
             probs = probs.masked_fill(dropped.scatter(-1, order, dropped), 0)
-        flat = torch.multinomial(probs.flatten(0, -2), 1, generator=generator)
-        return flat.view(probs.shape[:-1])
+        # Of clocks that ring at rates p, clock i is the first to ring with probability p_i.
+        return (probs / noise).argmax(dim=-1)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensor, ShardedTensorFactory
-from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.multi_latent_attention import (
@@ -22,6 +21,7 @@ from megatron.core.transformer.multi_latent_attention import (
 )
 
 from megatron_most.model.core_attention import PortableCoreAttention
+from megatron_most.model.key_value_cache import KeyValueCache
 from megatron_most.model.packed_row import PackedRow
 from megatron_most.model.rotary import rotate_halves, rotate_pairs
 
@@ -33,7 +33,7 @@ class _RotatedAttention:
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        inference_context: BaseInferenceContext | None = None,
+        inference_context: KeyValueCache | None = None,
         rotary_pos_emb: torch.Tensor | None = None,
         packed_seq_params: PackedRow | None = None,
         **unused: Any,
@@ -45,11 +45,8 @@ class _RotatedAttention:
             unused: what Megatron's layer hands to other kinds of attention.
         """
         query, key, value = self._rotated(hidden_states, rotary_pos_emb)
-        mask_type = self.attn_mask_type
         if inference_context is not None:
-            query, key, value, _, mask_type, _ = self._adjust_key_value_for_inference(
-                inference_context, query, key, value, rotary_pos_emb=None
-            )
+            key, value = inference_context.update(self.layer_number, key, value)
         if packed_seq_params is not None:
             query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         attend = self.core_attention
@@ -57,7 +54,14 @@ class _RotatedAttention:
             # Transformer Engine wants whole tensors, and Megatron pads the values of documents for it.
             attend = self._run_core_attention
             query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        out = attend(query, key, value, attention_mask, attn_mask_type=mask_type, packed_seq_params=packed_seq_params)
+        out = attend(
+            query,
+            key,
+            value,
+            attention_mask,
+            attn_mask_type=self.attn_mask_type,
+            packed_seq_params=packed_seq_params,
+        )
         if packed_seq_params is not None:
             out = out.reshape(len(out), 1, -1)
         return self.linear_proj(out)

@@ -66,7 +66,8 @@ class PortableCoreAttention(MegatronModule):
         Args:
             query: ``[s, b, n, d]``, or ``[s, n, d]`` when packed.
             key, value: ``[k, b, g, d]`` and ``[k, b, g, v]`` (``k >= s``: a cache precedes the queries), or packed.
-            attention_mask: bool, broadcastable to ``[b, n, s, k]``, True where attention is forbidden beside causality.
+            attention_mask: broadcastable to ``[b, n, s, k]``. bool: True where attention is forbidden beside causality.
+                Of the dtype of queries: what is added to the logits, causality included.
             packed_seq_params: the documents of the whole row, as this rank sees them; attention stays inside each.
 
         Returns:
@@ -86,6 +87,8 @@ class PortableCoreAttention(MegatronModule):
         self, num_queries: int, num_keys: int, device: torch.device, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, bool]:
         """Where queries may attend, or whether the kernel is to see to causality. A last position may see all keys."""
+        if attention_mask is not None and attention_mask.is_floating_point():
+            return attention_mask, False
         if num_queries == 1:
             return None if attention_mask is None else ~attention_mask, False
         if attention_mask is None and num_queries == num_keys:

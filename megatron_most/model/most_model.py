@@ -7,7 +7,7 @@ V ids (padded), K codes (padded).
 from __future__ import annotations
 
 import torch
-from megatron.core.inference.contexts import BaseInferenceContext
+import torch.nn.functional as F
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_most.config.model import VOCAB_MULTIPLE
 from megatron_most.data.loading.batch import Targets
 from megatron_most.model.codebooks import CodebookEmbeddings, CodebookHeads
+from megatron_most.model.key_value_cache import KeyValueCache
 from megatron_most.model.packed_row import PackedRow
 from megatron_most.model.rotary import Rotations
 from megatron_most.model.target_rows import cross_entropy, put_rows, take_rows
@@ -109,7 +110,8 @@ class MoSTModel(LanguageModule):
         targets: Targets | None = None,
         attention_mask: torch.Tensor | None = None,
         packed_seq_params: PackedRow | None = None,
-        inference_context: BaseInferenceContext | None = None,
+        inference_context: KeyValueCache | None = None,
+        logit_ids: range | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         """Run this stage. Every stage is given the same batch; it uses what it needs.
 
@@ -117,16 +119,18 @@ class MoSTModel(LanguageModule):
             ids: ``[b, s]``.
             modality: ``[b, s]``, :class:`~megatron_most.vocab.Modality` of each input position.
             is_padding: ``[b, s]`` bool; padding is routed to no expert.
-            codes: ``[b, s, C]``, ``NO_CODE`` where a position holds no visible frame (layout ``frame`` only).
+            codes: ``[b, s, C]``, ``NO_CODE`` where a position holds no visible frame (layout ``frame`` only). None: no
+                position holds any, and none are predicted.
             targets: what is to be predicted, and at which positions.
-            attention_mask: bool, True where attention is forbidden beside causality.
+            attention_mask: bool, True where attention is forbidden beside causality; or what to add to the logits.
             packed_seq_params: the documents of a packed row; positions restart and attention ends there.
             inference_context: key-value cache.
+            logit_ids: the ids whose logits are wanted, of a model that is whole on this rank; None stands for all.
 
         Returns:
             Not the last stage: hidden states ``[s, b, h]``. Last stage with targets: losses ``[b, s, 1 + C]`` fp32
             (main head, then each codebook; ``[b, s, 1]`` in layout ``flat``), 0 where there is no target. Without
-            targets: logits ``[b, s, V]`` fp32 and codebook logits ``[b, s, C, K]`` fp32 (None in layout ``flat``), of
+            targets: logits ``[b, s, V]`` fp32 and codebook logits ``[b, s, C, K]`` fp32 (None without ``codes``), of
             the last position only with an ``inference_context``.
         """
         hidden = self.decoder(
@@ -146,8 +150,8 @@ class MoSTModel(LanguageModule):
         if targets is None:
             if inference_context is not None:
                 hidden = hidden[-1:]  # generation continues from the last position only
-            logits = self.output_layer(hidden, runtime_gather_output=True)[0].float().transpose(0, 1)
-            return logits, None if self.codebook_heads is None else self.codebook_heads.logits(hidden)
+            code_logits = None if codes is None or self.codebook_heads is None else self.codebook_heads.logits(hidden)
+            return self._logits(hidden, logit_ids), code_logits
         return self.losses(hidden, targets)
 
     def losses(self, hidden: torch.Tensor, targets: Targets) -> torch.Tensor:
@@ -166,9 +170,17 @@ class MoSTModel(LanguageModule):
 
     def _embed(self, ids: torch.Tensor, codes: torch.Tensor | None) -> torch.Tensor:
         embeddings = self.embedding(input_ids=ids, position_ids=None)
-        if self.codebook_embeddings is None:
+        if self.codebook_embeddings is None or codes is None:
             return embeddings
         return embeddings + self.codebook_embeddings(codes)
+
+    def _logits(self, hidden: torch.Tensor, ids: range | None) -> torch.Tensor:
+        """``[s, b, h]`` -> ``[b, s, V]`` fp32."""
+        if ids is None:
+            logits, _ = self.output_layer(hidden, runtime_gather_output=True)
+        else:
+            logits = F.linear(hidden, self.output_layer.weight[ids.start : ids.stop])
+        return logits.float().transpose(0, 1)
 
     def _local_planes(self, modality: torch.Tensor, is_padding: torch.Tensor) -> torch.Tensor:
         """Each stage shards the planes itself; Megatron would do so on the first stage only."""

@@ -13,10 +13,10 @@ from __future__ import annotations
 import math
 
 import torch
-from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEmbedding
 
 from megatron_most.config.model import AttentionConfig, RopeConfig
+from megatron_most.model.key_value_cache import KeyValueCache
 from megatron_most.model.packed_row import PackedRow
 from megatron_most.parallel import zigzag_positions
 
@@ -42,22 +42,24 @@ class Rotations:
         self.table = self._up_to(num_positions)
 
     def __call__(
-        self, num_positions: int, packed: PackedRow | None = None, inference_context: BaseInferenceContext | None = None
+        self, num_positions: int, packed: PackedRow | None = None, cache: KeyValueCache | None = None
     ) -> torch.Tensor:
         """Complex ``[s, 1, 1, d / 2]`` of the ``num_positions`` s that this rank holds of a row.
 
-        They start anew with each document of a packed row, and follow what an ``inference_context`` has cached.
+        They start anew with each document of a packed row, and with a ``cache`` that decodes are those of its position.
         """
         size = self.cp_group.size()
-        first = 0 if inference_context is None else inference_context.sequence_len_offset
-        last = first + num_positions * size
-        if last > len(self.table):
-            self.table = self._up_to(last)
+        last = num_positions * size
+        needed = last if cache is None else cache.max_sequence_length
+        if needed > len(self.table):
+            self.table = self._up_to(needed)
+        if cache is not None and cache.position is not None:
+            return self.table.index_select(0, cache.position)
         if packed is not None:
             return self.table[packed.document_positions]
         if size > 1:
             return self.table[zigzag_positions(last, self.cp_group.rank(), size, self.table.device)]
-        return self.table[first:last]
+        return self.table[:last]
 
     @torch.no_grad()
     def _up_to(self, num_positions: int) -> torch.Tensor:

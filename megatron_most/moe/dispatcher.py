@@ -16,6 +16,8 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection, p
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_most.moe.experts import GroupedExperts
+
 
 class ModalityAwareMoELayer(MoELayer):
     """Megatron's expert layer; its ``alltoall`` dispatcher is :class:`AlltoAllDispatcher`."""
@@ -37,6 +39,20 @@ class ModalityAwareMoELayer(MoELayer):
             )
             if self.shared_expert_overlap:
                 self.token_dispatcher.set_shared_experts(self.shared_experts)
+
+    def forward(
+        self, hidden_states: torch.Tensor, intermediate_tensors: Any = None, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As Megatron's; without a dispatcher for the single position of each row that a step of generation has."""
+        if hidden_states.shape[0] > 1 or torch.is_grad_enabled() or not self._can_decode:
+            return super().forward(hidden_states, intermediate_tensors, padding_mask)
+        probs, _ = self.route(hidden_states, padding_mask.transpose(0, 1))
+        output = self.experts.decode(hidden_states.flatten(0, 1), probs).view_as(hidden_states)
+        return output + self.shared_experts(hidden_states) if self.use_shared_expert else output, None
+
+    @property
+    def _can_decode(self) -> bool:
+        return isinstance(self.experts, GroupedExperts) and self.experts.can_decode and not self.shared_expert_overlap
 
 
 class AlltoAllDispatcher(MoEAlltoAllTokenDispatcher):

@@ -53,6 +53,8 @@ class GroupedExperts(MegatronModule):
         self.expert_data_group = pg_collection.expt_dp
         local = self.groups.local_experts(pg_collection.ep.rank())
         assert sum(map(len, local.values())) == num_local_experts
+        # A table and no buffer, as the router's are.
+        self._numbers = torch.arange(num_local_experts, device=torch.cuda.current_device())
         for pool, experts in local.items():
             if experts:
                 self.add_module(f"{pool}_experts", ExpertPool(experts, config, self.expert_tensor_group.size()))
@@ -81,6 +83,44 @@ class GroupedExperts(MegatronModule):
             # The backward of grouped_mm takes dense gradients only, not one row that is repeated by a stride of 0.
             output.register_hook(torch.Tensor.contiguous)
         return output, None
+
+    @property
+    def can_decode(self) -> bool:
+        """Whether :meth:`decode` computes these experts: all of the layer's, and none in FP8."""
+        is_whole = self.expert_tensor_group.size() == 1 and len(self._numbers) == self.groups.num_experts
+        return is_whole and not any(product for pool in self.children() for product in pool.fp8.values())
+
+    def decode(self, tokens: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+        """What the layer's experts add to tokens ``[t, h]`` with probs ``[t, E]``, 0 where a token is not sent.
+
+        For the few tokens of a step of generation: all shapes are known without asking the device where tokens go. A
+        token has rows for the largest top-k; those that it does not need come last, and no product reads them.
+        """
+        top_k, nowhere = max(self.groups.top_k), len(self._numbers)
+        probs, experts = probs.topk(top_k, dim=-1)
+        experts, order = experts.masked_fill(probs == 0, nowhere).flatten().sort()
+        ends = torch.searchsorted(experts, self._numbers, right=True, out_int32=True)
+        pools = list(self.children())
+        sizes = [len(pool.experts) for pool in pools]
+        is_before = [(experts < first)[:, None] for first in itertools.accumulate(sizes[:-1])]
+
+        def products(name: str, rows: torch.Tensor) -> torch.Tensor:
+            """Each row with the weights of its expert, which has the rows up to its end.
+
+            A pool's first expert also takes the rows of the pools before, for the host does not know where these end.
+            """
+            first, *others = [
+                torch.nn.functional.grouped_mm(rows, getattr(pool, name).transpose(1, 2), offs=pool_ends)
+                for pool, pool_ends in zip(pools, ends.split(sizes), strict=True)
+            ]
+            for before, product in zip(is_before, others, strict=True):
+                first = torch.where(before, first, product)
+            return first
+
+        rows = products("linear_fc1", tokens.index_select(0, order // top_k))
+        rows = products("linear_fc2", _weighted_swiglu(rows, probs.flatten().index_select(0, order)))
+        rows = rows.masked_fill((experts == nowhere)[:, None], 0)
+        return torch.empty_like(rows).index_copy_(0, order, rows).view(len(tokens), top_k, -1).sum(dim=1)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None

@@ -214,6 +214,8 @@ class Bench:
         [self.model] = self.state.model_chunks
         self.batch = half_audio(config)
         self.packed = stage(packed_documents(config, DOCUMENTS), platform.device())
+        self.rotations = self.model.rotary(config.data.seq_length)
+        self.packed_rotations = self.model.rotary(config.data.seq_length, self.packed.packed_row)
         self.planes = pack_planes(self.batch.modality, self.batch.is_padding, len(config.vocab.modality_names))
         # The first step sets the scale by which balance losses are weighed in the backward passes after it.
         train_step(self.state, [self.batch])
@@ -228,6 +230,7 @@ class Bench:
             self.probs, self.routing_map = self.router(self.hidden, self.planes.transpose(0, 1))
             rows, probs, counts = self._dispatch()
         self.expert_inputs = rows.clone().requires_grad_(), counts, probs.clone().requires_grad_()
+        self.targets = self.batch.targets()
         self.slot_losses = torch.rand(
             *self.batch.ids.shape, 1 + config.vocab.num_codebooks, device=parameter.device, requires_grad=True
         )
@@ -250,8 +253,15 @@ class Bench:
         self.moe.router = self.router
         return output
 
-    def whole_layer(self, packed_row: Any) -> torch.Tensor:
-        return self.layer(self.hidden, padding_mask=self.planes, packed_seq_params=packed_row)[0]
+    def attention(self, packed_row: Any = None) -> torch.Tensor:
+        rotations = self.rotations if packed_row is None else self.packed_rotations
+        return self.layer.self_attention(self.hidden, None, rotary_pos_emb=rotations, packed_seq_params=packed_row)[0]
+
+    def whole_layer(self, packed_row: Any = None) -> torch.Tensor:
+        rotations = self.rotations if packed_row is None else self.packed_rotations
+        return self.layer(
+            self.hidden, rotary_pos_emb=rotations, padding_mask=self.planes, packed_seq_params=packed_row
+        )[0]
 
     def microbatch(self, batch: Batch) -> None:
         run_microbatches(self.state.wrapped, [batch], self.state.loss_table)
@@ -272,10 +282,8 @@ Part = Callable[[Bench], torch.Tensor | None]
 """Runs a part; what it returns has a graph, whose backward pass is counted too."""
 
 PARTS: dict[str, Part] = {
-    "attention": lambda bench: bench.layer.self_attention(bench.hidden, None)[0],
-    "attention, packed": lambda bench: bench.layer.self_attention(
-        bench.hidden, None, packed_seq_params=bench.packed.packed_row
-    )[0],
+    "attention": lambda bench: bench.attention(),
+    "attention, packed": lambda bench: bench.attention(bench.packed.packed_row),
     "router": lambda bench: bench.router(bench.hidden, bench.planes.transpose(0, 1))[0],
     "router, Megatron's": lambda bench: bench.plain_router(bench.hidden)[0],
     "dispatch": lambda bench: bench.there_and_back(),
@@ -283,14 +291,11 @@ PARTS: dict[str, Part] = {
     "shared expert": lambda bench: bench.moe.shared_experts(bench.hidden),
     "MoE layer": lambda bench: bench.moe_layer(bench.router),
     "MoE layer, Megatron's router": lambda bench: bench.moe_layer(bench.plain_router),
-    "layer": lambda bench: bench.whole_layer(None),
+    "layer": lambda bench: bench.whole_layer(),
     "layer, packed": lambda bench: bench.whole_layer(bench.packed.packed_row),
     "dense feed-forward": lambda bench: bench.dense_layer.mlp(bench.hidden)[0],
     "embeddings": lambda bench: bench.model._embed(bench.batch.ids, bench.batch.codes),
-    "text head": lambda bench: bench.model.compute_language_model_loss(
-        bench.batch.labels, bench.model.output_layer(bench.hidden)[0].float()
-    ),
-    "codebook heads": lambda bench: bench.model.codebook_heads.loss(bench.hidden, bench.batch.code_labels),
+    "heads and losses": lambda bench: bench.model.losses(bench.hidden, bench.targets),
     "loss": lambda bench: bench.state.loss_table(bench.batch, bench.slot_losses)[0],
     "packed row": lambda bench: packed_seq_params(bench.packed) and None,  # in training another thread's work
     "optimizer": lambda bench: bench.update(),

@@ -9,7 +9,7 @@ import torch
 from megatron_most import parallel
 from megatron_most.errors import ConfigError
 from megatron_most.inference.generator import Generator
-from megatron_most.inference.grammar import SpeechGrammar, TextGrammar
+from megatron_most.inference.grammar import Grammar, speech_grammar, text_grammar
 from megatron_most.inference.sampling import Sampling
 from megatron_most.model import build_model
 from megatron_most.vocab import CODEC_LAYOUTS, NO_CODE, ModalityRange, VocabLayout
@@ -98,7 +98,7 @@ def test_speech_is_whole_frames_inside_the_codebooks(generator):
 def test_positions_hold_the_codes_that_training_shows_there(generator):
     """Also where a delayed codebook has not begun or has ended."""
     layout = generator.vocab.codec_layout
-    grammar = SpeechGrammar(generator.vocab, max_frames=6)
+    grammar = speech_grammar(generator.vocab, max_frames=6)
     prompts = [tts_prompt(generator, seed, 5) for seed in range(4)]
     sampling = Sampling(temperature=3.0, seed=2)
     rows = generator._continue(prompts, grammar, layout.num_positions(6), sampling)
@@ -119,24 +119,56 @@ def test_sampling_repeats_with_its_seed_and_differs_with_another(generator):
     assert any(a.shape != b.shape or (a != b).any() for a, b in zip(first, other, strict=True))
 
 
+def allowed_after(grammar: Grammar, ids: list[int]) -> set[int]:
+    """By the tables, moved on one id after the other."""
+    state = grammar.start(1)
+    for chosen in ids:
+        grammar.advance(state, torch.tensor([grammar.ids.index(chosen)]))
+    (forbidden,) = grammar.forbidden_after(state).tolist()
+    return {id_ for id_, is_forbidden in zip(grammar.ids, forbidden, strict=True) if not is_forbidden}
+
+
 def test_audio_may_end_only_between_frames(generator):
-    vocab, grammar = generator.vocab, SpeechGrammar(generator.vocab, max_frames=3)
+    vocab, grammar = generator.vocab, speech_grammar(generator.vocab, max_frames=3)
     layout = vocab.codec_layout
     ids, _ = layout.encode(np.zeros((3, vocab.num_codebooks), dtype=np.int64))
     for position in range(len(ids) + 1):
-        (allowed,) = grammar.allowed(torch.from_numpy(ids[None, :position]), 200)
+        allowed = allowed_after(grammar, ids[:position].tolist())
         frames = int(layout.is_leading(ids[:position]).sum())
-        assert allowed[vocab.end_of_audio] == (position > 0 and layout.num_positions(frames) == position)
-        assert not allowed[: vocab.text_vocab_size].any()
-        assert position == len(ids) or allowed[ids[position]]
-    assert allowed.nonzero().tolist() == [[vocab.end_of_audio]]
+        assert (vocab.end_of_audio in allowed) == (position > 0 and layout.num_positions(frames) == position)
+        assert min(allowed) >= vocab.text_vocab_size
+        assert position == len(ids) or ids[position] in allowed
+    assert allowed == {vocab.end_of_audio}
+
+
+@pytest.mark.parametrize("name", CODEC_LAYOUTS)
+def test_tables_of_speech_say_what_the_layout_says(name):
+    """Along random audio of every length, of 3 codebooks, and after its end."""
+    vocab, max_frames, random = VocabLayout(10, 3, 4, layout=name), 5, np.random.default_rng(0)
+    layout, grammar = vocab.codec_layout, speech_grammar(vocab, max_frames)
+    lengths = set()
+    for _ in range(60):
+        ids: list[int] = []
+        while True:
+            num_frames = sum(id_ in layout.leading_ids for id_ in ids)
+            expected, may_end = layout.allowed_next(len(ids), num_frames)
+            allowed = set(expected) - (set(layout.leading_ids) if num_frames == max_frames else set())
+            allowed |= {vocab.end_of_audio} if may_end else set()
+            assert allowed_after(grammar, ids) == allowed
+            chosen = int(random.choice(sorted(allowed)))
+            if chosen == vocab.end_of_audio:
+                break
+            ids.append(chosen)
+        assert allowed_after(grammar, [*ids, chosen]) == allowed_after(grammar, [*ids, chosen, chosen]) == {chosen}
+        lengths.add(num_frames)
+    assert lengths == set(range(1, max_frames + 1))
 
 
 def test_text_is_text_and_no_other_modality():
     vocab = VocabLayout(10, 2, 4, further_modalities=[ModalityRange("image", 6, 8)])
-    grammar = TextGrammar(vocab, num_text_ids=9, end=2, forbidden=(0, 2))
-    allowed = grammar.allowed(torch.zeros(1, 0, dtype=torch.long), 16).nonzero().flatten().tolist()
-    assert allowed == [1, 2, 3, 4, 5, 8]
+    grammar = text_grammar(vocab, num_text_ids=9, end=2, forbidden=(0, 2))
+    assert allowed_after(grammar, []) == allowed_after(grammar, [1, 8]) == {1, 2, 3, 4, 5, 8}
+    assert allowed_after(grammar, [1, 2]) == {2}
 
 
 def test_a_request_longer_than_the_model_is_refused(generator):
@@ -146,10 +178,19 @@ def test_a_request_longer_than_the_model_is_refused(generator):
 
 def test_top_p_keeps_the_best_choice_and_greedy_is_the_limit():
     logits = torch.tensor([[0.0, 3.0, 1.0]])
-    random = torch.Generator().manual_seed(0)
-    assert Sampling(temperature=1.0, top_p=1e-6).choose(logits, random).tolist() == [1]
-    assert Sampling(temperature=1.0, top_k=1).choose(logits, random).tolist() == [1]
-    assert Sampling().choose(logits, random).tolist() == [1]
+    noise = torch.tensor([[1e-9, 1e9, 1.0]])  # prefers the first, and the last to the second
+    assert Sampling(temperature=1.0).choose(logits, noise).tolist() == [0]
+    assert Sampling(temperature=1.0, top_p=1e-6).choose(logits, noise).tolist() == [1]
+    assert Sampling(temperature=1.0, top_k=1).choose(logits, noise).tolist() == [1]
+    assert Sampling(temperature=1.0, top_k=2).choose(logits, noise).tolist() == [2]
+    assert Sampling().choose(logits, None).tolist() == [1]
+
+
+def test_choices_are_as_frequent_as_they_are_probable():
+    logits = torch.tensor([0.1, 0.2, 0.7]).log().expand(20_000, 3)
+    noise = torch.empty(20_000, 3).exponential_(generator=torch.Generator().manual_seed(0))
+    counts = Sampling(temperature=1.0).choose(logits, noise).bincount(minlength=3) / 20_000
+    torch.testing.assert_close(counts, torch.tensor([0.1, 0.2, 0.7]), atol=0.01, rtol=0)
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}])

@@ -17,7 +17,11 @@ TRAINED = {
         "precision__fp8_backend": "transformer_engine",
     },
     "auto": {},
-    "many ranks": {"parallel__expert_model_parallel_size": 4, "training__recompute": "full"},
+    "many ranks": {
+        "parallel__expert_model_parallel_size": 4,
+        "training__recompute": "full",
+        "model__moe__shared_expert_overlap": "true",
+    },
 }
 
 
@@ -30,6 +34,7 @@ def test_what_served_training_is_left_behind(name: str) -> None:
     check_libraries(config)  # as on this machine, so on any
     assert (config.model.backend, config.model.moe.expert_backend) == ("portable", "grouped")
     assert config.precision.dtype == "bf16" and not config.precision.uses_fp8
+    assert not config.model.moe.shared_expert_overlap
     assert (config.vocab, config.data.seq_length) == (trained.vocab, trained.data.seq_length)
     assert config.model.attention == trained.model.attention
 

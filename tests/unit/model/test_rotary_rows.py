@@ -7,13 +7,12 @@ import dataclasses
 
 import pytest
 import torch
-from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_most import parallel
-from megatron_most.model import MoSTModel, build_model
+from megatron_most.model import KeyValueCache, MoSTModel, build_model
 from megatron_most.model.packed_row import PackedRow, packed_row
 from tests.distributed.tiny import tiny_batch, tiny_config
 
@@ -79,9 +78,10 @@ def test_grouped_query_attention_is_megatrons(rope, lengths) -> None:
 @pytest.mark.parametrize("attention", [{}, GQA], ids=["mla", "gqa"])
 def test_positions_follow_what_is_cached_and_may_be_more_than_the_model_was_made_for(attention) -> None:
     rotary = build(**attention).rotary
-    context = StaticInferenceContext(max_batch_size=1, max_sequence_length=300)
-    context.sequence_len_offset = 200
-    assert torch.equal(rotary(3, None, context), rotary(300)[200:203])
+    cache = KeyValueCache(num_rows=1, num_positions=300)
+    assert torch.equal(rotary(3, None, cache), rotary(3))
+    cache.start_decoding(torch.tensor([200]))
+    assert torch.equal(rotary(1, None, cache), rotary(300)[200:201])
 
 
 class Operators(TorchDispatchMode):

@@ -1,6 +1,5 @@
 """The loader: one sample stream at any data-parallel size and after any resume; what does not fit is refused."""
 
-import dataclasses
 import itertools
 
 import numpy as np
@@ -55,8 +54,7 @@ def epochs_read(config, steps: int) -> list[float]:
 
 
 def _row(batch, row: int) -> tuple:
-    values = [getattr(batch, field.name) for field in dataclasses.fields(batch) if field.name != "cu_seqlens"]
-    return tuple(value[row].numpy().tobytes() for value in values)
+    return tuple(value[row].numpy().tobytes() for _, value in batch._by_position())
 
 
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,0 +1,191 @@
+"""One step of generation in tensors of fixed shapes, that nothing on the host depends on.
+
+Everything a step reads and writes stays where it is, so that on a GPU the whole step is recorded once as a CUDA graph
+and then repeated by a single call.
+
+Shape letters: b rows, s prompt positions, k positions of the cache, C codebooks, K codes, V ids that may be chosen.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+from megatron_most.inference.grammar import DONE, Grammar
+from megatron_most.inference.sampling import Sampling
+from megatron_most.model import KeyValueCache, MoSTModel
+from megatron_most.vocab import NO_CODE
+
+_POSITIONS_MULTIPLE = 64
+"""The cache is as long as a multiple of this: kernels read masks in whole pieces, and prompts share a graph."""
+
+
+class Decoder:
+    """Continues a batch of ``num_rows`` prompts under one grammar, up to ``num_positions`` with the prompt.
+
+    ``ids [b, k]`` and ``codes [b, k, C]`` (None where the grammar has none) hold what was chosen, at its position.
+
+    Args:
+        cuda_graph: record the step and repeat it.
+    """
+
+    def __init__(
+        self,
+        model: MoSTModel,
+        grammar: Grammar,
+        sampling: Sampling,
+        num_rows: int,
+        num_positions: int,
+        cuda_graph: bool,
+    ) -> None:
+        self.model, self.grammar, self.sampling, self.num_rows = model, grammar, sampling, num_rows
+        self.num_positions = -(-num_positions // _POSITIONS_MULTIPLE) * _POSITIONS_MULTIPLE
+        vocab, weight = model.vocab, next(model.parameters())
+        self._cache = KeyValueCache(num_rows, self.num_positions)
+
+        def tensor(*shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=weight.device)
+
+        self.ids = tensor(num_rows, self.num_positions)
+        self._position = tensor(1)
+        self._state = tensor(num_rows)
+        self._bias = tensor(num_rows, 1, 1, self.num_positions, dtype=weight.dtype)
+        self._new_ids, self._is_padding = tensor(num_rows, 1), tensor(num_rows, 1, dtype=torch.bool)
+        self.codes = self._new_codes = None
+        if grammar.has_no_code is not None:
+            self.codes = tensor(num_rows, self.num_positions, vocab.num_codebooks)
+            self._new_codes = tensor(num_rows, 1, vocab.num_codebooks)
+        self._noise = self._code_noise = None
+        if sampling.is_random:
+            self._noise = tensor(num_rows, len(grammar.ids), dtype=torch.float32)
+            if self.codes is not None:
+                self._code_noise = tensor(num_rows, vocab.num_codebooks, vocab.codebook_size, dtype=torch.float32)
+        self._run = _GraphedCall(self._step) if cuda_graph else self._step
+
+    @property
+    def is_recorded(self) -> bool:
+        return isinstance(self._run, _GraphedCall) and self._run.is_recorded
+
+    def fits(self, grammar: Grammar, sampling: Sampling, num_rows: int, num_positions: int) -> bool:
+        """Whether this decoder can continue such a batch; seeds do not matter."""
+        return (
+            self.grammar is grammar
+            and self.sampling.with_seed(0) == sampling.with_seed(0)
+            and self.num_rows == num_rows
+            and self.num_positions >= num_positions
+        )
+
+    def start(self, ids: torch.Tensor, codes: torch.Tensor, is_padding: torch.Tensor, random: torch.Generator) -> None:
+        """Read prompts ``ids [b, s]``, ``codes [b, s, C]``, which end at the same position, and choose what follows.
+
+        is_padding: ``[b, s]`` bool, at the start of shorter prompts.
+        """
+        length = ids.shape[1]
+        self._cache.start_prompt()
+        self._position.fill_(length)
+        self._state.copy_(self.grammar.start(self.num_rows))
+        self._bias.fill_(float("-inf"))
+        self._bias[:, 0, 0, :length].masked_fill_(~is_padding, 0.0)
+        at = torch.arange(length, device=ids.device)
+        # A padding query sees itself: softmax over nothing would be NaN and spread through the values.
+        forbidden = is_padding[:, None, None] & (at[:, None] != at)
+        logits, code_logits = self.model(
+            ids,
+            self.model.vocab.modality_of(ids),
+            is_padding,
+            codes=codes,
+            attention_mask=forbidden,
+            inference_context=self._cache,
+            logit_ids=self.grammar.ids,
+        )
+        self._cache.start_decoding(self._position)
+        self._draw(random)
+        self._choose(logits, code_logits)
+
+    def advance(self, random: torch.Generator) -> None:
+        """Read what was chosen last and choose what follows."""
+        self._draw(random)
+        self._run()
+
+    def all_done(self) -> bool:
+        """Whether all rows have ended; the host waits for the device."""
+        return bool((self._state == DONE).all())
+
+    def _step(self) -> None:
+        self._bias.index_fill_(-1, self._position, 0.0)
+        logits, code_logits = self.model(
+            self._new_ids,
+            self.model.vocab.modality_of(self._new_ids),
+            self._is_padding,
+            codes=self._new_codes,
+            attention_mask=self._bias,
+            inference_context=self._cache,
+            logit_ids=self.grammar.ids,
+        )
+        self._position += 1
+        self._choose(logits, code_logits)
+
+    def _draw(self, random: torch.Generator) -> None:
+        for noise in (self._noise, self._code_noise):
+            if noise is not None:
+                noise.exponential_(generator=random)
+
+    def _choose(self, logits: torch.Tensor, code_logits: torch.Tensor | None) -> None:
+        """The ids, and their codes, at ``position``, from logits ``[b, 1, V]`` and ``[b, 1, C, K]``."""
+        logits = logits[:, -1].masked_fill(self.grammar.forbidden_after(self._state), float("-inf"))
+        choice = self.sampling.choose(logits, self._noise)
+        has_no_code = self.grammar.advance(self._state, choice)
+        torch.add(choice[:, None], self.grammar.ids.start, out=self._new_ids)
+        torch.eq(self._state[:, None], DONE, out=self._is_padding)
+        self.ids.index_copy_(1, self._position, self._new_ids)
+        if has_no_code is not None:
+            codes = self.sampling.choose(code_logits[:, -1, :, : self.model.vocab.codebook_size], self._code_noise)
+            self._new_codes.copy_(codes.masked_fill(has_no_code, NO_CODE)[:, None])
+            self.codes.index_copy_(1, self._position, self._new_codes)
+
+
+class _GraphedCall:
+    """A call that is recorded as a CUDA graph after a few runs, which compile kernels and fill caches, and repeated.
+
+    What cannot be recorded is called as it is, and one line says why.
+    """
+
+    WARM_UP = 3
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call, self._calls = call, 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._stream = torch.cuda.Stream()
+
+    @property
+    def is_recorded(self) -> bool:
+        return self._graph is not None
+
+    def __call__(self) -> None:
+        if self._calls == self.WARM_UP:
+            self._record()
+        self._calls += 1
+        if self._graph is not None:
+            self._graph.replay()
+        elif self._calls > self.WARM_UP:
+            self._call()
+        else:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                self._call()
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+    def _record(self) -> None:
+        """Recording runs nothing: the call that is due has still to be made."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads, which load data, may go on calling CUDA.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                self._call()
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            logging.getLogger(__name__).warning("generating without a CUDA graph, several times slower: %s", reason)
+        else:
+            self._graph = graph
