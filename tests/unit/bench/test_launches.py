@@ -12,6 +12,7 @@ from megatron_most import parallel
 from megatron_most.config.load import build_config
 from megatron_most.errors import ConfigError
 from tools.bench import launches
+from tools.bench.counting import LIST_COPY, Count, Counting
 from tools.bench.rows import TARGET_SHARE, packed_documents
 
 BUDGETS = {
@@ -40,7 +41,7 @@ BUDGETS = {
 
 
 @pytest.fixture(scope="module")
-def counts() -> Iterator[dict[str, tuple[launches.Count, launches.Count | None]]]:
+def counts() -> Iterator[dict[str, tuple[Count, Count | None]]]:
     config = build_config("bench", launches.CONFIG)
     parallel.initialize(config.parallel, config.seed)
     yield launches.count_parts(launches.Bench(config), [*launches.PARTS, launches.DECODE])
@@ -75,7 +76,7 @@ def test_the_table_has_a_line_for_each_part(counts) -> None:
 
 def test_operators_are_counted_and_views_are_not() -> None:
     x, y = torch.randn(4, 6), torch.randn(6, 8)
-    with launches.Counting() as count:
+    with Counting() as count:
         (x @ y).view(2, 2, 8).transpose(0, 1)[0].exp_()
         torch.empty(3)
     assert count.operators == {"mm": 1, "exp_": 1}
@@ -87,25 +88,25 @@ def test_operators_are_counted_and_views_are_not() -> None:
 def test_a_backward_pass_is_counted() -> None:
     x = torch.randn(5, requires_grad=True)
     y, gradient = x.sin(), torch.ones(5)
-    with launches.Counting() as count:
+    with Counting() as count:
         y.backward(gradient)
     assert count.operators == {"cos": 1, "mul": 1}
 
 
 def test_what_makes_the_host_wait_is_named() -> None:
     x = torch.tensor([1.0, 0.0, 2.0])
-    with launches.Counting() as count:
+    with Counting() as count:
         x.nonzero()
         x.masked_select(x > 0)
         x.sum().item()
         x.new_tensor([1.0])
         torch.tensor([1.0], device=x.device)
         torch.tensor([1.0]).to(x.device)
-    assert count.waits == {"nonzero": 1, "masked_select": 1, "_local_scalar_dense": 1, launches.LIST_COPY: 3}
+    assert count.waits == {"nonzero": 1, "masked_select": 1, "_local_scalar_dense": 1, LIST_COPY: 3}
 
 
 def test_pinned_and_host_lists_make_nobody_wait() -> None:
-    with launches.Counting() as count:
+    with Counting() as count:
         torch.tensor([1, 2]).to("cpu", non_blocking=True)
         torch.tensor([1, 2]).cumsum(0)
     assert not count.waits
@@ -113,7 +114,7 @@ def test_pinned_and_host_lists_make_nobody_wait() -> None:
 
 def test_grouped_products_count_as_one_product_of_their_rows() -> None:
     x, weight = torch.randn(6, 16), torch.randn(2, 16, 8)
-    with launches.Counting() as count:
+    with Counting() as count:
         torch.nn.functional.grouped_mm(x, weight, offs=torch.tensor([2, 6], dtype=torch.int32))
     assert count.flops == 2 * 6 * 16 * 8
 
