@@ -224,7 +224,7 @@ def routing(overrides: Overrides) -> dict[str, torch.Tensor]:
     probs.square().sum().backward()
     return {
         "routing map": routing_map.cpu(),
-        "order": dispatcher.reversed_local_input_permutation_mapping.cpu(),
+        "order": dispatcher._pairs.token.cpu(),
         "tokens": to_host(tokens),
         "routed": router.statistics.routed.cpu(),
         "probs": to_host(probs),

@@ -178,6 +178,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         (["model.moe.score_rule=none"], "model.moe.score_rule='none': must be one of group, all"),
         (["model.num_dense_layers=4"], "model.num_dense_layers=4: must leave at least one of the 4 layers"),
         (["model.attention.qk_rope_head_dim=3"], "model.attention.qk_rope_head_dim=3: must be even"),
+        (["model.attention.qk_nope_head_dim=3"], "model.attention.qk_nope_head_dim=3: must be even"),
         (["model.codebook_loss_weights=[1, 2]"], "needs one weight for each of the 4 codebooks"),
         (["parallel.expert_model_parallel_size=3"], "must divide the 8 experts"),
         (["model.attention.type=mha"], "model.attention.type='mha': must be one of mla, gqa"),

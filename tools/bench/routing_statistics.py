@@ -21,6 +21,7 @@ from megatron_most.config.load import build_config
 from megatron_most.data.loading.batch import Batch
 from megatron_most.moe import ModalityAwareRouter, collect_routing
 from megatron_most.moe.balance import sum_by_modality
+from megatron_most.moe.statistics import RoutingStatistics
 from megatron_most.training.train_step import build_train_state, compute_gradients
 from tools.bench import paired
 
@@ -123,7 +124,12 @@ def recorded(router: ModalityAwareRouter, action: Callable[[], None]) -> tuple[t
     """What ``router`` hands to its statistics while ``action`` runs."""
     calls: list[tuple[torch.Tensor, ...]] = []
     count = type(router.statistics).count
-    type(router.statistics).count = lambda statistics, *arguments: calls.append(arguments)
+
+    def record(statistics: RoutingStatistics, *arguments: torch.Tensor) -> torch.Tensor:
+        calls.append(arguments)
+        return count(statistics, *arguments)
+
+    type(router.statistics).count = record
     try:
         action()
     finally:

@@ -76,6 +76,13 @@ def test_grouped_query_attention_is_megatrons(rope, lengths) -> None:
 
 
 @pytest.mark.parametrize("attention", [{}, GQA], ids=["mla", "gqa"])
+def test_positions_start_anew_with_each_document(attention) -> None:
+    """Logits would not tell, for they see differences of positions, but exactness and YaRN's range would suffer."""
+    rotary = build(**attention).rotary
+    assert torch.equal(rotary(128, row_of(LENGTHS)), torch.cat([rotary(length) for length in LENGTHS]))
+
+
+@pytest.mark.parametrize("attention", [{}, GQA], ids=["mla", "gqa"])
 def test_positions_follow_what_is_cached_and_may_be_more_than_the_model_was_made_for(attention) -> None:
     rotary = build(**attention).rotary
     cache = KeyValueCache(num_rows=1, num_positions=300)

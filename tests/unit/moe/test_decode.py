@@ -74,9 +74,6 @@ def test_nothing_is_asked_of_the_host() -> None:
         layer(hidden, padding_mask=planes)
     assert not count.waits
     assert not {"nonzero_static", "scatter_add_"} & set(count.operators)
-    with Counting() as count:
-        layer(hidden, padding_mask=planes)
-    assert count.waits
 
 
 def test_rows_that_no_expert_computes_never_reach_a_token(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -83,7 +84,14 @@ def test_a_staged_batch_has_its_packed_row_and_the_step_makes_no_other(monkeypat
 
     monkeypatch.setattr(microbatches, "packed_seq_params", lambda batch: pytest.fail("made again"))
     given = {}
-    microbatches.forward_step(print, iter([staged]), lambda *ids, **options: given.update(options))
+
+    class Stage(torch.nn.Module):
+        post_process = True
+
+        def forward(self, *ids: torch.Tensor, **options: Any) -> None:
+            given.update(options)
+
+    microbatches.forward_step(print, iter([staged]), Stage())
     assert given["packed_seq_params"] is staged.packed_row
     few = staged.take_positions(torch.tensor([0, 2]))
     assert few.packed_row is staged.packed_row and few.ids.shape == (1, 2)
