@@ -8,6 +8,7 @@ import torch
 from megatron_most import platform
 
 CUDA, FP8, ENGINE, DOCUMENTS = "CUDA", "FP8", "Transformer Engine", "kernel for packed rows"
+GRAPHS = "CUDA graphs"
 
 
 def missing(what: str) -> str | None:

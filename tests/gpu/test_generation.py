@@ -10,7 +10,10 @@ from megatron_most.inference import Generator, Sampling
 from megatron_most.model import build_model
 from tests.distributed.shards import fill_weights
 from tests.distributed.tiny import WIDE, tiny_config
+from tests.gpu import hardware
 from tests.unit.inference.test_generator import MODELS, asr_prompt, tts_prompt
+
+pytestmark = hardware.needs(hardware.GRAPHS)
 
 SAMPLINGS = {"greedy": Sampling(), "sampled": Sampling(temperature=1.0, top_k=8, top_p=0.9, seed=1)}
 

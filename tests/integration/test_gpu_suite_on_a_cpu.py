@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SUITE = sorted(path.name for path in (ROOT / "tests" / "gpu").glob("test_*.py"))
+KERNELS = {"test_transformer_engine.py": "Transformer Engine", "test_generation.py": "CUDA graphs"}
 BARE = ("-p", "pytest_timeout", "-p", "tests.gpu.results", "-p", "no:cacheprovider")  # as run_on_bare_machine.sh has it
 
 
@@ -26,7 +27,7 @@ def run_suite(name: str) -> tuple[int, dict[str, int], str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", [name for name in SUITE if name != "test_transformer_engine.py"])
+@pytest.mark.parametrize("name", [name for name in SUITE if name not in KERNELS])
 def test_its_side_of_the_cpu_works(name):
     status, counts, printed = run_suite(name)
     assert status == 0, printed
@@ -37,7 +38,8 @@ def test_its_side_of_the_cpu_works(name):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_transformer_engines_tests_are_skipped_with_the_reason():
-    status, counts, printed = run_suite("test_transformer_engine.py")
+@pytest.mark.parametrize("name", KERNELS)
+def test_what_needs_a_gpu_for_everything_is_skipped_with_the_reason(name):
+    status, counts, printed = run_suite(name)
     assert status == 0 and set(counts) == {"skipped"}, printed
-    assert "has no Transformer Engine" in printed
+    assert f"has no {KERNELS[name]}" in printed
