@@ -70,19 +70,21 @@ def test_the_sum_is_that_of_the_dispatcher(options: dict[str, object], rows: tup
 
 def test_nothing_is_asked_of_the_host() -> None:
     layer, (hidden, planes) = moe_layer(), position(*POSITIONS["padding between"])
+    layer.token_dispatcher = None
     with torch.no_grad(), Counting() as count:
         layer(hidden, padding_mask=planes)
     assert not count.waits
     assert not {"nonzero_static", "scatter_add_"} & set(count.operators)
 
 
-def test_rows_that_no_expert_computes_never_reach_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A grouped product leaves what it finds in memory there."""
-    grouped_mm = torch.nn.functional.grouped_mm
+def test_padding_and_places_left_over_go_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No product reads their rows, and what it leaves in memory there never reaches a token."""
+    grouped_mm, ends = torch.nn.functional.grouped_mm, []
 
     def dirty(rows: torch.Tensor, weights: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
         out = grouped_mm(rows, weights, offs=offs)
-        out[int(offs[-1]) :] = float("nan")
+        ends.append(int(offs[-1]))
+        out[ends[-1] :] = float("nan")
         return out
 
     layer, (hidden, planes) = moe_layer(groups=GROUPS % (5, 3, 3, 1)), position(*POSITIONS["padding between"])
@@ -91,3 +93,4 @@ def test_rows_that_no_expert_computes_never_reach_a_token(monkeypatch: pytest.Mo
     with torch.no_grad():
         found, _ = layer(hidden, padding_mask=planes)
     torch.testing.assert_close(found, expected.detach(), rtol=1e-6, atol=1e-7)
+    assert ends == [6, 8, 6, 8]  # two tokens of text with three experts, two of audio with one
