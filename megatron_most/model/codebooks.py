@@ -1,90 +1,123 @@
 """Codec frames in and out of the model (layout ``frame``): summed codebook embeddings, one output head per codebook.
 
-Shape letters: s positions (of this rank), b rows, h hidden size, C codebooks, K codes (padded).
+Shape letters: s positions (of this rank), b rows, h hidden size, C codebooks, K codes (padded),
+tp tensor-parallel ranks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensor, ShardedTensorFactory
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import divide
 
 
-class _ShardedModuleList(torch.nn.ModuleList):
-    """A list whose members keep their sharding in checkpoints; Megatron takes plain containers for replicated."""
+class _CodebookWeights(MegatronModule):
+    """A matrix ``[K, h]`` for each codebook, in one parameter ``weight [C, K / tp, h]``, split over the tensor group.
+
+    In checkpoints each codebook has a tensor of its own, ``<checkpoint_name>.<codebook>.weight``.
+    """
+
+    checkpoint_name: str
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        num_codebooks: int,
+        padded_size: int,
+        pg_collection: ProcessGroupCollection,
+        init_method: Callable[[torch.Tensor], object],
+    ) -> None:
+        super().__init__(config=config)
+        self.tp_group = pg_collection.tp
+        self.local_size = divide(padded_size, self.tp_group.size())
+        shape = (num_codebooks, self.local_size, config.hidden_size)
+        self.weight = torch.nn.Parameter(
+            torch.empty(shape, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+        tensor_parallel.set_tensor_model_parallel_attributes(self.weight, True, 1, 1)
+        with tensor_parallel.get_cuda_rng_tracker().fork():
+            init_method(self.weight)
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        state: dict[str, Any] = {}
-        for name, module in self.named_children():
-            state.update(module.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata))
-        return state
+        axis = len(sharded_offsets)
+
+        @torch.no_grad()
+        def build(key: str, weight: torch.Tensor, replica_id: ReplicaId, flattened_range: None) -> list[ShardedTensor]:
+            return [
+                ShardedTensor.from_rank_offsets(
+                    f"{key}.{codebook}.weight",
+                    matrix,
+                    *sharded_offsets,
+                    (axis, self.tp_group.rank(), self.tp_group.size()),
+                    replica_id=replica_id,
+                    prepend_axis_num=axis,
+                )
+                for codebook, matrix in enumerate(weight)
+            ]
+
+        replica_id = (0, 0, metadata["dp_cp_group"].rank())
+        key = f"{prefix}{self.checkpoint_name}"
+        return {f"{prefix}weight": ShardedTensorFactory(key, self.weight, build, torch.stack, replica_id=replica_id)}
 
 
-class CodebookEmbeddings(MegatronModule):
+class CodebookEmbeddings(_CodebookWeights):
     """The sum of a frame's C code embeddings; tables are split over the tensor group by code."""
+
+    checkpoint_name = "tables"
 
     def __init__(
         self, config: TransformerConfig, num_codebooks: int, padded_size: int, pg_collection: ProcessGroupCollection
     ) -> None:
-        super().__init__(config=config)
-        self.tp_group = pg_collection.tp
-        self.tables = _ShardedModuleList(
-            tensor_parallel.VocabParallelEmbedding(
-                padded_size,
-                config.hidden_size,
-                init_method=config.embedding_init_method,
-                config=config,
-                tp_group=self.tp_group,
-            )
-            for _ in range(num_codebooks)
-        )
+        super().__init__(config, num_codebooks, padded_size, pg_collection, config.embedding_init_method)
+        self.first_code = self.tp_group.rank() * self.local_size
+        # Where code 0 of each codebook would stand among the rows of all tables of this rank.
+        first_rows = torch.arange(num_codebooks, device=self.weight.device) * self.local_size - self.first_code
+        self.register_buffer("first_rows", first_rows, persistent=False)
 
     def forward(self, codes: torch.Tensor) -> torch.Tensor:
         """``codes [b, s, C]`` (``NO_CODE`` adds nothing) -> ``[s, b, h]``, scattered under sequence parallelism."""
-        total = None
-        for codebook, table in enumerate(self.tables):
-            code = codes[..., codebook].transpose(0, 1)
-            is_mine = (code >= table.vocab_start_index) & (code < table.vocab_end_index)
-            local = (code - table.vocab_start_index).masked_fill(~is_mine, 0)
-            part = F.embedding(local, table.weight) * is_mine[..., None]
-            total = part if total is None else total + part
+        batch_size, length, _ = codes.shape
+        codes = codes.transpose(0, 1).flatten(0, 1)
+        is_mine = (codes >= self.first_code) & (codes < self.first_code + self.local_size)
+        # A code that is not ours reads a row that is, times zero. No row is to spare for what adds nothing.
+        total = F.embedding_bag(
+            (codes + self.first_rows) * is_mine,
+            self.weight.flatten(0, 1),
+            mode="sum",
+            per_sample_weights=is_mine.to(self.weight.dtype),
+        ).view(length, batch_size, -1)
         if self.config.sequence_parallel:
             return tensor_parallel.reduce_scatter_to_sequence_parallel_region(total, group=self.tp_group)
         return tensor_parallel.reduce_from_tensor_model_parallel_region(total, group=self.tp_group)
 
 
-class CodebookHeads(MegatronModule):
+class CodebookHeads(_CodebookWeights):
     """One linear head per codebook, all predicting the next frame in parallel; split over the tensor group by code."""
+
+    checkpoint_name = "heads"
 
     def __init__(
         self, config: TransformerConfig, num_codebooks: int, padded_size: int, pg_collection: ProcessGroupCollection
     ) -> None:
-        super().__init__(config=config)
-        self.tp_group = pg_collection.tp
-        self.heads = _ShardedModuleList(
-            tensor_parallel.ColumnParallelLinear(
-                config.hidden_size,
-                padded_size,
-                config=config,
-                init_method=config.init_method,
-                bias=False,
-                gather_output=False,
-                # The sequence is gathered once for all heads, below; its backward sums their gradients over the group.
-                disable_grad_reduce=True,
-                tp_group=self.tp_group,
-            )
-            for _ in range(num_codebooks)
-        )
-        for head in self.heads:
-            head.sequence_parallel = False
-            head.weight.is_embedding_or_output_parameter = True
+        super().__init__(config, num_codebooks, padded_size, pg_collection, config.init_method)
+        self.weight.is_embedding_or_output_parameter = True
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``hidden [..., h]`` of the whole sequence -> logits ``[..., C, K / tp]``.
+
+        The gradient of ``hidden`` is this rank's share of a sum over the tensor group.
+        """
+        return F.linear(hidden, self.weight.flatten(0, 1)).unflatten(-1, self.weight.shape[:2])
 
     def loss(self, hidden: torch.Tensor, code_labels: torch.Tensor) -> torch.Tensor:
         """Cross entropy of each codebook.
@@ -103,24 +136,16 @@ class CodebookHeads(MegatronModule):
         has_label = (labels >= 0).any(-1)
         rows, targets = hidden[has_label], labels[has_label]
         # Delayed codebooks begin and end apart from each other: a row may have labels for some of them only.
-        losses = [
-            tensor_parallel.vocab_parallel_cross_entropy(self._logits(head, rows), target.clamp(min=0)) * (target >= 0)
-            for head, target in zip(self.heads, targets.unbind(-1), strict=True)
-        ]
-        out = hidden.new_zeros(*has_label.shape, len(self.heads), dtype=torch.float32)
-        return out.masked_scatter(has_label[..., None], torch.stack(losses, dim=-1)).transpose(0, 1)
+        losses = tensor_parallel.vocab_parallel_cross_entropy(
+            self(rows).float(), targets.clamp(min=0), tp_group=self.tp_group
+        ) * (targets >= 0)
+        out = hidden.new_zeros(*labels.shape, dtype=torch.float32)
+        return out.masked_scatter(has_label[..., None], losses).transpose(0, 1)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``hidden [s, b, h]`` -> ``[b, s, C, K]``, gathered over the tensor group."""
-        hidden = self._whole_sequence(hidden)
-        gathered = [
-            tensor_parallel.gather_from_tensor_model_parallel_region(self._logits(head, hidden), group=self.tp_group)
-            for head in self.heads
-        ]
-        return torch.stack(gathered, dim=2).transpose(0, 1)
-
-    def _logits(self, head: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
-        return head(rows)[0].float()
+        """``hidden [s, b, h]`` -> ``[b, s, C, K]`` fp32, gathered over the tensor group."""
+        logits = self(self._whole_sequence(hidden)).float()
+        return tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=self.tp_group).transpose(0, 1)
 
     def _whole_sequence(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.config.sequence_parallel:

@@ -20,15 +20,15 @@ def heads():
 
 
 def test_the_loss_is_cross_entropy_where_there_is_a_label_and_zero_elsewhere(heads):
-    num_codebooks, hidden_size = len(heads.heads), heads.heads[0].weight.shape[1]
+    num_codebooks, _, hidden_size = heads.weight.shape
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(6, 2, hidden_size, generator=generator, requires_grad=True)
     labels = torch.randint(0, 5, (2, 6, num_codebooks), generator=generator)
     labels[0, 0, 1:] = labels[0, 5, 0] = NO_CODE
     labels[1, 2] = NO_CODE
     losses = heads.loss(hidden, labels)
-    for codebook, head in enumerate(heads.heads):
-        logits = (hidden @ head.weight.T).transpose(0, 1).float()
+    for codebook, weight in enumerate(heads.weight):
+        logits = (hidden @ weight.T).transpose(0, 1).float()
         expected = torch.nn.functional.cross_entropy(
             logits.reshape(12, -1), labels[..., codebook].reshape(12), ignore_index=NO_CODE, reduction="none"
         )

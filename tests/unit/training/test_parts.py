@@ -15,9 +15,9 @@ LAYER = "decoder.layers.3"
 NAMES = {
     "embedding.word_embeddings.weight": "embeddings",
     "module.module.embedding.word_embeddings.weight": "embeddings",
-    "codebook_embeddings.tables.1.weight": "embeddings",
+    "codebook_embeddings.weight": "embeddings",
     "output_layer.weight": "heads",
-    "module.codebook_heads.heads.0.weight": "heads",
+    "module.codebook_heads.weight": "heads",
     "decoder.final_layernorm.weight": "norms",
     f"{LAYER}.input_layernorm.weight": "norms",
     f"{LAYER}.pre_mlp_layernorm.weight": "norms",
