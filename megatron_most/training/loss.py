@@ -8,12 +8,29 @@ Shape letters: b rows, s positions, C codebooks, R rows of the metric table.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from megatron_most.data.loading.batch import Batch
 from megatron_most.data.storage.documents import TASKS
 from megatron_most.errors import ConfigError
 from megatron_most.vocab import NO_CODE, Modality, VocabLayout
+
+
+@dataclass(frozen=True)
+class _Constants:
+    """What never changes of a loss table, on one device. M modalities, T tasks.
+
+    codebook_weights ``[C]``, modality_weights ``[M]``; the numbers of codebooks ``[C]``, modalities ``[M, 1, 1]`` and
+    tasks ``[T, 1, 1]``.
+    """
+
+    codebook_weights: torch.Tensor
+    modality_weights: torch.Tensor
+    codebooks: torch.Tensor
+    modalities: torch.Tensor
+    tasks: torch.Tensor
 
 
 class LossTable:
@@ -48,12 +65,13 @@ class LossTable:
         clashes = {name for name in vocab.modality_names if self.names.count(f"loss/{name}") > 1}
         if clashes:
             raise ConfigError(f"vocab.further_modalities: {', '.join(clashes)} is the name of a task or codebook")
+        self._constants: dict[torch.device, _Constants] = {}
 
     def __call__(self, batch: Batch, slot_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Reduce one micro-batch on this rank.
 
         Args:
-            slot_losses: ``[b, s, 1 + C]``, or ``[b, s, 1]`` in layout ``flat``; unmasked, 0 without a code label.
+            slot_losses: ``[b, s, 1 + C]``, or ``[b, s, 1]`` in layout ``flat``; 0 without a code label.
 
         Returns:
             The sum of the loss over targets (with its graph), the number of targets (int32), and the detached table
@@ -62,39 +80,40 @@ class LossTable:
         slot_losses = slot_losses.float()
         mask = batch.loss_mask.to(slot_losses.dtype)
         main, codebooks = slot_losses[..., 0], slot_losses[..., 1:]
-        weights = main.new_tensor(self.weights)
-        if self.vocab.codec_layout.uses_side_codes:
-            losses = main + codebooks @ weights
-        else:
-            codebook, is_code = self._codebook_of(batch.labels)
-            losses = main * weights[codebook].where(is_code, 1.0)
+        constants = self._constants_on(main.device)
         modality = self.vocab.modality_of(batch.labels)
-        loss_sum = (losses * mask.where(modality != Modality.TEXT, mask * self.text_weight)).sum()
-        count = mask.sum()
-        with torch.no_grad():
-            selected = [mask]
-            selected += [mask * (modality == index) for index in range(len(self.vocab.modality_names))]
-            selected += [mask * (batch.task == task) for task in range(len(TASKS))]
-            rows = torch.stack(selected).double()
-            table = torch.stack([(rows * losses).sum(dim=(1, 2)), rows.sum(dim=(1, 2))], dim=1)
-            per_codebook = self._codebooks(batch, slot_losses, mask)
-            positions = (~batch.is_padding).sum()
-            tokens = torch.stack([positions, positions.new_tensor(batch.ids.shape[0])]).double()
-            table = torch.cat([table, per_codebook, tokens[None]])
-        return loss_sum, count.int(), table
-
-    def _codebooks(self, batch: Batch, slot_losses: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """``[C, 2]`` (sum, count) of every codebook's cross entropy."""
         if self.vocab.codec_layout.uses_side_codes:
-            has_code = (batch.code_labels != NO_CODE) & (mask > 0)[..., None]
-            losses = slot_losses[..., 1:]
+            losses = main + codebooks @ constants.codebook_weights
+            has_code, code_losses = batch.code_labels != NO_CODE, codebooks
         else:
             codebook, is_code = self._codebook_of(batch.labels)
-            numbers = torch.arange(self.vocab.num_codebooks, device=codebook.device)
-            has_code = (codebook[..., None] == numbers) & (is_code & (mask > 0))[..., None]
-            losses = slot_losses[..., :1]
-        chosen = has_code.double()
-        return torch.stack([(losses * chosen).sum(dim=(0, 1)), chosen.sum(dim=(0, 1))], dim=1)
+            losses = main * constants.codebook_weights[codebook].where(is_code, 1.0)
+            has_code, code_losses = (codebook[..., None] == constants.codebooks) & is_code[..., None], main[..., None]
+        loss_sum = (losses * (mask * constants.modality_weights[modality])).sum()
+        with torch.no_grad():
+            is_row = torch.cat([modality == constants.modalities, batch.task == constants.tasks])
+            rows = torch.cat([mask[None], mask * is_row]).double()
+            chosen = (has_code * mask[..., None]).double()
+            counts = torch.cat([rows.sum(dim=(1, 2)), chosen.sum(dim=(0, 1)), rows.new_full((1,), len(mask))])
+            num_positions = (~batch.is_padding).sum(dtype=torch.double)
+            sums = [(rows * losses).sum(dim=(1, 2)), (code_losses * chosen).sum(dim=(0, 1)), num_positions[None]]
+            table = torch.stack([torch.cat(sums), counts], dim=1)
+        return loss_sum, counts[0].int(), table
+
+    def _constants_on(self, device: torch.device) -> _Constants:
+        """Copied there once: with each copy of a list the host would wait for the device."""
+        if device not in self._constants:
+            num_modalities = len(self.vocab.modality_names)
+            modality_weights = torch.ones(num_modalities)
+            modality_weights[Modality.TEXT] = self.text_weight
+            self._constants[device] = _Constants(
+                codebook_weights=torch.tensor(self.weights).to(device),
+                modality_weights=modality_weights.to(device),
+                codebooks=torch.arange(self.vocab.num_codebooks, device=device),
+                modalities=torch.arange(num_modalities, device=device)[:, None, None],
+                tasks=torch.arange(len(TASKS), device=device)[:, None, None],
+            )
+        return self._constants[device]
 
     def _codebook_of(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Layouts whose codes are ids: the codebook of each label, and whether it is a code at all."""
