@@ -119,37 +119,7 @@ class CodebookHeads(_CodebookWeights):
         """
         return F.linear(hidden, self.weight.flatten(0, 1)).unflatten(-1, self.weight.shape[:2])
 
-    def loss(self, hidden: torch.Tensor, code_labels: torch.Tensor) -> torch.Tensor:
-        """Cross entropy of each codebook.
-
-        Only positions that have a label go through the heads: text never pays for audio.
-
-        Args:
-            hidden: ``[s, b, h]``, scattered along s under sequence parallelism.
-            code_labels: ``[b, s, C]`` of the whole sequence; ``NO_CODE`` has no loss.
-
-        Returns:
-            ``[b, s, C]`` fp32, zero where there is no label.
-        """
-        hidden = self._whole_sequence(hidden)
-        labels = code_labels.transpose(0, 1)
-        has_label = (labels >= 0).any(-1)
-        rows, targets = hidden[has_label], labels[has_label]
-        # Delayed codebooks begin and end apart from each other: a row may have labels for some of them only.
-        losses = tensor_parallel.vocab_parallel_cross_entropy(
-            self(rows).float(), targets.clamp(min=0), tp_group=self.tp_group
-        ) * (targets >= 0)
-        out = hidden.new_zeros(*labels.shape, dtype=torch.float32)
-        return out.masked_scatter(has_label[..., None], losses).transpose(0, 1)
-
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``hidden [s, b, h]`` -> ``[b, s, C, K]`` fp32, gathered over the tensor group."""
-        logits = self(self._whole_sequence(hidden)).float()
+        """``hidden [s, b, h]`` of the whole sequence -> ``[b, s, C, K]`` fp32, gathered over the tensor group."""
+        logits = self(hidden).float()
         return tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=self.tp_group).transpose(0, 1)
-
-    def _whole_sequence(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self.config.sequence_parallel:
-            return tensor_parallel.gather_from_sequence_parallel_region(
-                hidden, tensor_parallel_output_grad=True, group=self.tp_group
-            )
-        return hidden

@@ -1,6 +1,7 @@
 """MoST on Megatron-Core's language module.
 
-Shape letters: b micro-batch rows, s positions, h hidden size, C codebooks, V ids (padded), K codes (padded).
+Shape letters: b micro-batch rows, s positions, n of them in all rows that have a target, h hidden size, C codebooks,
+V ids (padded), K codes (padded).
 """
 
 from __future__ import annotations
@@ -10,17 +11,19 @@ from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.models.common.embeddings import RotaryEmbedding
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_most.config.model import VOCAB_MULTIPLE
+from megatron_most.data.loading.batch import Targets
 from megatron_most.model.codebooks import CodebookEmbeddings, CodebookHeads
 from megatron_most.model.packed_row import PackedRow
 from megatron_most.model.rotary import row_angles
+from megatron_most.model.target_rows import cross_entropy, put_rows, take_rows
 from megatron_most.moe.token_planes import pack_planes
-from megatron_most.vocab import VocabLayout
+from megatron_most.vocab import NO_CODE, VocabLayout
 
 
 def padded(size: int) -> int:
@@ -80,8 +83,11 @@ class MoSTModel(LanguageModule):
                 config=config,
                 init_method=config.init_method,
                 bias=False,
+                # The sequence is gathered once for all heads; its backward sums their gradients over the tensor group.
+                disable_grad_reduce=True,
                 tp_group=self.pg_collection.tp,
             )
+            self.output_layer.sequence_parallel = False
         self.setup_embeddings_and_output_layer()
         self.vocab = vocab
         self.rotary = rotary
@@ -101,8 +107,7 @@ class MoSTModel(LanguageModule):
         modality: torch.Tensor,
         is_padding: torch.Tensor,
         codes: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        code_labels: torch.Tensor | None = None,
+        targets: Targets | None = None,
         attention_mask: torch.Tensor | None = None,
         packed_seq_params: PackedRow | None = None,
         inference_context: BaseInferenceContext | None = None,
@@ -114,16 +119,16 @@ class MoSTModel(LanguageModule):
             modality: ``[b, s]``, :class:`~megatron_most.vocab.Modality` of each input position.
             is_padding: ``[b, s]`` bool; padding is routed to no expert.
             codes: ``[b, s, C]``, ``NO_CODE`` where a position holds no visible frame (layout ``frame`` only).
-            labels, code_labels: ``[b, s]`` and ``[b, s, C]``, what each position predicts.
+            targets: what is to be predicted, and at which positions.
             attention_mask: bool, True where attention is forbidden beside causality.
             packed_seq_params: the documents of a packed row; positions restart and attention ends there.
             inference_context: key-value cache.
 
         Returns:
-            Not the last stage: hidden states ``[s, b, h]``. Last stage with labels: losses ``[b, s, 1 + C]`` fp32 (main
-            head, then each codebook; ``[b, s, 1]`` in layout ``flat``), not masked. Without labels: logits
-            ``[b, s, V]`` fp32 and codebook logits ``[b, s, C, K]`` fp32 (None in layout ``flat``), of the last
-            position only with an ``inference_context``.
+            Not the last stage: hidden states ``[s, b, h]``. Last stage with targets: losses ``[b, s, 1 + C]`` fp32
+            (main head, then each codebook; ``[b, s, 1]`` in layout ``flat``), 0 where there is no target. Without
+            targets: logits ``[b, s, V]`` fp32 and codebook logits ``[b, s, C, K]`` fp32 (None in layout ``flat``), of
+            the last position only with an ``inference_context``.
         """
         hidden = self.decoder(
             hidden_states=self._embed(ids, codes) if self.pre_process else None,
@@ -135,15 +140,30 @@ class MoSTModel(LanguageModule):
         )
         if not self.post_process:
             return hidden
-        if labels is None:
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=True, group=self.pg_collection.tp
+            )
+        if targets is None:
             if inference_context is not None:
                 hidden = hidden[-1:]  # generation continues from the last position only
             logits = self.output_layer(hidden, runtime_gather_output=True)[0].float().transpose(0, 1)
             return logits, None if self.codebook_heads is None else self.codebook_heads.logits(hidden)
-        loss = self.compute_language_model_loss(labels, self.output_layer(hidden)[0].float())[..., None]
-        if self.codebook_heads is None:
-            return loss
-        return torch.cat([loss, self.codebook_heads.loss(hidden, code_labels)], dim=-1)
+        return self.losses(hidden, targets)
+
+    def losses(self, hidden: torch.Tensor, targets: Targets) -> torch.Tensor:
+        """``hidden [s, b, h]`` of the whole sequence -> ``[b, s, 1 + C]``; text does not pay for codebooks."""
+        length, batch_size, _ = hidden.shape
+        rows, tensor_group = hidden.flatten(0, 1), self.pg_collection.tp
+        logits = self.output_layer(take_rows(rows, targets.index))[0]
+        losses = put_rows(cross_entropy(logits, targets.labels, tensor_group)[:, None], targets.index, len(rows))
+        if self.codebook_heads is not None:
+            logits = self.codebook_heads(take_rows(rows, targets.code_index))
+            # Delayed codebooks begin and end apart from each other: a frame may have labels for some of them only.
+            has_label, labels = targets.code_labels != NO_CODE, targets.code_labels.clamp(min=0)
+            of_codes = cross_entropy(logits, labels, tensor_group) * has_label
+            losses = torch.cat([losses, put_rows(of_codes, targets.code_index, len(rows))], dim=-1)
+        return losses.unflatten(0, (length, batch_size)).transpose(0, 1)
 
     def _embed(self, ids: torch.Tensor, codes: torch.Tensor | None) -> torch.Tensor:
         embeddings = self.embedding(input_ids=ids, position_ids=None)

@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_most import platform
 from megatron_most.data.loading.batch import Batch
 from megatron_most.model.packed_row import PackedRow, packed_row
-from megatron_most.parallel import zigzag_positions
+from megatron_most.parallel import zigzag_positions, zigzag_positions_packed
 from megatron_most.training.loss import LossTable
 
 
@@ -29,16 +30,17 @@ def forward_step(
     context_size = parallel_state.get_context_parallel_world_size()
     if context_size > 1:
         rank = parallel_state.get_context_parallel_rank()
-        length, device = batch.ids.shape[1], batch.ids.device
-        positions = zigzag_positions(length, rank, context_size, device) if packed is None else packed.positions
+        if packed is None:
+            positions = zigzag_positions(batch.ids.shape[1], rank, context_size)
+        else:
+            positions = zigzag_positions_packed(batch.cu_seqlens, rank, context_size)
         batch = batch.take_positions(positions)
     output = model(
         batch.ids,
         batch.modality,
         batch.is_padding,
         codes=batch.codes,
-        labels=batch.labels,
-        code_labels=batch.code_labels,
+        targets=batch.targets() if get_attr_wrapped_model(model, "post_process") else None,
         packed_seq_params=packed,
     )
     return output, functools.partial(loss_table, batch)

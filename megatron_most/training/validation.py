@@ -42,6 +42,9 @@ def _fill_pipeline(batches: list[Batch], num_chunks: int) -> list[Batch]:
     missing = -len(batches) % parallel_state.get_pipeline_model_parallel_world_size() if num_chunks > 1 else 0
     last = batches[-1]
     empty = dataclasses.replace(
-        last, loss_mask=torch.zeros_like(last.loss_mask), is_padding=torch.ones_like(last.is_padding)
+        last,
+        loss_mask=torch.zeros_like(last.loss_mask),
+        is_padding=torch.ones_like(last.is_padding),
+        predicts=torch.zeros_like(last.predicts),
     )
     return batches + [empty] * missing

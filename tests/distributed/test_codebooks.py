@@ -10,12 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from megatron_most import parallel
 from megatron_most.config import RunConfig
 from megatron_most.data.loading.batch import Batch
 from megatron_most.data.loading.loader import train_batches
 from megatron_most.model import build_model
+from megatron_most.model.target_rows import cross_entropy
 from megatron_most.training.loss import LossTable
 from megatron_most.vocab import NO_CODE
 from tests.distributed.harness import run_ranks
@@ -128,7 +130,10 @@ def heads_alone() -> tuple[torch.Tensor, torch.Tensor, list[Piece]]:
     fill_weights(chunks)
     hidden, labels = hidden_and_labels()
     mine = hidden.chunk(2)[parallel_state.get_tensor_model_parallel_rank()].clone().requires_grad_()
-    losses = chunks[0].codebook_heads.loss(mine, labels)
+    group = parallel_state.get_tensor_model_parallel_group()
+    whole = gather_from_sequence_parallel_region(mine, tensor_parallel_output_grad=True, group=group)
+    logits = chunks[0].codebook_heads(whole.transpose(0, 1))
+    losses = cross_entropy(logits, labels.clamp(min=0), group) * (labels != NO_CODE)
     (losses * torch.tensor([1.0, 3.0])).sum().backward()
     pieces = [piece for piece in local_pieces(chunks) if "codebook_heads" in piece[0]]
     return losses.detach(), mine.grad, [(key, shape, at, view.detach().clone()) for key, shape, at, view in pieces]

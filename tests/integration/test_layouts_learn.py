@@ -35,7 +35,7 @@ def test_what_was_learnt_by_heart_is_said(layout_name):
     for _ in range(120):
         losses = model(
             batch.ids, batch.modality, batch.is_padding,
-            codes=batch.codes, labels=batch.labels, code_labels=batch.code_labels,
+            codes=batch.codes, targets=batch.targets(),
         )  # fmt: skip
         loss, count, table = loss_table(batch, losses)
         optimizer.zero_grad()

@@ -1,6 +1,7 @@
 """Rows of documents -> the tensors of one micro-batch.
 
-Shape letters: b rows, s positions of a row, n positions of its documents, r of them that are read, C codebooks.
+Shape letters: b rows, s positions of a row, n positions of its documents, r of them that are read, C codebooks;
+t positions of all rows that have a target, c of them that have codes as well.
 """
 
 from __future__ import annotations
@@ -23,6 +24,25 @@ PADDING_ID = 0
 """Any text id does: padding is told by ``is_padding``, never by the id."""
 
 
+_ON_HOST = ("cu_seqlens", "predicts")
+"""Fields that stay with the host, which reads the numbers in them: it would wait for the device to have them back."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a micro-batch predicts and where. Positions are numbered as hidden states ``[s, b]`` lie in memory.
+
+    index, labels: ``[t]`` int64, the positions that have a target, in order, and the ids to predict there.
+    code_index: ``[c]`` int64, those whose target has codes. None in the ``flat`` layout.
+    code_labels: ``[c, C]`` int64, ``NO_CODE`` where there is a label for other codebooks only. None as before.
+    """
+
+    index: torch.Tensor
+    labels: torch.Tensor
+    code_index: torch.Tensor | None
+    code_labels: torch.Tensor | None
+
+
 @dataclass
 class Batch:
     """One micro-batch. Position i reads ``ids[:, i]`` and predicts ``labels[:, i]``, the next id of the same document.
@@ -39,6 +59,8 @@ class Batch:
     cu_seqlens: ``[documents + 1]`` int32, where documents begin and end in a packed row (b is 1), with the padding that
         brings each to ``data.document_multiple``; padding at the end of the row counts as a document. It describes the
         whole row also where a batch holds a share of its positions. None when rows hold one document each.
+    predicts: ``[b, s]`` uint8 on the host: whether a position predicts nothing (0), an id (1), or codes as well (2).
+        It follows from ``loss_mask`` and ``code_labels``.
     """
 
     ids: torch.Tensor
@@ -50,27 +72,55 @@ class Batch:
     codes: torch.Tensor | None
     code_labels: torch.Tensor | None
     cu_seqlens: torch.Tensor | None
+    predicts: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.predicts is None or self.loss_mask.device.type == "cpu":
+            is_target = self.loss_mask > 0
+            predicts = is_target.byte()
+            if self.code_labels is not None:
+                predicts += is_target & (self.code_labels != NO_CODE).any(dim=-1)
+            self.predicts = predicts.cpu()
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device; ``cu_seqlens`` stays, for the host reads the numbers in it."""
+        """The same batch on another device, but for ``cu_seqlens`` and ``predicts``."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         moved = {
             name: value.to(device, non_blocking=True)
             for name, value in values.items()
-            if value is not None and name != "cu_seqlens"
+            if value is not None and name not in _ON_HOST
         }
         return dataclasses.replace(self, **moved)
 
     def take_positions(self, positions: torch.Tensor) -> Batch:
-        """The batch with ``positions [k]`` only, along s: the share of a context-parallel rank."""
-        positions = positions.to(self.ids.device)
+        """The batch with ``positions [k]`` (on the host) only, along s: the share of a context-parallel rank."""
+        on_device = _to_device(positions, self.ids.device)
         tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         taken = {
-            name: tensor.index_select(1, positions)
+            name: tensor.index_select(1, positions if name == "predicts" else on_device)
             for name, tensor in tensors.items()
             if tensor is not None and name != "cu_seqlens"
         }
         return dataclasses.replace(self, **taken)
+
+    def targets(self) -> Targets:
+        """The positions that predict something, found on the host, and their labels. It never waits for the device."""
+        predicts = self.predicts.transpose(0, 1).flatten()
+        places = [predicts.nonzero()[:, 0]]
+        if self.code_labels is not None:
+            places.append((predicts == 2).nonzero()[:, 0])
+        index, *rest = _to_device(torch.cat(places), self.ids.device).split([len(place) for place in places])
+        labels = self.labels.transpose(0, 1).flatten().index_select(0, index)
+        if not rest:
+            return Targets(index, labels, None, None)
+        (code_index,) = rest
+        code_labels = self.code_labels.transpose(0, 1).flatten(0, 1).index_select(0, code_index)
+        return Targets(index, labels, code_index, code_labels)
+
+
+def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of a tensor of the host for which the host does not wait."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def make_batch(rows: Sequence[Row], vocab: VocabLayout, data: DataConfig) -> Batch:

@@ -202,7 +202,6 @@ def model_losses(model: torch.nn.Module, batch) -> torch.Tensor:
         batch.modality,
         batch.is_padding,
         codes=batch.codes,
-        labels=batch.labels,
-        code_labels=batch.code_labels,
+        targets=batch.targets(),
         packed_seq_params=packed_seq_params(batch),
     )

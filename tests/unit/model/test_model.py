@@ -34,8 +34,7 @@ def losses(model: MoSTModel, batch: Batch, packed: PackedRow | None = None) -> t
         batch.modality,
         batch.is_padding,
         codes=batch.codes,
-        labels=batch.labels,
-        code_labels=batch.code_labels,
+        targets=batch.targets(),
         packed_seq_params=packed,
     )
 

@@ -35,14 +35,11 @@ def test_products_are_those_the_model_executes(overrides: dict[str, Any], modali
     parallel.initialize(config.parallel, seed=1)
     [model] = build_model(config)
     batch = tiny_batch(config, seed=1, audio_share=float(modality))
-    # No padding, and a frame to predict at every position of audio.
+    # No padding, a target at every position, and a frame to predict at every position of audio.
     batch.is_padding.zero_()
-    if batch.code_labels is not None:
-        batch.code_labels = batch.codes
+    batch = dataclasses.replace(batch, loss_mask=torch.ones_like(batch.loss_mask), code_labels=batch.codes)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(
-            batch.ids, batch.modality, batch.is_padding, batch.codes, labels=batch.labels, code_labels=batch.code_labels
-        )
+        model(batch.ids, batch.modality, batch.is_padding, batch.codes, targets=batch.targets())
     products = counter.get_flop_counts()["Global"]
     executed = sum(count for operator, count in products.items() if "scaled_dot_product" not in str(operator))
     expected = forward_flops(config, ("text", "audio")[modality])

@@ -1,5 +1,7 @@
 """Batches: every position checked against the documents they were made of, one id at a time."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -121,7 +123,40 @@ def test_on_a_device_the_boundaries_of_the_row_stay_with_the_host(datasets):
         "meta"
     )
     tensors = {name: tensor for name, tensor in vars(batch).items() if tensor is not None}
-    assert {name for name, tensor in tensors.items() if tensor.device.type != "meta"} == {"cu_seqlens"}
+    assert {name for name, tensor in tensors.items() if tensor.device.type != "meta"} == {"cu_seqlens", "predicts"}
+
+
+@pytest.mark.parametrize("name", ["frame", "frame_delay", "flat"])
+def test_targets_are_the_positions_of_the_mask_as_hidden_states_number_them(datasets, name):
+    rows = [one_row(datasets["tts", name], False), one_row(datasets["asr", name], False)]
+    batch = make_batch(rows, layout(name), DataConfig(seq_length=80, packing=False))
+    targets = batch.targets()
+    places = [(s, b) for s in range(80) for b in range(2) if batch.loss_mask[b, s]]
+    assert 0 < len(places) < 160
+    assert targets.index.tolist() == [2 * s + b for s, b in places]
+    assert targets.labels.tolist() == [int(batch.labels[b, s]) for s, b in places]
+    if name == "flat":
+        assert targets.code_index is None and targets.code_labels is None
+        return
+    coded = [(s, b) for s, b in places if (batch.code_labels[b, s] != NO_CODE).any()]
+    assert 0 < len(coded) < len(places)
+    assert targets.code_index.tolist() == [2 * s + b for s, b in coded]
+    assert targets.code_labels.tolist() == [batch.code_labels[b, s].tolist() for s, b in coded]
+
+
+def test_targets_of_a_share_are_those_of_its_positions(datasets):
+    batch = make_batch([one_row(datasets["tts", "frame"], True)], layout(), DataConfig(seq_length=80, packing=True))
+    share = batch.take_positions(torch.arange(79, -1, -3))
+    assert share.targets().index.tolist() == share.loss_mask[0].nonzero()[:, 0].tolist()
+    assert torch.equal(share.targets().labels, share.labels[share.loss_mask > 0])
+
+
+def test_targets_follow_the_mask(datasets):
+    batch = make_batch([one_row(datasets["tts", "frame"], True)], layout(), DataConfig(seq_length=80, packing=True))
+    without = dataclasses.replace(batch, loss_mask=torch.zeros_like(batch.loss_mask)).targets()
+    assert without.index.numel() == without.code_index.numel() == 0
+    everywhere = dataclasses.replace(batch, loss_mask=torch.ones_like(batch.loss_mask)).targets()
+    assert everywhere.index.tolist() == list(range(80))
 
 
 @pytest.mark.parametrize("packing", [True, False])
