@@ -27,8 +27,9 @@ def forward_flops(config: RunConfig, modality: str) -> dict[str, float]:
     """FLOPs of one token of ``modality`` through the whole model, by what they are spent on.
 
     Keys: ``attention`` (projections), ``attention_core`` (rows of one document that fills ``data.seq_length``; packed
-    rows need less), ``dense_ffn``, ``routers``, ``shared_experts``, ``experts``, ``heads`` (codebook heads for audio
-    alone: only positions with a frame as their label pass them).
+    rows need less), ``dense_ffn``, ``routers``, ``shared_experts``, ``experts``, ``heads`` (as if every
+    position had a target, for those without pass no head; codebook heads for audio alone: only positions with a frame
+    as their label pass them).
     """
     model, moe, attention = config.model, config.model.moe, config.model.attention
     hidden, layers = model.hidden_size, model.num_layers

@@ -129,6 +129,15 @@ def test_a_kernel_that_writes_over_the_logits_gives_the_same(monkeypatch: pytest
         torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-3)
 
 
+def test_the_kernel_is_given_a_gradient_without_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target_rows, "_fused_cross_entropy", lambda logits: OverwritingKernel.apply)
+    logits = torch.randn(3, 8, requires_grad=True)
+    labels = torch.tensor([1, 2, 3])
+    # The gradient of a sum is one number, repeated by a stride of 0.
+    cross_entropy(logits.clone(), labels, torch.distributed.group.WORLD).sum().backward()
+    torch.testing.assert_close(logits.grad, logits.detach().softmax(-1) - torch.nn.functional.one_hot(labels, 8))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernel_is_for_bf16_on_a_gpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target_rows.transformer_engine, "te_parallel_cross_entropy", OverwritingKernel.apply)
