@@ -169,7 +169,7 @@ def test_the_ends_of_13_codebooks_take_few_operators_and_wait_for_nothing(dtype:
     with Operators() as metrics:
         table(batch, losses)[0].backward()
     of_codebooks = embeddings.counts.total() + heads.counts.total() - text.counts.total()
-    assert of_codebooks <= 60, f"{embeddings.counts} {heads.counts}"  # 659 with a table and a head for each
+    assert of_codebooks <= 60, f"{embeddings.counts} {heads.counts}"  # 608 in fp32 with a table and a head for each
     assert text.counts.total() <= 42 and metrics.counts.total() <= 40, f"{text.counts} {metrics.counts}"
     for operators in (embeddings, text, heads, metrics):
         assert not operators.counts.keys() & _WAITS
