@@ -123,7 +123,12 @@ def recorded(router: ModalityAwareRouter, action: Callable[[], None]) -> tuple[t
     """What ``router`` hands to its statistics while ``action`` runs."""
     calls: list[tuple[torch.Tensor, ...]] = []
     count = type(router.statistics).count
-    type(router.statistics).count = lambda statistics, *arguments: calls.append(arguments)
+
+    def recording(*arguments: torch.Tensor) -> torch.Tensor:
+        calls.append(arguments[1:])  # without the statistics themselves
+        return count(*arguments)
+
+    type(router.statistics).count = recording
     try:
         action()
     finally:
