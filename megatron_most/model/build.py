@@ -49,7 +49,7 @@ def build_model(config: RunConfig) -> list[MoSTModel]:
         vp_stage = stage if virtual else None
         chunk = MoSTModel(
             config=megatron,
-            transformer_layer_spec=block_spec(megatron, config.model.moe, backend, vp_stage),
+            transformer_layer_spec=block_spec(megatron, config.model.moe, backend, config.data.packing, vp_stage),
             vocab=config.vocab,
             max_sequence_length=config.data.seq_length,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),

@@ -31,11 +31,12 @@ from megatron_most.moe import (
 
 
 def block_spec(
-    config: TransformerConfig, moe: MoEConfig, backend: str, vp_stage: int | None = None
+    config: TransformerConfig, moe: MoEConfig, backend: str, packing: bool, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
     """Layers of one pipeline stage.
 
     Args:
+        packing: rows hold several documents.
         backend: ``portable``, parts that need nothing but torch, on CPU and GPU alike; or ``transformer_engine``.
             Either names its weights in the same way: norms are modules of their own, fused with no linear layer.
     """
@@ -48,7 +49,7 @@ def block_spec(
         # Checkpoints name each norm by its own module, not by the linear layer that another spec would fuse it with.
         layer.submodules.sharded_state_dict_keys_map = {}
         attention = layer.submodules.self_attention.submodules
-        attention.core_attention = parts.core_attention
+        attention.core_attention = _core_attention(config, parts, packing)
         attention.linear_proj = parts.row
         if config.multi_latent_attention:
             fused = config.mla_down_proj_fusion
@@ -92,6 +93,21 @@ _PARTS = {
         transformer_engine.TELinear,
     ),
 }
+
+
+_LARGEST_PACKED_HEAD = 128
+
+
+def _core_attention(config: TransformerConfig, parts: _Parts, packing: bool) -> type:
+    """The backend's; but Transformer Engine gets gradients of packed documents wrong where heads are larger than 128.
+
+    Seen on an H100 with Transformer Engine 2.11 and cuDNN 9.14, also through Megatron's own attention: with heads of
+    DeepSeek-V2-Lite (192) outputs are right, and gradients of queries 57 % off. tests/gpu/test_transformer_engine.py
+    compares both.
+    """
+    latent = config.multi_latent_attention
+    size = config.qk_head_dim + config.qk_pos_emb_head_dim if latent else config.kv_channels
+    return PortableCoreAttention if packing and size > _LARGEST_PACKED_HEAD else parts.core_attention
 
 
 def experts_spec(moe: MoEConfig) -> Callable[..., torch.nn.Module]:

@@ -76,7 +76,7 @@ def modules_of(config: RunConfig, backend: str) -> dict[str, object]:
             elif name.startswith("linear_") or name.endswith("norm") or name == "core_attention":
                 found[place] = value
 
-    spec = block_spec(transformer_config(config), config.model.moe, backend)
+    spec = block_spec(transformer_config(config), config.model.moe, backend, config.data.packing)
     for index, layer in enumerate(spec.layer_specs):
         collect(str(index), layer.submodules)
         assert layer.submodules.sharded_state_dict_keys_map == {}
@@ -98,6 +98,25 @@ def test_every_norm_linear_layer_and_attention_is_the_backends(attention):
     kinds = (RMSNorm, PortableCoreAttention, ColumnParallelLinear, RowParallelLinear, Linear)
     for place, module in portable.items():
         assert ENGINE[kinds.index(module)] is engine_modules[place], place
+
+
+LARGE_HEADS = {
+    "mla": {"model__attention__qk_nope_head_dim": 128, "model__attention__qk_rope_head_dim": 64},
+    "gqa": {**ATTENTION["gqa"], "model__attention__head_dim": 256},
+}
+
+
+@pytest.mark.parametrize("heads", LARGE_HEADS)
+def test_torch_attends_to_packed_documents_with_large_heads(heads):
+    """Whose gradients Transformer Engine gets wrong."""
+
+    def attention(**overrides: object) -> object:
+        config = tiny_config(**overrides, training__micro_batch_size=1)
+        return modules_of(config, "transformer_engine")["0.self_attention.core_attention"]
+
+    assert attention(**LARGE_HEADS[heads], data__packing=True) is PortableCoreAttention
+    assert attention(**LARGE_HEADS[heads]) is transformer_engine.TEDotProductAttention
+    assert attention(**ATTENTION[heads], data__packing=True) is transformer_engine.TEDotProductAttention
 
 
 def test_auto_takes_the_engine_where_there_is_one(engine):
