@@ -35,7 +35,7 @@ def initialize(layout: ParallelConfig, seed: int) -> None:
         device = platform.device()
         if device.type == "cuda":
             torch.cuda.set_device(device)  # Megatron allocates on the current device
-        # Without device_id, which would have every group make its communicator at once, used or not: a process that held
+        # Without device_id: with it every group makes its communicator at once, used or not, and a process that held
         # megabytes of tensors took 8.8 GiB of an H100.
         dist.init_process_group(platform.backend())
     if parallel_state.model_parallel_is_initialized():
