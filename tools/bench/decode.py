@@ -30,7 +30,11 @@ from tools.bench.gpu_layer import ONE_GPU, RECIPE
 from tools.bench.timing import Timing
 
 ARMS: dict[str, dict[str, bool]] = {"as it comes": {}, "without a graph": {"cuda_graph": False}}
-PORTABLE = ("model.backend=portable", "model.moe.dispatcher=alltoall", "model.moe.expert_backend=grouped")
+PORTABLE = (
+    "model.transformer_impl=portable",
+    "model.moe.moe_token_dispatcher_type=alltoall",
+    "model.moe.expert_backend=grouped",
+)
 PROMPT, SHORT = 8, 8
 Speak = Callable[[int], list[list[int]]]
 """Generates so many tokens in every row and returns them, flat."""

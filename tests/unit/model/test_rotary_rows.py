@@ -17,7 +17,7 @@ from megatron_most.model.packed_row import PackedRow, packed_row
 from tests.distributed.tiny import tiny_batch, tiny_config
 
 LENGTHS = [5, 17, 1, 64, 41]
-GQA = {"model__attention__type": "gqa", "model__attention__num_query_groups": 2, "model__attention__head_dim": 12}
+GQA = {"model__attention__type": "gqa", "model__attention__num_query_groups": 2, "model__attention__kv_channels": 12}
 
 
 def row_of(lengths: list[int]) -> PackedRow:
@@ -54,8 +54,8 @@ def attend(model: MoSTModel, row: PackedRow | None, forward=None, angles=None, r
 @pytest.mark.parametrize("q_lora_rank", ["null", 20])
 def test_latent_attention_is_megatrons(rope, lengths, q_lora_rank) -> None:
     model = build(
-        model__attention__rope__type=rope,
-        model__attention__rope__original_max_position=16,
+        model__attention__rope__rope_type=rope,
+        model__attention__rope__original_max_position_embeddings=16,
         model__attention__rope__mscale=0.7,
         model__attention__q_lora_rank=q_lora_rank,
     )
@@ -68,7 +68,9 @@ def test_latent_attention_is_megatrons(rope, lengths, q_lora_rank) -> None:
 @pytest.mark.parametrize("lengths", [LENGTHS, None], ids=["documents", "rows"])
 @pytest.mark.parametrize("rope", ["rope", "yarn", "llama3"])
 def test_grouped_query_attention_is_megatrons(rope, lengths) -> None:
-    model = build(**GQA, model__attention__rope__type=rope, model__attention__rope__original_max_position=16)
+    model = build(
+        **GQA, model__attention__rope__rope_type=rope, model__attention__rope__original_max_position_embeddings=16
+    )
     row, rows = (None, 2) if lengths is None else (row_of(lengths), 1)
     angles = model.rotary.embedding.get_emb(128 if lengths is None else max(lengths))
     theirs = attend(model, row, SelfAttention.forward, angles, rows)
@@ -128,7 +130,7 @@ MOST_OPERATORS = {("mla", "documents"): 60, ("mla", "rows"): 46, ("gqa", "docume
 @pytest.mark.parametrize("form", ["documents", "rows"])
 @pytest.mark.parametrize("attention", ["mla", "gqa"])
 def test_attention_stays_within_its_operators(attention, form) -> None:
-    model = build(**(GQA if attention == "gqa" else {"model__attention__rope__type": "yarn"}))
+    model = build(**(GQA if attention == "gqa" else {"model__attention__rope__rope_type": "yarn"}))
     row = row_of([32, 32, 32, 32]) if form == "documents" else None
     attend(model, row)
     with Operators() as operators:

@@ -13,14 +13,14 @@ from tests.distributed.tiny import tiny_config
 from tools.bench.launches import Counting
 
 ROWS, HIDDEN, WIDTH = 7, 32, 24
-GROUPS = "[{modality: text, size: %d, top_k: %d}, {modality: audio, size: %d, top_k: %d}]"
+GROUPS = "[{modality: text, size: %d, moe_router_topk: %d}, {modality: audio, size: %d, moe_router_topk: %d}]"
 LAYERS = {
     "one top-k": {},
     "unequal top-k": {"groups": GROUPS % (5, 3, 3, 1)},
     "common experts": {"groups": GROUPS % (3, 2, 3, 2), "common": "{size: 2}"},
     "a modality without experts of its own": {"groups": GROUPS % (0, 2, 4, 2), "common": "{size: 4}"},
     "sigmoid, normalised": {"score_function": "sigmoid", "normalize_top_k": True},
-    "no shared expert": {"shared_ffn_hidden_size": 0},
+    "no shared expert": {"moe_shared_expert_intermediate_size": 0},
     "one after another": {"expert_backend": "sequential"},
 }
 

@@ -55,7 +55,7 @@ def groups_of(state: TrainState) -> list[dict]:
 
 @pytest.mark.parametrize("is_distributed", [True, False])
 def test_the_fused_kernel_computes_the_same_update(is_distributed: bool) -> None:
-    config = config_of(optimizer__distributed=is_distributed)
+    config = config_of(optimizer__use_distributed_optimizer=is_distributed)
     plain, fused = built(config, False), built(config, True)
     before = weights(plain)
     train(plain, range(3)), train(fused, range(3))
@@ -67,7 +67,7 @@ def test_the_fused_kernel_computes_the_same_update(is_distributed: bool) -> None
 
 @pytest.mark.parametrize("is_distributed", [True, False])
 def test_its_state_goes_through_a_checkpoint(tmp_path: Path, is_distributed: bool) -> None:
-    config = config_of(optimizer__distributed=is_distributed)
+    config = config_of(optimizer__use_distributed_optimizer=is_distributed)
     straight = built(config, True)
     train(straight, range(2))
     save_checkpoint(tmp_path, metadata_of(config, step=2), straight.model_chunks, straight.optimizer, keep_last=1)
@@ -161,7 +161,7 @@ def test_engines_layers_add_to_the_gradient_buffers_themselves(
     monkeypatch: pytest.MonkeyPatch, frozen: bool, overlap: bool
 ) -> None:
     scales = {"optimizer__lr_scales": "[{part: shared_experts, scale: 0}]"} if frozen else {}
-    config = config_of(optimizer__overlap=overlap, **scales)
+    config = config_of(optimizer__overlap_grad_reduce=overlap, **scales)
 
     def with_fusing_layers(chunks: list[torch.nn.Module]) -> None:
         fill_weights(chunks)
