@@ -80,7 +80,7 @@ def make_steps(run_dir: Path, overrides: list[str]) -> list[Step]:
     train = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     train += ["examples/pretrain_most.py", "--config", str(CONFIG), f"run_dir={run_dir}", *overrides]
     what = "train on 2 ranks with expert parallelism"
-    steps.append(Step("train", what, train, [CONFIG], checkpoints_directory(run_dir), config.training.steps))
+    steps.append(Step("train", what, train, [CONFIG], checkpoints_directory(run_dir), config.training.train_iters))
     evaluate = [python, f"{QUICKSTART}/evaluate.py", "--run-dir", str(run_dir), "--corpus", str(corpus)]
     steps.append(Step("evaluate", "transcribe and speak held-out sentences", evaluate))
     steps.append(Step("report", "draw the report", [python, "tools/report.py", str(run_dir)]))

@@ -8,8 +8,8 @@ out="${1:-runs/toy_base_model}"
 data=runs/quickstart/data/train_text
 
 python examples/pretrain_most.py --config examples/sweeps/toy_base.yaml run_dir="$out/training" \
-    "data.train=[{path: $data}]" "data.validation=[]" training.eval_interval=0 training.steps=200 \
-    "model.moe.groups=[{modality: text, size: 0, top_k: 2}, {modality: audio, size: 0, top_k: 2}]" \
+    "data.train=[{path: $data}]" "data.validation=[]" training.eval_interval=0 training.train_iters=200 \
+    "model.moe.groups=[{modality: text, size: 0, moe_router_topk: 2}, {modality: audio, size: 0, moe_router_topk: 2}]" \
     model.moe.common.size=8 model.moe.balance_scope=pooled
 python tools/convert_checkpoint.py export --checkpoint "$out/training" --format deepseek-v2 --without-extension \
     --out "$out/hf"

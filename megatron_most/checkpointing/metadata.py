@@ -25,22 +25,22 @@ FORMAT = 2
 
 TRAINING_ONLY = frozenset(
     {
-        "model.backend",
+        "model.transformer_impl",
         "model.attention.mla_down_proj_fusion",
-        "model.init_std",
+        "model.init_method_std",
         "model.codebook_loss_weights",
         "model.text_loss_weight",
-        "model.moe.balance_loss",
-        "model.moe.balance_coeff",
-        "model.moe.z_loss_coeff",
+        "model.moe.moe_router_load_balancing_type",
+        "model.moe.moe_aux_loss_coeff",
+        "model.moe.moe_z_loss_coeff",
         "model.moe.orthogonality_coeff",
-        "model.moe.expert_bias_update_rate",
-        "model.moe.groups[].balance_coeff",
-        "model.moe.groups[].z_loss_coeff",
+        "model.moe.moe_router_bias_update_rate",
+        "model.moe.groups[].moe_aux_loss_coeff",
+        "model.moe.groups[].moe_z_loss_coeff",
         "model.moe.expert_order",
         "model.moe.expert_backend",
-        "model.moe.dispatcher",
-        "model.moe.shared_expert_overlap",
+        "model.moe.moe_token_dispatcher_type",
+        "model.moe.moe_shared_expert_overlap",
         "model.moe.moe_permute_fusion",
     }
 )
@@ -171,11 +171,11 @@ def check_same_model(directory: Path, metadata: CheckpointMetadata, config: RunC
                 f" {ours!r} in the config"
             )
     # How fast biases move is a matter of training; whether there are any is not.
-    their_rate = metadata.config["model"]["moe"]["expert_bias_update_rate"]
-    my_rate = config.model.moe.expert_bias_update_rate
+    their_rate = metadata.config["model"]["moe"]["moe_router_bias_update_rate"]
+    my_rate = config.model.moe.moe_router_bias_update_rate
     if (their_rate > 0) != (my_rate > 0):
         raise CheckpointError(
-            f"{directory}: belongs to another model: model.moe.expert_bias_update_rate is {their_rate!r} in the"
+            f"{directory}: belongs to another model: model.moe.moe_router_bias_update_rate is {their_rate!r} in the"
             f" checkpoint, {my_rate!r} in the config, and expert biases are there only above 0"
         )
     for what, theirs, ours in (

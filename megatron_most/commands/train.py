@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser("train", __doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. training.steps=100")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. training.train_iters=100"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be trained and leave")
     parser.add_argument("--world-size", type=int, metavar="N", help="ranks that --dry-run assumes")
     return parser

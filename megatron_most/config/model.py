@@ -16,27 +16,29 @@ VOCAB_MULTIPLE = 128
 class RopeConfig:
     """Rotary position embedding.
 
-    ``rope`` reads ``base`` alone. ``llama3`` (the rescaling of Llama 3.1 and later) reads ``scaling_factor`` and
-    ``original_max_position`` too. ``yarn`` (arXiv 2309.00071) reads every field; with m(x) = 0.1 x ln(scaling_factor)
+    ``rope`` reads ``rotary_base`` alone. ``llama3`` (the rescaling of Llama 3.1 and later) reads ``rotary_scaling_factor`` and
+    ``original_max_position_embeddings`` too. ``yarn`` (arXiv 2309.00071) reads every field; with m(x) = 0.1 x ln(rotary_scaling_factor)
     + 1, the rotated parts of queries and keys are each scaled by m(mscale) / m(mscale_all_dim), and ``mla`` scales all
     logits by m(mscale_all_dim) squared besides, as DeepSeek-V2 does. YaRN as first published, which a Llama without
     these two fields means, is ``mscale=1`` and ``mscale_all_dim=0``.
     """
 
-    type: str = "rope"
-    base: float = 10000.0
-    scaling_factor: float = 40.0
-    original_max_position: int = 4096
+    rope_type: str = "rope"
+    rotary_base: float = 10000.0
+    rotary_scaling_factor: float = 40.0
+    original_max_position_embeddings: int = 4096
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     mscale: float = 0.707
     mscale_all_dim: float = 0.707
 
     def __post_init__(self) -> None:
-        require_one_of("model.attention.rope.type", self.type, ("rope", "yarn", "llama3"))
+        require_one_of("model.attention.rope.rope_type", self.rope_type, ("rope", "yarn", "llama3"))
         section = "model.attention.rope"
-        require(self.base > 1, f"{section}.base", self.base, "must be greater than 1")
-        require_positive(section, self, ("scaling_factor", "original_max_position", "beta_fast", "beta_slow"))
+        require(self.rotary_base > 1, f"{section}.rotary_base", self.rotary_base, "must be greater than 1")
+        require_positive(
+            section, self, ("rotary_scaling_factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
+        )
         require_not_negative(section, self, ("mscale", "mscale_all_dim"))
 
 
@@ -45,26 +47,26 @@ class AttentionConfig:
     """Multi-latent attention (``mla``: DeepSeek-V2, arXiv 2405.04434, section 2.1) or grouped-query (``gqa``: Llama).
 
     Head sizes are per head. ``kv_lora_rank``, ``q_lora_rank``, ``qk_*`` and ``v_head_dim`` are read by ``mla`` only,
-    ``num_query_groups`` (key-value heads) and ``head_dim`` by ``gqa`` only. ``mla_down_proj_fusion`` computes the
+    ``num_query_groups`` (key-value heads) and ``kv_channels`` by ``gqa`` only. ``mla_down_proj_fusion`` computes the
     down-projections of queries and of keys and values as one product; checkpoints are the same.
     """
 
     type: str = "mla"
-    num_heads: int = 16
+    num_attention_heads: int = 16
     kv_lora_rank: int = 512
     q_lora_rank: int | None = None
-    qk_nope_head_dim: int = 128
-    qk_rope_head_dim: int = 64
+    qk_head_dim: int = 128
+    qk_pos_emb_head_dim: int = 64
     v_head_dim: int = 128
     num_query_groups: int = 8
-    head_dim: int = 128
+    kv_channels: int = 128
     mla_down_proj_fusion: bool = False
     rope: RopeConfig = field(default_factory=RopeConfig)
 
     def __post_init__(self) -> None:
         section = "model.attention"
         require_one_of(f"{section}.type", self.type, ("mla", "gqa"))
-        require_positive(section, self, ("num_heads",))
+        require_positive(section, self, ("num_attention_heads",))
         require(
             not self.mla_down_proj_fusion or (self.type == "mla" and self.q_lora_rank is not None),
             f"{section}.mla_down_proj_fusion",
@@ -72,68 +74,78 @@ class AttentionConfig:
             f"needs {section}.type=mla with a q_lora_rank: else there is one down-projection, and nothing to fuse",
         )
         if self.type == "gqa":
-            require_positive(section, self, ("num_query_groups", "head_dim"))
-            require(self.head_dim % 2 == 0, f"{section}.head_dim", self.head_dim, "must be even")
+            require_positive(section, self, ("num_query_groups", "kv_channels"))
+            require(self.kv_channels % 2 == 0, f"{section}.kv_channels", self.kv_channels, "must be even")
             require(
-                self.num_heads % self.num_query_groups == 0,
+                self.num_attention_heads % self.num_query_groups == 0,
                 f"{section}.num_query_groups",
                 self.num_query_groups,
-                f"must divide {section}.num_heads, {self.num_heads}",
+                f"must divide {section}.num_attention_heads, {self.num_attention_heads}",
             )
             return
-        require_positive(section, self, ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
-        require(self.qk_rope_head_dim % 2 == 0, f"{section}.qk_rope_head_dim", self.qk_rope_head_dim, "must be even")
-        require(self.rope.type != "llama3", f"{section}.rope.type", self.rope.type, f"needs {section}.type=gqa")
+        require_positive(section, self, ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"))
+        require(
+            self.qk_pos_emb_head_dim % 2 == 0,
+            f"{section}.qk_pos_emb_head_dim",
+            self.qk_pos_emb_head_dim,
+            "must be even",
+        )
+        require(
+            self.rope.rope_type != "llama3",
+            f"{section}.rope.rope_type",
+            self.rope.rope_type,
+            f"needs {section}.type=gqa",
+        )
         if self.q_lora_rank is not None:
             require_positive(section, self, ("q_lora_rank",))
 
     def projections(self) -> dict[str, tuple[int, bool]]:
         """Sizes of the projections by the option that decides each; whether tensor parallelism cuts them."""
-        heads = self.num_heads
+        heads = self.num_attention_heads
         if self.type == "gqa":
             return {
-                "model.attention.num_heads": (heads * self.head_dim, True),
-                "model.attention.num_query_groups": (self.num_query_groups * self.head_dim, True),
+                "model.attention.num_attention_heads": (heads * self.kv_channels, True),
+                "model.attention.num_query_groups": (self.num_query_groups * self.kv_channels, True),
             }
         sizes = {
-            "model.attention.qk_nope_head_dim": (heads * (self.qk_nope_head_dim + self.qk_rope_head_dim), True),
+            "model.attention.qk_head_dim": (heads * (self.qk_head_dim + self.qk_pos_emb_head_dim), True),
             "model.attention.v_head_dim": (heads * self.v_head_dim, True),
             "model.attention.kv_lora_rank": (self.kv_lora_rank, False),
-            "model.attention.qk_rope_head_dim": (self.kv_lora_rank + self.qk_rope_head_dim, False),
+            "model.attention.qk_pos_emb_head_dim": (self.kv_lora_rank + self.qk_pos_emb_head_dim, False),
         }
         return sizes | ({"model.attention.q_lora_rank": (self.q_lora_rank, False)} if self.q_lora_rank else {})
 
 
 @dataclass
 class ExpertGroupConfig:
-    """The experts of one modality, of which each of its tokens chooses ``top_k``.
+    """The experts of one modality, of which each of its tokens chooses ``moe_router_topk``.
 
     A group is given by its ``size`` or by a list of ``experts`` (indices in the base model); all groups the same way.
-    Its tokens choose among these and the common experts that are open to the modality. ``n_group`` and ``topk_group``
-    are DeepSeek's group-limited routing inside that choice: it is cut into ``n_group`` runs of equal length, and only
-    the best ``topk_group`` of them may be chosen from. The coefficients override the layer's for this modality.
+    Its tokens choose among these and the common experts that are open to the modality. ``moe_router_num_groups`` and ``moe_router_group_topk``
+    are DeepSeek's group-limited routing inside that choice: it is cut into ``moe_router_num_groups`` runs of equal length, and only
+    the best ``moe_router_group_topk`` of them may be chosen from. The coefficients override the layer's for this modality.
     """
 
     modality: str
     size: int = 0
-    top_k: int = 6
+    moe_router_topk: int = 6
     experts: list[int] = field(default_factory=list)
-    n_group: int = 1
-    topk_group: int = 1
-    balance_coeff: float | None = None
-    z_loss_coeff: float | None = None
+    moe_router_num_groups: int = 1
+    moe_router_group_topk: int = 1
+    moe_aux_loss_coeff: float | None = None
+    moe_z_loss_coeff: float | None = None
 
     def __post_init__(self) -> None:
         where = f"model.moe.groups[{self.modality}]"
-        require_positive(where, self, ("top_k", "n_group", "topk_group"))
+        require_positive(where, self, ("moe_router_topk", "moe_router_num_groups", "moe_router_group_topk"))
         self.size = _size_of(where, self.size, self.experts)
         require(
-            self.topk_group <= self.n_group,
-            f"{where}.topk_group",
-            self.topk_group,
-            f"must not exceed n_group, {self.n_group}",
+            self.moe_router_group_topk <= self.moe_router_num_groups,
+            f"{where}.moe_router_group_topk",
+            self.moe_router_group_topk,
+            f"must not exceed moe_router_num_groups, {self.moe_router_num_groups}",
         )
-        for name in ("balance_coeff", "z_loss_coeff"):
+        for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"{where}.{name}", value, "must not be negative")
 
@@ -185,75 +197,76 @@ def _text_and_audio() -> list[ExpertGroupConfig]:
 class MoEConfig:
     """The modality-aware mixture of experts; docs/routing.md describes every option.
 
-    ``balance_coeff`` weighs the load-balancing loss of each group as Megatron's ``moe_aux_loss_coeff`` does with a
-    per-token loss: the sum over routed positions is divided by the number of targets; so do ``z_loss_coeff`` and
+    ``moe_aux_loss_coeff`` weighs the load-balancing loss of each group as Megatron's ``moe_aux_loss_coeff`` does with a
+    per-token loss: the sum over routed positions is divided by the number of targets; so do ``moe_z_loss_coeff`` and
     ``orthogonality_coeff``.
     """
 
     groups: list[ExpertGroupConfig] = field(default_factory=_text_and_audio)
     common: CommonExpertsConfig = field(default_factory=CommonExpertsConfig)
-    ffn_hidden_size: int = 1408
-    shared_ffn_hidden_size: int = 2816
-    score_function: str = "softmax"
+    moe_ffn_hidden_size: int = 1408
+    moe_shared_expert_intermediate_size: int = 2816
+    moe_router_score_function: str = "softmax"
     score_rule: str = "group"
-    normalize_top_k: bool = False
-    routed_scaling_factor: float = 1.0
+    norm_topk_prob: bool = False
+    moe_router_topk_scaling_factor: float = 1.0
     router_weights: str = "shared"
     expert_order: str = "interleaved"
-    balance_loss: str = "seq_aux_loss"
+    moe_router_load_balancing_type: str = "seq_aux_loss"
     balance_scope: str = "modality"
-    balance_coeff: float = 1e-3
-    z_loss_coeff: float = 0.0
+    moe_aux_loss_coeff: float = 1e-3
+    moe_z_loss_coeff: float = 0.0
     orthogonality_coeff: float = 0.0
-    expert_bias_update_rate: float = 0.0
+    moe_router_bias_update_rate: float = 0.0
     expert_backend: str = "grouped"
-    dispatcher: str = "alltoall"
-    shared_expert_overlap: bool = False
+    moe_token_dispatcher_type: str = "alltoall"
+    moe_shared_expert_overlap: bool = False
     moe_permute_fusion: bool = False
 
     def __post_init__(self) -> None:
         section = "model.moe"
-        require_positive(section, self, ("ffn_hidden_size", "routed_scaling_factor"))
+        require_positive(section, self, ("moe_ffn_hidden_size", "moe_router_topk_scaling_factor"))
         require_not_negative(
             section,
             self,
             (
-                "shared_ffn_hidden_size",
-                "balance_coeff",
-                "z_loss_coeff",
+                "moe_shared_expert_intermediate_size",
+                "moe_aux_loss_coeff",
+                "moe_z_loss_coeff",
                 "orthogonality_coeff",
-                "expert_bias_update_rate",
+                "moe_router_bias_update_rate",
             ),
         )
         choices = {
-            "score_function": ("softmax", "sigmoid"),
+            "moe_router_score_function": ("softmax", "sigmoid"),
             "score_rule": ("group", "all"),
             "router_weights": ("shared", "per_modality"),
             "expert_order": ("interleaved", "contiguous"),
             "balance_scope": ("modality", "pooled"),
-            "balance_loss": ("none", "aux_loss", "seq_aux_loss", "global_aux_loss"),
+            "moe_router_load_balancing_type": ("none", "aux_loss", "seq_aux_loss", "global_aux_loss"),
             "expert_backend": ("grouped", "sequential", "transformer_engine"),
-            "dispatcher": ("alltoall", "allgather", "deepep", "hybridep"),
+            "moe_token_dispatcher_type": ("alltoall", "allgather", "deepep", "hybridep"),
         }
         for name, valid in choices.items():
             require_one_of(f"{section}.{name}", getattr(self, name), valid)
         require(
-            self.score_function == "softmax" or self.score_rule == "group",
+            self.moe_router_score_function == "softmax" or self.score_rule == "group",
             f"{section}.score_rule",
             self.score_rule,
-            "sigmoid scores are taken expert by expert; only group makes sense with score_function=sigmoid",
+            "sigmoid scores are taken expert by expert; only group makes sense with moe_router_score_function=sigmoid",
         )
         require(
-            not self.shared_expert_overlap or (self.shared_ffn_hidden_size > 0 and self.dispatcher == "alltoall"),
-            f"{section}.shared_expert_overlap",
-            self.shared_expert_overlap,
-            "needs shared experts (shared_ffn_hidden_size) and dispatcher=alltoall",
+            not self.moe_shared_expert_overlap
+            or (self.moe_shared_expert_intermediate_size > 0 and self.moe_token_dispatcher_type == "alltoall"),
+            f"{section}.moe_shared_expert_overlap",
+            self.moe_shared_expert_overlap,
+            "needs shared experts (moe_shared_expert_intermediate_size) and moe_token_dispatcher_type=alltoall",
         )
         require(
-            not self.moe_permute_fusion or self.dispatcher == "alltoall",
+            not self.moe_permute_fusion or self.moe_token_dispatcher_type == "alltoall",
             f"{section}.moe_permute_fusion",
             self.moe_permute_fusion,
-            "needs dispatcher=alltoall; the others permute in their own ways",
+            "needs moe_token_dispatcher_type=alltoall; the others permute in their own ways",
         )
         self._check_groups()
 
@@ -291,22 +304,22 @@ class MoEConfig:
             where = f"{section}.groups[{group.modality}]"
             choice = group.size + self.num_common(group.modality)
             require(
-                group.top_k <= choice,
-                f"{where}.top_k",
-                group.top_k,
+                group.moe_router_topk <= choice,
+                f"{where}.moe_router_topk",
+                group.moe_router_topk,
                 f"must not exceed the {choice} experts its tokens may choose",
             )
             require(
-                choice % group.n_group == 0,
-                f"{where}.n_group",
-                group.n_group,
+                choice % group.moe_router_num_groups == 0,
+                f"{where}.moe_router_num_groups",
+                group.moe_router_num_groups,
                 f"must divide the {choice} experts its tokens may choose",
             )
             require(
-                group.top_k <= choice // group.n_group * group.topk_group,
-                f"{where}.topk_group",
-                group.topk_group,
-                f"leaves {choice // group.n_group * group.topk_group} experts for top_k={group.top_k}",
+                group.moe_router_topk <= choice // group.moe_router_num_groups * group.moe_router_group_topk,
+                f"{where}.moe_router_group_topk",
+                group.moe_router_group_topk,
+                f"leaves {choice // group.moe_router_num_groups * group.moe_router_group_topk} experts for moe_router_topk={group.moe_router_topk}",
             )
 
     def num_common(self, modality: str) -> int:
@@ -319,7 +332,7 @@ class MoEConfig:
 
     @property
     def max_top_k(self) -> int:
-        return max(group.top_k for group in self.groups)
+        return max(group.moe_router_topk for group in self.groups)
 
 
 @dataclass
@@ -331,18 +344,18 @@ class ModelConfig:
     target's is multiplied by ``text_loss_weight``: a
     transcript has a few targets where its speech has hundreds.
 
-    ``backend`` says whose modules compute attention, norms and linear layers: ``transformer_engine``, ``portable``
+    ``transformer_impl`` says whose modules compute attention, norms and linear layers: ``transformer_engine``, ``portable``
     (torch alone), or ``auto``: Transformer Engine's where it is installed and there is a GPU. Weights and checkpoints
     are the same.
     """
 
-    backend: str = "auto"
+    transformer_impl: str = "auto"
     num_layers: int = 27
     hidden_size: int = 2048
     ffn_hidden_size: int = 10944
-    num_dense_layers: int = 1
-    norm_epsilon: float = 1e-6
-    init_std: float = 0.02
+    first_k_dense_replace: int = 1
+    layernorm_epsilon: float = 1e-6
+    init_method_std: float = 0.02
     codebook_loss_weights: list[float] = field(default_factory=list)
     text_loss_weight: float = 1.0
     attention: AttentionConfig = field(default_factory=AttentionConfig)
@@ -352,13 +365,20 @@ class ModelConfig:
         require_positive(
             "model",
             self,
-            ("num_layers", "hidden_size", "ffn_hidden_size", "norm_epsilon", "init_std", "text_loss_weight"),
+            (
+                "num_layers",
+                "hidden_size",
+                "ffn_hidden_size",
+                "layernorm_epsilon",
+                "init_method_std",
+                "text_loss_weight",
+            ),
         )
-        require_one_of("model.backend", self.backend, ("auto", "portable", "transformer_engine"))
+        require_one_of("model.transformer_impl", self.transformer_impl, ("auto", "portable", "transformer_engine"))
         require(
-            0 <= self.num_dense_layers < self.num_layers,
-            "model.num_dense_layers",
-            self.num_dense_layers,
+            0 <= self.first_k_dense_replace < self.num_layers,
+            "model.first_k_dense_replace",
+            self.first_k_dense_replace,
             f"must leave at least one of the {self.num_layers} layers for experts",
         )
         for weight in self.codebook_loss_weights:

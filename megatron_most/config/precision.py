@@ -13,16 +13,16 @@ class PrecisionConfig:
 
     ``fp8`` is ``off``, ``e4m3`` (everywhere) or ``hybrid`` (e4m3 forward, e5m2 for gradients). Routers, embeddings,
     heads and the attention's scores are never in FP8; the first and last layers and the named expert pools stay in
-    ``dtype``, too. ``fp8_amax_history`` is for the recipe ``delayed``: steps over which the largest value counts.
+    ``dtype``, too. ``fp8_amax_history_len`` is for the recipe ``delayed``: steps over which the largest value counts.
     """
 
     dtype: str = "bf16"
     fp8: str = "off"
     fp8_recipe: str = "tensorwise"
     fp8_backend: str = "auto"
-    fp8_amax_history: int = 16
-    bf16_first_layers: int = 1
-    bf16_last_layers: int = 1
+    fp8_amax_history_len: int = 16
+    num_layers_at_start_in_bf16: int = 1
+    num_layers_at_end_in_bf16: int = 1
     bf16_expert_pools: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -34,8 +34,8 @@ class PrecisionConfig:
         }
         for name, valid in choices.items():
             require_one_of(f"precision.{name}", getattr(self, name), valid)
-        require_positive("precision", self, ("fp8_amax_history",))
-        require_not_negative("precision", self, ("bf16_first_layers", "bf16_last_layers"))
+        require_positive("precision", self, ("fp8_amax_history_len",))
+        require_not_negative("precision", self, ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"))
         if not self.uses_fp8:
             return
         require(

@@ -157,9 +157,9 @@ class OptimizerConfig:
     optimizer: str = "adam"
     lr: float = 1e-5
     min_lr: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
     muon_momentum: float = 0.95
     muon_nesterov: bool = False
     muon_scale_mode: str = "spectral"
@@ -170,15 +170,15 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip_grad: float = 1.0
     grad_norm_skip_threshold: float | None = None
-    warmup_steps: int = 0
-    decay_style: str = "cosine"
-    distributed: bool = True
-    overlap: bool = True
+    lr_warmup_iters: int = 0
+    lr_decay_style: str = "cosine"
+    use_distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = True
     lr_scales: list[LrScaleConfig] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        require_positive("optimizer", self, ("lr", "eps"))
-        require_not_negative("optimizer", self, ("min_lr", "weight_decay", "clip_grad", "warmup_steps"))
+        require_positive("optimizer", self, ("lr", "adam_eps"))
+        require_not_negative("optimizer", self, ("min_lr", "weight_decay", "clip_grad", "lr_warmup_iters"))
         require(self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, f"must not exceed optimizer.lr, {self.lr}")
         threshold = self.grad_norm_skip_threshold
         require(
@@ -187,8 +187,8 @@ class OptimizerConfig:
             threshold,
             "must be greater than 0, or null",
         )
-        require_one_of("optimizer.decay_style", self.decay_style, ("cosine", "linear", "constant"))
-        for name in ("beta1", "beta2"):
+        require_one_of("optimizer.lr_decay_style", self.lr_decay_style, ("cosine", "linear", "constant"))
+        for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must be in [0, 1)")
         self._check_muon()
         parts = [entry.part for entry in self.lr_scales]
@@ -206,10 +206,10 @@ class OptimizerConfig:
         require(0 <= self.muon_momentum < 1, "optimizer.muon_momentum", self.muon_momentum, "must be in [0, 1)")
         require_positive("optimizer", self, ("muon_extra_scale_factor", "muon_num_ns_steps"))
         require(
-            self.optimizer == "adam" or not self.distributed,
+            self.optimizer == "adam" or not self.use_distributed_optimizer,
             "optimizer.optimizer",
             self.optimizer,
-            "needs optimizer.distributed=false: ranks would have slices of matrices, and Muon takes whole ones",
+            "needs optimizer.use_distributed_optimizer=false: ranks would have slices of matrices, and Muon takes whole ones",
         )
 
 
@@ -217,16 +217,16 @@ class OptimizerConfig:
 class TrainingConfig:
     """The loop. Batch sizes count rows of ``data.seq_length`` positions."""
 
-    steps: int = 1000
+    train_iters: int = 1000
     micro_batch_size: int = 1
     global_batch_size: int = 8
     recompute: str = "none"
     eval_interval: int = 0
-    eval_batches: int = 8
+    eval_iters: int = 8
     threads_per_rank: int = 0
 
     def __post_init__(self) -> None:
-        require_positive("training", self, ("steps", "micro_batch_size", "global_batch_size", "eval_batches"))
+        require_positive("training", self, ("train_iters", "micro_batch_size", "global_batch_size", "eval_iters"))
         require_not_negative("training", self, ("eval_interval", "threads_per_rank"))
         require_one_of("training.recompute", self.recompute, ("none", "moe", "full"))
 
@@ -235,25 +235,25 @@ class TrainingConfig:
 class CheckpointConfig:
     """Checkpoints go to ``run_dir/checkpoints``; a run that finds some there continues from the newest.
 
-    One is saved every ``interval`` steps, ``asynchronous`` while training goes on: every rank then holds a copy of what
+    One is saved every ``save_interval`` steps, ``async_save`` while training goes on: every rank then holds a copy of what
     it writes in host memory. The ``keep_last`` newest are kept, and for ever those of steps divisible by
-    ``keep_every`` (0: none).
+    ``save_retain_interval`` (0: none).
     """
 
-    interval: int = 1000
-    asynchronous: bool = True
+    save_interval: int = 1000
+    async_save: bool = True
     keep_last: int = 2
-    keep_every: int = 0
+    save_retain_interval: int = 0
     load: str | None = None
 
     def __post_init__(self) -> None:
-        require_positive("checkpoint", self, ("interval", "keep_last"))
-        require_not_negative("checkpoint", self, ("keep_every",))
+        require_positive("checkpoint", self, ("save_interval", "keep_last"))
+        require_not_negative("checkpoint", self, ("save_retain_interval",))
         require(
-            self.keep_every % self.interval == 0,
-            "checkpoint.keep_every",
-            self.keep_every,
-            f"must be a multiple of checkpoint.interval, {self.interval}: there are no other steps to keep",
+            self.save_retain_interval % self.save_interval == 0,
+            "checkpoint.save_retain_interval",
+            self.save_retain_interval,
+            f"must be a multiple of checkpoint.save_interval, {self.save_interval}: there are no other steps to keep",
         )
 
 
@@ -264,13 +264,13 @@ class LoggingConfig:
     ``profile_steps`` (first, last) has torch's profiler watch these steps on rank 0.
     """
 
-    interval: int = 10
+    log_interval: int = 10
     tensorboard: bool = True
     wandb_project: str | None = None
     profile_steps: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        require_positive("logging", self, ("interval",))
+        require_positive("logging", self, ("log_interval",))
         steps = self.profile_steps
         require(
             not steps or (len(steps) == 2 and 1 <= steps[0] <= steps[1]),
@@ -316,30 +316,30 @@ class RunConfig:
         require(self.seed >= 0, "seed", self.seed, "must not be negative")
         tensor = parallel.tensor_model_parallel_size
         split = {
-            "model.attention.num_heads": model.attention.num_heads,
+            "model.attention.num_attention_heads": model.attention.num_attention_heads,
             "model.attention.num_query_groups": model.attention.num_query_groups
             if model.attention.type == "gqa"
             else 0,
-            "model.ffn_hidden_size": model.ffn_hidden_size if model.num_dense_layers else 0,
-            "model.moe.shared_ffn_hidden_size": model.moe.shared_ffn_hidden_size,
+            "model.ffn_hidden_size": model.ffn_hidden_size if model.first_k_dense_replace else 0,
+            "model.moe.moe_shared_expert_intermediate_size": model.moe.moe_shared_expert_intermediate_size,
             "the multiple to which ids and codes are padded": VOCAB_MULTIPLE,
         }
         for what, size in split.items():
             require(size % tensor == 0, "parallel.tensor_model_parallel_size", tensor, f"must divide {what}, {size}")
         require(
-            model.moe.ffn_hidden_size % parallel.expert_tensor_size == 0,
+            model.moe.moe_ffn_hidden_size % parallel.expert_tensor_size == 0,
             "parallel.expert_tensor_parallel_size",
             parallel.expert_tensor_size,
-            f"must divide model.moe.ffn_hidden_size, {model.moe.ffn_hidden_size}",
+            f"must divide model.moe.moe_ffn_hidden_size, {model.moe.moe_ffn_hidden_size}",
         )
-        width = model.moe.ffn_hidden_size // parallel.expert_tensor_size
+        width = model.moe.moe_ffn_hidden_size // parallel.expert_tensor_size
         multiple = 16 // {"fp32": 4, "bf16": 2}[self.precision.dtype]
         require(
             model.moe.expert_backend != "grouped" or not (model.hidden_size % multiple or width % multiple),
             "model.moe.expert_backend",
             model.moe.expert_backend,
             f"takes rows of whole 16 bytes: model.hidden_size ({model.hidden_size}) and each rank's share of"
-            f" model.moe.ffn_hidden_size ({width}) must be divisible by {multiple} in {self.precision.dtype};"
+            f" model.moe.moe_ffn_hidden_size ({width}) must be divisible by {multiple} in {self.precision.dtype};"
             " else take sequential",
         )
         self._check_fp8()
@@ -351,9 +351,10 @@ class RunConfig:
         )
         expert = parallel.expert_model_parallel_size
         require(
-            model.moe.dispatcher not in ("deepep", "hybridep") or expert * parallel.expert_tensor_size > 1,
-            "model.moe.dispatcher",
-            model.moe.dispatcher,
+            model.moe.moe_token_dispatcher_type not in ("deepep", "hybridep")
+            or expert * parallel.expert_tensor_size > 1,
+            "model.moe.moe_token_dispatcher_type",
+            model.moe.moe_token_dispatcher_type,
             "needs experts on several ranks: expert or expert tensor parallelism of at least 2",
         )
         require(
@@ -378,10 +379,10 @@ class RunConfig:
         )
         rope = model.attention.rope
         require(
-            not (context > 1 and model.attention.type == "mla" and rope.type == "yarn")
-            or rope.original_max_position % (2 * context) == 0,
-            "model.attention.rope.original_max_position",
-            rope.original_max_position,
+            not (context > 1 and model.attention.type == "mla" and rope.rope_type == "yarn")
+            or rope.original_max_position_embeddings % (2 * context) == 0,
+            "model.attention.rope.original_max_position_embeddings",
+            rope.original_max_position_embeddings,
             f"must be divisible by {2 * context}, twice the context parallel size",
         )
         require(
@@ -406,12 +407,12 @@ class RunConfig:
             {entry.part: entry.scale for entry in self.optimizer.lr_scales},
             "freezes every part of the model: nothing is left to train",
         )
-        warmup = self.optimizer.warmup_steps
+        warmup = self.optimizer.lr_warmup_iters
         require(
-            warmup < self.training.steps,
-            "optimizer.warmup_steps",
+            warmup < self.training.train_iters,
+            "optimizer.lr_warmup_iters",
             warmup,
-            f"must be less than training.steps, {self.training.steps}",
+            f"must be less than training.train_iters, {self.training.train_iters}",
         )
 
     def _check_fp8(self) -> None:
@@ -422,9 +423,9 @@ class RunConfig:
         moe, tensor, multiple = model.moe, parallel.tensor_model_parallel_size, precision.alignment
         shares = {
             "model.hidden_size": (model.hidden_size, 1),
-            "model.ffn_hidden_size": (model.ffn_hidden_size if model.num_dense_layers else 0, tensor),
-            "model.moe.shared_ffn_hidden_size": (moe.shared_ffn_hidden_size, tensor),
-            "model.moe.ffn_hidden_size": (moe.ffn_hidden_size, parallel.expert_tensor_size),
+            "model.ffn_hidden_size": (model.ffn_hidden_size if model.first_k_dense_replace else 0, tensor),
+            "model.moe.moe_shared_expert_intermediate_size": (moe.moe_shared_expert_intermediate_size, tensor),
+            "model.moe.moe_ffn_hidden_size": (moe.moe_ffn_hidden_size, parallel.expert_tensor_size),
             **{name: (size, tensor if cut else 1) for name, (size, cut) in model.attention.projections().items()},
         }
         for name, (size, ranks) in shares.items():
@@ -459,12 +460,12 @@ class RunConfig:
             model.attention.mla_down_proj_fusion,
             "needs a precision.fp8_recipe without histories, not delayed: those of two products would be one",
         )
-        layers = precision.bf16_first_layers + precision.bf16_last_layers
+        layers = precision.num_layers_at_start_in_bf16 + precision.num_layers_at_end_in_bf16
         require(
             layers < model.num_layers,
-            "precision.bf16_first_layers",
-            precision.bf16_first_layers,
-            f"with bf16_last_layers, {precision.bf16_last_layers}, leaves none of {model.num_layers} layers for FP8",
+            "precision.num_layers_at_start_in_bf16",
+            precision.num_layers_at_start_in_bf16,
+            f"with num_layers_at_end_in_bf16, {precision.num_layers_at_end_in_bf16}, leaves none of {model.num_layers} layers for FP8",
         )
 
     @property
@@ -475,9 +476,9 @@ class RunConfig:
         return (
             *experts,
             *(["experts.common"] if moe.common.size else []),
-            *(["shared_experts"] if moe.shared_ffn_hidden_size else []),
+            *(["shared_experts"] if moe.moe_shared_expert_intermediate_size else []),
             "routers",
-            *(["dense_ffn"] if self.model.num_dense_layers else []),
+            *(["dense_ffn"] if self.model.first_k_dense_replace else []),
             "attention",
             "norms",
             "embeddings",

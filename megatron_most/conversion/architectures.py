@@ -126,9 +126,13 @@ def _read_common(config: Config, attention: Values, moe: Values, **model: Any) -
         "num_layers": config.integer("num_hidden_layers"),
         "hidden_size": config.integer("hidden_size"),
         "ffn_hidden_size": config.integer("intermediate_size"),
-        "norm_epsilon": config.number("rms_norm_eps", 1e-6),
-        "init_std": config.number("initializer_range", 0.02),
-        "attention": {"num_heads": config.integer("num_attention_heads"), "rope": _read_rope(config), **attention},
+        "layernorm_epsilon": config.number("rms_norm_eps", 1e-6),
+        "init_method_std": config.number("initializer_range", 0.02),
+        "attention": {
+            "num_attention_heads": config.integer("num_attention_heads"),
+            "rope": _read_rope(config),
+            **attention,
+        },
         "moe": moe,
         **model,
     }
@@ -156,19 +160,21 @@ def _read_deepseek(config: Config) -> ForeignModel:
     attention = {
         "type": "mla",
         "q_lora_rank": None if rank is None else config.integer("q_lora_rank"),
-        **{name: config.integer(name) for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim")},
+        "kv_lora_rank": config.integer("kv_lora_rank"),
+        "qk_head_dim": config.integer("qk_nope_head_dim"),
+        "qk_pos_emb_head_dim": config.integer("qk_rope_head_dim"),
         "v_head_dim": config.integer("v_head_dim"),
     }
     moe = {
-        "ffn_hidden_size": width,
-        "shared_ffn_hidden_size": width * config.integer("n_shared_experts", 0),
-        "score_function": "softmax",
-        "normalize_top_k": False,
-        "routed_scaling_factor": config.number("routed_scaling_factor", 1.0),
+        "moe_ffn_hidden_size": width,
+        "moe_shared_expert_intermediate_size": width * config.integer("n_shared_experts", 0),
+        "moe_router_score_function": "softmax",
+        "norm_topk_prob": False,
+        "moe_router_topk_scaling_factor": config.number("routed_scaling_factor", 1.0),
     }
     dense = config.integer("first_k_dense_replace", 0)
     return ForeignModel(
-        model=_read_common(config, attention, moe, num_dense_layers=dense),
+        model=_read_common(config, attention, moe, first_k_dense_replace=dense),
         **_shared(config),
         num_experts=config.integer("n_routed_experts"),
         top_k=config.integer("num_experts_per_tok"),
@@ -184,26 +190,26 @@ def _write_deepseek(config: RunConfig, foreign: ForeignModel) -> Values:
         "architectures": ["DeepseekV2ForCausalLM"],
         "model_type": "deepseek_v2",
         **_write_common(config, foreign),
-        "num_key_value_heads": attention.num_heads,
+        "num_key_value_heads": attention.num_attention_heads,
         "q_lora_rank": attention.q_lora_rank,
         "kv_lora_rank": attention.kv_lora_rank,
-        "qk_nope_head_dim": attention.qk_nope_head_dim,
-        "qk_rope_head_dim": attention.qk_rope_head_dim,
+        "qk_nope_head_dim": attention.qk_head_dim,
+        "qk_rope_head_dim": attention.qk_pos_emb_head_dim,
         "v_head_dim": attention.v_head_dim,
-        "first_k_dense_replace": model.num_dense_layers,
+        "first_k_dense_replace": model.first_k_dense_replace,
         "moe_layer_freq": 1,
-        "moe_intermediate_size": moe.ffn_hidden_size,
-        "n_shared_experts": moe.shared_ffn_hidden_size // moe.ffn_hidden_size,
+        "moe_intermediate_size": moe.moe_ffn_hidden_size,
+        "n_shared_experts": moe.moe_shared_expert_intermediate_size // moe.moe_ffn_hidden_size,
         "n_routed_experts": foreign.num_experts,
         "num_experts_per_tok": foreign.top_k,
         "scoring_func": "softmax",
         "norm_topk_prob": False,
-        "routed_scaling_factor": moe.routed_scaling_factor,
+        "routed_scaling_factor": moe.moe_router_topk_scaling_factor,
         "topk_method": "group_limited_greedy" if limited else "greedy",
         "n_group": foreign.n_group if limited else None,
         "topk_group": foreign.topk_group if limited else None,
-        "seq_aux": moe.balance_loss == "seq_aux_loss",
-        "aux_loss_alpha": moe.balance_coeff,
+        "seq_aux": moe.moe_router_load_balancing_type == "seq_aux_loss",
+        "aux_loss_alpha": moe.moe_aux_loss_coeff,
     }
 
 
@@ -244,11 +250,11 @@ def _read_llama(config: Config) -> ForeignModel:
     attention = {
         "type": "gqa",
         "num_query_groups": config.integer("num_key_value_heads", heads),
-        "head_dim": config.integer("head_dim", config.integer("hidden_size") // max(1, heads)),
+        "kv_channels": config.integer("head_dim", config.integer("hidden_size") // max(1, heads)),
     }
     width = config.integer("intermediate_size")
-    moe = {"ffn_hidden_size": width, "shared_ffn_hidden_size": width}
-    return ForeignModel(model=_read_common(config, attention, moe, num_dense_layers=0), **_shared(config))
+    moe = {"moe_ffn_hidden_size": width, "moe_shared_expert_intermediate_size": width}
+    return ForeignModel(model=_read_common(config, attention, moe, first_k_dense_replace=0), **_shared(config))
 
 
 def _write_llama(config: RunConfig, foreign: ForeignModel) -> Values:
@@ -258,7 +264,7 @@ def _write_llama(config: RunConfig, foreign: ForeignModel) -> Values:
         "model_type": "llama",
         **_write_common(config, foreign),
         "num_key_value_heads": attention.num_query_groups,
-        "head_dim": attention.head_dim,
+        "head_dim": attention.kv_channels,
         "mlp_bias": False,
     }
 
@@ -270,10 +276,10 @@ def _write_common(config: RunConfig, foreign: ForeignModel) -> Values:
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_hidden_size,
         "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.attention.num_heads,
+        "num_attention_heads": model.attention.num_attention_heads,
         "max_position_embeddings": _max_position(config),
-        "rms_norm_eps": model.norm_epsilon,
-        "initializer_range": model.init_std,
+        "rms_norm_eps": model.layernorm_epsilon,
+        "initializer_range": model.init_method_std,
         "hidden_act": "silu",
         "attention_bias": False,
         "tie_word_embeddings": False,
@@ -286,9 +292,9 @@ def _max_position(config: RunConfig) -> int:
     """Positions that the model is said to take. Some readers take its quotient by the original number for the factor
     of stretched frequencies, whatever the factor beside it says."""
     rope = config.model.attention.rope
-    if rope.type == "rope":
+    if rope.rope_type == "rope":
         return config.data.seq_length
-    return round(rope.original_max_position * rope.scaling_factor)
+    return round(rope.original_max_position_embeddings * rope.rotary_scaling_factor)
 
 
 def _read_rope(config: Config) -> Values:
@@ -300,14 +306,14 @@ def _read_rope(config: Config) -> Values:
     base = rope.number("rope_theta", config.number("rope_theta", 10000.0))
     kind = joined.get("rope_type", joined.get("type", "default"))
     if kind in ("default", None):
-        return {"type": "rope", "base": base}
+        return {"rope_type": "rope", "rotary_base": base}
     if kind not in ("yarn", "llama3"):
         raise CheckpointError(f"{rope.source}: type={kind!r}: only 'default', 'yarn' or 'llama3' can be converted")
     values = {
-        "type": kind,
-        "base": base,
-        "scaling_factor": rope.number("factor"),
-        "original_max_position": rope.integer("original_max_position_embeddings"),
+        "rope_type": kind,
+        "rotary_base": base,
+        "rotary_scaling_factor": rope.number("factor"),
+        "original_max_position_embeddings": rope.integer("original_max_position_embeddings"),
     }
     if kind == "llama3":
         rope.require("low_freq_factor", 1, 1.0)
@@ -329,21 +335,21 @@ def _read_rope(config: Config) -> Values:
 
 
 def _write_rope(rope: RopeConfig) -> Values:
-    if rope.type == "rope":
-        return {"rope_theta": rope.base, "rope_scaling": None}
+    if rope.rope_type == "rope":
+        return {"rope_theta": rope.rotary_base, "rope_scaling": None}
     scaling: Values = {
-        "type": rope.type,
-        "rope_type": rope.type,
-        "factor": rope.scaling_factor,
-        "original_max_position_embeddings": rope.original_max_position,
+        "type": rope.rope_type,
+        "rope_type": rope.rope_type,
+        "factor": rope.rotary_scaling_factor,
+        "original_max_position_embeddings": rope.original_max_position_embeddings,
     }
-    if rope.type == "llama3":
+    if rope.rope_type == "llama3":
         scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     else:
         scaling |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
         if rope.mscale_all_dim:
             scaling |= {"mscale": rope.mscale, "mscale_all_dim": rope.mscale_all_dim}
-    return {"rope_theta": rope.base, "rope_scaling": scaling}
+    return {"rope_theta": rope.rotary_base, "rope_scaling": scaling}
 
 
 ARCHITECTURES = (

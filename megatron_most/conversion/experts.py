@@ -34,14 +34,16 @@ def default_groups(
     """The ``model.moe.groups`` section for a mode, where the configuration gives none."""
     num, top_k = foreign.num_experts, foreign.top_k
     if mode == "upcycle":
-        return [{"modality": name, "size": _UPCYCLED_EXPERTS, "top_k": _UPCYCLED_TOP_K} for name in modalities]
+        return [
+            {"modality": name, "size": _UPCYCLED_EXPERTS, "moe_router_topk": _UPCYCLED_TOP_K} for name in modalities
+        ]
     if mode == "expand":
-        limits = {"n_group": foreign.n_group, "topk_group": foreign.topk_group}
-        return [{"modality": name, "size": num, "top_k": top_k, **limits} for name in modalities]
+        limits = {"moe_router_num_groups": foreign.n_group, "moe_router_group_topk": foreign.topk_group}
+        return [{"modality": name, "size": num, "moe_router_topk": top_k, **limits} for name in modalities]
     bounds = [place * num // len(modalities) for place in range(len(modalities) + 1)]
     runs = [list(range(start, stop)) for start, stop in zip(bounds, bounds[1:], strict=False)]
     return [
-        {"modality": name, "top_k": top_k, **({"size": len(run)} if has_usage else {"experts": run})}
+        {"modality": name, "moe_router_topk": top_k, **({"size": len(run)} if has_usage else {"experts": run})}
         for name, run in zip(modalities, runs, strict=True)
     ]
 
@@ -53,7 +55,7 @@ def most_groups(foreign: ForeignModel) -> dict[str, Any]:
     pools = [[expert for expert in own if expert not in both] for own in (text, audio)]
     groups: dict[str, Any] = {
         "groups": [
-            {"modality": name, "experts": pool, "top_k": foreign.top_k}
+            {"modality": name, "experts": pool, "moe_router_topk": foreign.top_k}
             for name, pool in zip(("text", "audio"), pools, strict=True)
         ]
     }
@@ -66,7 +68,7 @@ def origins(mode: str, config: RunConfig, foreign: ForeignModel, usage: Usage | 
     Raises:
         ConfigError: the groups do not fit the mode and the base.
     """
-    layers = range(config.model.num_layers - config.model.num_dense_layers)
+    layers = range(config.model.num_layers - config.model.first_k_dense_replace)
     make = {"partition": _partition, "expand": _expand, "upcycle": _upcycle}[mode]
     return tuple(make(config, foreign, None if usage is None else _of_layer(usage, layer)) for layer in layers)
 
@@ -129,10 +131,14 @@ def _expand(config: RunConfig, foreign: ForeignModel, usage: dict[str, list[floa
     text = moe.groups[0]
     if len(groups.choices[0]) != num:
         raise ConfigError(f"model.moe.groups[text].size={text.size}: expand gives text all of the base's {num} experts")
-    for name, value in (("top_k", foreign.top_k), ("n_group", foreign.n_group), ("topk_group", foreign.topk_group)):
+    for name, value in (
+        ("moe_router_topk", foreign.top_k),
+        ("moe_router_num_groups", foreign.n_group),
+        ("moe_router_group_topk", foreign.topk_group),
+    ):
         if getattr(text, name) != value:
             raise ConfigError(f"model.moe.groups[text].{name}={getattr(text, name)}: the base has {value}")
-    if moe.score_rule == "all" and not moe.normalize_top_k:
+    if moe.score_rule == "all" and not moe.norm_topk_prob:
         raise ConfigError("model.moe.score_rule='all': would change text's scores; expand needs 'group'")
     found: list[Origin | None] = [None] * moe.num_experts
     for place, expert in enumerate(groups.choices[0]):
@@ -161,13 +167,13 @@ def _most_used(name: str, count: int, num: int, usage: dict[str, list[float]] | 
 
 def _upcycle(config: RunConfig, foreign: ForeignModel, usage: dict[str, list[float]] | None) -> LayerOrigins:
     moe = config.model.moe
-    if not moe.normalize_top_k or moe.routed_scaling_factor != 1:
+    if not moe.norm_topk_prob or moe.moe_router_topk_scaling_factor != 1:
         raise ConfigError(
-            "model.moe: upcycling keeps the function with normalize_top_k=true and routed_scaling_factor=1 only"
+            "model.moe: upcycling keeps the function with norm_topk_prob=true and moe_router_topk_scaling_factor=1 only"
         )
-    if moe.shared_ffn_hidden_size not in (0, moe.ffn_hidden_size):
+    if moe.moe_shared_expert_intermediate_size not in (0, moe.moe_ffn_hidden_size):
         raise ConfigError(
-            f"model.moe.shared_ffn_hidden_size={moe.shared_ffn_hidden_size}: the shared expert starts as the dense MLP"
-            f" too, of width {moe.ffn_hidden_size}; 0 for none"
+            f"model.moe.moe_shared_expert_intermediate_size={moe.moe_shared_expert_intermediate_size}: the shared expert starts as the dense MLP"
+            f" too, of width {moe.moe_ffn_hidden_size}; 0 for none"
         )
     return (Origin(0),) * moe.num_experts

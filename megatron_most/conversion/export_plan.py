@@ -179,7 +179,9 @@ def stored_config(directory: Path, metadata: CheckpointMetadata) -> RunConfig:
     """The configuration of a checkpoint, for one process."""
     values = {name: section for name, section in metadata.config.items() if name not in ("parallel", "data")}
     values["data"] = {"seq_length": metadata.config["data"]["seq_length"]}
-    return build_config(str(directory), values, ["training.micro_batch_size=1", "model.moe.dispatcher=alltoall"])
+    return build_config(
+        str(directory), values, ["training.micro_batch_size=1", "model.moe.moe_token_dispatcher_type=alltoall"]
+    )
 
 
 def _as_text_model(config: RunConfig) -> tuple[ForeignModel, Correspondence]:
@@ -195,7 +197,9 @@ def _as_text_model(config: RunConfig) -> tuple[ForeignModel, Correspondence]:
     choice = ExpertGroups.from_config(moe).choices[0]
     places = {expert: Origin(place) for place, expert in enumerate(choice)}
     experts = tuple(places.get(expert) for expert in range(moe.num_experts))
-    foreign = _foreign(config, len(choice), text.top_k, text.n_group, text.topk_group)
+    foreign = _foreign(
+        config, len(choice), text.moe_router_topk, text.moe_router_num_groups, text.moe_router_group_topk
+    )
     return foreign, _both(config, experts)
 
 
@@ -205,7 +209,7 @@ def _as_whole_base(config: RunConfig, record: dict[str, Any] | None) -> tuple[Fo
     _require_deepseek(config)
     if moe.router_weights == "per_modality":
         raise ConfigError("model.moe.router_weights='per_modality': deepseek-v2 has one router for all experts")
-    layers = config.model.num_layers - config.model.num_dense_layers
+    layers = config.model.num_layers - config.model.first_k_dense_replace
     experts = (tuple(Origin(expert) for expert in range(moe.num_experts)),) * layers
     limits = (1, 1)
     if record is not None:
@@ -216,7 +220,7 @@ def _as_whole_base(config: RunConfig, record: dict[str, Any] | None) -> tuple[Fo
         if source.get("topk_method") == "group_limited_greedy":
             limits = (source["n_group"], source["topk_group"])
     num_experts = 1 + max(origin.expert for origin in experts[0] if origin is not None)
-    foreign = _foreign(config, num_experts, moe.groups[0].top_k, *limits)
+    foreign = _foreign(config, num_experts, moe.groups[0].moe_router_topk, *limits)
     return foreign, Correspondence(experts, _text_ids(config))
 
 
@@ -228,14 +232,20 @@ def _as_most(config: RunConfig) -> tuple[ForeignModel, Correspondence]:
         "vocab.further_modalities": (len(names) == 2, "most has text and audio alone"),
         "model.moe.score_rule": (moe.score_rule == "all", "most takes the softmax over all experts (score_rule=all)"),
         "model.moe.router_weights": (moe.router_weights == "shared", "most has one router for both modalities"),
-        "model.moe.groups.top_k": (len({group.top_k for group in moe.groups}) == 1, "most has one top_k"),
-        "model.moe.groups.n_group": (all(group.n_group == 1 for group in moe.groups), "most limits no groups"),
+        "model.moe.groups.moe_router_topk": (
+            len({group.moe_router_topk for group in moe.groups}) == 1,
+            "most has one moe_router_topk",
+        ),
+        "model.moe.groups.moe_router_num_groups": (
+            all(group.moe_router_num_groups == 1 for group in moe.groups),
+            "most limits no groups",
+        ),
     }
     _require(rules)
     vocab = config.vocab
     vocab_size = vocab.text_vocab_size + vocab.codec_layout.num_ids + 3
     choices = ExpertGroups.from_config(moe).choices
-    foreign = _foreign(config, moe.num_experts, moe.groups[0].top_k, 1, 1)
+    foreign = _foreign(config, moe.num_experts, moe.groups[0].moe_router_topk, 1, 1)
     foreign = dataclasses.replace(foreign, vocab_size=vocab_size, choices=choices)
     experts = tuple(Origin(expert) for expert in range(moe.num_experts))
     return foreign, dataclasses.replace(_both(config, experts), ids=most_ids(vocab, vocab_size))
@@ -244,14 +254,17 @@ def _as_most(config: RunConfig) -> tuple[ForeignModel, Correspondence]:
 def _as_llama(config: RunConfig) -> tuple[ForeignModel, Correspondence]:
     """The dense model of which all experts are the MLP, as after upcycling; anything else is found at its tensors."""
     model, moe = config.model, config.model.moe
-    width = moe.ffn_hidden_size
-    shared = moe.shared_ffn_hidden_size in (0, width)
+    width = moe.moe_ffn_hidden_size
+    shared = moe.moe_shared_expert_intermediate_size in (0, width)
     rules = {
         "model.attention.type": (model.attention.type == "gqa", "llama has grouped-query attention (gqa)"),
-        "model.moe.normalize_top_k": (moe.normalize_top_k, "gates that do not sum to 1 leave no dense MLP"),
-        "model.moe.routed_scaling_factor": (moe.routed_scaling_factor == 1, "gates must sum to 1"),
-        "model.moe.ffn_hidden_size": (width == model.ffn_hidden_size, "must be model.ffn_hidden_size, all are one MLP"),
-        "model.moe.shared_ffn_hidden_size": (shared, "the shared expert must be the dense MLP, too"),
+        "model.moe.norm_topk_prob": (moe.norm_topk_prob, "gates that do not sum to 1 leave no dense MLP"),
+        "model.moe.moe_router_topk_scaling_factor": (moe.moe_router_topk_scaling_factor == 1, "gates must sum to 1"),
+        "model.moe.moe_ffn_hidden_size": (
+            width == model.ffn_hidden_size,
+            "must be model.ffn_hidden_size, all are one MLP",
+        ),
+        "model.moe.moe_shared_expert_intermediate_size": (shared, "the shared expert must be the dense MLP, too"),
     }
     _require(rules)
     foreign = _foreign(config, 0, 1, 1, 1)
@@ -260,20 +273,23 @@ def _as_llama(config: RunConfig) -> tuple[ForeignModel, Correspondence]:
 
 def _require_deepseek(config: RunConfig) -> None:
     model, moe = config.model, config.model.moe
-    shared, width = moe.shared_ffn_hidden_size, moe.ffn_hidden_size
+    shared, width = moe.moe_shared_expert_intermediate_size, moe.moe_ffn_hidden_size
     rules = {
         "model.attention.type": (model.attention.type == "mla", "the format has multi-latent attention (mla)"),
-        "model.moe.score_function": (moe.score_function == "softmax", "the format has softmax scores"),
-        "model.moe.expert_bias_update_rate": (
-            moe.expert_bias_update_rate == 0,
+        "model.moe.moe_router_score_function": (
+            moe.moe_router_score_function == "softmax",
+            "the format has softmax scores",
+        ),
+        "model.moe.moe_router_bias_update_rate": (
+            moe.moe_router_bias_update_rate == 0,
             "the format has no place for the biases that steer the choice of experts",
         ),
-        "model.moe.shared_ffn_hidden_size": (
+        "model.moe.moe_shared_expert_intermediate_size": (
             shared > 0 and shared % width == 0,
             f"the format has shared experts of the routed ones' width, {width}",
         ),
-        "model.norm_epsilon": (model.norm_epsilon == 1e-6, "the format has 1e-6 in some norms"),
-        "model.moe.normalize_top_k": (not moe.normalize_top_k, "implementations of the format disagree on it"),
+        "model.layernorm_epsilon": (model.layernorm_epsilon == 1e-6, "the format has 1e-6 in some norms"),
+        "model.moe.norm_topk_prob": (not moe.norm_topk_prob, "implementations of the format disagree on it"),
     }
     _require(rules)
 
@@ -289,7 +305,7 @@ def _foreign(config: RunConfig, num_experts: int, top_k: int, n_group: int, topk
 
 
 def _both(config: RunConfig, experts: tuple[Origin | None, ...]) -> Correspondence:
-    layers = config.model.num_layers - config.model.num_dense_layers
+    layers = config.model.num_layers - config.model.first_k_dense_replace
     return Correspondence((experts,) * layers, _text_ids(config))
 
 

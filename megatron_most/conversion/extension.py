@@ -78,7 +78,7 @@ class Extension:
         shapes, model = native_shapes(config), config.model
         where = f"{self.source.directory / EXTENSION}"
         layers = [len(layer) for layer in self.both.experts]
-        if layers != [model.moe.num_experts] * (model.num_layers - model.num_dense_layers):
+        if layers != [model.moe.num_experts] * (model.num_layers - model.first_k_dense_replace):
             raise CheckpointError(f"{where}: experts must name {model.moe.num_experts} for each MoE layer")
         for run in self.both.ids:
             if min(dataclasses.astuple(run)) < 0 or run.native + run.count > shapes[EMBEDDING][0]:

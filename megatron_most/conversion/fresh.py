@@ -51,7 +51,7 @@ class FreshWeights:
         self._seed = seed
         num = config.vocab.num_codebooks
         zero = torch.zeros_like(embedding.mean)
-        router = RowDistribution(zero, torch.full_like(zero, config.model.init_std))
+        router = RowDistribution(zero, torch.full_like(zero, config.model.init_method_std))
         self._distributions = {
             EMBEDDING: embedding,
             HEAD: head,

@@ -79,7 +79,7 @@ def import_config(
     if architecture.name == "most":
         moe |= most_groups(foreign)
     if mode == "upcycle":
-        moe["normalize_top_k"] = True
+        moe["norm_topk_prob"] = True
     _merge(values, wanted)
     if "groups" not in moe:
         further = [entry.get("name") for entry in values["vocab"].get("further_modalities", [])]
@@ -87,10 +87,10 @@ def import_config(
         moe["groups"] = default_groups(mode, foreign, names, options.usage is not None)
     config = build_config(options.config or str(source.directory), values, options.overrides)
     fixed = {**foreign.model, "moe": {**foreign.model["moe"]}}
-    for name in ("init_std", *(("num_dense_layers",) if mode == "upcycle" else ())):
+    for name in ("init_method_std", *(("first_k_dense_replace",) if mode == "upcycle" else ())):
         del fixed[name]
     if mode == "upcycle":
-        del fixed["moe"]["shared_ffn_hidden_size"]
+        del fixed["moe"]["moe_shared_expert_intermediate_size"]
     mine = asdict(config)["model"]
     difference = first_difference(fixed, _only(mine, fixed), "model")
     if difference:

@@ -167,7 +167,7 @@ def plan_import(directory: str | Path, options: ImportOptions) -> ImportPlan:
 
 
 def _correspondence(mode: str, config: RunConfig, foreign: ForeignModel, options: ImportOptions) -> Correspondence:
-    num_moe_layers = config.model.num_layers - config.model.num_dense_layers
+    num_moe_layers = config.model.num_layers - config.model.first_k_dense_replace
     vocab = config.vocab
     if mode == "as they are":
         experts = (tuple(Origin(expert) for expert in range(foreign.num_experts)),) * num_moe_layers
@@ -260,6 +260,6 @@ def _forms(
             raise CheckpointError(
                 f"{source.directory}: tensor {name} is {dtype}, others that go into {key} are {dtypes[key]}"
             )
-    for layer in range(config.model.num_dense_layers, config.model.num_layers):
+    for layer in range(config.model.first_k_dense_replace, config.model.num_layers):
         dtypes.setdefault(EXPERT_BIAS.format(layer=layer), torch.float32)
     return {key: TensorForm(shape, dtypes.get(key, dtypes[EMBEDDING])) for key, shape in shapes.items()}

@@ -93,10 +93,10 @@ def _native(path: Path, checksums: bool) -> Facts:
         "directory": str(path),
         "made by": origin,
         "step": f"{metadata.step}, {metadata.consumed_tokens} tokens",
-        "layers": f"{model.num_layers} of width {model.hidden_size}, {model.num_dense_layers} dense",
+        "layers": f"{model.num_layers} of width {model.hidden_size}, {model.first_k_dense_replace} dense",
         "attention": model.attention.type,
         "experts": f"{moe.num_experts} in logical order: {pools}",
-        "top-k": ", ".join(f"{group.modality} {group.top_k}" for group in moe.groups),
+        "top-k": ", ".join(f"{group.modality} {group.moe_router_topk}" for group in moe.groups),
         "expert order": f"{moe.expert_order} (of a job; the checkpoint's is logical)",
         "vocabulary": f"{vocab.text_vocab_size} text ids, layout {vocab.layout}, {vocab.num_codebooks} codebooks of"
         f" {vocab.codebook_size}, {vocab.size} ids in all",

@@ -36,15 +36,15 @@ def native_shapes(config: RunConfig) -> Shapes:
 def _layer_shapes(config: RunConfig, layer: int) -> Shapes:
     model, moe, hidden = config.model, config.model.moe, config.model.hidden_size
     shapes = {"input_layernorm.weight": (hidden,), **_attention_shapes(config), "pre_mlp_layernorm.weight": (hidden,)}
-    if layer < model.num_dense_layers:
+    if layer < model.first_k_dense_replace:
         return {**shapes, **_mlp_shapes("mlp", model.ffn_hidden_size, hidden)}
     router = (moe.num_experts, hidden)
     shapes["mlp.router.weight"] = (len(moe.groups), *router) if moe.router_weights == "per_modality" else router
-    if moe.expert_bias_update_rate > 0:
+    if moe.moe_router_bias_update_rate > 0:
         shapes["mlp.router.expert_bias.values"] = (len(moe.groups), moe.num_experts)
-    if moe.shared_ffn_hidden_size:
-        shapes |= _mlp_shapes("mlp.shared_experts", moe.shared_ffn_hidden_size, hidden)
-    experts = _mlp_shapes("mlp.experts.experts", moe.ffn_hidden_size, hidden)
+    if moe.moe_shared_expert_intermediate_size:
+        shapes |= _mlp_shapes("mlp.shared_experts", moe.moe_shared_expert_intermediate_size, hidden)
+    experts = _mlp_shapes("mlp.experts.experts", moe.moe_ffn_hidden_size, hidden)
     return shapes | {name: (moe.num_experts, *shape) for name, shape in experts.items()}
 
 
@@ -54,14 +54,14 @@ def _mlp_shapes(name: str, width: int, hidden: int) -> Shapes:
 
 def _attention_shapes(config: RunConfig) -> Shapes:
     attention, hidden = config.model.attention, config.model.hidden_size
-    heads = attention.num_heads
+    heads = attention.num_attention_heads
     if attention.type == "gqa":
         shapes = {
-            "linear_qkv.weight": ((heads + 2 * attention.num_query_groups) * attention.head_dim, hidden),
-            "linear_proj.weight": (hidden, heads * attention.head_dim),
+            "linear_qkv.weight": ((heads + 2 * attention.num_query_groups) * attention.kv_channels, hidden),
+            "linear_proj.weight": (hidden, heads * attention.kv_channels),
         }
     else:
-        query = heads * (attention.qk_nope_head_dim + attention.qk_rope_head_dim)
+        query = heads * (attention.qk_head_dim + attention.qk_pos_emb_head_dim)
         latent, rank = attention.kv_lora_rank, attention.q_lora_rank
         if rank is None:
             shapes = {"linear_q_proj.weight": (query, hidden)}
@@ -72,9 +72,9 @@ def _attention_shapes(config: RunConfig) -> Shapes:
                 "linear_q_up_proj.weight": (query, rank),
             }
         shapes |= {
-            "linear_kv_down_proj.weight": (latent + attention.qk_rope_head_dim, hidden),
+            "linear_kv_down_proj.weight": (latent + attention.qk_pos_emb_head_dim, hidden),
             "kv_layernorm.weight": (latent,),
-            "linear_kv_up_proj.weight": (heads * (attention.qk_nope_head_dim + attention.v_head_dim), latent),
+            "linear_kv_up_proj.weight": (heads * (attention.qk_head_dim + attention.v_head_dim), latent),
             "linear_proj.weight": (hidden, heads * attention.v_head_dim),
         }
     return {f"self_attention.{name}": shape for name, shape in shapes.items()}

@@ -24,7 +24,7 @@ def _compresses_queries(config: RunConfig) -> bool:
 
 
 def _has_shared_experts(config: RunConfig) -> bool:
-    return config.model.moe.shared_ffn_hidden_size > 0
+    return config.model.moe.moe_shared_expert_intermediate_size > 0
 
 
 def _query_groups(config: RunConfig) -> int:
@@ -34,7 +34,10 @@ def _query_groups(config: RunConfig) -> int:
 def _heads_of_a_group(config: RunConfig) -> tuple[int, ...]:
     """Rows of the queries, the key and the value of one group."""
     attention = config.model.attention
-    return (attention.num_heads // attention.num_query_groups * attention.head_dim, *[attention.head_dim] * 2)
+    return (
+        attention.num_attention_heads // attention.num_query_groups * attention.kv_channels,
+        *[attention.kv_channels] * 2,
+    )
 
 
 def upcycled_share(config: RunConfig) -> float:

@@ -246,9 +246,9 @@ def whole_model(config: RunConfig, state: Path) -> torch.nn.Module:
     :func:`megatron_most.parallel.initialize` must have been called, in one process.
     """
     values = dataclasses.asdict(config)
-    moe = {"expert_backend": "sequential", "dispatcher": "alltoall", "shared_expert_overlap": False}
+    moe = {"expert_backend": "sequential", "moe_token_dispatcher_type": "alltoall", "moe_shared_expert_overlap": False}
     values["model"]["moe"] |= moe
-    values["model"]["backend"] = "portable"
+    values["model"]["transformer_impl"] = "portable"
     precision = {"precision": {"dtype": "fp32"}}
     sections = {name: values[name] for name in ("vocab", "model")}
     chunks = build_model(build_config(str(state.parent), {**sections, **precision}))

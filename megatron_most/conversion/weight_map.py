@@ -104,7 +104,7 @@ class Block:
 def all_blocks(rules: Sequence[Rule], config: RunConfig, both: Correspondence) -> list[Block]:
     """What ``rules`` come to for the model of ``config``, in the order of its forward pass, as few as possible."""
     shapes = native_shapes(config)
-    dense = config.model.num_dense_layers
+    dense = config.model.first_k_dense_replace
     layers = {
         "none": [None],
         "all": range(config.model.num_layers),
@@ -154,7 +154,7 @@ def _rule_blocks(
     key = rule.native.format(layer=layer)
     shape, scale = shapes[key], rule.scale(config)
     names = [name.replace("{layer}", str(layer)) for name in rule.foreign]
-    origins = () if rule.layers != "moe" else both.experts[layer - config.model.num_dense_layers]
+    origins = () if rule.layers != "moe" else both.experts[layer - config.model.first_k_dense_replace]
     if rule.along == "ids":
         for run in both.ids:
             yield Block(_rows(key, (), run.native, run.count, shape), names[0], run.foreign, scale)

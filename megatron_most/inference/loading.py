@@ -78,8 +78,8 @@ def config_for_generation(source: str, trained_with: dict[str, Any]) -> RunConfi
     overrides = [
         "training.recompute=none",
         "training.micro_batch_size=1",
-        "model.backend=portable",
-        "model.moe.dispatcher=alltoall",
+        "model.transformer_impl=portable",
+        "model.moe.moe_token_dispatcher_type=alltoall",
     ]
     if trained_with["model"]["moe"]["expert_backend"] == "transformer_engine":
         overrides.append("model.moe.expert_backend=grouped")

@@ -18,16 +18,16 @@ from megatron_most.precision import check_fp8, fp8_backend
 
 def check_libraries(config: RunConfig) -> None:
     """Raise :class:`ConfigError` when the model needs a library that is not there. Allocates nothing."""
-    platform.model_backend(config.model.backend)
+    platform.model_backend(config.model.transformer_impl)
     check_fp8(config)
     moe = config.model.moe
     if moe.expert_backend == "transformer_engine":
         platform.require_library("Transformer Engine", "model.moe.expert_backend", moe.expert_backend)
     if moe.moe_permute_fusion:
         platform.require_library("Transformer Engine", "model.moe.moe_permute_fusion", moe.moe_permute_fusion)
-    if moe.dispatcher in ("deepep", "hybridep"):
-        library = {"deepep": "DeepEP", "hybridep": "HybridEP"}[moe.dispatcher]
-        platform.require_library(library, "model.moe.dispatcher", moe.dispatcher)
+    if moe.moe_token_dispatcher_type in ("deepep", "hybridep"):
+        library = {"deepep": "DeepEP", "hybridep": "HybridEP"}[moe.moe_token_dispatcher_type]
+        platform.require_library(library, "model.moe.moe_token_dispatcher_type", moe.moe_token_dispatcher_type)
 
 
 def build_model(config: RunConfig) -> list[MoSTModel]:
@@ -40,7 +40,7 @@ def build_model(config: RunConfig) -> list[MoSTModel]:
     """
     check_libraries(config)
     megatron = transformer_config(config)
-    backend = platform.model_backend(config.model.backend)
+    backend = platform.model_backend(config.model.transformer_impl)
     attention = config.model.attention
     rotary = None
     if attention.type == "gqa":
@@ -78,16 +78,16 @@ def count_parameters(config: RunConfig) -> dict[str, int]:
     model, moe, vocab = config.model, config.model.moe, config.vocab
     hidden = model.hidden_size
     norms = 2 * hidden
-    num_moe_layers = model.num_layers - model.num_dense_layers
-    expert = 3 * hidden * moe.ffn_hidden_size
+    num_moe_layers = model.num_layers - model.first_k_dense_replace
+    expert = 3 * hidden * moe.moe_ffn_hidden_size
     pools = {
         f"experts/{name}": num_moe_layers * len(experts) * expert
         for name, experts in ExpertGroups.from_config(moe).pools.items()
     }
-    shared = num_moe_layers * 3 * hidden * moe.shared_ffn_hidden_size
+    shared = num_moe_layers * 3 * hidden * moe.moe_shared_expert_intermediate_size
     router = num_moe_layers * moe.num_experts * hidden
     routers = router * (len(moe.groups) if moe.router_weights == "per_modality" else 1)
-    dense = model.num_dense_layers * 3 * hidden * model.ffn_hidden_size
+    dense = model.first_k_dense_replace * 3 * hidden * model.ffn_hidden_size
     trunk = model.num_layers * (_attention_size(hidden, model.attention) + norms) + hidden + shared + routers + dense
     frames = vocab.num_codebooks if vocab.codec_layout.uses_side_codes else 0
     table = hidden * (padded(vocab.size) + frames * padded(vocab.codebook_size))
@@ -103,18 +103,18 @@ def count_parameters(config: RunConfig) -> dict[str, int]:
 
 def _attention_size(hidden: int, attention: AttentionConfig) -> int:
     """Parameters of one layer's attention."""
-    heads = attention.num_heads
+    heads = attention.num_attention_heads
     if attention.type == "gqa":
-        return 2 * hidden * (heads + attention.num_query_groups) * attention.head_dim
-    head_dim = attention.qk_nope_head_dim + attention.qk_rope_head_dim
+        return 2 * hidden * (heads + attention.num_query_groups) * attention.kv_channels
+    head_dim = attention.qk_head_dim + attention.qk_pos_emb_head_dim
     if attention.q_lora_rank is None:
         query = hidden * heads * head_dim
     else:
         query = attention.q_lora_rank * (hidden + 1 + heads * head_dim)
     return (
         query
-        + hidden * (attention.kv_lora_rank + attention.qk_rope_head_dim)
+        + hidden * (attention.kv_lora_rank + attention.qk_pos_emb_head_dim)
         + attention.kv_lora_rank
-        + attention.kv_lora_rank * heads * (attention.qk_nope_head_dim + attention.v_head_dim)
+        + attention.kv_lora_rank * heads * (attention.qk_head_dim + attention.v_head_dim)
         + heads * attention.v_head_dim * hidden
     )

@@ -26,7 +26,11 @@ def convert_to_fp8(config: RunConfig, chunks: Iterable[torch.nn.Module]) -> None
     precision, num_layers = config.precision, config.model.num_layers
     for chunk in chunks:
         for layer in chunk.decoder.layers:
-            if not precision.bf16_first_layers < layer.layer_number <= num_layers - precision.bf16_last_layers:
+            if (
+                not precision.num_layers_at_start_in_bf16
+                < layer.layer_number
+                <= num_layers - precision.num_layers_at_end_in_bf16
+            ):
                 continue
             for name, module in list(layer.named_modules()):
                 if type(module) in FP8_CLASSES:

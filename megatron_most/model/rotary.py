@@ -23,9 +23,9 @@ _LLAMA3_ROTATIONS = (1.0, 4.0)
 def rotary_embedding(attention: AttentionConfig, cp_group: torch.distributed.ProcessGroup) -> RotaryEmbedding:
     """The angles of each position, for all layers. YaRN's other half is in :func:`softmax_scale`."""
     embedding = RotaryEmbedding(
-        attention.head_dim, rotary_percent=1.0, rotary_base=attention.rope.base, cp_group=cp_group
+        attention.kv_channels, rotary_percent=1.0, rotary_base=attention.rope.rotary_base, cp_group=cp_group
     )
-    rescale = {"yarn": yarn_frequencies, "llama3": llama3_frequencies}.get(attention.rope.type)
+    rescale = {"yarn": yarn_frequencies, "llama3": llama3_frequencies}.get(attention.rope.rope_type)
     if rescale is not None:
         embedding.inv_freq = rescale(embedding.inv_freq, attention.rope)
     return embedding
@@ -82,41 +82,45 @@ def yarn_frequencies(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tenso
     """YaRN's frequencies ``[d / 2]`` (arXiv 2309.00071, section 3.2) from the unscaled ones.
 
     Those that turn more than ``beta_fast`` times within the original length stay, those that turn less than
-    ``beta_slow`` times are divided by ``scaling_factor``, with a linear ramp over the indices between.
+    ``beta_slow`` times are divided by ``rotary_scaling_factor``, with a linear ramp over the indices between.
     """
 
     def index(rotations: float) -> float:
         """Where in the head the frequency stands that turns so often within the original length."""
-        return len(frequencies) * math.log(rope.original_max_position / (2 * math.pi * rotations)) / math.log(rope.base)
+        return (
+            len(frequencies)
+            * math.log(rope.original_max_position_embeddings / (2 * math.pi * rotations))
+            / math.log(rope.rotary_base)
+        )
 
     first = max(math.floor(index(rope.beta_fast)), 0)
     last = min(math.ceil(index(rope.beta_slow)), 2 * len(frequencies) - 1)
     place = torch.arange(len(frequencies), device=frequencies.device)
     slowed = ((place - first) / max(last - first, 1e-3)).clamp(0, 1)
-    return frequencies * (1 - slowed + slowed / rope.scaling_factor)
+    return frequencies * (1 - slowed + slowed / rope.rotary_scaling_factor)
 
 
 def llama3_frequencies(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
-    """Llama 3.1's frequencies ``[d / 2]`` for a context ``scaling_factor`` times the original, from the unscaled ones.
+    """Llama 3.1's frequencies ``[d / 2]`` for a context ``rotary_scaling_factor`` times the original, from the unscaled ones.
 
     Slow ones are divided by the factor, fast ones stay, those between are interpolated by how often they turn within
     the original length (as the configuration of the published weights says; factors 1 and 4 in all of them).
     """
     low, high = _LLAMA3_ROTATIONS
-    rotations = rope.original_max_position * frequencies / (2 * math.pi)
+    rotations = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
     kept = ((rotations - low) / (high - low)).clamp(0, 1)
-    return frequencies * (kept + (1 - kept) / rope.scaling_factor)
+    return frequencies * (kept + (1 - kept) / rope.rotary_scaling_factor)
 
 
 def softmax_scale(attention: AttentionConfig) -> float:
     """What grouped-query attention multiplies its logits by.
 
     YaRN (section 3.4) scales queries and keys alike by ``m(mscale) / m(mscale_all_dim)``, where
-    ``m(x) = 0.1 x ln(scaling_factor) + 1``. As all of a head is rotated, that is a factor on the logits.
+    ``m(x) = 0.1 x ln(rotary_scaling_factor) + 1``. As all of a head is rotated, that is a factor on the logits.
     """
-    scale = 1 / math.sqrt(attention.head_dim)
+    scale = 1 / math.sqrt(attention.kv_channels)
     rope = attention.rope
-    if rope.type != "yarn" or rope.scaling_factor <= 1:
+    if rope.rope_type != "yarn" or rope.rotary_scaling_factor <= 1:
         return scale
-    mscale, all_dim = (0.1 * m * math.log(rope.scaling_factor) + 1 for m in (rope.mscale, rope.mscale_all_dim))
+    mscale, all_dim = (0.1 * m * math.log(rope.rotary_scaling_factor) + 1 for m in (rope.mscale, rope.mscale_all_dim))
     return scale * (mscale / all_dim) ** 2

@@ -29,10 +29,10 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=attention.num_heads,
+        num_attention_heads=attention.num_attention_heads,
         normalization="RMSNorm",
-        layernorm_epsilon=model.norm_epsilon,
-        init_method_std=model.init_std,
+        layernorm_epsilon=model.layernorm_epsilon,
+        init_method_std=model.init_method_std,
         add_bias_linear=False,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
@@ -43,13 +43,13 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         # Experts. The router is ours (model/specs.py); it reads its own options and attaches its own losses.
         num_moe_experts=moe.num_experts,
         moe_router_topk=moe.max_top_k,
-        moe_ffn_hidden_size=moe.ffn_hidden_size,
-        moe_shared_expert_intermediate_size=moe.shared_ffn_hidden_size or None,
-        moe_layer_freq=[0] * model.num_dense_layers + [1] * (model.num_layers - model.num_dense_layers),
+        moe_ffn_hidden_size=moe.moe_ffn_hidden_size,
+        moe_shared_expert_intermediate_size=moe.moe_shared_expert_intermediate_size or None,
+        moe_layer_freq=[0] * model.first_k_dense_replace + [1] * (model.num_layers - model.first_k_dense_replace),
         moe_router_pre_softmax=True,
         moe_router_load_balancing_type="none",
         moe_router_dtype="fp32",
-        moe_shared_expert_overlap=moe.shared_expert_overlap,
+        moe_shared_expert_overlap=moe.moe_shared_expert_overlap,
         moe_permute_fusion=moe.moe_permute_fusion,
         **_dispatcher(config),
         # Parallelism.
@@ -87,16 +87,16 @@ def _transformer_engine_fp8(config: RunConfig) -> dict[str, object]:
     return {
         "fp8": precision.fp8,
         "fp8_recipe": precision.fp8_recipe,
-        "fp8_amax_history_len": precision.fp8_amax_history,
+        "fp8_amax_history_len": precision.fp8_amax_history_len,
         "fp8_amax_compute_algo": "max",
-        "first_last_layers_bf16": bool(precision.bf16_first_layers or precision.bf16_last_layers),
-        "num_layers_at_start_in_bf16": precision.bf16_first_layers,
-        "num_layers_at_end_in_bf16": precision.bf16_last_layers,
+        "first_last_layers_bf16": bool(precision.num_layers_at_start_in_bf16 or precision.num_layers_at_end_in_bf16),
+        "num_layers_at_start_in_bf16": precision.num_layers_at_start_in_bf16,
+        "num_layers_at_end_in_bf16": precision.num_layers_at_end_in_bf16,
     }
 
 
 def _dispatcher(config: RunConfig) -> dict[str, object]:
-    name = config.model.moe.dispatcher
+    name = config.model.moe.moe_token_dispatcher_type
     if name == "deepep":
         # With a capacity factor Megatron tells DeepEP which of a token's top-k places are empty, as padding's are and
         # those of modalities with a smaller top-k; no token is dropped for it, for that would be the router's doing.
@@ -123,16 +123,16 @@ def _multi_latent(attention: AttentionConfig) -> dict[str, object]:
         "multi_latent_attention": True,
         "q_lora_rank": attention.q_lora_rank,
         "kv_lora_rank": attention.kv_lora_rank,
-        "qk_head_dim": attention.qk_nope_head_dim,
-        "qk_pos_emb_head_dim": attention.qk_rope_head_dim,
+        "qk_head_dim": attention.qk_head_dim,
+        "qk_pos_emb_head_dim": attention.qk_pos_emb_head_dim,
         "v_head_dim": attention.v_head_dim,
         "qk_layernorm": True,
         "mla_down_proj_fusion": attention.mla_down_proj_fusion,
-        "rope_type": rope.type,
-        "rotary_base": rope.base,
+        "rope_type": rope.rope_type,
+        "rotary_base": rope.rotary_base,
         # The attention scales its logits by YaRN's mscale whatever the rope type; a factor of 1 leaves them alone.
-        "rotary_scaling_factor": rope.scaling_factor if rope.type == "yarn" else 1.0,
-        "original_max_position_embeddings": rope.original_max_position,
+        "rotary_scaling_factor": rope.rotary_scaling_factor if rope.rope_type == "yarn" else 1.0,
+        "original_max_position_embeddings": rope.original_max_position_embeddings,
         "beta_fast": rope.beta_fast,
         "beta_slow": rope.beta_slow,
         "mscale": rope.mscale,
@@ -144,7 +144,7 @@ def _grouped_query(attention: AttentionConfig) -> dict[str, object]:
     """The rotary embedding is not Megatron's to build: model/rotary.py does."""
     return {
         "num_query_groups": attention.num_query_groups,
-        "kv_channels": attention.head_dim,
+        "kv_channels": attention.kv_channels,
         "softmax_scale": softmax_scale(attention),
     }
 

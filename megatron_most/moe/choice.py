@@ -23,12 +23,12 @@ class ExpertChoice:
         self._top_k = torch.tensor(groups.top_k, device=device)
         self._places = torch.arange(self.max_top_k, device=device)
         self._runs: torch.Tensor | None = None
-        if any(group.n_group > 1 for group in moe.groups):
+        if any(group.moe_router_num_groups > 1 for group in moe.groups):
             # DeepSeek-V2 ranks a run by its best expert, DeepSeek-V3, which has sigmoid scores, by its two best.
-            self._experts_that_rank_a_run = 2 if moe.score_function == "sigmoid" else 1
+            self._experts_that_rank_a_run = 2 if moe.moe_router_score_function == "sigmoid" else 1
             self._runs, self._run_of = _runs(moe, groups)
             self._runs, self._run_of = self._runs.to(device), self._run_of.to(device)
-            self._topk_group = torch.tensor([group.topk_group for group in moe.groups], device=device)
+            self._topk_group = torch.tensor([group.moe_router_group_topk for group in moe.groups], device=device)
 
     def __call__(
         self, ranking: torch.Tensor, modality: torch.Tensor, is_valid: torch.Tensor
@@ -50,7 +50,7 @@ class ExpertChoice:
         return experts, self._places < (self._top_k[modality] * is_valid)[:, None]
 
     def _within_best_runs(self, ranking: torch.Tensor, modality: torch.Tensor) -> torch.Tensor:
-        """DeepSeek's group-limited routing (arXiv 2405.04434, section 2.2.2): -inf outside the best ``topk_group``."""
+        """DeepSeek's group-limited routing (arXiv 2405.04434, section 2.2.2): -inf outside the best runs."""
         num_runs, run_length = self._runs.shape[1:]
         members = F.pad(ranking, (0, 1), value=float("-inf")).gather(1, self._runs[modality].flatten(1))
         num_best = min(self._experts_that_rank_a_run, run_length)
@@ -69,12 +69,14 @@ class ExpertChoice:
 def _runs(moe: MoEConfig, groups: ExpertGroups) -> tuple[torch.Tensor, torch.Tensor]:
     """``[M, R, L]`` experts of each run, E where there is none, and ``[M, E]`` the run of each expert, R for none."""
     physical = {expert: place for place, expert in enumerate(groups.physical_to_logical)}
-    num_runs = max(group.n_group for group in moe.groups)
-    run_length = max(len(choice) // group.n_group for choice, group in zip(groups.choices, moe.groups, strict=True))
+    num_runs = max(group.moe_router_num_groups for group in moe.groups)
+    run_length = max(
+        len(choice) // group.moe_router_num_groups for choice, group in zip(groups.choices, moe.groups, strict=True)
+    )
     runs = torch.full((len(moe.groups), num_runs, run_length), groups.num_experts)
     run_of = torch.full((len(moe.groups), groups.num_experts), num_runs)
     for modality, (choice, group) in enumerate(zip(groups.choices, moe.groups, strict=True)):
-        length = len(choice) // group.n_group
+        length = len(choice) // group.moe_router_num_groups
         for place, expert in enumerate(choice):
             runs[modality, place // length, place % length] = physical[expert]
             run_of[modality, physical[expert]] = place // length

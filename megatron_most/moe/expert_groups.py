@@ -49,7 +49,7 @@ class ExpertGroups:
                 pools.get(group.modality, ()) + (common if config.num_common(group.modality) else ())
                 for group in config.groups
             ),
-            top_k=tuple(group.top_k for group in config.groups),
+            top_k=tuple(group.moe_router_topk for group in config.groups),
             physical_to_logical=_physical_order(list(pools.values()), config.expert_order, expert_parallel_size),
             expert_parallel_size=expert_parallel_size,
         )

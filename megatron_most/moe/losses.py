@@ -56,12 +56,12 @@ class RouterLosses:
             return torch.tensor([layer if value is None else value for value in own], device=device)
 
         self._coefficients: dict[str, torch.Tensor | float] = {}
-        if moe.balance_loss != "none":
-            self._coefficients["balance_loss"] = of_group("balance_coeff")
+        if moe.moe_router_load_balancing_type != "none":
+            self._coefficients["balance_loss"] = of_group("moe_aux_loss_coeff")
             is_pooled = moe.balance_scope == "pooled"
             ranks = (pg_collection.tp_cp, pg_collection.tp_dp_cp)
-            self._balance = BalanceLoss(moe.balance_loss, is_pooled, groups, device, *ranks)
-        z_coefficients = of_group("z_loss_coeff")
+            self._balance = BalanceLoss(moe.moe_router_load_balancing_type, is_pooled, groups, device, *ranks)
+        z_coefficients = of_group("moe_z_loss_coeff")
         if z_coefficients.any():
             self._coefficients["z_loss"] = z_coefficients
         if moe.orthogonality_coeff:

@@ -62,10 +62,12 @@ class ModalityAwareRouter(Router):
         self._modalities = torch.arange(len(groups.choices), device=device)[:, None]
         self._choice = ExpertChoice(moe, groups, device)
         # The order of logits is that of scores, and has no ties where scores underflow; sums need scores themselves.
-        self._ranks_by_score = moe.score_function == "sigmoid" and any(group.n_group > 1 for group in moe.groups)
+        self._ranks_by_score = moe.moe_router_score_function == "sigmoid" and any(
+            group.moe_router_num_groups > 1 for group in moe.groups
+        )
         self.expert_bias = None
-        if moe.expert_bias_update_rate > 0:
-            self.expert_bias = ExpertBias(groups, moe.expert_bias_update_rate, device)
+        if moe.moe_router_bias_update_rate > 0:
+            self.expert_bias = ExpertBias(groups, moe.moe_router_bias_update_rate, device)
         self.losses = RouterLosses(moe, groups, pg_collection, device)
         self.statistics = RoutingStatistics(groups, device)
 
@@ -97,7 +99,7 @@ class ModalityAwareRouter(Router):
         if self.training and torch.is_grad_enabled():
             group_probs = choice_distribution(scores, group_logits, self.moe)
             membership = ((modality == self._modalities) & is_valid).float()
-            num_sequences = num_rows if self.moe.balance_loss == "seq_aux_loss" else 1
+            num_sequences = num_rows if self.moe.moe_router_load_balancing_type == "seq_aux_loss" else 1
             pairs = sum_by_modality(membership, routing_map.float(), num_sequences)
             self.statistics.count(pairs.sum(dim=0), scores, group_probs, membership)
             if self.expert_bias is not None:

@@ -22,14 +22,14 @@ def expert_scores(logits: torch.Tensor, group_logits: torch.Tensor, moe: MoEConf
         published, arXiv 2601.10272). ``sigmoid``: expert by expert, 0 outside the choice (DeepSeek-V3,
         arXiv 2412.19437, eq. 15).
     """
-    if moe.score_function == "sigmoid":
+    if moe.moe_router_score_function == "sigmoid":
         return torch.sigmoid(group_logits)
     return torch.softmax(group_logits if moe.score_rule == "group" else logits, dim=-1)
 
 
 def choice_distribution(scores: torch.Tensor, group_logits: torch.Tensor, moe: MoEConfig) -> torch.Tensor:
     """``[n, E]``: the scores as a distribution over the token's choice, 0 outside, for losses and statistics."""
-    if moe.score_function == "sigmoid":
+    if moe.moe_router_score_function == "sigmoid":
         return _normalised(scores)
     return scores if moe.score_rule == "group" else torch.softmax(group_logits, dim=-1)
 
@@ -37,9 +37,9 @@ def choice_distribution(scores: torch.Tensor, group_logits: torch.Tensor, moe: M
 def gates(scores: torch.Tensor, experts: torch.Tensor, is_chosen: torch.Tensor, moe: MoEConfig) -> torch.Tensor:
     """``[n, K]``: the factor of each chosen expert's output, 0 where ``is_chosen [n, K]`` is False."""
     chosen = scores.gather(1, experts) * is_chosen
-    if moe.normalize_top_k:
+    if moe.norm_topk_prob:
         chosen = _normalised(chosen)
-    return chosen if moe.routed_scaling_factor == 1 else chosen * moe.routed_scaling_factor
+    return chosen if moe.moe_router_topk_scaling_factor == 1 else chosen * moe.moe_router_topk_scaling_factor
 
 
 def _normalised(scores: torch.Tensor) -> torch.Tensor:

@@ -32,18 +32,21 @@ def forward_flops(config: RunConfig, modality: str) -> dict[str, float]:
     """
     model, moe, attention = config.model, config.model.moe, config.model.attention
     hidden, layers = model.hidden_size, model.num_layers
-    moe_layers = layers - model.num_dense_layers
+    moe_layers = layers - model.first_k_dense_replace
     group = next(group for group in moe.groups if group.modality == modality)
     projections = sum(size for part, size, _ in attention_weights(hidden, attention, 1) if part == "attention")
     query_size, value_size = head_sizes(config)
     is_audio = modality == config.vocab.modality_names[Modality.AUDIO]
     return {
         "attention": 2.0 * layers * projections,
-        "attention_core": layers * attention.num_heads * (query_size + value_size) * (config.data.seq_length + 1.0),
-        "dense_ffn": 2.0 * model.num_dense_layers * 3 * hidden * model.ffn_hidden_size,
+        "attention_core": layers
+        * attention.num_attention_heads
+        * (query_size + value_size)
+        * (config.data.seq_length + 1.0),
+        "dense_ffn": 2.0 * model.first_k_dense_replace * 3 * hidden * model.ffn_hidden_size,
         "routers": 2.0 * moe_layers * router_rows(config) * hidden,
-        "shared_experts": 2.0 * moe_layers * 3 * hidden * moe.shared_ffn_hidden_size,
-        "experts": 2.0 * moe_layers * group.top_k * 3 * hidden * moe.ffn_hidden_size,
+        "shared_experts": 2.0 * moe_layers * 3 * hidden * moe.moe_shared_expert_intermediate_size,
+        "experts": 2.0 * moe_layers * group.moe_router_topk * 3 * hidden * moe.moe_ffn_hidden_size,
         "heads": 2.0 * hidden * (padded(config.vocab.size) + (code_rows(config) if is_audio else 0)),
     }
 
@@ -69,5 +72,5 @@ def head_sizes(config: RunConfig) -> tuple[int, int]:
     """Sizes of a head's query (or key) and of its value."""
     attention = config.model.attention
     if attention.type == "gqa":
-        return attention.head_dim, attention.head_dim
-    return attention.qk_nope_head_dim + attention.qk_rope_head_dim, attention.v_head_dim
+        return attention.kv_channels, attention.kv_channels
+    return attention.qk_head_dim + attention.qk_pos_emb_head_dim, attention.v_head_dim

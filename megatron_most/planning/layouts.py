@@ -143,7 +143,7 @@ def _message_seconds(config: RunConfig, world_size: int, gpu: Gpu, imbalance: fl
     tokens, width = _tokens(config, world_size), {"bf16": 2, "fp32": 4}[config.precision.dtype]
     row = config.model.hidden_size * width
     passes = {"none": 2, "moe": 3, "full": 3}[config.training.recompute]  # forward, backward, forward again
-    layers, moe_layers = config.model.num_layers, config.model.num_layers - config.model.num_dense_layers
+    layers, moe_layers = config.model.num_layers, config.model.num_layers - config.model.first_k_dense_replace
 
     def seconds(num_bytes: float, ranks: int, stride: int = 1) -> float:
         """Each of ``ranks`` ranks, ``stride`` apart, keeps its own share of ``num_bytes`` and sends the others."""
@@ -154,7 +154,11 @@ def _message_seconds(config: RunConfig, world_size: int, gpu: Gpu, imbalance: fl
     # around attention and around an MLP.
     total = seconds(passes * layers * 4 * tokens * tensor * row, tensor)
     total += seconds(passes * layers * 2 * tokens * context * row, context, stride=tensor)
-    pairs = tokens * parallel.expert_tensor_size * sum(shares[group.modality] * group.top_k for group in moe.groups)
+    pairs = (
+        tokens
+        * parallel.expert_tensor_size
+        * sum(shares[group.modality] * group.moe_router_topk for group in moe.groups)
+    )
     expert_ranks = parallel.expert_model_parallel_size * parallel.expert_tensor_size
     total += seconds(passes * moe_layers * 2 * pairs * row * max(expert_load(config)) * imbalance, expert_ranks)
     total += seconds(2 * tokens * pipeline * virtual * row, pipeline, stride=world_size // pipeline)

@@ -64,7 +64,7 @@ def memory_of_rank(
     master = 4 if config.precision.dtype == "bf16" else 0
     state = {part: size * (master + (4 if config.uses_muon(part) else 8)) for part, size in learning.items()}
     expert_state = sum(size for part, size in state.items() if part.startswith("experts."))
-    dense_ranks, expert_ranks = _copies(config, world_size) if config.optimizer.distributed else (1, 1)
+    dense_ranks, expert_ranks = _copies(config, world_size) if config.optimizer.use_distributed_optimizer else (1, 1)
     pairs = computed_pairs(config, expert_rank) * imbalance
     return MemoryEstimate(
         weights=sum(sizes.values()) * _width(config),
@@ -103,7 +103,7 @@ def expert_load(config: RunConfig) -> list[float]:
     per_expert = dict.fromkeys(range(groups.num_experts), 0.0)
     for group, choice in zip(moe.groups, groups.choices, strict=True):
         for expert in choice:
-            per_expert[expert] += shares[group.modality] * group.top_k / len(choice)
+            per_expert[expert] += shares[group.modality] * group.moe_router_topk / len(choice)
     loads = [
         sum(per_expert[expert] for experts in groups.local_experts(rank).values() for expert in experts)
         for rank in range(size)
@@ -114,7 +114,7 @@ def expert_load(config: RunConfig) -> list[float]:
 def _sent(config: RunConfig) -> float:
     """(token, expert) pairs that a rank sends: under sequence parallelism each has its share of the positions."""
     shares = modality_shares(config)
-    top_k = sum(shares[group.modality] * group.top_k for group in config.model.moe.groups)
+    top_k = sum(shares[group.modality] * group.moe_router_topk for group in config.model.moe.groups)
     return _positions(config) / config.parallel.tensor_model_parallel_size * top_k
 
 
@@ -129,24 +129,24 @@ def layer_activations(config: RunConfig, layer: int, pairs: float) -> tuple[floa
     tensor, context, width = parallel.tensor_model_parallel_size, parallel.context_parallel_size, _width(config)
     positions, hidden = _positions(config), model.hidden_size
     query, value = head_sizes(config)
-    key_heads = attention.num_query_groups if attention.type == "gqa" else attention.num_heads
+    key_heads = attention.num_query_groups if attention.type == "gqa" else attention.num_attention_heads
     # Split along the sequence: inputs and outputs of both norms, and the compressed queries, keys and values.
     local = 4 * hidden
     if attention.type == "mla":
-        local += 2 * attention.kv_lora_rank + attention.qk_rope_head_dim + 2 * (attention.q_lora_rank or 0)
+        local += 2 * attention.kv_lora_rank + attention.qk_pos_emb_head_dim + 2 * (attention.q_lora_rank or 0)
     # Split by head: queries, keys and values of the whole row, what attention returns.
-    heads = attention.num_heads * (query + value) + key_heads * (query + value) * context
+    heads = attention.num_attention_heads * (query + value) + key_heads * (query + value) * context
     if config.data.packing:
-        heads = heads / _PACKED_FILL + attention.num_heads * value
+        heads = heads / _PACKED_FILL + attention.num_attention_heads * value
     kept = positions / tensor * (local + heads) * width
     if context > 1:
         kept += positions * config.data.seq_length  # which keys a query may see, a byte each
     if not is_moe_layer(config, layer):
         return kept, positions / tensor * 5 * model.ffn_hidden_size * width
     # An MLP keeps gate and up, silu(gate), up, their product; an expert its input as well.
-    expert_width = moe.ffn_hidden_size / parallel.expert_tensor_size
+    expert_width = moe.moe_ffn_hidden_size / parallel.expert_tensor_size
     routed = pairs * (hidden + 5 * expert_width) * width
-    shared = positions / tensor * 5 * moe.shared_ffn_hidden_size * width
+    shared = positions / tensor * 5 * moe.moe_shared_expert_intermediate_size * width
     router = positions / tensor * 13 * moe.num_experts  # scores and probs in fp32, logits of the z-loss, the map
     return kept, routed + shared + router
 
@@ -191,7 +191,7 @@ def micro_batches_under_way(config: RunConfig, world_size: int, pipeline_rank: i
 
 def _moe_buffers(config: RunConfig, pairs: float) -> float:
     hidden, width = config.model.hidden_size, _width(config)
-    if config.model.moe.dispatcher == "allgather":
+    if config.model.moe.moe_token_dispatcher_type == "allgather":
         # Every rank is given all tokens of the group; the results of all are added up in a buffer of the same size.
         ranks = config.parallel.expert_model_parallel_size * config.parallel.expert_tensor_size
         tokens = _positions(config) / config.parallel.tensor_model_parallel_size * ranks

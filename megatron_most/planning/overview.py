@@ -58,7 +58,7 @@ def describe_run(config: RunConfig, world_size: int, imbalance: float = DEFAULT_
             *describe_parameters(config),
             f"batch: {training.global_batch_size} rows of {config.data.seq_length} positions = {positions:,} a step;"
             f" micro-batches on each data-parallel rank: {microbatches}",
-            f"training: {training.steps:,} steps, {training.steps * positions:,} positions at most",
+            f"training: {training.train_iters:,} steps, {training.train_iters * positions:,} positions at most",
             *describe_flops(config, positions),
             *describe_shards(config),
             *describe_memory(config, world_size, imbalance),
@@ -173,7 +173,7 @@ def describe_experts(moe: MoEConfig, expert_parallel_size: int) -> list[str]:
     groups = ExpertGroups.from_config(moe, expert_parallel_size)
     pools = ", ".join(f"{name} {len(experts)}" for name, experts in groups.pools.items())
     choices = ", ".join(
-        f"{group.modality} {group.top_k} of {len(choice)}"
+        f"{group.modality} {group.moe_router_topk} of {len(choice)}"
         for group, choice in zip(moe.groups, groups.choices, strict=True)
     )
     lines = [f"experts in each MoE layer: {pools}; a token is sent to: {choices}"]

@@ -28,7 +28,7 @@ def stage_layers(config: RunConfig, pipeline_rank: int) -> list[int]:
 
 
 def is_moe_layer(config: RunConfig, layer: int) -> bool:
-    return layer >= config.model.num_dense_layers
+    return layer >= config.model.first_k_dense_replace
 
 
 def shard_sizes(config: RunConfig, pipeline_rank: int, expert_rank: int) -> dict[str, int]:
@@ -66,29 +66,29 @@ def _layer(config: RunConfig, layer: int, expert_rank: int) -> Iterator[tuple[st
         yield "dense_ffn", 3 * hidden * model.ffn_hidden_size, tensor
         return
     yield "routers", router_rows(config) * hidden, 1
-    if moe.shared_ffn_hidden_size:
-        yield "shared_experts", 3 * hidden * moe.shared_ffn_hidden_size, tensor
+    if moe.moe_shared_expert_intermediate_size:
+        yield "shared_experts", 3 * hidden * moe.moe_shared_expert_intermediate_size, tensor
     local = ExpertGroups.from_config(moe, parallel.expert_model_parallel_size).local_experts(expert_rank)
     for pool, experts in local.items():
-        yield f"experts.{pool}", len(experts) * 3 * hidden * moe.ffn_hidden_size, parallel.expert_tensor_size
+        yield f"experts.{pool}", len(experts) * 3 * hidden * moe.moe_ffn_hidden_size, parallel.expert_tensor_size
 
 
 def attention_weights(hidden: int, attention: AttentionConfig, tensor: int) -> Iterator[tuple[str, int, int]]:
     """(part, parameters, ranks they are split over) of one layer's attention; down projections are replicated."""
-    heads = attention.num_heads
+    heads = attention.num_attention_heads
     if attention.type == "gqa":
-        yield "attention", 2 * hidden * (heads + attention.num_query_groups) * attention.head_dim, tensor
+        yield "attention", 2 * hidden * (heads + attention.num_query_groups) * attention.kv_channels, tensor
         return
-    head_dim = attention.qk_nope_head_dim + attention.qk_rope_head_dim
+    head_dim = attention.qk_head_dim + attention.qk_pos_emb_head_dim
     if attention.q_lora_rank is None:
         yield "attention", hidden * heads * head_dim, tensor
     else:
         yield "attention", hidden * attention.q_lora_rank, 1
         yield "norms", attention.q_lora_rank, 1
         yield "attention", attention.q_lora_rank * heads * head_dim, tensor
-    yield "attention", hidden * (attention.kv_lora_rank + attention.qk_rope_head_dim), 1
+    yield "attention", hidden * (attention.kv_lora_rank + attention.qk_pos_emb_head_dim), 1
     yield "norms", attention.kv_lora_rank, 1
-    yield "attention", attention.kv_lora_rank * heads * (attention.qk_nope_head_dim + attention.v_head_dim), tensor
+    yield "attention", attention.kv_lora_rank * heads * (attention.qk_head_dim + attention.v_head_dim), tensor
     yield "attention", heads * attention.v_head_dim * hidden, tensor
 
 

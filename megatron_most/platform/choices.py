@@ -25,7 +25,7 @@ class Choice:
 
 
 def model_backend(wanted: str) -> str:
-    """``transformer_engine`` or ``portable`` for ``model.backend``.
+    """``transformer_engine`` or ``portable`` for ``model.transformer_impl``.
 
     Raises:
         ConfigError: Transformer Engine is asked for by name and is not there.
@@ -33,7 +33,7 @@ def model_backend(wanted: str) -> str:
     if wanted == "auto":
         return "transformer_engine" if torch.cuda.is_available() and has_library("Transformer Engine") else "portable"
     if wanted == "transformer_engine":
-        require_library("Transformer Engine", "model.backend", wanted)
+        require_library("Transformer Engine", "model.transformer_impl", wanted)
     return wanted
 
 

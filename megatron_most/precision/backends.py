@@ -20,13 +20,13 @@ def fp8_backend(config: RunConfig) -> str:
     """
     precision = config.precision
     field = f"precision.fp8={precision.fp8!r}, fp8_backend={precision.fp8_backend!r}"
-    is_engine = platform.model_backend(config.model.backend) == "transformer_engine"
+    is_engine = platform.model_backend(config.model.transformer_impl) == "transformer_engine"
     backend = precision.fp8_backend
     if backend == "auto":
         backend = "transformer_engine" if is_engine else "torch"
     if is_engine != (backend == "transformer_engine"):
         wanted = "transformer_engine" if backend == "transformer_engine" else "portable"
-        raise ConfigError(f"{field}: needs model.backend={wanted}")
+        raise ConfigError(f"{field}: needs model.transformer_impl={wanted}")
     if backend == "transformer_engine":
         _check_transformer_engine(config, field)
     if backend == "torch":
@@ -47,10 +47,12 @@ def _check_transformer_engine(config: RunConfig, field: str) -> None:
     precision, moe = config.precision, config.model.moe
     if moe.expert_backend != "transformer_engine":
         raise ConfigError(f"{field}: experts need model.moe.expert_backend=transformer_engine")
-    if precision.fp8_recipe == "delayed" and (precision.bf16_first_layers or precision.bf16_last_layers):
+    if precision.fp8_recipe == "delayed" and (
+        precision.num_layers_at_start_in_bf16 or precision.num_layers_at_end_in_bf16
+    ):
         raise ConfigError(
-            f"{field}: Transformer Engine's delayed scaling knows no layers in bf16: set precision.bf16_first_layers"
-            " and bf16_last_layers to 0, or take another recipe"
+            f"{field}: Transformer Engine's delayed scaling knows no layers in bf16: set precision.num_layers_at_start_in_bf16"
+            " and num_layers_at_end_in_bf16 to 0, or take another recipe"
         )
 
 

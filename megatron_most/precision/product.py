@@ -38,7 +38,7 @@ class Fp8Product:
         self.count = count
         self.history: AmaxHistory | None = None
         if self.recipe == "delayed":
-            self.history = AmaxHistory(precision.fp8_amax_history, count, torch.cuda.current_device())
+            self.history = AmaxHistory(precision.fp8_amax_history_len, count, torch.cuda.current_device())
         self.is_recording = True
         self.rows = self.padded_rows = 0
 

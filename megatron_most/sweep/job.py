@@ -110,7 +110,7 @@ class Job:
         """What to say of training that ended well and early; one that is asked to stop saves and leaves with 0."""
         from megatron_most.checkpointing import read_metadata  # takes seconds, of every job
 
-        steps = load_config(directory / CONFIG).training.steps
+        steps = load_config(directory / CONFIG).training.train_iters
         try:
             reached = read_metadata(directory).step
         except MostError as error:

@@ -121,7 +121,7 @@ def describe_runs(sweep: Sweep, runs: list[PlannedRun]) -> str:
     for variant, mine in by_variant(runs):
         first = mine[0]
         training = first.config.training
-        positions = training.steps * training.global_batch_size * first.config.data.seq_length
+        positions = training.train_iters * training.global_batch_size * first.config.data.seq_length
         name = f"{variant.name}{' (baseline)' if variant.choices == sweep.baseline.choices else ''}"
         table.append(
             (

@@ -27,7 +27,7 @@ class BudgetConfig:
     """
 
     match: str = "none"
-    width: str = "model.moe.ffn_hidden_size"
+    width: str = "model.moe.moe_ffn_hidden_size"
     multiple: int = 8
     tolerance: float = 0.02
 

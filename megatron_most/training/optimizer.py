@@ -35,13 +35,13 @@ def wrap_model(config: RunConfig, model_chunks: list[MoSTModel]) -> list[Distrib
     options = config.optimizer
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=options.overlap,
+        overlap_grad_reduce=options.overlap_grad_reduce,
         # Not for parameters: a module would have to be called before its parameters are used, and in the order of their
         # registration, which codebook tables are not.
         overlap_param_gather=False,
-        use_distributed_optimizer=options.distributed,
+        use_distributed_optimizer=options.use_distributed_optimizer,
     )
-    if options.overlap:
+    if options.overlap_grad_reduce:
         # As Megatron would by itself; here because the layout of the buffers is made before them.
         ddp_config.bucket_size = _bucket_size()
     is_first_stage = parallel_state.get_pipeline_model_parallel_rank() == 0
@@ -50,7 +50,7 @@ def wrap_model(config: RunConfig, model_chunks: list[MoSTModel]) -> list[Distrib
         module = Float16Module(megatron, chunk) if config.precision.dtype == "bf16" else chunk
         # As in Megatron's own training loop: with virtual stages, only the first chunk is worth splitting into buckets.
         is_split = is_first_stage and index == 0
-        layout = _buffer_layout(module, ddp_config, is_split) if options.distributed else None
+        layout = _buffer_layout(module, ddp_config, is_split) if options.use_distributed_optimizer else None
         wrapped.append(
             DistributedDataParallel(megatron, ddp_config, module, disable_bucketing=index > 0, full_param_layout=layout)
         )
@@ -109,23 +109,23 @@ def build_optimizer(config: RunConfig, wrapped: list[DistributedDataParallel]) -
         lr=options.lr,
         min_lr=options.min_lr,
         weight_decay=options.weight_decay,
-        adam_beta1=options.beta1,
-        adam_beta2=options.beta2,
-        adam_eps=options.eps,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_eps=options.adam_eps,
         clip_grad=options.clip_grad,
         grad_norm_skip_threshold=math.inf
         if options.grad_norm_skip_threshold is None
         else options.grad_norm_skip_threshold,
         bf16=config.precision.dtype == "bf16",
         params_dtype=torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32,
-        use_distributed_optimizer=options.distributed,
+        use_distributed_optimizer=options.use_distributed_optimizer,
     )
     overrides = {**get_standard_config_overrides(megatron_config), **group_overrides(config, wrapped)}
     optimizer = get_megatron_optimizer(megatron_config, wrapped, overrides)
     megatron = wrapped[0].config
     megatron.finalize_model_grads_func = finalize_model_grads
     megatron.grad_scale_func = optimizer.scale_loss
-    if options.overlap:
+    if options.overlap_grad_reduce:
         # Reduce gradients once, with the last micro-batch, not with each.
         no_sync = [chunk.no_sync for chunk in wrapped]
         megatron.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
@@ -144,9 +144,9 @@ def build_scheduler(config: RunConfig, optimizer: MegatronOptimizer, num_updates
         init_lr=0.0,
         max_lr=options.lr,
         min_lr=options.min_lr,
-        lr_warmup_steps=options.warmup_steps,
-        lr_decay_steps=config.training.steps,
-        lr_decay_style=options.decay_style,
+        lr_warmup_steps=options.lr_warmup_iters,
+        lr_decay_steps=config.training.train_iters,
+        lr_decay_style=options.lr_decay_style,
         start_wd=options.weight_decay,
         end_wd=options.weight_decay,
         wd_incr_steps=0,

@@ -53,7 +53,7 @@ class MetricsLog(StepHook):
 
     def __init__(self, trainer: Trainer) -> None:
         config = trainer.config
-        self.interval, self.num_steps = config.logging.interval, config.training.steps
+        self.interval, self.num_steps = config.logging.log_interval, config.training.train_iters
         self.writer: MetricsWriter | None = None
         self._began = self._seconds = 0.0
         self._steps = self._tokens = 0
@@ -62,7 +62,7 @@ class MetricsLog(StepHook):
             self.writer = MetricsWriter(
                 trainer.run_dir,
                 config.logging,
-                config.training.steps,
+                config.training.train_iters,
                 trainer.state.step,
                 config.vocab.modality_names,
                 dataclasses.asdict(config),
@@ -124,7 +124,7 @@ class Validation(StepHook):
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         state, training = trainer.state, trainer.config.training
-        if not training.eval_interval or (state.step % training.eval_interval and state.step != training.steps):
+        if not training.eval_interval or (state.step % training.eval_interval and state.step != training.train_iters):
             return
         losses = validate(state.wrapped, self._datasets, state.loss_table)
         if self._log.writer is not None and losses:
@@ -132,7 +132,7 @@ class Validation(StepHook):
 
 
 class Checkpoints(StepHook):
-    """Saves every ``checkpoint.interval`` steps and after the last one; in the background while training goes on.
+    """Saves every ``checkpoint.save_interval`` steps and after the last one; in the background while training goes on.
 
     Args:
         tokenizer, codec, datasets: fingerprints of what the run is fed with.
@@ -150,7 +150,7 @@ class Checkpoints(StepHook):
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         if self._saving is not None and not trainer.is_any_writing and self._saving.advance():
             self._saving = None
-        if trainer.ends or trainer.state.step % trainer.config.checkpoint.interval == 0:
+        if trainer.ends or trainer.state.step % trainer.config.checkpoint.save_interval == 0:
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
@@ -177,9 +177,9 @@ class Checkpoints(StepHook):
             state.model_chunks,
             state.optimizer,
             options.keep_last,
-            options.keep_every,
+            options.save_retain_interval,
         )
-        if options.asynchronous and not trainer.ends:
+        if options.async_save and not trainer.ends:
             self._saving = CheckpointSave(*arguments)
         else:
             save_checkpoint(*arguments)

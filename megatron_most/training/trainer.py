@@ -56,10 +56,10 @@ class Trainer:
     @property
     def ends(self) -> bool:
         """Whether training ends with the step that was taken last."""
-        return self.is_stopping or self.state.step == self.config.training.steps
+        return self.is_stopping or self.state.step == self.config.training.train_iters
 
     def run(self) -> None:
-        """Train to ``training.steps`` or until the process is asked to stop; either way the last step is saved.
+        """Train to ``training.train_iters`` or until the process is asked to stop; either way the last step is saved.
 
         Raises:
             MostError: one line for the user, raised on one rank; the others leave with status 1.
@@ -73,8 +73,8 @@ class Trainer:
         on_rank_zero(lambda: check_same_run(config))
         resume_from = on_rank_zero(self._find_checkpoint)
         metadata = None if resume_from is None else on_rank_zero(lambda: read_metadata(resume_from))
-        if metadata is not None and metadata.step >= config.training.steps:
-            self.say(f"{resume_from}: already trained for training.steps={config.training.steps}")
+        if metadata is not None and metadata.step >= config.training.train_iters:
+            self.say(f"{resume_from}: already trained for training.train_iters={config.training.train_iters}")
         else:
             # Whatever can be wrong with what the run reads is found before anything is written.
             on_rank_zero(lambda: require_installed(config.logging))
@@ -172,7 +172,7 @@ class Trainer:
             raise
         for hook in self.hooks:
             hook.close()
-        steps = self.config.training.steps
+        steps = self.config.training.train_iters
         if self.state.step < steps:
             who = stop.signal or "another rank"
             self.say(f"stopped by {who} after step {self.state.step}, saved; run again to continue")

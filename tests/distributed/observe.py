@@ -26,7 +26,7 @@ from tests.distributed.tiny import tiny_batch, tiny_config
 ROWS = 4
 """Rows of a global batch, whatever the layout."""
 
-STEADY = {"optimizer__lr": 1e-2, "optimizer__eps": 1e-3}
+STEADY = {"optimizer__lr": 1e-2, "optimizer__adam_eps": 1e-3}
 """AdamW's first step is lr * g / (|g| + eps): this eps keeps rounding of tiny gradients from becoming whole steps."""
 
 BatchMaker = Callable[[RunConfig, int], list[Batch]]
@@ -115,7 +115,7 @@ def _copies(chunks: list[torch.nn.Module]) -> list[Piece]:
 
 def _gradients(config: RunConfig, wrapped: list[DistributedDataParallel], chunks: list[torch.nn.Module]) -> list[Piece]:
     """Pieces of the gradients of all weights that have one."""
-    if config.optimizer.distributed:
+    if config.optimizer.use_distributed_optimizer:
         # A rank has reduced gradients in its share of each bucket only.
         for chunk in wrapped:
             for buffer in chunk.buffers + chunk.expert_parallel_buffers:

@@ -18,9 +18,13 @@ from tests.distributed.tiny import tiny_batch
 
 pytestmark = pytest.mark.invariance
 
-UNSHARDED = {"optimizer__distributed": False, "optimizer__overlap": False}
+UNSHARDED = {"optimizer__use_distributed_optimizer": False, "optimizer__overlap_grad_reduce": False}
 EP, PP = "parallel__expert_model_parallel_size", "parallel__pipeline_model_parallel_size"
-DISPATCHER, ORDER, RECOMPUTE = "model__moe__dispatcher", "model__moe__expert_order", "training__recompute"
+DISPATCHER, ORDER, RECOMPUTE = (
+    "model__moe__moe_token_dispatcher_type",
+    "model__moe__expert_order",
+    "training__recompute",
+)
 # In contiguous order whole ranks hold the experts of one modality.
 CONTIGUOUS = {ORDER: "contiguous"}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {

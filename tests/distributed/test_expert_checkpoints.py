@@ -27,7 +27,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ep2 sequential interleaved": (2, {EP: 2, BACKEND: "sequential"}),
     "ep1 grouped contiguous": (1, {ORDER: "contiguous"}),
     "ep4 grouped interleaved": (4, {EP: 4}),
-    "ep2 grouped contiguous, plain optimizer": (2, {EP: 2, ORDER: "contiguous", "optimizer__distributed": False}),
+    "ep2 grouped contiguous, plain optimizer": (
+        2,
+        {EP: 2, ORDER: "contiguous", "optimizer__use_distributed_optimizer": False},
+    ),
     "tp2 etp2 grouped": (2, {TP: 2}),
     "tp2 etp1 grouped, copies on both ranks": (2, {TP: 2, ETP: 1}),
     "ep2 sequential contiguous": (2, {EP: 2, BACKEND: "sequential", ORDER: "contiguous"}),
@@ -35,8 +38,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def config_of(layout: str) -> RunConfig:
-    groups = "[{modality: text, experts: [5, 0, 3, 1], top_k: 2}, {modality: audio, experts: [7, 2, 4], top_k: 1}]"
-    moe = {"model__moe__common__experts": "[6]", "model__moe__expert_bias_update_rate": 1e-2}
+    groups = "[{modality: text, experts: [5, 0, 3, 1], moe_router_topk: 2}, {modality: audio, experts: [7, 2, 4], moe_router_topk: 1}]"
+    moe = {"model__moe__common__experts": "[6]", "model__moe__moe_router_bias_update_rate": 1e-2}
     return tiny_config(model__moe__groups=groups, model__num_layers=2, **moe, **LAYOUTS[layout][1])
 
 

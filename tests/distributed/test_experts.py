@@ -21,13 +21,13 @@ pytestmark = pytest.mark.invariance
 TP, EP = "parallel__tensor_model_parallel_size", "parallel__expert_model_parallel_size"
 ETP = "parallel__expert_tensor_parallel_size"
 BACKEND, ORDER = "model__moe__expert_backend", "model__moe__expert_order"
-DISPATCHER, OVERLAP = "model__moe__dispatcher", "model__moe__shared_expert_overlap"
+DISPATCHER, OVERLAP = "model__moe__moe_token_dispatcher_type", "model__moe__moe_shared_expert_overlap"
 RECOMPUTE = "training__recompute"
 
 # Unequal groups, unequal top-k and common experts: pools of 3, 3 and 2, lists that interleave them.
 EXPERTS = {
-    "model__moe__groups": "[{modality: text, experts: [5, 0, 3], top_k: 3},"
-    " {modality: audio, experts: [7, 2, 4], top_k: 1}]",
+    "model__moe__groups": "[{modality: text, experts: [5, 0, 3], moe_router_topk: 3},"
+    " {modality: audio, experts: [7, 2, 4], moe_router_topk: 1}]",
     "model__moe__common__experts": "[1, 6]",
     "training__global_batch_size": 4,
 }
@@ -54,7 +54,14 @@ CASES = {
 
 def one_pass(overrides: dict[str, Any]) -> tuple[list[list[float]], list[Piece]]:
     """Metric table and this rank's pieces of every gradient after four micro-batches."""
-    config = tiny_config(**{"optimizer__distributed": False, "optimizer__overlap": False, **EXPERTS, **overrides})
+    config = tiny_config(
+        **{
+            "optimizer__use_distributed_optimizer": False,
+            "optimizer__overlap_grad_reduce": False,
+            **EXPERTS,
+            **overrides,
+        }
+    )
     parallel.initialize(config.parallel, seed=1)
     state = build_train_state(config, fill_weights)
     table = sum_over_ranks(compute_gradients(state, own_share([tiny_batch(config, seed) for seed in range(4)])))

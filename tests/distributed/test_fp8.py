@@ -55,7 +55,7 @@ def test_the_layers_in_between_compute_in_fp8_and_nothing_else_does() -> None:
 
 
 def test_first_and_last_layers_are_the_models_not_the_stages() -> None:
-    config = fp8_config(parallel__pipeline_model_parallel_size=2, precision__bf16_first_layers=0)
+    config = fp8_config(parallel__pipeline_model_parallel_size=2, precision__num_layers_at_start_in_bf16=0)
     first, last = run_ranks(2, names_in_fp8, config)
     assert {name.split(".")[2] for name in first} == {"0", "1"}
     assert {name.split(".")[2] for name in last} == {"0"}  # a stage counts its own layers
@@ -73,14 +73,18 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 def train(overrides: dict[str, Any], num_steps: int = 3, num_batches: int = 3) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step; weights and batches are the same in every layout."""
-    config = fp8_config(**{**STEADY, "optimizer__decay_style": "constant", **overrides})
+    config = fp8_config(**{**STEADY, "optimizer__lr_decay_style": "constant", **overrides})
     parallel.initialize(config.parallel, seed=1)
     state = build_train_state(config, fill_weights)
     results = [train_step(state, own_share(mixed_batches(config, step % num_batches))) for step in range(num_steps)]
     return [(result.mean_losses["loss"], result.grad_norm) for result in results]
 
 
-SAVED = {"precision__fp8_recipe": "delayed", "precision__fp8_amax_history": 2, "optimizer__overlap": False}
+SAVED = {
+    "precision__fp8_recipe": "delayed",
+    "precision__fp8_amax_history_len": 2,
+    "optimizer__overlap_grad_reduce": False,
+}
 READERS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "tp2, sequential": (2, {"parallel__tensor_model_parallel_size": 2, "model__moe__expert_backend": "sequential"}),
@@ -188,7 +192,7 @@ def first_routing(overrides: dict[str, Any]) -> list[Any]:
 
 
 def test_routing_before_the_first_layer_in_fp8_is_untouched_and_after_it_moves_little() -> None:
-    last = {"precision__bf16_first_layers": 2, "precision__bf16_last_layers": 0}
+    last = {"precision__num_layers_at_start_in_bf16": 2, "precision__num_layers_at_end_in_bf16": 0}
     ((with_fp8, (padded, rows)),) = run_ranks(1, first_routing, last)
     ((without, none),) = run_ranks(1, first_routing, {**last, "precision__fp8": "off"})
     assert len(with_fp8) == 3  # MoE layers 2 to 4, of which 3 and 4 are in FP8
@@ -251,8 +255,11 @@ def pool_output(config: RunConfig, tokens: torch.Tensor, probs: torch.Tensor) ->
         ({"precision__fp8_backend": "torch", "precision__dtype": "bf16"}, "needs a GPU with FP8"),
         ({"precision__fp8_recipe": "mxfp8"}, "precision.fp8='hybrid': mxfp8"),
         ({"precision__bf16_expert_pools": "[sound]"}, "bf16_expert_pools='sound': must be one of text, audio"),
-        ({"precision__bf16_first_layers": 3}, "leaves none of 4 layers"),
-        ({"model__moe__ffn_hidden_size": 72}, "ffn_hidden_size=72: each rank's share, 72, must be divisible by 16"),
+        ({"precision__num_layers_at_start_in_bf16": 3}, "leaves none of 4 layers"),
+        (
+            {"model__moe__moe_ffn_hidden_size": 72},
+            "moe_ffn_hidden_size=72: each rank's share, 72, must be divisible by 16",
+        ),
         ({"model__attention__kv_lora_rank": 24}, "kv_lora_rank=24: each rank's share, 24"),
         ({"data__seq_length": 28}, "data.seq_length=28: gives 56 positions"),
     ],

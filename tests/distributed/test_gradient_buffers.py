@@ -53,7 +53,7 @@ def wrap(overrides: dict[str, Any]) -> tuple[list[bool], list[str]]:
 @pytest.mark.parametrize(
     "world_size, overrides",
     [
-        (1, {"optimizer__overlap": False}),
+        (1, {"optimizer__overlap_grad_reduce": False}),
         (2, {PP: 2, VPP: 2}),
         (4, {EP: 2, "training__micro_batch_size": 1, "optimizer__lr_scales": [{"part": "attention", "scale": 0}]}),
         (4, {TP: 2, CP: 2}),

@@ -18,7 +18,7 @@ EP, ETP = "parallel__expert_model_parallel_size", "parallel__expert_tensor_paral
 CP = "parallel__context_parallel_size"
 VPP = "parallel__virtual_pipeline_model_parallel_size"
 MICRO, RECOMPUTE = "training__micro_batch_size", "training__recompute"
-UNSHARDED = {"optimizer__distributed": False, "optimizer__overlap": False}
+UNSHARDED = {"optimizer__use_distributed_optimizer": False, "optimizer__overlap_grad_reduce": False}
 Overrides = dict[str, Any]
 
 LAYOUTS: dict[str, tuple[int, Overrides]] = {
@@ -27,7 +27,7 @@ LAYOUTS: dict[str, tuple[int, Overrides]] = {
     "tp2": (2, {TP: 2}),
     "tp2-etp1": (2, {TP: 2, ETP: 1}),
     "ep2": (2, {EP: 2}),
-    "ep2-allgather": (2, {EP: 2, "model__moe__dispatcher": "allgather"}),
+    "ep2-allgather": (2, {EP: 2, "model__moe__moe_token_dispatcher_type": "allgather"}),
     "ep2-contiguous": (2, {EP: 2, "model__moe__expert_order": "contiguous"}),
     "pp2": (2, {PP: 2}),
     "pp2-vpp2": (2, {PP: 2, VPP: 2}),
@@ -35,7 +35,7 @@ LAYOUTS: dict[str, tuple[int, Overrides]] = {
     "dp2": (2, {}),
     "dp2-unsharded": (2, UNSHARDED),
     "ep4": (4, {EP: 4, MICRO: 1}),
-    "ep4-allgather": (4, {EP: 4, MICRO: 1, "model__moe__dispatcher": "allgather"}),
+    "ep4-allgather": (4, {EP: 4, MICRO: 1, "model__moe__moe_token_dispatcher_type": "allgather"}),
     "tp2-ep2-etp1": (4, {TP: 2, EP: 2, ETP: 1}),
     "tp2-ep2-etp2": (4, {TP: 2, EP: 2}),
     "tp2-pp2": (4, {TP: 2, PP: 2}),
@@ -43,7 +43,7 @@ LAYOUTS: dict[str, tuple[int, Overrides]] = {
     "tp2-ep2-cp2": (4, {TP: 2, EP: 2, CP: 2}),
     "pp2-vpp2-ep2": (4, {PP: 2, VPP: 2, EP: 2, MICRO: 1}),
     "dp2-ep2": (4, {EP: 2, MICRO: 1}),
-    "dp2-ep2-no-overlap": (4, {EP: 2, MICRO: 1, "optimizer__overlap": False}),
+    "dp2-ep2-no-overlap": (4, {EP: 2, MICRO: 1, "optimizer__overlap_grad_reduce": False}),
     "dp2-ep2-unsharded": (4, {EP: 2, MICRO: 1, **UNSHARDED}),
 }
 EIGHT_RANKS: dict[str, tuple[int, Overrides]] = {
@@ -59,27 +59,37 @@ MODES = {"none": 5, "moe": 2, "full": 2}
 """Recomputation -> optimizer steps."""
 
 THREE_MODALITIES = [
-    {"modality": "text", "size": 3, "top_k": 2},
-    {"modality": "audio", "size": 4, "top_k": 3, "n_group": 3, "topk_group": 2},
-    {"modality": "image", "size": 3, "top_k": 1, "balance_coeff": 0.03, "z_loss_coeff": 0.0},
+    {"modality": "text", "size": 3, "moe_router_topk": 2},
+    {"modality": "audio", "size": 4, "moe_router_topk": 3, "moe_router_num_groups": 3, "moe_router_group_topk": 2},
+    {"modality": "image", "size": 3, "moe_router_topk": 1, "moe_aux_loss_coeff": 0.03, "moe_z_loss_coeff": 0.0},
 ]
 VARIANTS: dict[str, Overrides] = {
     "packed": {"data__packing": True, "data__document_multiple": 4, MICRO: 1},
     "q-lora": {"model__attention__q_lora_rank": 20},
-    "gqa": {"model__attention__type": "gqa", "model__attention__num_query_groups": 2, "model__attention__head_dim": 12},
+    "gqa": {
+        "model__attention__type": "gqa",
+        "model__attention__num_query_groups": 2,
+        "model__attention__kv_channels": 12,
+    },
     "score-all": {"model__moe__score_rule": "all", "model__moe__expert_order": "contiguous"},
     "sequential": {"model__moe__expert_backend": "sequential"},
     # Everything of the router that the defaults leave out.
     "sigmoid": {
         "model__moe__groups": [
-            {"modality": "text", "size": 4, "top_k": 3, "n_group": 3, "topk_group": 2},
-            {"modality": "audio", "size": 2, "top_k": 1},
+            {
+                "modality": "text",
+                "size": 4,
+                "moe_router_topk": 3,
+                "moe_router_num_groups": 3,
+                "moe_router_group_topk": 2,
+            },
+            {"modality": "audio", "size": 2, "moe_router_topk": 1},
         ],
         "model__moe__common__size": 2,
-        "model__moe__score_function": "sigmoid",
-        "model__moe__normalize_top_k": True,
-        "model__moe__routed_scaling_factor": 2.5,
-        "model__moe__expert_bias_update_rate": 1e-2,
+        "model__moe__moe_router_score_function": "sigmoid",
+        "model__moe__norm_topk_prob": True,
+        "model__moe__moe_router_topk_scaling_factor": 2.5,
+        "model__moe__moe_router_bias_update_rate": 1e-2,
         "model__moe__orthogonality_coeff": 1e-2,
     },
     "modalities": {
@@ -88,11 +98,11 @@ VARIANTS: dict[str, Overrides] = {
         "model__moe__common": {"size": 2, "modalities": ["audio", "image"]},
         "model__moe__router_weights": "per_modality",
     },
-    "micro-batch-balance": {"model__moe__balance_loss": "aux_loss"},
+    "micro-batch-balance": {"model__moe__moe_router_load_balancing_type": "aux_loss"},
     "global-balance": {
-        "model__moe__balance_loss": "global_aux_loss",
+        "model__moe__moe_router_load_balancing_type": "global_aux_loss",
         "model__moe__balance_scope": "pooled",
-        "model__moe__normalize_top_k": True,
+        "model__moe__norm_topk_prob": True,
     },
 }
 RECOMPUTED: dict[str, tuple[int, Overrides]] = {"pp2-recompute": (2, {PP: 2, RECOMPUTE: "full"})}

@@ -16,7 +16,7 @@ from tests.distributed.test_resharding import Run
 
 TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
 EP, CP = "parallel__expert_model_parallel_size", "parallel__context_parallel_size"
-UNSHARDED = {"optimizer__distributed": False, "optimizer__overlap": False}
+UNSHARDED = {"optimizer__use_distributed_optimizer": False, "optimizer__overlap_grad_reduce": False}
 FUSION, RANK = "model__attention__mla_down_proj_fusion", "model__attention__q_lora_rank"
 TWO: dict[str, Any] = {RANK: 20}
 ONE: dict[str, Any] = {RANK: 20, FUSION: True}

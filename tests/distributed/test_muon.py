@@ -30,12 +30,12 @@ TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_paral
 EP, ETP = "parallel__expert_model_parallel_size", "parallel__expert_tensor_parallel_size"
 CP, VPP = "parallel__context_parallel_size", "parallel__virtual_pipeline_model_parallel_size"
 BACKEND, MICRO = "model__moe__expert_backend", "training__micro_batch_size"
-GQA = {"model__attention__type": "gqa", "model__attention__num_query_groups": 2, "model__attention__head_dim": 12}
+GQA = {"model__attention__type": "gqa", "model__attention__num_query_groups": 2, "model__attention__kv_channels": 12}
 ROUTERS = {"model__moe__router_weights": "per_modality"}
 
 MUON: dict[str, Any] = {
     "optimizer__optimizer": "muon",
-    "optimizer__distributed": False,
+    "optimizer__use_distributed_optimizer": False,
     # In bf16 the iterations would turn the rounding of sums into steps.
     "optimizer__muon_fp32_matmul_prec": "highest",
     "optimizer__lr_scales": [{"part": "experts.audio", "scale": 0.5}, {"part": "shared_experts", "scale": 0}],

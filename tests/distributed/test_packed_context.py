@@ -30,17 +30,17 @@ PACKED = {**ROWS, "data__packing": True, "data__document_multiple": MULTIPLE}
 ATTENTION: dict[str, dict[str, Any]] = {
     "mla": {
         "model__attention__q_lora_rank": 20,
-        "model__attention__rope__type": "yarn",
-        "model__attention__rope__original_max_position": 16,
-        "model__attention__rope__scaling_factor": 4,
+        "model__attention__rope__rope_type": "yarn",
+        "model__attention__rope__original_max_position_embeddings": 16,
+        "model__attention__rope__rotary_scaling_factor": 4,
     },
     "gqa": {
         "model__attention__type": "gqa",
         "model__attention__num_query_groups": 2,
-        "model__attention__head_dim": 12,
-        "model__attention__rope__type": "llama3",
-        "model__attention__rope__original_max_position": 16,
-        "model__attention__rope__scaling_factor": 4,
+        "model__attention__kv_channels": 12,
+        "model__attention__rope__rope_type": "llama3",
+        "model__attention__rope__original_max_position_embeddings": 16,
+        "model__attention__rope__rotary_scaling_factor": 4,
     },
 }
 LAYOUTS = {
@@ -52,7 +52,7 @@ SLOW_LAYOUTS = {
     "pp2-cp2-recompute": (4, {PP: 2, CP: 2, "training__recompute": "full"}),
     "cp2-ep2-recompute": (2, {CP: 2, EP: 2, "training__recompute": "moe"}),
 }
-UNSHARDED = {"optimizer__distributed": False, "optimizer__overlap": False}
+UNSHARDED = {"optimizer__use_distributed_optimizer": False, "optimizer__overlap_grad_reduce": False}
 
 
 def packed_rows(config: RunConfig, step: int) -> list[Batch]:

@@ -39,7 +39,7 @@ SCALES, RECOMPUTE, CLIP = "optimizer__lr_scales", "training__recompute", "optimi
 TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
 EP, VPP = "parallel__expert_model_parallel_size", "parallel__virtual_pipeline_model_parallel_size"
 ORDER, BACKEND, MICRO = "model__moe__expert_order", "model__moe__expert_backend", "training__micro_batch_size"
-UNSHARDED = {"optimizer__distributed": False, "optimizer__overlap": False}
+UNSHARDED = {"optimizer__use_distributed_optimizer": False, "optimizer__overlap_grad_reduce": False}
 
 RATES = {
     "audio experts": "[{part: experts.audio, scale: 1}, {part: rest, scale: 0}]",
@@ -50,7 +50,7 @@ RATES = {
     "heads": "[{part: heads, scale: 1}, {part: rest, scale: 0}]",
     "not text experts": "[{part: experts.text, scale: 0}, {part: shared_experts, scale: 0}, {part: norms, scale: 2}]",
 }
-BIASED = {"model__moe__expert_bias_update_rate": 1e-2}
+BIASED = {"model__moe__moe_router_bias_update_rate": 1e-2}
 """A frozen router's expert biases are frozen too."""
 # In contiguous order, a rank with text experts alone has frozen ones only.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -70,13 +70,13 @@ SPECS: dict[str, dict[str, Any]] = {
     "gqa, no dense layer": {
         "model__attention__type": "gqa",
         "model__attention__num_query_groups": 2,
-        "model__num_dense_layers": 0,
+        "model__first_k_dense_replace": 0,
     },
     "no shared experts, router weights per modality": {
-        "model__moe__shared_ffn_hidden_size": 0,
+        "model__moe__moe_shared_expert_intermediate_size": 0,
         "model__moe__router_weights": "per_modality",
-        "model__moe__score_function": "sigmoid",
-        "model__moe__expert_bias_update_rate": 1e-3,
+        "model__moe__moe_router_score_function": "sigmoid",
+        "model__moe__moe_router_bias_update_rate": 1e-3,
     },
 }
 
@@ -173,7 +173,9 @@ def test_norms_of_parts_add_up_to_the_whole_in_bf16(optimizer):
 
 def memory_and_rates(scales: str) -> tuple[int, int, int, int, list[tuple[float, dict[str, float]]]]:
     """Numbers: parameters that learn, in the model, gradient buffers and optimizer; the rates of a few steps."""
-    config = tiny_config(**{**STEADY, **UNSHARDED, SCALES: scales, "optimizer__min_lr": 1e-3, "training__steps": 6})
+    config = tiny_config(
+        **{**STEADY, **UNSHARDED, SCALES: scales, "optimizer__min_lr": 1e-3, "training__train_iters": 6}
+    )
     parallel.initialize(config.parallel, seed=1)
     state = build_train_state(config)
     chunks, optimizer = state.model_chunks, state.optimizer

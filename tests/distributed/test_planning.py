@@ -38,22 +38,22 @@ MODELS: dict[str, Overrides] = {
     "two modalities": {},
     "three modalities": {
         "vocab__further_modalities": "[{name: image, start: 30, stop: 40}]",
-        "model__moe__groups": "[{modality: text, size: 5, top_k: 2}, {modality: audio, size: 1, top_k: 1},"
-        " {modality: image, size: 0, top_k: 1}]",
+        "model__moe__groups": "[{modality: text, size: 5, moe_router_topk: 2}, {modality: audio, size: 1, moe_router_topk: 1},"
+        " {modality: image, size: 0, moe_router_topk: 1}]",
         "model__moe__common__size": 2,
         "model__moe__expert_order": "contiguous",
         "model__moe__router_weights": "per_modality",
         "model__attention__q_lora_rank": 20,
-        "model__num_dense_layers": 2,  # so that it matters which layers a virtual stage has
+        "model__first_k_dense_replace": 2,  # so that it matters which layers a virtual stage has
         "optimizer__lr_scales": "[{part: experts.text, scale: 0}, {part: embeddings, scale: 0}]",
     },
     "flat": {
         "vocab__layout": "flat",
         "model__attention__type": "gqa",
         "model__attention__num_query_groups": 4,
-        "model__attention__head_dim": 12,
-        "model__num_dense_layers": 0,
-        "model__moe__shared_ffn_hidden_size": 0,
+        "model__attention__kv_channels": 12,
+        "model__first_k_dense_replace": 0,
+        "model__moe__moe_shared_expert_intermediate_size": 0,
         "model__moe__expert_backend": "sequential",
         "precision__dtype": "bf16",
     },

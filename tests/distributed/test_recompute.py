@@ -19,7 +19,7 @@ from tests.distributed.tiny import tiny_batch, tiny_config
 pytestmark = pytest.mark.invariance
 
 ONE_ROW = {"training__micro_batch_size": 1}
-UNSHARDED = {"optimizer__distributed": False, "optimizer__overlap": False}
+UNSHARDED = {"optimizer__use_distributed_optimizer": False, "optimizer__overlap_grad_reduce": False}
 LAYOUTS = {
     "pp2": (2, {"parallel__pipeline_model_parallel_size": 2}),
     "pp2-vpp2": (

@@ -27,15 +27,15 @@ TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_paral
 EP, ETP = "parallel__expert_model_parallel_size", "parallel__expert_tensor_parallel_size"
 CP, VPP = "parallel__context_parallel_size", "parallel__virtual_pipeline_model_parallel_size"
 ORDER, BACKEND, MICRO = "model__moe__expert_order", "model__moe__expert_backend", "training__micro_batch_size"
-UNSHARDED = {"optimizer__distributed": False, "optimizer__overlap": False}
+UNSHARDED = {"optimizer__use_distributed_optimizer": False, "optimizer__overlap_grad_reduce": False}
 CONTIGUOUS = {ORDER: "contiguous"}
 
 SAVED_AFTER, STEPS = 3, 5
 MODEL = {
     **STEADY,
-    "model__moe__expert_bias_update_rate": 1e-2,
-    "optimizer__warmup_steps": 5,
-    "training__steps": 20,
+    "model__moe__moe_router_bias_update_rate": 1e-2,
+    "optimizer__lr_warmup_iters": 5,
+    "training__train_iters": 20,
 }
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {

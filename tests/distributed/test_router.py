@@ -24,9 +24,9 @@ pytestmark = pytest.mark.invariance
 TP, CP = "parallel__tensor_model_parallel_size", "parallel__context_parallel_size"
 EP, PP = "parallel__expert_model_parallel_size", "parallel__pipeline_model_parallel_size"
 MICRO, RECOMPUTE = "training__micro_batch_size", "training__recompute"
-BALANCE = "model__moe__balance_loss"
+BALANCE = "model__moe__moe_router_load_balancing_type"
 RATE = 1e-2
-BIASED = {"model__moe__expert_bias_update_rate": RATE, "model__moe__score_function": "sigmoid"}
+BIASED = {"model__moe__moe_router_bias_update_rate": RATE, "model__moe__moe_router_score_function": "sigmoid"}
 LAYOUTS: list[dict[str, Any]] = [
     {MICRO: 1},
     {TP: 2},

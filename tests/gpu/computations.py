@@ -32,13 +32,17 @@ from tests.unit.moe.routing import make_router, make_tokens
 Overrides = dict[str, Any]
 
 ALL_CHOSEN: Overrides = {
-    "model__moe__groups": "[{modality: text, size: 2, top_k: 2}, {modality: audio, size: 2, top_k: 2}]"
+    "model__moe__groups": "[{modality: text, size: 2, moe_router_topk: 2}, {modality: audio, size: 2, moe_router_topk: 2}]"
 }
 """Every expert of a modality is chosen, so that no rounding of bf16 sends a token elsewhere."""
 MODELS: dict[str, Overrides] = {
     "rows": {},
     "packed": {"data__packing": True, "training__micro_batch_size": 1},
-    "gqa": {"model__attention__type": "gqa", "model__attention__num_query_groups": 2, "model__attention__head_dim": 8},
+    "gqa": {
+        "model__attention__type": "gqa",
+        "model__attention__num_query_groups": 2,
+        "model__attention__kv_channels": 8,
+    },
     "all chosen": ALL_CHOSEN,
     "all chosen, packed": {**ALL_CHOSEN, "data__packing": True, "training__micro_batch_size": 1},
 }
@@ -62,10 +66,13 @@ COUNTS = [64, 0, 32, 128]
 ROUTERS: dict[str, Overrides] = {
     "group": {},
     "all": {"model__moe__score_rule": "all"},
-    "sigmoid, bias": {"model__moe__score_function": "sigmoid", "model__moe__expert_bias_update_rate": 1e-2},
+    "sigmoid, bias": {
+        "model__moe__moe_router_score_function": "sigmoid",
+        "model__moe__moe_router_bias_update_rate": 1e-2,
+    },
     "group-limited": {
-        "model__moe__groups": "[{modality: text, size: 4, top_k: 2, n_group: 2, topk_group: 1},"
-        " {modality: audio, size: 4, top_k: 2, n_group: 2, topk_group: 1}]"
+        "model__moe__groups": "[{modality: text, size: 4, moe_router_topk: 2, moe_router_num_groups: 2, moe_router_group_topk: 1},"
+        " {modality: audio, size: 4, moe_router_topk: 2, moe_router_num_groups: 2, moe_router_group_topk: 1}]"
     },
 }
 
@@ -116,7 +123,7 @@ def by_name(chunks: list[torch.nn.Module]) -> dict[str, torch.Tensor]:
 
 def model_step(overrides: Overrides) -> dict[str, Any]:
     """Logits of one micro-batch, then the metric table and all gradients of a step."""
-    config = tiny_config(**{"model__backend": "portable", **overrides})
+    config = tiny_config(**{"model__transformer_impl": "portable", **overrides})
     state = build_train_state(config, fill_rounded)
     batches = batches_of_step(config, 0)
     found: dict[str, Any] = logits(state.model_chunks[0], batches[0])
@@ -127,7 +134,7 @@ def model_step(overrides: Overrides) -> dict[str, Any]:
 
 def losses_of_steps(overrides: Overrides, num_steps: int, same_batch: bool = False) -> list[float]:
     """Mean loss of each step of training, every step on a batch of its own unless it is to be the ``same_batch``."""
-    config = tiny_config(**{"model__backend": "portable", "precision__dtype": "bf16", **STEADY, **overrides})
+    config = tiny_config(**{"model__transformer_impl": "portable", "precision__dtype": "bf16", **STEADY, **overrides})
     state = build_train_state(config, fill_rounded)
     results = [train_step(state, batches_of_step(config, 0 if same_batch else step)) for step in range(num_steps)]
     return [result.mean_losses["loss"] for result in results]
@@ -135,7 +142,7 @@ def losses_of_steps(overrides: Overrides, num_steps: int, same_batch: bool = Fal
 
 def experts(backend: str, counts: list[int], dtype: str) -> dict[str, torch.Tensor]:
     """Output, and gradients of tokens, probs and weights, of the routed experts of a layer."""
-    config = tiny_config(model__backend="portable", model__moe__expert_backend=backend, precision__dtype=dtype)
+    config = tiny_config(model__transformer_impl="portable", model__moe__expert_backend=backend, precision__dtype=dtype)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     megatron = transformer_config(config)
     module = experts_spec(config.model.moe)(config.model.moe.num_experts, megatron, pg_collection=groups)
@@ -244,7 +251,7 @@ def continued(directory: str) -> dict[str, Any]:
     return {"weights": weights, "table": torch.tensor(table)}
 
 
-TRAINED: Overrides = {"model__backend": "portable", "precision__dtype": "bf16", **STEADY, **ALL_CHOSEN}
+TRAINED: Overrides = {"model__transformer_impl": "portable", "precision__dtype": "bf16", **STEADY, **ALL_CHOSEN}
 """Of the checkpoint that :func:`continued` reads."""
 
 ON_CPU = {

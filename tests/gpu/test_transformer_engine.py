@@ -26,7 +26,7 @@ from tests.gpu.computations import (
 
 pytestmark = hardware.needs(hardware.ENGINE)
 
-ENGINE = {"model__backend": "transformer_engine", "model__moe__expert_backend": "transformer_engine"}
+ENGINE = {"model__transformer_impl": "transformer_engine", "model__moe__expert_backend": "transformer_engine"}
 BAND = 1e-2
 """Norm of a difference over the norm; FP8 itself is 3 % off bf16."""
 PACKED = {"data__packing": True, "training__micro_batch_size": 1}
@@ -34,15 +34,15 @@ MODELS = {
     "rows": {},
     "packed, heads of DeepSeek-V2-Lite": {
         **PACKED,
-        "model__attention__qk_nope_head_dim": 128,
-        "model__attention__qk_rope_head_dim": 64,
+        "model__attention__qk_head_dim": 128,
+        "model__attention__qk_pos_emb_head_dim": 64,
         "model__attention__v_head_dim": 128,
     },
     "packed, grouped queries": {
         **PACKED,
         "model__attention__type": "gqa",
         "model__attention__num_query_groups": 2,
-        "model__attention__head_dim": 64,
+        "model__attention__kv_channels": 64,
     },
 }
 
@@ -56,8 +56,8 @@ def fp8_overrides(recipe: str) -> dict[str, Any]:
         "precision__dtype": "bf16",
         "precision__fp8": fp8,
         "precision__fp8_recipe": name,
-        "precision__bf16_first_layers": kept,
-        "precision__bf16_last_layers": kept,
+        "precision__num_layers_at_start_in_bf16": kept,
+        "precision__num_layers_at_end_in_bf16": kept,
     }
 
 
@@ -124,8 +124,13 @@ def test_its_spec_computes_the_portable_model(name: str) -> None:
 
 def test_its_permutation_sends_no_rows_of_padding_and_of_a_smaller_top_k() -> None:
     """In the portable model; every expert of a modality is chosen, so that no rounding sends a token elsewhere."""
-    groups = "[{modality: text, size: 2, top_k: 2}, {modality: audio, size: 1, top_k: 1}]"
-    overrides = {**WIDE, "model__backend": "portable", "model__moe__groups": groups, "precision__dtype": "bf16"}
+    groups = "[{modality: text, size: 2, moe_router_topk: 2}, {modality: audio, size: 1, moe_router_topk: 1}]"
+    overrides = {
+        **WIDE,
+        "model__transformer_impl": "portable",
+        "model__moe__groups": groups,
+        "precision__dtype": "bf16",
+    }
     fused = model_step({**overrides, "model__moe__moe_permute_fusion": True})
     assert_near(fused, model_step(overrides), logits=2e-2, loss=2e-3, gradients=3e-2)
 

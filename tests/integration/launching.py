@@ -24,10 +24,10 @@ def small_run(directory: Path, run_name: str) -> RunConfig:
         directory,
         run_name,
         parallel__expert_model_parallel_size=2,
-        training__steps=STEPS,
+        training__train_iters=STEPS,
         training__eval_interval=0,
-        checkpoint__interval=4,
-        logging__interval=1,
+        checkpoint__save_interval=4,
+        logging__log_interval=1,
     )
     (directory / f"{run_name}.yaml").write_text(dump_config(config), encoding="utf-8")
     return config

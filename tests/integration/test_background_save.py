@@ -51,7 +51,7 @@ def leftovers(config: RunConfig) -> list[Path]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     """Where a run that saves at once went to its end on two ranks, its configuration, and each rank's weights."""
     directory = tmp_path_factory.mktemp("undisturbed")
-    config = ep2_config(directory, "undisturbed", checkpoint__asynchronous=False)
+    config = ep2_config(directory, "undisturbed", checkpoint__async_save=False)
     return directory, config, run_ranks(2, train, config)
 
 
@@ -100,7 +100,7 @@ def test_training_goes_on_while_storage_is_slow_and_the_files_are_those_of_a_sav
 def train_until_somebody_waits(config: RunConfig, stop_at: int) -> None:
     """The first checkpoint is not written before the run waits for it; the run is asked to stop in ``stop_at``."""
     waiting = threading.Event()
-    hold_writing_of_step(config.checkpoint.interval, until=waiting)
+    hold_writing_of_step(config.checkpoint.save_interval, until=waiting)
     wait = CheckpointSave.wait
 
     def wait_after_word(save: CheckpointSave) -> Path:
@@ -115,7 +115,7 @@ def train_until_somebody_waits(config: RunConfig, stop_at: int) -> None:
 def test_a_request_to_stop_and_the_next_save_wait_for_the_one_under_way(
     interval: int, stop_at: int, saved: list[int], tmp_path: Path
 ) -> None:
-    config = run_config(tmp_path, checkpoint__interval=interval, checkpoint__keep_last=9)
+    config = run_config(tmp_path, checkpoint__save_interval=interval, checkpoint__keep_last=9)
     run_ranks(1, train_until_somebody_waits, config, stop_at)
     assert saved_steps(config) == saved
     assert not leftovers(config)
@@ -135,7 +135,7 @@ def train_on_a_disk_that_fills(config: RunConfig, step: int) -> None:
 
 
 def test_a_failed_write_ends_the_run_in_a_line_and_the_earlier_checkpoint_stays(tmp_path: Path) -> None:
-    config = ep2_config(tmp_path, "full", checkpoint__interval=2, checkpoint__keep_last=1)
+    config = ep2_config(tmp_path, "full", checkpoint__save_interval=2, checkpoint__keep_last=1)
     told = r"state: cannot be written: \[Errno 28\] No space left on device \(rank 1\)\n$"
     with pytest.raises(RuntimeError, match=rf"CheckpointError: \S+\.tmp-step_00000004/{told}"):
         run_ranks(2, train_on_a_disk_that_fills, config, 4)

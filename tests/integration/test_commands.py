@@ -117,10 +117,10 @@ WRONG = {
     "pretrain_most.py": [
         (["--config", "{tmp}/absent.yaml"], "error: {tmp}/absent.yaml: no such config file", 1),
         (["--config", "{config}", "model.num_layer=4"], "unknown key; did you mean 'num_layers'?", 1),
-        (["--config", "{config}", "training.steps=many"], "training.steps='many': must be an integer", 1),
+        (["--config", "{config}", "training.train_iters=many"], "training.train_iters='many': must be an integer", 1),
         (["--config", "{config}", "parallel.expert_model_parallel_size=3"], "must divide the 8 experts", 1),
         (
-            ["--config", "{config}", "model.moe.groups.0.top_k=5"],
+            ["--config", "{config}", "model.moe.groups.0.moe_router_topk=5"],
             "must not exceed the 4 experts its tokens may choose",
             1,
         ),
@@ -136,7 +136,7 @@ model:
   num_layers: 2
   hidden_size: 64
   ffn_hidden_size: 128
-  moe: {groups: [{modality: text, size: 4, top_k: 2}, {modality: audio, size: 4, top_k: 2}]}
+  moe: {groups: [{modality: text, size: 4, moe_router_topk: 2}, {modality: audio, size: 4, moe_router_topk: 2}]}
 precision: {dtype: fp32}
 """
 

@@ -137,7 +137,7 @@ def trained(tmp_path_factory) -> Path:
     write_dataset(folder / "asr", config, "asr", seed=1, num_documents=8)
     options = {
         "run_dir": folder / "run",
-        "training.steps": 2,
+        "training.train_iters": 2,
         "training.global_batch_size": 2,
         "data.seq_length": 32,
         "data.train": f"[{{path: {folder}/asr}}]",

@@ -18,8 +18,8 @@ SIZES = {
     "model__num_layers": 2,
     "model__hidden_size": 16,
     "model__ffn_hidden_size": 16,
-    "model__moe__ffn_hidden_size": 8,
-    "model__moe__shared_ffn_hidden_size": 8,
+    "model__moe__moe_ffn_hidden_size": 8,
+    "model__moe__moe_shared_expert_intermediate_size": 8,
 }
 
 

@@ -53,7 +53,7 @@ def workplace(tmp_path_factory) -> Path:
         data__seq_length=SEQ_LENGTH,
         tokenizer=tokenizer,
         codec=CODEC,
-        training__steps=3,
+        training__train_iters=3,
     )
     config.data.train = [DatasetConfig(str(folder / task)) for task in ("asr", "tts")]
     config.data.validation = []

@@ -21,8 +21,8 @@ from tests.integration.tiny_run import assert_same_weights, metric_lines, run_co
 
 THREE = {
     "vocab__further_modalities": "[{name: image, start: 25, stop: 40}]",
-    "model__moe__groups": "[{modality: text, size: 5, top_k: 2}, {modality: audio, size: 3, top_k: 3},"
-    " {modality: image, size: 2, top_k: 1}]",
+    "model__moe__groups": "[{modality: text, size: 5, moe_router_topk: 2}, {modality: audio, size: 3, moe_router_topk: 3},"
+    " {modality: image, size: 2, moe_router_topk: 1}]",
     "model__moe__common": "{size: 2, modalities: [text, image]}",
     "parallel__expert_model_parallel_size": 2,
 }
@@ -49,7 +49,7 @@ def test_losses_are_logged_for_each_modality(trained: tuple) -> None:
     _, config, _ = trained
     lines = metric_lines(config)
     training = [line for line in lines if "loss" in line]
-    assert training[-1]["step"] == config.training.steps
+    assert training[-1]["step"] == config.training.train_iters
     for line in training:
         assert line["loss"] > 0
         assert {"loss/text", "loss/audio", "loss/image"} <= set(line)
@@ -71,7 +71,7 @@ def test_every_token_is_sent_to_as_many_experts_of_its_choice_as_its_modality_ta
             for group, choice in zip(moe.groups, choices, strict=True):
                 pairs, tokens = layer["pairs"][group.modality], layer["tokens"][group.modality]
                 assert tokens > 0
-                assert sum(pairs) == group.top_k * tokens == sum(pairs[expert] for expert in choice)
+                assert sum(pairs) == group.moe_router_topk * tokens == sum(pairs[expert] for expert in choice)
                 assert layer["outside_mass"][group.modality] == 0
                 assert sum(layer["mean_score"][group.modality]) == pytest.approx(1, abs=1e-3)
             assert layer["outside_group"] == 0
@@ -86,7 +86,7 @@ def test_every_token_is_sent_to_as_many_experts_of_its_choice_as_its_modality_ta
 
 def test_the_imbalance_of_ranks_is_that_of_their_experts_pairs(tmp_path: Path) -> None:
     """One micro-batch for each rank between two lines: nothing is averaged, and the pairs of the line tell it."""
-    once = {"training__global_batch_size": 2, "training__steps": 3, "logging__interval": 1}
+    once = {"training__global_batch_size": 2, "training__train_iters": 3, "logging__log_interval": 1}
     config = run_config(tmp_path, **THREE, **once)
     run_ranks(2, train, config)
     in_ranks = np.array(ExpertGroups.from_config(config.model.moe, 2).physical_to_logical).reshape(2, -1)

@@ -54,7 +54,7 @@ def one_error_line(results: list[tuple[object, str, str]]) -> str:
 
 
 def test_training_prints_progress_and_leaves_a_run(config: RunConfig, config_file: str) -> None:
-    [(status, out, _)] = run_ranks(1, command, "--config", config_file, "training.steps=4")
+    [(status, out, _)] = run_ranks(1, command, "--config", config_file, "training.train_iters=4")
     assert status == 0
     assert "step 4/4  loss" in out
     assert "finished 4 steps" in out
@@ -108,7 +108,7 @@ def test_a_missing_tracker_leaves_nothing(config: RunConfig, config_file: str, m
 
 
 def test_run_directory_and_checkpoints_of_another_model_are_refused(config: RunConfig, config_file: str) -> None:
-    run_ranks(1, command, "--config", config_file, "training.steps=3")
+    run_ranks(1, command, "--config", config_file, "training.train_iters=3")
     before = sorted(Path(config.run_dir).rglob("*"))
 
     other = [(*run_ranks(1, command, "--config", config_file, "model.hidden_size=48")[0],)]
@@ -127,7 +127,7 @@ def test_a_corrupt_checkpoint_is_refused_and_a_torn_one_is_skipped(config: RunCo
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    more = ("--config", config_file, "training.steps=8")
+    more = ("--config", config_file, "training.train_iters=8")
     line = one_error_line(run_ranks(2, command, *more))
     assert f"corrupt: the content of state/{shard.name} does not match its checksum" in line
 
@@ -141,19 +141,19 @@ def test_a_corrupt_checkpoint_is_refused_and_a_torn_one_is_skipped(config: RunCo
 
 def test_a_dataset_built_anew_is_refused_where_there_is_a_checkpoint(config: RunConfig, config_file: str) -> None:
     asr = config.data.train[0].path
-    run_ranks(1, command, "--config", config_file, "training.steps=3")
+    run_ranks(1, command, "--config", config_file, "training.train_iters=3")
     write_dataset(Path(asr), config, "asr", seed=1, num_documents=25)
     line = one_error_line(run_ranks(2, command, "--config", config_file))
     assert f"step_00000003: dataset {asr} was built anew, with other content" in line
 
     shutil.rmtree(Path(config.run_dir) / "checkpoints")
-    [(status, out, _)] = run_ranks(1, command, "--config", config_file, "training.steps=3")
+    [(status, out, _)] = run_ranks(1, command, "--config", config_file, "training.train_iters=3")
     assert status == 0
     assert "finished 3 steps" in out
 
 
 def test_broken_checkpoint_metadata_is_told_once(config: RunConfig, config_file: str) -> None:
-    run_ranks(1, command, "--config", config_file, "training.steps=3")
+    run_ranks(1, command, "--config", config_file, "training.train_iters=3")
     path = Path(config.run_dir) / "checkpoints" / "step_00000003" / "checkpoint.json"
     path.write_bytes(b"{" * path.stat().st_size)  # of its old size, so that the checkpoint counts as complete
     line = one_error_line(run_ranks(2, command, "--config", config_file))

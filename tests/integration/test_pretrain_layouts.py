@@ -23,8 +23,8 @@ LAYOUTS = {
         2,
         {"parallel__pipeline_model_parallel_size": 2, "parallel__virtual_pipeline_model_parallel_size": 2},
     ),
-    "data, plain optimizer": (2, {"optimizer__distributed": False}),
-    "one rank, plain optimizer": (1, {"optimizer__distributed": False}),
+    "data, plain optimizer": (2, {"optimizer__use_distributed_optimizer": False}),
+    "one rank, plain optimizer": (1, {"optimizer__use_distributed_optimizer": False}),
     "one rank": (1, {}),
 }
 

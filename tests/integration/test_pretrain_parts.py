@@ -32,7 +32,7 @@ def test_frozen_parts_log_and_resume(tmp_path: Path) -> None:
     resumed = run_config(tmp_path, "resumed", **options)
     assert continue_run(whole, resumed, 2) == last_lines(whole)
     # Seven steps end otherwise than six did: both runs train the last one anew, from all that was saved.
-    options["training__steps"] = 7
+    options["training__train_iters"] = 7
     undisturbed, disturbed = (
         run_ranks(2, train, run_config(tmp_path, name, **options)) for name in ("whole", "resumed")
     )

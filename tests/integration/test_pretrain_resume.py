@@ -23,10 +23,14 @@ LAYOUTS = {
     "expert-parallel": (2, {"parallel__expert_model_parallel_size": 2}),
     "expert-parallel-plain-optimizer": (
         2,
-        {"parallel__expert_model_parallel_size": 2, "optimizer__distributed": False, "optimizer__overlap": False},
+        {
+            "parallel__expert_model_parallel_size": 2,
+            "optimizer__use_distributed_optimizer": False,
+            "optimizer__overlap_grad_reduce": False,
+        },
     ),
     "expert-parallel-bf16": (2, {"parallel__expert_model_parallel_size": 2, "precision__dtype": "bf16"}),
-    "bf16-plain-optimizer": (1, {"precision__dtype": "bf16", "optimizer__distributed": False}),
+    "bf16-plain-optimizer": (1, {"precision__dtype": "bf16", "optimizer__use_distributed_optimizer": False}),
     "virtual-pipeline": (
         2,
         {"parallel__pipeline_model_parallel_size": 2, "parallel__virtual_pipeline_model_parallel_size": 2},
@@ -37,7 +41,7 @@ LAYOUTS = {
             "parallel__expert_model_parallel_size": 2,
             "precision__dtype": "bf16",
             "precision__fp8_recipe": "delayed",
-            "precision__fp8_amax_history": 2,
+            "precision__fp8_amax_history_len": 2,
             **FP8,
         },
     ),
@@ -94,7 +98,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunConf
 @pytest.mark.parametrize(("step", "moment"), [(2, "update"), (5, "update"), (6, "save")])
 def test_kill_9_and_rerun(step: int, moment: str, undisturbed: tuple) -> None:
     directory, config, weights = undisturbed
-    killed = run_config(directory, f"killed-{step}-{moment}", checkpoint__asynchronous=False, **EXPERT_PARALLEL)
+    killed = run_config(directory, f"killed-{step}-{moment}", checkpoint__async_save=False, **EXPERT_PARALLEL)
     with pytest.raises(RuntimeError, match="died without a word"):
         run_ranks(2, train_and_die, killed, step, moment)
     saved = [read_metadata(path).step for path in complete_checkpoints(killed.run_dir)[0]]
@@ -148,7 +152,7 @@ def test_finished_run_has_nothing_to_do_and_goes_on_with_more_steps(tmp_path: Pa
     assert run_ranks(1, train, config) == [{}]
     assert metric_lines(config) == before
 
-    longer = run_config(tmp_path, training__steps=8)
+    longer = run_config(tmp_path, training__train_iters=8)
     assert run_ranks(1, train, longer)[0]
     assert metric_lines(longer)[: len(before)] == before
     assert metric_lines(longer)[-1]["step"] == 8

@@ -17,10 +17,10 @@ from tests.distributed.harness import run_ranks
 from tests.integration.tiny_run import assert_same_weights, metric_lines, run_config, train
 
 THRESHOLD = "optimizer__grad_norm_skip_threshold"
-OPTIONS = {"logging__interval": 1, "checkpoint__interval": 1, "checkpoint__keep_last": 9}
+OPTIONS = {"logging__log_interval": 1, "checkpoint__save_interval": 1, "checkpoint__keep_last": 9}
 TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
 EP, VPP = "parallel__expert_model_parallel_size", "parallel__virtual_pipeline_model_parallel_size"
-UNSHARDED = {"optimizer__distributed": False, "optimizer__overlap": False}
+UNSHARDED = {"optimizer__use_distributed_optimizer": False, "optimizer__overlap_grad_reduce": False}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "unsharded": (1, UNSHARDED),
     "cp2": (2, {"parallel__context_parallel_size": 2}),
@@ -47,7 +47,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float, lis
     All runs start from the weights of the first one's first step, whatever their layout.
     """
     directory = tmp_path_factory.mktemp("one_rank")
-    first = run_config(directory, "first", **OPTIONS, training__steps=3)
+    first = run_config(directory, "first", **OPTIONS, training__train_iters=3)
     run_ranks(1, train, first)
     free = run_config(directory, "free", **OPTIONS, **start(directory))
     run_ranks(1, train, free)
@@ -109,7 +109,13 @@ def test_layouts_agree(layout: str, one_rank: tuple) -> None:
 @pytest.mark.parametrize("distributed", [True, False])
 def test_resumed_run_goes_on_with_its_updates(distributed: bool, one_rank: tuple) -> None:
     directory, threshold, _ = one_rank
-    overrides = {**OPTIONS, **start(directory), EP: 2, THRESHOLD: threshold, "optimizer__distributed": distributed}
+    overrides = {
+        **OPTIONS,
+        **start(directory),
+        EP: 2,
+        THRESHOLD: threshold,
+        "optimizer__use_distributed_optimizer": distributed,
+    }
     undisturbed = run_config(directory, f"undisturbed-{distributed}", **overrides)
     weights = run_ranks(2, train, undisturbed)
     resumed = run_config(directory, f"resumed-{distributed}", **overrides)

@@ -44,7 +44,7 @@ def train_and_record(config) -> Recorder:
 
 
 def test_a_hook_of_ones_own_is_called_around_every_step(tmp_path):
-    config = run_config(tmp_path, training__steps=3, logging__interval=1)
+    config = run_config(tmp_path, training__train_iters=3, logging__log_interval=1)
     first, second = run_ranks(2, train_and_record, config)
     around = [event for step in range(2) for event in (("before", step), ("after", step + 1))]
     assert first.events == second.events == [*around, ("before", 2), ("after, the last", 3), ("closed", 0)]
@@ -53,7 +53,7 @@ def test_a_hook_of_ones_own_is_called_around_every_step(tmp_path):
 
 
 def test_the_profiler_writes_a_trace_of_the_steps_that_are_asked_for(tmp_path):
-    config = run_config(tmp_path, training__steps=4, logging__profile_steps="[2, 3]")
+    config = run_config(tmp_path, training__train_iters=4, logging__profile_steps="[2, 3]")
     run_ranks(2, train, config)
     [path] = (tmp_path / "run" / "profile").iterdir()
     assert path.name == "steps_2_3.json.gz"

@@ -27,7 +27,7 @@ def write_spec(folder: Path, seeds: list[int], resources: str, **overrides: obje
     path.write_text(
         f"{{name: tiny, base: {folder}/base.yaml, output: {folder}/out, seeds: {seeds}, resources: {resources},"
         " axes: {routing: {modality-aware: {}, plain: {model.moe.balance_scope: pooled}},"
-        " shared: {with: {}, without: {model.moe.shared_ffn_hidden_size: 0}}},"
+        " shared: {with: {}, without: {model.moe.moe_shared_expert_intermediate_size: 0}}},"
         " skip: [{routing: plain, shared: without}], budget: {match: active_parameters, multiple: 4}}"
     )
     return path

@@ -102,12 +102,12 @@ def trained(installed) -> Installation:
         vocab__text_vocab_size=VOCAB.text_vocab_size,
         vocab__num_codebooks=VOCAB.num_codebooks,
         vocab__codebook_size=VOCAB.codebook_size,
-        model__moe__shared_ffn_hidden_size=48,  # two of the routed experts, as DeepSeek-V2 has them
+        model__moe__moe_shared_expert_intermediate_size=48,  # two of the routed experts, as DeepSeek-V2 has them
         data__seq_length=64,
-        training__steps=3,
+        training__train_iters=3,
         training__micro_batch_size=1,
         training__global_batch_size=2,
-        logging__interval=1,
+        logging__log_interval=1,
         tokenizer="t.model",
         codec="tiny_codec.nemo",
         run_dir="run",

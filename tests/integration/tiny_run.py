@@ -38,16 +38,16 @@ def run_config(directory: Path, run_name: str = "run", **overrides: Any) -> RunC
     """A six-step run below ``directory``, where its datasets are written first; ``section__field=value`` overrides."""
     options = {
         "run_dir": directory / run_name,
-        "training__steps": 6,
+        "training__train_iters": 6,
         "training__micro_batch_size": 1,
         "training__global_batch_size": 4,
         "training__eval_interval": 3,
-        "training__eval_batches": 1,
+        "training__eval_iters": 1,
         "training__threads_per_rank": 1,
         "optimizer__lr": 1e-3,
-        "optimizer__warmup_steps": 2,
-        "checkpoint__interval": 3,
-        "logging__interval": 2,
+        "optimizer__lr_warmup_iters": 2,
+        "checkpoint__save_interval": 3,
+        "logging__log_interval": 2,
         "logging__tensorboard": False,
         "data__audio_frame_dropout": 0.2,
     }

@@ -12,8 +12,8 @@ model:
   num_layers: 4
   moe:
     groups:
-      - {modality: text, size: 4, top_k: 2}
-      - {modality: audio, size: 4, top_k: 2}
+      - {modality: text, size: 4, moe_router_topk: 2}
+      - {modality: audio, size: 4, moe_router_topk: 2}
 data:
   train: [{path: data/asr, weight: 0.4}]
 """
@@ -22,9 +22,9 @@ data:
 FUSED = ["model.attention.mla_down_proj_fusion=true", "model.attention.q_lora_rank=64"]
 TENSOR_3 = [
     "parallel.tensor_model_parallel_size=3",
-    "model.attention.num_heads=12",
+    "model.attention.num_attention_heads=12",
     "model.ffn_hidden_size=96",
-    "model.moe.shared_ffn_hidden_size=96",
+    "model.moe.moe_shared_expert_intermediate_size=96",
     "data.seq_length=96",
 ]
 
@@ -54,7 +54,7 @@ def test_values_overrides_and_defaults_come_together(load):
     config = load("optimizer.lr=2e-3", "training.micro_batch_size=1", "tokenizer=a.model", "run_dir=runs/a=b")
     assert config.model.num_layers == 4
     assert config.optimizer.lr == 2e-3
-    assert config.optimizer.beta2 == 0.95
+    assert config.optimizer.adam_beta2 == 0.95
     assert config.tokenizer == "a.model"
     assert config.run_dir == "runs/a=b"
     assert config.vocab.frame == 102
@@ -106,7 +106,10 @@ def test_a_dumped_config_loads_to_an_equal_one(load, tmp_path):
         ("model.num_layers=true", "model.num_layers=True: must be an integer"),
         ("model.num_layers=", "model.num_layers=None: must be an integer"),
         ("optimizer.lr=fast", "optimizer.lr='fast': must be a number"),
-        ("optimizer.distributed=maybe", "optimizer.distributed='maybe': must be true or false"),
+        (
+            "optimizer.use_distributed_optimizer=maybe",
+            "optimizer.use_distributed_optimizer='maybe': must be true or false",
+        ),
         ("run_dir=[a]", "run_dir=['a']: must be text"),
         ("model.codebook_loss_weights=[1, a]", "model.codebook_loss_weights[1]='a': must be a number"),
         ("data.train=[{path: a, weight: x}]", "data.train[0].weight='x': must be a number"),
@@ -162,10 +165,13 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         (["vocab.num_codebooks=0"], "vocab.num_codebooks=0: must be at least 1"),
         (["checkpoint.keep_last=0"], "checkpoint.keep_last=0: must be greater than 0"),
         (
-            ["checkpoint.interval=200", "checkpoint.keep_every=300"],
-            "checkpoint.keep_every=300: must be a multiple of checkpoint.interval, 200",
+            ["checkpoint.save_interval=200", "checkpoint.save_retain_interval=300"],
+            "checkpoint.save_retain_interval=300: must be a multiple of checkpoint.save_interval, 200",
         ),
-        (["model.moe.groups.0.top_k=9"], "model.moe.groups[text].top_k=9: must not exceed the 4 experts"),
+        (
+            ["model.moe.groups.0.moe_router_topk=9"],
+            "model.moe.groups[text].moe_router_topk=9: must not exceed the 4 experts",
+        ),
         (["model.moe.groups.1.modality=text"], "model.moe.groups=['text', 'text']: names a modality twice"),
         (["model.moe.groups.1.modality=video"], "needs one group for each modality, in this order: text, audio"),
         (["vocab.further_modalities=[{name: image, start: 9, stop: 19}]"], "in this order: text, audio, image"),
@@ -176,21 +182,21 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
             "vocab.further_modalities[b]=18..20: overlaps another modality's range",
         ),
         (["model.moe.score_rule=none"], "model.moe.score_rule='none': must be one of group, all"),
-        (["model.num_dense_layers=4"], "model.num_dense_layers=4: must leave at least one of the 4 layers"),
-        (["model.attention.qk_rope_head_dim=3"], "model.attention.qk_rope_head_dim=3: must be even"),
+        (["model.first_k_dense_replace=4"], "model.first_k_dense_replace=4: must leave at least one of the 4 layers"),
+        (["model.attention.qk_pos_emb_head_dim=3"], "model.attention.qk_pos_emb_head_dim=3: must be even"),
         (["model.codebook_loss_weights=[1, 2]"], "needs one weight for each of the 4 codebooks"),
         (["parallel.expert_model_parallel_size=3"], "must divide the 8 experts"),
         (["model.attention.type=mha"], "model.attention.type='mha': must be one of mla, gqa"),
         (
             ["model.attention.type=gqa", "model.attention.num_query_groups=3"],
-            "must divide model.attention.num_heads, 16",
+            "must divide model.attention.num_attention_heads, 16",
         ),
         (
             ["model.attention.mla_down_proj_fusion=true"],
             "mla_down_proj_fusion=True: needs model.attention.type=mla with a q_lora_rank",
         ),
         (
-            [*FUSED, "optimizer.optimizer=muon", "optimizer.distributed=false"],
+            [*FUSED, "optimizer.optimizer=muon", "optimizer.use_distributed_optimizer=false"],
             "mla_down_proj_fusion=True: needs optimizer.optimizer=adam",
         ),
         (
@@ -198,48 +204,66 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
             "needs a precision.fp8_recipe without histories",
         ),
         (["optimizer.optimizer=sgd"], "optimizer.optimizer='sgd': must be one of adam, muon"),
-        (["optimizer.optimizer=muon"], "optimizer.optimizer='muon': needs optimizer.distributed=false"),
+        (["optimizer.optimizer=muon"], "optimizer.optimizer='muon': needs optimizer.use_distributed_optimizer=false"),
         (["optimizer.muon_num_ns_steps=0"], "optimizer.muon_num_ns_steps=0: must be greater than 0"),
         (["optimizer.muon_momentum=1"], "optimizer.muon_momentum=1.0: must be in [0, 1)"),
         (["optimizer.muon_scale_mode=rms"], "muon_scale_mode='rms': must be one of spectral, shape_scaling"),
-        (["model.attention.rope.base=1"], "model.attention.rope.base=1.0: must be greater than 1"),
+        (["model.attention.rope.rotary_base=1"], "model.attention.rope.rotary_base=1.0: must be greater than 1"),
         (["model.attention.rope.beta_slow=0"], "model.attention.rope.beta_slow=0.0: must be greater than 0"),
         (["model.attention.rope.mscale=-1"], "model.attention.rope.mscale=-1.0: must not be negative"),
         (
             [
                 "parallel.context_parallel_size=2",
                 "data.document_multiple=4",
-                "model.attention.rope.type=yarn",
-                "model.attention.rope.original_max_position=4098",
+                "model.attention.rope.rope_type=yarn",
+                "model.attention.rope.original_max_position_embeddings=4098",
             ],
-            "original_max_position=4098: must be divisible by 4, twice the context parallel size",
+            "original_max_position_embeddings=4098: must be divisible by 4, twice the context parallel size",
         ),
-        (["model.attention.rope.type=llama3"], "model.attention.rope.type='llama3': needs model.attention.type=gqa"),
+        (
+            ["model.attention.rope.rope_type=llama3"],
+            "model.attention.rope.rope_type='llama3': needs model.attention.type=gqa",
+        ),
         (
             ["parallel.tensor_model_parallel_size=4", "model.attention.type=gqa", "model.attention.num_query_groups=2"],
             "tensor_model_parallel_size=4: must divide model.attention.num_query_groups, 2",
         ),
-        (["parallel.tensor_model_parallel_size=3"], "must divide model.attention.num_heads, 16"),
+        (["parallel.tensor_model_parallel_size=3"], "must divide model.attention.num_attention_heads, 16"),
         (
             [*TENSOR_3, "model.ffn_hidden_size=64"],
             "tensor_model_parallel_size=3: must divide model.ffn_hidden_size, 64",
         ),
-        ([*TENSOR_3, "model.moe.shared_ffn_hidden_size=64"], "must divide model.moe.shared_ffn_hidden_size, 64"),
-        ([*TENSOR_3, "model.num_dense_layers=0"], "must divide the multiple to which ids and codes are padded, 128"),
         (
-            ["parallel.tensor_model_parallel_size=2", "model.moe.ffn_hidden_size=65"],
-            "parallel.expert_tensor_parallel_size=2: must divide model.moe.ffn_hidden_size, 65",
+            [*TENSOR_3, "model.moe.moe_shared_expert_intermediate_size=64"],
+            "must divide model.moe.moe_shared_expert_intermediate_size, 64",
         ),
-        (["parallel.expert_tensor_parallel_size=3"], "must divide model.moe.ffn_hidden_size, 1408"),
-        (["model.moe.ffn_hidden_size=68"], "model.moe.expert_backend='grouped': takes rows of whole 16 bytes"),
+        (
+            [*TENSOR_3, "model.first_k_dense_replace=0"],
+            "must divide the multiple to which ids and codes are padded, 128",
+        ),
+        (
+            ["parallel.tensor_model_parallel_size=2", "model.moe.moe_ffn_hidden_size=65"],
+            "parallel.expert_tensor_parallel_size=2: must divide model.moe.moe_ffn_hidden_size, 65",
+        ),
+        (["parallel.expert_tensor_parallel_size=3"], "must divide model.moe.moe_ffn_hidden_size, 1408"),
+        (["model.moe.moe_ffn_hidden_size=68"], "model.moe.expert_backend='grouped': takes rows of whole 16 bytes"),
         (["model.hidden_size=2052"], "must be divisible by 8 in bf16"),
         (["model.hidden_size=2050", "precision.dtype=fp32"], "must be divisible by 4 in fp32"),
-        (["parallel.expert_tensor_parallel_size=2", "model.moe.ffn_hidden_size=72"], "rank's share of model.moe.ffn"),
-        (["model.moe.dispatcher=deepep"], "model.moe.dispatcher='deepep': needs experts on several ranks"),
-        (["model.moe.dispatcher=hybridep"], "model.moe.dispatcher='hybridep': needs experts on several ranks"),
         (
-            ["model.moe.dispatcher=allgather", "model.moe.shared_expert_overlap=true"],
-            "shared_expert_overlap=True: needs shared experts (shared_ffn_hidden_size) and dispatcher=alltoall",
+            ["parallel.expert_tensor_parallel_size=2", "model.moe.moe_ffn_hidden_size=72"],
+            "rank's share of model.moe.ffn",
+        ),
+        (
+            ["model.moe.moe_token_dispatcher_type=deepep"],
+            "model.moe.moe_token_dispatcher_type='deepep': needs experts on several ranks",
+        ),
+        (
+            ["model.moe.moe_token_dispatcher_type=hybridep"],
+            "model.moe.moe_token_dispatcher_type='hybridep': needs experts on several ranks",
+        ),
+        (
+            ["model.moe.moe_token_dispatcher_type=allgather", "model.moe.moe_shared_expert_overlap=true"],
+            "moe_shared_expert_overlap=True: needs shared experts (moe_shared_expert_intermediate_size) and moe_token_dispatcher_type=alltoall",
         ),
         (["parallel.pipeline_model_parallel_size=3"], "must divide model.num_layers, 4"),
         (["parallel.virtual_pipeline_model_parallel_size=2"], "needs pipeline_model_parallel_size of at least 2"),
@@ -247,7 +271,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         (["parallel.context_parallel_size=2"], "data.document_multiple=1: must be divisible by 4, twice the context"),
         (["data.document_multiple=3"], "data.document_multiple=3: must divide data.seq_length, 4096"),
         (["training.micro_batch_size=2"], "training.micro_batch_size=2: must be 1 with data.packing"),
-        (["optimizer.warmup_steps=1000"], "must be less than training.steps, 1000"),
+        (["optimizer.lr_warmup_iters=1000"], "must be less than training.train_iters, 1000"),
         (
             ["optimizer.lr_scales=[{part: experts.video, scale: 0}]"],
             "must be one of experts.text, experts.audio, shared",
@@ -267,8 +291,11 @@ def test_a_broken_rule_names_field_value_and_rule(error, overrides, message):
 
 
 def test_sizes_that_grouped_experts_do_not_take_are_left_to_sequential_ones(load):
-    assert load("model.moe.ffn_hidden_size=68", "precision.dtype=fp32").model.moe.expert_backend == "grouped"
-    assert load("model.moe.ffn_hidden_size=65", "model.moe.expert_backend=sequential").model.moe.ffn_hidden_size == 65
+    assert load("model.moe.moe_ffn_hidden_size=68", "precision.dtype=fp32").model.moe.expert_backend == "grouped"
+    assert (
+        load("model.moe.moe_ffn_hidden_size=65", "model.moe.expert_backend=sequential").model.moe.moe_ffn_hidden_size
+        == 65
+    )
 
 
 def test_a_layout_that_does_not_fit_the_world_is_refused(load):
@@ -288,7 +315,11 @@ def test_a_batch_that_does_not_fit_the_ranks_is_refused(load):
 
 
 def test_what_no_layer_has_need_not_be_divisible(load):
-    none = ["model.num_dense_layers=0", "model.ffn_hidden_size=63", "model.moe.shared_ffn_hidden_size=0"]
+    none = [
+        "model.first_k_dense_replace=0",
+        "model.ffn_hidden_size=63",
+        "model.moe.moe_shared_expert_intermediate_size=0",
+    ]
     assert load("parallel.tensor_model_parallel_size=2", *none).parallel.tensor_model_parallel_size == 2
 
 

@@ -78,7 +78,7 @@ def bench_experts(arguments: argparse.Namespace) -> None:
 
 def layer_config(arguments: argparse.Namespace, backend: str) -> RunConfig:
     """One MoE layer with a text and an audio half; the rest of the model is as small as may be."""
-    group = {"size": arguments.experts // 2, "top_k": arguments.top_k}
+    group = {"size": arguments.experts // 2, "moe_router_topk": arguments.top_k}
     values = {
         "vocab": {"text_vocab_size": 8, "num_codebooks": 1, "codebook_size": 8},
         "model": {
@@ -86,7 +86,7 @@ def layer_config(arguments: argparse.Namespace, backend: str) -> RunConfig:
             "hidden_size": arguments.hidden,
             "moe": {
                 "groups": [{"modality": name, **group} for name in ("text", "audio")],
-                "ffn_hidden_size": arguments.ffn,
+                "moe_ffn_hidden_size": arguments.ffn,
                 "expert_backend": backend,
             },
         },

@@ -132,7 +132,7 @@ def experts_table(
     ]
     arms = expert_arms(config, fp8_backends)
     # Three matrices of h x f for each token, two operations per element, and twice the work again backwards.
-    per_token = 3 * 2 * 3 * config.model.hidden_size * config.model.moe.ffn_hidden_size
+    per_token = 3 * 2 * 3 * config.model.hidden_size * config.model.moe.moe_ffn_hidden_size
     for load in loads:
         baseline: Timing | None = None
         for (backend, precision), arm in arms.items():
@@ -150,7 +150,10 @@ def experts_table(
 def expert_arms(config: RunConfig, fp8_backends: Sequence[str]) -> dict[tuple[str, str], RunConfig]:
     """(backend, precision) -> configuration; torch in bf16 comes first."""
     moe = config.model.moe
-    groups = [dataclasses.replace(moe.groups[0], size=EXPERTS // 2, top_k=1, modality=g.modality) for g in moe.groups]
+    groups = [
+        dataclasses.replace(moe.groups[0], size=EXPERTS // 2, moe_router_topk=1, modality=g.modality)
+        for g in moe.groups
+    ]
 
     def arm(is_engine: bool, **fp8: object) -> RunConfig:
         experts = dataclasses.replace(
@@ -158,9 +161,9 @@ def expert_arms(config: RunConfig, fp8_backends: Sequence[str]) -> dict[tuple[st
         )
         backend = "transformer_engine" if is_engine else "portable"
         precision = dataclasses.replace(
-            config.precision, **{"fp8": "off", "bf16_first_layers": 0, "bf16_last_layers": 0, **fp8}
+            config.precision, **{"fp8": "off", "num_layers_at_start_in_bf16": 0, "num_layers_at_end_in_bf16": 0, **fp8}
         )
-        model = dataclasses.replace(config.model, backend=backend, moe=experts)
+        model = dataclasses.replace(config.model, transformer_impl=backend, moe=experts)
         return dataclasses.replace(config, model=model, precision=precision)
 
     arms = {("torch", config.precision.dtype): arm(False)}
@@ -178,7 +181,7 @@ def expert_pass(config: RunConfig, load: int) -> Callable[[], None]:
     """Forward and backward of :data:`EXPERTS` experts with ``load`` tokens each."""
     experts = build_experts(config)
     megatron = transformer_config(config)
-    is_engine = config.model.backend == "transformer_engine"
+    is_engine = config.model.transformer_impl == "transformer_engine"
     if config.precision.uses_fp8 and not is_engine:
         for pool in experts.children():
             pool.fp8 = {name: fp8_product(config, len(pool.experts)) for name in pool.fp8}

@@ -96,7 +96,7 @@ def bench_router(arguments: argparse.Namespace) -> None:
 
 
 def model_config(arguments: argparse.Namespace) -> RunConfig:
-    group = {"size": arguments.experts // 2, "top_k": arguments.top_k}
+    group = {"size": arguments.experts // 2, "moe_router_topk": arguments.top_k}
     heads = max(1, arguments.hidden // 128)
     values = {
         "vocab": {"text_vocab_size": VOCABULARY, "num_codebooks": 4, "codebook_size": 1024},
@@ -104,16 +104,16 @@ def model_config(arguments: argparse.Namespace) -> RunConfig:
             "num_layers": LAYERS,
             "hidden_size": arguments.hidden,
             "ffn_hidden_size": 4 * arguments.hidden,
-            "attention": {"num_heads": heads, "kv_lora_rank": arguments.hidden // 4},
+            "attention": {"num_attention_heads": heads, "kv_lora_rank": arguments.hidden // 4},
             "moe": {
                 "groups": [{"modality": name, **group} for name in ("text", "audio")],
-                "ffn_hidden_size": arguments.ffn,
-                "shared_ffn_hidden_size": 2 * arguments.ffn,
-                "balance_loss": "seq_aux_loss",
+                "moe_ffn_hidden_size": arguments.ffn,
+                "moe_shared_expert_intermediate_size": 2 * arguments.ffn,
+                "moe_router_load_balancing_type": "seq_aux_loss",
             },
         },
         # Layers are timed by themselves too, where no hook may wait for the gradients of the whole model.
-        "optimizer": {"overlap": False},
+        "optimizer": {"overlap_grad_reduce": False},
         "data": {"seq_length": arguments.tokens, "packing": False},
         "precision": {"dtype": "bf16" if platform.device().type == "cuda" else "fp32"},
     }
@@ -124,7 +124,7 @@ def plain_router(router: torch.nn.Module) -> PlainRouter:
     """Megatron's router with the same weight and the same kind of balance loss."""
     config = router.config
     config.moe_router_load_balancing_type = "seq_aux_loss"
-    config.moe_aux_loss_coeff = router.moe.balance_coeff
+    config.moe_aux_loss_coeff = router.moe.moe_aux_loss_coeff
     plain = PlainRouter(config, ProcessGroupCollection.use_mpu_process_groups())
     plain.set_layer_number(router.layer_number)
     plain.weight = router.weight

@@ -32,18 +32,18 @@ MODEL = {
         "hidden_size": 512,
         "ffn_hidden_size": 2736,
         "attention": {
-            "num_heads": 8,
+            "num_attention_heads": 8,
             "kv_lora_rank": 128,
-            "qk_nope_head_dim": 64,
-            "qk_rope_head_dim": 32,
+            "qk_head_dim": 64,
+            "qk_pos_emb_head_dim": 32,
             "v_head_dim": 64,
         },
-        "moe": {"ffn_hidden_size": 352, "shared_ffn_hidden_size": 704},
+        "moe": {"moe_ffn_hidden_size": 352, "moe_shared_expert_intermediate_size": 704},
     },
     "data": {"seq_length": LENGTH, "packing": False},
     "precision": {"dtype": "fp32"},
     "training": {"micro_batch_size": 1, "global_batch_size": 1},
-    "optimizer": {"overlap": False},
+    "optimizer": {"overlap_grad_reduce": False},
 }
 
 

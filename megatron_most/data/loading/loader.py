@@ -52,7 +52,7 @@ def train_batches(config: RunConfig, *, dp_rank: int, dp_size: int, consumed_sam
 def validation_batches(config: RunConfig, *, dp_rank: int, dp_size: int) -> dict[str, list[Batch]]:
     """For each validation dataset, by its file name, the micro-batches of one data-parallel rank.
 
-    Together the ranks hold the first ``eval_batches * global_batch_size`` rows of the dataset in a fixed random order,
+    Together the ranks hold the first ``eval_iters * global_batch_size`` rows of the dataset in a fixed random order,
     or all of it when it is smaller: the same rows at any ``dp_size``, seed and step. Every rank has equally many
     micro-batches; rows of padding without loss fill the last ones.
     """
@@ -64,7 +64,7 @@ def validation_batches(config: RunConfig, *, dp_rank: int, dp_size: int) -> dict
     batches: dict[str, list[Batch]] = {}
     for name, dataset in zip(names, open_datasets(config, data.validation), strict=True):
         rows = Rows([dataset], [1.0], dataclasses.replace(data, audio_frame_dropout=0.0), seed=0)
-        num_rows = min(training.eval_batches * training.global_batch_size, rows.rows_per_epoch[0])
+        num_rows = min(training.eval_iters * training.global_batch_size, rows.rows_per_epoch[0])
         size = training.micro_batch_size
         padding = Row(TASKS.index(dataset.task))
         batches[name] = []

@@ -27,7 +27,7 @@ from megatron_most.errors import CheckpointError
 from tests.distributed.tiny import tiny_config
 from tests.unit.checkpointing.test_directory import make_checkpoint
 
-THREE_AND_FIVE = "[{modality: text, size: 3, top_k: 2}, {modality: audio, size: 5, top_k: 2}]"
+THREE_AND_FIVE = "[{modality: text, size: 3, moe_router_topk: 2}, {modality: audio, size: 5, moe_router_topk: 2}]"
 
 
 def metadata_of(config: RunConfig, **fields: Any) -> CheckpointMetadata:
@@ -64,8 +64,11 @@ def test_metadata_survives_json() -> None:
         ({"model__hidden_size": 48}, "model.hidden_size is 48 in the checkpoint, 32 in the config"),
         ({"vocab__layout": "flat"}, "vocab.layout is 'flat' in the checkpoint, 'frame' in the config"),
         ({"model__moe__groups": THREE_AND_FIVE}, "model.moe.groups[0].size is 3 in the checkpoint, 4 in the config"),
-        ({"model__moe__expert_bias_update_rate": 0.1}, "expert_bias_update_rate is 0.1 in the checkpoint, 0.0 in the"),
-        ({"model__attention__rope__base": 5.0}, "model.attention.rope.base is 5.0 in the checkpoint"),
+        (
+            {"model__moe__moe_router_bias_update_rate": 0.1},
+            "moe_router_bias_update_rate is 0.1 in the checkpoint, 0.0 in the",
+        ),
+        ({"model__attention__rope__rotary_base": 5.0}, "model.attention.rope.rotary_base is 5.0 in the checkpoint"),
     ],
 )
 def test_another_model_is_refused_naming_both(overrides: dict, message: str) -> None:
@@ -90,26 +93,28 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_of_training_or_of_the_layout_may_differ() -> None:
-    groups = "[{modality: text, size: 4, top_k: 2, balance_coeff: 0.3}, {modality: audio, size: 4, top_k: 2}]"
+    groups = "[{modality: text, size: 4, moe_router_topk: 2, moe_aux_loss_coeff: 0.3}, {modality: audio, size: 4, moe_router_topk: 2}]"
     other = tiny_config(
         seed=5,
         parallel__expert_model_parallel_size=2,
         model__moe__groups=groups,
-        model__moe__balance_coeff=0.5,
+        model__moe__moe_aux_loss_coeff=0.5,
         model__moe__orthogonality_coeff=0.5,
         model__moe__expert_order="contiguous",
-        model__backend="portable",
+        model__transformer_impl="portable",
         model__moe__expert_backend="sequential",
-        model__moe__shared_expert_overlap=True,
+        model__moe__moe_shared_expert_overlap=True,
     )
     check_same_model(Path("step_00000003"), metadata_of(other), tiny_config())
-    biased, slower = (tiny_config(model__moe__expert_bias_update_rate=rate) for rate in (1e-2, 1e-3))
+    biased, slower = (tiny_config(model__moe__moe_router_bias_update_rate=rate) for rate in (1e-2, 1e-3))
     check_same_model(Path("step_00000003"), metadata_of(biased), slower)
 
 
 def test_groups_by_size_are_those_by_lists_of_the_same_experts() -> None:
     """As conversion writes them, and as recipes do."""
-    lists = "[{{modality: text, experts: {}, top_k: 2}}, {{modality: audio, experts: {}, top_k: 2}}]"
+    lists = (
+        "[{{modality: text, experts: {}, moe_router_topk: 2}}, {{modality: audio, experts: {}, moe_router_topk: 2}}]"
+    )
     halves = tiny_config(model__moe__groups=lists.format([0, 1, 2, 3], [4, 5, 6, 7]))
     check_same_model(Path("step_00000003"), metadata_of(halves), tiny_config())
     check_same_model(Path("step_00000003"), metadata_of(tiny_config()), halves)

@@ -14,7 +14,7 @@ from tests.unit.conversion.models import deepseek, llama
 from tests.unit.conversion.test_most import LISTS, most, published
 from tests.unit.conversion.test_round_trips import options
 
-GROUPS = "[{modality: text, size: 3, top_k: 2}, {modality: audio, size: 3, top_k: 2}]"
+GROUPS = "[{modality: text, size: 3, moe_router_topk: 2}, {modality: audio, size: 3, moe_router_topk: 2}]"
 
 
 @pytest.fixture(scope="module")
@@ -118,10 +118,10 @@ def test_wrong_configuration_file(folder, tmp_path, text, match):
 
 @pytest.mark.parametrize("overrides, match", [
     (["model.hidden_size=64"], "model.hidden_size=64: .* has 32"),
-    (["model.attention.rope.base=5"], "model.attention.rope.base=5"),
-    (["model.moe.score_function=sigmoid"], "model.moe.score_function='sigmoid'"),
+    (["model.attention.rope.rotary_base=5"], "model.attention.rope.rotary_base=5"),
+    (["model.moe.moe_router_score_function=sigmoid"], "model.moe.moe_router_score_function='sigmoid'"),
     (["model.moe.groups.0.size=5"], "size=5: expand gives text all of the base's 6 experts"),
-    (["model.moe.groups.0.top_k=3"], r"groups\[text\].top_k=3: the base has 2"),
+    (["model.moe.groups.0.moe_router_topk=3"], r"groups\[text\].moe_router_topk=3: the base has 2"),
     (["model.moe.groups.1.size=3"], "give counts with --usage"),
     (["model.moe.groups.1.size=9"], "size=9: the base has 6 experts to copy"),
     (["model.moe.score_rule=all"], "would change text's scores"),

@@ -91,7 +91,10 @@ def test_partition_is_undone_bit_for_bit(tmp_path, shape):
 
 def test_text_part_of_a_partition_computes_what_its_text_does(tmp_path):
     deepseek(tmp_path / "hf")
-    text, audio = "{modality: text, experts: [5, 0, 3], top_k: 2}", "{modality: audio, experts: [1, 2, 4], top_k: 2}"
+    text, audio = (
+        "{modality: text, experts: [5, 0, 3], moe_router_topk: 2}",
+        "{modality: audio, experts: [1, 2, 4], moe_router_topk: 2}",
+    )
     checkpoint = import_model(
         tmp_path / "hf", tmp_path / "native", options("partition", f"model.moe.groups=[{text}, {audio}]")
     )
@@ -139,7 +142,7 @@ def test_a_smaller_pool_gets_copies_of_the_experts_used_most_layer_by_layer(tmp_
 @pytest.mark.parametrize("shared", [48, 0])
 def test_upcycling_keeps_what_a_dense_llama_computes(tmp_path, tied, shared):
     model = llama(tmp_path / "hf", tie_word_embeddings=tied)
-    wanted = options("upcycle", f"model.moe.shared_ffn_hidden_size={shared}", "model.moe.groups.1.size=3")
+    wanted = options("upcycle", f"model.moe.moe_shared_expert_intermediate_size={shared}", "model.moe.groups.1.size=3")
     checkpoint = import_model(tmp_path / "hf", tmp_path / "native", wanted)
     assert_same_logits(native_logits(checkpoint, tokens())[..., :VOCAB], model, tokens())
     export_model(checkpoint, tmp_path / "back", "llama")
@@ -150,7 +153,7 @@ def test_upcycling_keeps_what_a_dense_llama_computes(tmp_path, tied, shared):
 
 def test_upcycling_may_leave_the_first_layers_dense(tmp_path):
     model = llama(tmp_path / "hf")
-    checkpoint = import_model(tmp_path / "hf", tmp_path / "native", options("upcycle", "model.num_dense_layers=1"))
+    checkpoint = import_model(tmp_path / "hf", tmp_path / "native", options("upcycle", "model.first_k_dense_replace=1"))
     assert_same_logits(native_logits(checkpoint, tokens())[..., :VOCAB], model, tokens())
     export_model(checkpoint, tmp_path / "back", "llama")
     assert_same_files(tmp_path / "hf", tmp_path / "back")

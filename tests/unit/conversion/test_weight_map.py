@@ -32,16 +32,19 @@ VARIANTS = {
     "plain": {},
     "queries compressed": {"model__attention__q_lora_rank": 12},
     "flat layout": {"vocab__layout": "flat"},
-    "no shared expert, three dense layers": {"model__moe__shared_ffn_hidden_size": 0, "model__num_dense_layers": 3},
+    "no shared expert, three dense layers": {
+        "model__moe__moe_shared_expert_intermediate_size": 0,
+        "model__first_k_dense_replace": 3,
+    },
     "a router each, biases": {
         "model__moe__router_weights": "per_modality",
-        "model__moe__score_function": "sigmoid",
-        "model__moe__expert_bias_update_rate": 1e-3,
+        "model__moe__moe_router_score_function": "sigmoid",
+        "model__moe__moe_router_bias_update_rate": 1e-3,
     },
     "grouped-query attention": {
         "model__attention__type": "gqa",
         "model__attention__num_query_groups": 2,
-        "model__attention__head_dim": 8,
+        "model__attention__kv_channels": 8,
     },
     "experts one by one, common ones": {"model__moe__expert_backend": "sequential", "model__moe__common__size": 2},
 }
@@ -64,18 +67,18 @@ def test_shapes_are_those_of_the_model_that_is_built(variant):
 
 
 def config_of(layers: int, dense: int, experts: int, groups: int, heads: int, kind: str) -> RunConfig:
-    attention = {"type": kind, "num_heads": heads * groups, "num_query_groups": groups, "head_dim": 4}
-    attention |= {"kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 3}
+    attention = {"type": kind, "num_attention_heads": heads * groups, "num_query_groups": groups, "kv_channels": 4}
+    attention |= {"kv_lora_rank": 6, "qk_head_dim": 4, "qk_pos_emb_head_dim": 2, "v_head_dim": 3}
     moe = {
         "groups": [
-            {"modality": "text", "size": experts, "top_k": 1},
-            {"modality": "audio", "size": experts + 1, "top_k": 1},
+            {"modality": "text", "size": experts, "moe_router_topk": 1},
+            {"modality": "audio", "size": experts + 1, "moe_router_topk": 1},
         ],
-        "ffn_hidden_size": 8,
-        "shared_ffn_hidden_size": 8,
+        "moe_ffn_hidden_size": 8,
+        "moe_shared_expert_intermediate_size": 8,
         "expert_backend": "sequential",
     }
-    model = {"num_layers": layers, "num_dense_layers": dense, "hidden_size": 12, "ffn_hidden_size": 8}
+    model = {"num_layers": layers, "first_k_dense_replace": dense, "hidden_size": 12, "ffn_hidden_size": 8}
     return build_config(
         "test",
         {

@@ -170,7 +170,7 @@ def run_config(train: list[tuple[Path, float]], validation: list[Path] = (), **o
     for name, value in overrides.items():
         if name in ("seq_length", "packing", "document_multiple", "audio_frame_dropout", "audio_share"):
             values["data"][name] = value
-        elif name in ("micro_batch_size", "global_batch_size", "eval_batches"):
+        elif name in ("micro_batch_size", "global_batch_size", "eval_iters"):
             values["training"][name] = value
         else:
             values[name] = value

@@ -20,7 +20,7 @@ MODELS = {name: {"vocab__layout": name} for name in CODEC_LAYOUTS} | {
     "grouped-query": {
         "model__attention__type": "gqa",
         "model__attention__num_query_groups": 2,
-        "model__attention__head_dim": 8,
+        "model__attention__kv_channels": 8,
     }
 }
 

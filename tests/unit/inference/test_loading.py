@@ -12,7 +12,7 @@ from tests.distributed.tiny import WIDE, tiny_config
 
 TRAINED = {
     "engine": {
-        "model__backend": "transformer_engine",
+        "model__transformer_impl": "transformer_engine",
         "model__moe__expert_backend": "transformer_engine",
         "precision__fp8_backend": "transformer_engine",
     },
@@ -28,7 +28,7 @@ def test_what_served_training_is_left_behind(name: str) -> None:
     trained = tiny_config(**{**WIDE, **fp8, **TRAINED[name]})
     config = config_for_generation("a checkpoint", dataclasses.asdict(trained))
     check_libraries(config)  # as on this machine, so on any
-    assert (config.model.backend, config.model.moe.expert_backend) == ("portable", "grouped")
+    assert (config.model.transformer_impl, config.model.moe.expert_backend) == ("portable", "grouped")
     assert config.precision.dtype == "bf16" and not config.precision.uses_fp8
     assert (config.vocab, config.data.seq_length) == (trained.vocab, trained.data.seq_length)
     assert config.model.attention == trained.model.attention

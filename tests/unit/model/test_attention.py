@@ -29,7 +29,7 @@ HEADS, HEAD_DIM, VALUE_DIM = 6, 5, 4
 GQA = {
     "model__attention__type": "gqa",
     "model__attention__num_query_groups": 2,
-    "model__attention__head_dim": 10,
+    "model__attention__kv_channels": 10,
 }
 
 
@@ -152,11 +152,11 @@ def test_llama_3_2_1b_s_attention_is_counted_as_published():
             tiny_config(
                 model__hidden_size=2048,
                 model__num_layers=num_layers,
-                model__num_dense_layers=1,
+                model__first_k_dense_replace=1,
                 model__attention__type="gqa",
-                model__attention__num_heads=32,
+                model__attention__num_attention_heads=32,
                 model__attention__num_query_groups=8,
-                model__attention__head_dim=64,
+                model__attention__kv_channels=64,
             )
         )["total"]
         for num_layers in (2, 3)
@@ -171,8 +171,8 @@ def test_llama_3_2_1b_s_attention_is_counted_as_published():
 def test_packed_and_padded_documents_have_the_losses_they_have_alone(attention, rope):
     config = tiny_config(
         **attention,
-        model__attention__rope__type=rope,
-        model__attention__rope__original_max_position=4,
+        model__attention__rope__rope_type=rope,
+        model__attention__rope__original_max_position_embeddings=4,
         data__seq_length=64,
         data__packing=True,
         data__document_multiple=8,

@@ -20,16 +20,21 @@ VOCAB, HIDDEN, FFN, EXPERT_FFN, HEADS = 50, 32, 48, 24, 4
 LENGTHS = (40, 3, 17)  # documents; the longest goes beyond the original length of every rescaled rope
 TOLERANCE = 2e-5  # of logits of about 1
 
-ROPE = {"type": "rope", "base": 100.0}
+ROPE = {"rope_type": "rope", "rotary_base": 100.0}
 YARN = {
-    "type": "yarn",
-    "base": 100.0,
-    "scaling_factor": 4.0,
-    "original_max_position": 32,
+    "rope_type": "yarn",
+    "rotary_base": 100.0,
+    "rotary_scaling_factor": 4.0,
+    "original_max_position_embeddings": 32,
     "beta_fast": 3.0,
     "beta_slow": 0.5,
 }
-LLAMA3 = {"type": "llama3", "base": 100.0, "scaling_factor": 8.0, "original_max_position": 24}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rotary_base": 100.0,
+    "rotary_scaling_factor": 8.0,
+    "original_max_position_embeddings": 24,
+}
 HF_YARN = {
     "rope_type": "yarn",
     "rope_theta": 100.0,
@@ -60,8 +65,8 @@ def run_config(attention: dict, moe: dict) -> RunConfig:
         "num_layers": 3,
         "hidden_size": HIDDEN,
         "ffn_hidden_size": FFN,
-        "attention": {"num_heads": HEADS, **attention},
-        "moe": {"ffn_hidden_size": EXPERT_FFN, **moe},
+        "attention": {"num_attention_heads": HEADS, **attention},
+        "moe": {"moe_ffn_hidden_size": EXPERT_FFN, **moe},
     }
     return build_config(
         "test",
@@ -145,10 +150,13 @@ def our_logits(model: MoSTModel, ids: torch.Tensor, lengths: tuple[int, ...] | N
 # DeepSeek-V2. Text chooses among three experts of its own and three common ones; audio's are filled at random.
 
 DEEPSEEK_MOE = {
-    "groups": [{"modality": "text", "size": 3, "top_k": 2}, {"modality": "audio", "size": 2, "top_k": 1}],
+    "groups": [
+        {"modality": "text", "size": 3, "moe_router_topk": 2},
+        {"modality": "audio", "size": 2, "moe_router_topk": 1},
+    ],
     "common": {"size": 3},
-    "shared_ffn_hidden_size": 2 * EXPERT_FFN,
-    "routed_scaling_factor": 1.5,
+    "moe_shared_expert_intermediate_size": 2 * EXPERT_FFN,
+    "moe_router_topk_scaling_factor": 1.5,
 }
 DEEPSEEK_DIMS = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 16, "v_head_dim": 12}
 
@@ -227,10 +235,13 @@ def test_deepseek_v2(q_lora_rank, rope, hf_rope):
 # Llama. Its dense layers become layers of equal experts whose weights sum to one.
 
 UPCYCLED_MOE = {
-    "groups": [{"modality": "text", "size": 2, "top_k": 2}, {"modality": "audio", "size": 2, "top_k": 1}],
-    "ffn_hidden_size": FFN,
-    "shared_ffn_hidden_size": 0,
-    "normalize_top_k": True,
+    "groups": [
+        {"modality": "text", "size": 2, "moe_router_topk": 2},
+        {"modality": "audio", "size": 2, "moe_router_topk": 1},
+    ],
+    "moe_ffn_hidden_size": FFN,
+    "moe_shared_expert_intermediate_size": 0,
+    "norm_topk_prob": True,
 }
 HEAD_DIM, KEY_VALUE_HEADS = 16, 2
 
@@ -275,11 +286,11 @@ def llama_weights(hf: LlamaForCausalLM) -> dict[str, torch.Tensor]:
         ({**YARN, "mscale": 1.0, "mscale_all_dim": 0.0}, HF_YARN),
         ({**YARN, "mscale": 0.9, "mscale_all_dim": 0.3}, {**HF_YARN, "mscale": 0.9, "mscale_all_dim": 0.3}),
         (LLAMA3, HF_LLAMA3),
-        ({**LLAMA3, "scaling_factor": 2.0}, {**HF_LLAMA3, "factor": 2.0}),
+        ({**LLAMA3, "rotary_scaling_factor": 2.0}, {**HF_LLAMA3, "factor": 2.0}),
     ],
     ids=["rope", "yarn", "yarn-mscale", "llama3", "llama3-factor-2"],
 )
 def test_llama(rope, hf_rope):
-    attention = {"type": "gqa", "num_query_groups": KEY_VALUE_HEADS, "head_dim": HEAD_DIM, "rope": rope}
+    attention = {"type": "gqa", "num_query_groups": KEY_VALUE_HEADS, "kv_channels": HEAD_DIM, "rope": rope}
     hf = llama(hf_rope)
     assert_same_logits(hf, loaded(run_config(attention, UPCYCLED_MOE), llama_weights(hf)))

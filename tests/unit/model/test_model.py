@@ -46,8 +46,8 @@ def losses(model: MoSTModel, batch: Batch, packed: PackedRow | None = None) -> t
         {},
         {"vocab__layout": "flat"},
         {"model__attention__q_lora_rank": 12},
-        {"model__num_dense_layers": 0, "model__moe__shared_ffn_hidden_size": 0},
-        {"model__num_dense_layers": 3},
+        {"model__first_k_dense_replace": 0, "model__moe__moe_shared_expert_intermediate_size": 0},
+        {"model__first_k_dense_replace": 3},
     ],
 )
 def test_parameter_count_is_the_built_models(overrides):

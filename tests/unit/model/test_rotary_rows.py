@@ -14,7 +14,7 @@ from megatron_most.model.specs import MultiLatentAttention
 from tests.distributed.tiny import tiny_config
 
 LENGTHS = [5, 17, 1, 64, 41]
-GQA = {"model__attention__type": "gqa", "model__attention__num_query_groups": 2, "model__attention__head_dim": 12}
+GQA = {"model__attention__type": "gqa", "model__attention__num_query_groups": 2, "model__attention__kv_channels": 12}
 
 
 def row_of(lengths: list[int]) -> PackedRow:
@@ -41,7 +41,7 @@ def attend(model: MoSTModel, row: PackedRow, angles: torch.Tensor | None) -> lis
 @pytest.mark.parametrize("lengths", [LENGTHS, [128]], ids=["documents", "one"])
 @pytest.mark.parametrize("rope", ["rope", "yarn"])
 def test_latent_attention_is_megatrons(rope, lengths, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build(model__attention__rope__type=rope, model__attention__rope__original_max_position=16)
+    model = build(model__attention__rope__rope_type=rope, model__attention__rope__original_max_position_embeddings=16)
     row = row_of(lengths)
     ours = attend(model, row, None)
     monkeypatch.setattr(
@@ -55,7 +55,9 @@ def test_latent_attention_is_megatrons(rope, lengths, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("rope", ["rope", "yarn", "llama3"])
 def test_grouped_query_attention_is_megatrons(rope) -> None:
-    model = build(**GQA, model__attention__rope__type=rope, model__attention__rope__original_max_position=16)
+    model = build(
+        **GQA, model__attention__rope__rope_type=rope, model__attention__rope__original_max_position_embeddings=16
+    )
     row = row_of(LENGTHS)
     ours = attend(model, row, model._angles(128, row, None))
     of_longest_document = model.rotary(row.max_seqlen_q, packed_seq=True)

@@ -36,7 +36,7 @@ ATTENTION = {
     "gqa": {
         "model__attention__type": "gqa",
         "model__attention__num_query_groups": 2,
-        "model__attention__head_dim": 16,
+        "model__attention__kv_channels": 16,
     },
 }
 
@@ -105,8 +105,10 @@ def test_auto_takes_the_engine_where_there_is_one(engine):
 
 def test_without_one_auto_is_portable_and_asking_for_it_is_an_error():
     assert platform.model_backend("auto") == "portable"
-    with pytest.raises(ConfigError, match=r"model.backend='transformer_engine': needs Transformer Engine.*pip install"):
-        check_libraries(tiny_config(model__backend="transformer_engine"))
+    with pytest.raises(
+        ConfigError, match=r"model.transformer_impl='transformer_engine': needs Transformer Engine.*pip install"
+    ):
+        check_libraries(tiny_config(model__transformer_impl="transformer_engine"))
     assert all(choice.reason for choice in platform.part_choices())
 
 
@@ -121,14 +123,14 @@ FP8 = {
     "precision__fp8": "hybrid",
     "precision__dtype": "bf16",
     "model__hidden_size": 64,
-    "model__moe__ffn_hidden_size": 64,
-    "model__attention__qk_rope_head_dim": 16,
+    "model__moe__moe_ffn_hidden_size": 64,
+    "model__attention__qk_pos_emb_head_dim": 16,
     "model__attention__v_head_dim": 16,
 }
 
 
 def test_fp8_is_the_engines_where_the_modules_are(engine):
-    config = tiny_config(**FP8, model__moe__expert_backend="transformer_engine", precision__bf16_last_layers=2)
+    config = tiny_config(**FP8, model__moe__expert_backend="transformer_engine", precision__num_layers_at_end_in_bf16=2)
     check_libraries(config)
     options = _transformer_engine_fp8(config)
     assert (options["fp8"], options["fp8_recipe"], options["first_last_layers_bf16"]) == ("hybrid", "tensorwise", True)
@@ -139,17 +141,20 @@ def test_fp8_is_the_engines_where_the_modules_are(engine):
     ("overrides", "match"),
     [
         ({}, "experts need model.moe.expert_backend=transformer_engine"),
-        ({"precision__fp8_backend": "torch"}, "needs model.backend=portable"),
-        ({"precision__fp8_backend": "emulate"}, "needs model.backend=portable"),
+        ({"precision__fp8_backend": "torch"}, "needs model.transformer_impl=portable"),
+        ({"precision__fp8_backend": "emulate"}, "needs model.transformer_impl=portable"),
         (
             {"model__moe__expert_backend": "transformer_engine", "precision__fp8_recipe": "delayed"},
             "delayed scaling knows no layers in bf16",
         ),
         (
-            {"model__backend": "portable", "precision__fp8_recipe": "blockwise"},
+            {"model__transformer_impl": "portable", "precision__fp8_recipe": "blockwise"},
             "torch's kernels take the recipes delayed and tensorwise, not 'blockwise'",
         ),
-        ({"model__backend": "portable", "precision__fp8_backend": "transformer_engine"}, "model.backend=transformer_e"),
+        (
+            {"model__transformer_impl": "portable", "precision__fp8_backend": "transformer_engine"},
+            "model.transformer_impl=transformer_e",
+        ),
     ],
 )
 def test_combinations_that_nobody_computes_are_refused(engine, overrides, match):

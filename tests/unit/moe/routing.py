@@ -95,7 +95,7 @@ def reference_routing(
     for token, m in enumerate(modality.tolist()):
         choice, group = list(choices[m]), moe.groups[m]
         inside = logits[token, choice]
-        if moe.score_function == "sigmoid":
+        if moe.moe_router_score_function == "sigmoid":
             scores = torch.sigmoid(inside)
             distribution[token, choice] = scores / scores.sum()
         else:
@@ -104,19 +104,23 @@ def reference_routing(
             scores = distribution[token, choice] if moe.score_rule == "group" else whole
         if not is_valid[token]:
             continue
-        ranking = (inside if moe.score_function == "softmax" and bias is None else scores).detach().clone()
+        ranking = (inside if moe.moe_router_score_function == "softmax" and bias is None else scores).detach().clone()
         if bias is not None:
             ranking += bias[m, choice]
-        runs = ranking.view(group.n_group, -1)
-        best = runs.sort(dim=1, descending=True).values[:, : 2 if moe.score_function == "sigmoid" else 1].sum(dim=1)
-        for run in best.sort(descending=True).indices[group.topk_group :].tolist():
+        runs = ranking.view(group.moe_router_num_groups, -1)
+        best = (
+            runs.sort(dim=1, descending=True)
+            .values[:, : 2 if moe.moe_router_score_function == "sigmoid" else 1]
+            .sum(dim=1)
+        )
+        for run in best.sort(descending=True).indices[group.moe_router_group_topk :].tolist():
             runs[run] = -float("inf")
-        chosen = ranking.sort(descending=True).indices[: group.top_k].tolist()
+        chosen = ranking.sort(descending=True).indices[: group.moe_router_topk].tolist()
         taken = scores[chosen]
-        if moe.normalize_top_k:
+        if moe.norm_topk_prob:
             taken = taken / taken.sum()
         experts = [choice[i] for i in chosen]
-        probs[token, experts] = taken * moe.routed_scaling_factor
+        probs[token, experts] = taken * moe.moe_router_topk_scaling_factor
         routing_map[token, experts] = 1
     return probs, routing_map.bool(), distribution
 
@@ -145,15 +149,21 @@ def reference_losses(
     for m, group in enumerate(moe.groups):
         choice = list(choices[m])
         mine = (modality == m) & is_valid
-        sequences = [row == r for r in range(rows)] if moe.balance_loss == "seq_aux_loss" else [row >= 0]
+        sequences = (
+            [row == r for r in range(rows)] if moe.moe_router_load_balancing_type == "seq_aux_loss" else [row >= 0]
+        )
         for sequence in sequences:
             tokens = mine & sequence
-            if moe.balance_loss != "none" and tokens.any():
-                fraction = routing_map[tokens][:, choice].float().sum(dim=0) / (group.top_k * tokens.sum())
+            if moe.moe_router_load_balancing_type != "none" and tokens.any():
+                fraction = routing_map[tokens][:, choice].float().sum(dim=0) / (group.moe_router_topk * tokens.sum())
                 mean_prob = distribution[tokens][:, choice].mean(dim=0)
                 value = tokens.sum() * len(choice) * (fraction * mean_prob).sum()
-                add("balance_loss", value, moe.balance_coeff if group.balance_coeff is None else group.balance_coeff)
-        z_coefficient = moe.z_loss_coeff if group.z_loss_coeff is None else group.z_loss_coeff
+                add(
+                    "balance_loss",
+                    value,
+                    moe.moe_aux_loss_coeff if group.moe_aux_loss_coeff is None else group.moe_aux_loss_coeff,
+                )
+        z_coefficient = moe.moe_z_loss_coeff if group.moe_z_loss_coeff is None else group.moe_z_loss_coeff
         seen = logits[mine] if moe.score_rule == "all" else logits[mine][:, choice]
         add("z_loss", torch.logsumexp(seen, dim=1).square().sum(), z_coefficient)
         rows_of_choice = (weight if weight.dim() == 2 else weight[m])[choice]

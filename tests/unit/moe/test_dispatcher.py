@@ -26,7 +26,7 @@ def process_groups():
 
 @pytest.fixture
 def layer() -> MoELayer:
-    groups = "[{modality: text, size: 4, top_k: 3}, {modality: audio, size: 4, top_k: 1}]"
+    groups = "[{modality: text, size: 4, moe_router_topk: 3}, {modality: audio, size: 4, moe_router_topk: 1}]"
     [model] = build_model(tiny_config(model__moe__groups=groups))
     return model.decoder.layers[1].mlp
 

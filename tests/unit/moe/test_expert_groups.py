@@ -30,8 +30,8 @@ def test_contiguous_order_gives_ranks_slices_of_the_logical_one():
 def test_experts_given_by_lists_keep_their_numbers():
     config = MoEConfig(
         groups=[
-            ExpertGroupConfig("text", top_k=2, experts=[5, 0, 3]),
-            ExpertGroupConfig("audio", top_k=1, experts=[1]),
+            ExpertGroupConfig("text", moe_router_topk=2, experts=[5, 0, 3]),
+            ExpertGroupConfig("audio", moe_router_topk=1, experts=[1]),
         ],
         common=CommonExpertsConfig(experts=[4, 2]),
     )
@@ -75,7 +75,7 @@ def test_pools_partition_the_experts_and_every_order_is_a_permutation(sizes, com
     cuts = list(itertools.accumulate([*sizes, common], initial=0))
     lists = [numbers[start:stop] for start, stop in itertools.pairwise(cuts)]
     config = MoEConfig(
-        groups=[ExpertGroupConfig(f"m{i}", top_k=1, experts=experts) for i, experts in enumerate(lists[:-1])],
+        groups=[ExpertGroupConfig(f"m{i}", moe_router_topk=1, experts=experts) for i, experts in enumerate(lists[:-1])],
         common=CommonExpertsConfig(experts=lists[-1]),
         expert_order=order,
     )
@@ -98,13 +98,16 @@ def text_and_audio(text: dict, audio: dict, **moe) -> MoEConfig:
     return MoEConfig(groups=[ExpertGroupConfig("text", **text), ExpertGroupConfig("audio", **audio)], **moe)
 
 
-FOUR = {"size": 4, "top_k": 2}
+FOUR = {"size": 4, "moe_router_topk": 2}
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: text_and_audio(FOUR, {"size": 2, "top_k": 3}), "groups[audio].top_k=3: must not exceed the 2 experts"),
+        (
+            lambda: text_and_audio(FOUR, {"size": 2, "moe_router_topk": 3}),
+            "groups[audio].moe_router_topk=3: must not exceed the 2 experts",
+        ),
         (
             lambda: text_and_audio({"experts": [0, 1]}, {"experts": [1, 2]}),
             "groups.experts=[0, 1, 1, 2]: must name each expert from 0 to 3 exactly once over all groups",
@@ -120,25 +123,36 @@ FOUR = {"size": 4, "top_k": 2}
             "groups[text].size=3: must be left out or equal",
         ),
         (lambda: text_and_audio({"size": -1}, FOUR), "groups[text].size=-1: must not be negative"),
-        (lambda: text_and_audio({"size": 0}, FOUR), "groups[text].top_k=6: must not exceed the 0 experts"),
-        (lambda: text_and_audio({**FOUR, "n_group": 3}, FOUR), "groups[text].n_group=3: must divide the 4 experts"),
-        (lambda: text_and_audio({**FOUR, "topk_group": 2}, FOUR), "topk_group=2: must not exceed n_group, 1"),
+        (lambda: text_and_audio({"size": 0}, FOUR), "groups[text].moe_router_topk=6: must not exceed the 0 experts"),
         (
-            lambda: text_and_audio({**FOUR, "top_k": 3, "n_group": 4, "topk_group": 2}, FOUR),
-            "groups[text].topk_group=2: leaves 2 experts for top_k=3",
+            lambda: text_and_audio({**FOUR, "moe_router_num_groups": 3}, FOUR),
+            "groups[text].moe_router_num_groups=3: must divide the 4 experts",
         ),
-        (lambda: text_and_audio({**FOUR, "balance_coeff": -1.0}, FOUR), "balance_coeff=-1.0: must not be negative"),
+        (
+            lambda: text_and_audio({**FOUR, "moe_router_group_topk": 2}, FOUR),
+            "moe_router_group_topk=2: must not exceed moe_router_num_groups, 1",
+        ),
+        (
+            lambda: text_and_audio(
+                {**FOUR, "moe_router_topk": 3, "moe_router_num_groups": 4, "moe_router_group_topk": 2}, FOUR
+            ),
+            "groups[text].moe_router_group_topk=2: leaves 2 experts for moe_router_topk=3",
+        ),
+        (
+            lambda: text_and_audio({**FOUR, "moe_aux_loss_coeff": -1.0}, FOUR),
+            "moe_aux_loss_coeff=-1.0: must not be negative",
+        ),
         (
             lambda: text_and_audio(FOUR, FOUR, common=CommonExpertsConfig(2, modalities=["image"])),
             "common.modalities=['image']: must be among text, audio",
         ),
         (
-            lambda: text_and_audio(FOUR, FOUR, score_function="sigmoid", score_rule="all"),
+            lambda: text_and_audio(FOUR, FOUR, moe_router_score_function="sigmoid", score_rule="all"),
             "score_rule='all': sigmoid scores are taken expert by expert",
         ),
         (
-            lambda: text_and_audio(FOUR, FOUR, shared_expert_overlap=True, dispatcher="allgather"),
-            "shared_expert_overlap=True: needs shared experts (shared_ffn_hidden_size) and dispatcher=alltoall",
+            lambda: text_and_audio(FOUR, FOUR, moe_shared_expert_overlap=True, moe_token_dispatcher_type="allgather"),
+            "moe_shared_expert_overlap=True: needs shared experts (moe_shared_expert_intermediate_size) and moe_token_dispatcher_type=alltoall",
         ),
         (
             lambda: text_and_audio(FOUR, FOUR, common=CommonExpertsConfig(modalities=["text"])),

@@ -17,7 +17,9 @@ from tests.distributed.shards import fill_weights, local_pieces
 from tests.distributed.tiny import tiny_config
 
 HIDDEN = 32
-POOLS = {"model__moe__groups": "[{modality: text, size: 3, top_k: 2}, {modality: audio, size: 2, top_k: 1}]"}
+POOLS = {
+    "model__moe__groups": "[{modality: text, size: 3, moe_router_topk: 2}, {modality: audio, size: 2, moe_router_topk: 1}]"
+}
 COMMON = {"model__moe__common__size": 3}
 
 
@@ -97,7 +99,8 @@ def test_grouped_equals_sequential_in_bf16() -> None:
 def test_a_gradient_that_is_not_dense_is_taken(sizes: tuple[int, int]) -> None:
     """A sum's gradient repeats one number; with a single pool nothing stands between it and the matrix product."""
     groups = ", ".join(
-        f"{{modality: {name}, size: {size}, top_k: 2}}" for name, size in zip(("text", "audio"), sizes, strict=True)
+        f"{{modality: {name}, size: {size}, moe_router_topk: 2}}"
+        for name, size in zip(("text", "audio"), sizes, strict=True)
     )
     common = 5 - sum(sizes)
     experts = filled(tiny_config(model__moe__groups=f"[{groups}]", model__moe__common__size=common))
@@ -137,7 +140,7 @@ def test_a_frozen_pool_takes_no_gradient_and_passes_it_on() -> None:
 
 @pytest.mark.parametrize("backend", ["grouped", "sequential"])
 def test_initial_weights_have_the_configured_spread(backend: str) -> None:
-    config = tiny_config(model__moe__expert_backend=backend, model__init_std=0.3)
+    config = tiny_config(model__moe__expert_backend=backend, model__init_method_std=0.3)
     weights: dict[str, list[torch.Tensor]] = {"linear_fc1": [], "linear_fc2": []}
     for key, _, _, piece in local_pieces([make_experts(config)]):
         weights[key.split(".")[1]].append(piece.flatten())

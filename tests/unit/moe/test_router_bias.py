@@ -21,7 +21,7 @@ def process_groups():
 
 def biased(**options) -> MoEConfig:
     groups = [ExpertGroupConfig("text", 5, 3), ExpertGroupConfig("audio", 3, 2)]
-    options = {"score_function": "sigmoid", "expert_bias_update_rate": RATE, **options}
+    options = {"moe_router_score_function": "sigmoid", "moe_router_bias_update_rate": RATE, **options}
     return MoEConfig(groups=groups, common=CommonExpertsConfig(2), **options)
 
 
@@ -48,7 +48,13 @@ def test_the_bias_moves_towards_the_mean_load_of_the_modalitys_choice(expert_par
 
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
 def test_repeated_steps_even_out_the_load(score_function):
-    router = make_router(biased(score_function=score_function, expert_bias_update_rate=5e-3, balance_loss="none"))
+    router = make_router(
+        biased(
+            moe_router_score_function=score_function,
+            moe_router_bias_update_rate=5e-3,
+            moe_router_load_balancing_type="none",
+        )
+    )
     with torch.no_grad():
         router.weight.mul_(0.2)
     hidden, modality, is_padding = make_tokens(rows=4, length=256)

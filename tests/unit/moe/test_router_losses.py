@@ -11,10 +11,10 @@ from tests.distributed.tiny import tiny_config
 from tests.unit.moe.routing import HIDDEN, flat, make_router, make_tokens, reference_logits, reference_routing, route
 
 LOSSES = {
-    "aux_loss": {"balance_loss": "aux_loss"},
-    "seq_aux_loss": {"balance_loss": "seq_aux_loss"},
-    "global_aux_loss": {"balance_loss": "global_aux_loss"},
-    "z_loss": {"z_loss_coeff": 0.1},
+    "aux_loss": {"moe_router_load_balancing_type": "aux_loss"},
+    "seq_aux_loss": {"moe_router_load_balancing_type": "seq_aux_loss"},
+    "global_aux_loss": {"moe_router_load_balancing_type": "global_aux_loss"},
+    "z_loss": {"moe_z_loss_coeff": 0.1},
     "orthogonality_loss": {"orthogonality_coeff": 0.1},
 }
 
@@ -32,7 +32,7 @@ def unit_loss_scale():
 
 
 def text_and_audio(**options) -> MoEConfig:
-    options = {"balance_loss": "none", "balance_coeff": 0.1, **options}
+    options = {"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.1, **options}
     groups = [ExpertGroupConfig("text", 5, 3), ExpertGroupConfig("audio", 3, 2)]
     return MoEConfig(groups=groups, common=CommonExpertsConfig(2), **options)
 
@@ -48,7 +48,7 @@ def attached_gradient(router, tokens) -> torch.Tensor:
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gradient_on_the_other_groups_router_rows_is_exactly_zero(loss, score_function):
-    router = make_router(text_and_audio(**LOSSES[loss], score_function=score_function))
+    router = make_router(text_and_audio(**LOSSES[loss], moe_router_score_function=score_function))
     text_only = make_tokens(shares=(1.0, 0.0))
     gradient = attached_gradient(router, text_only)
     assert gradient[:5].abs().amax(dim=1).min() > 0 and gradient[8:].abs().amax(dim=1).min() > 0
@@ -72,7 +72,7 @@ def test_padding_has_no_part_in_a_loss(loss):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_coefficient_weighs_its_loss(loss):
-    name = {"z_loss": "z_loss_coeff", "orthogonality_loss": "orthogonality_coeff"}.get(loss, "balance_coeff")
+    name = {"z_loss": "moe_z_loss_coeff", "orthogonality_loss": "orthogonality_coeff"}.get(loss, "moe_aux_loss_coeff")
     gradients = []
     for coefficient in (1.0, 3.0):
         router = make_router(text_and_audio(**{**LOSSES[loss], name: coefficient}))
@@ -84,7 +84,7 @@ def test_a_coefficient_weighs_its_loss(loss):
 
 def test_global_aux_loss_looks_at_the_micro_batches_of_the_step_so_far():
     """The second of two equals the loss whose shares are counted over both; the next step begins anew."""
-    router = make_router(text_and_audio(balance_loss="global_aux_loss"))
+    router = make_router(text_and_audio(moe_router_load_balancing_type="global_aux_loss"))
     first, second = make_tokens(seed=1, padding=0), make_tokens(seed=2, padding=0)
     attached_gradient(router, first)
     gradient = attached_gradient(router, second)
@@ -117,7 +117,7 @@ def test_orthogonal_rows_have_no_orthogonality_loss():
 
 
 def test_evaluation_has_no_losses():
-    router = make_router(text_and_audio(balance_loss="global_aux_loss", z_loss_coeff=0.1)).eval()
+    router = make_router(text_and_audio(moe_router_load_balancing_type="global_aux_loss", moe_z_loss_coeff=0.1)).eval()
     probs, _ = route(router, *make_tokens())
     (probs * 0).sum().backward()
     assert not router.weight.grad.any()
@@ -127,7 +127,9 @@ def test_evaluation_has_no_losses():
 @pytest.mark.parametrize("shares", [(0.6, 0.4), (0.95, 0.05)])
 def test_pooled_balance_is_that_of_all_tokens_over_all_experts(shares):
     """``E sum_i f_i P_i`` over all valid tokens, times their number, whatever their modality; Switch's equation 4."""
-    router = make_router(text_and_audio(balance_loss="aux_loss", balance_scope="pooled", balance_coeff=1.0))
+    router = make_router(
+        text_and_audio(moe_router_load_balancing_type="aux_loss", balance_scope="pooled", moe_aux_loss_coeff=1.0)
+    )
     hidden, modality, is_padding = make_tokens(shares=shares)
     found = []
     router.losses.attach = lambda probs, losses: found.append(losses["balance_loss"]) or probs

@@ -69,29 +69,29 @@ def layers(draw) -> MoEConfig:
             ExpertGroupConfig(
                 name,
                 size,
-                top_k=draw(st.integers(1, choice // n_group * topk_group)),
+                moe_router_topk=draw(st.integers(1, choice // n_group * topk_group)),
                 experts=lists[m],
-                n_group=n_group,
-                topk_group=topk_group,
-                balance_coeff=draw(coefficient),
-                z_loss_coeff=draw(coefficient),
+                moe_router_num_groups=n_group,
+                moe_router_group_topk=topk_group,
+                moe_aux_loss_coeff=draw(coefficient),
+                moe_z_loss_coeff=draw(coefficient),
             )
         )
     score_function = draw(st.sampled_from(["softmax", "sigmoid"]))
     return MoEConfig(
         groups=groups,
         common=CommonExpertsConfig(num_common, experts=lists[-1], modalities=open_to),
-        score_function=score_function,
+        moe_router_score_function=score_function,
         score_rule=draw(st.sampled_from(["group", "all"])) if score_function == "softmax" else "group",
-        normalize_top_k=draw(st.booleans()),
-        routed_scaling_factor=draw(st.sampled_from([1.0, 2.5])),
+        norm_topk_prob=draw(st.booleans()),
+        moe_router_topk_scaling_factor=draw(st.sampled_from([1.0, 2.5])),
         router_weights=draw(st.sampled_from(["shared", "per_modality"])),
         expert_order=draw(st.sampled_from(["interleaved", "contiguous"])),
-        balance_loss=draw(st.sampled_from(["none", "aux_loss", "seq_aux_loss", "global_aux_loss"])),
-        balance_coeff=0.3,
-        z_loss_coeff=draw(st.sampled_from([0.0, 0.2])),
+        moe_router_load_balancing_type=draw(st.sampled_from(["none", "aux_loss", "seq_aux_loss", "global_aux_loss"])),
+        moe_aux_loss_coeff=0.3,
+        moe_z_loss_coeff=draw(st.sampled_from([0.0, 0.2])),
         orthogonality_coeff=draw(st.sampled_from([0.0, 0.1])),
-        expert_bias_update_rate=draw(st.sampled_from([0.0, 1e-3])),
+        moe_router_bias_update_rate=draw(st.sampled_from([0.0, 1e-3])),
     )
 
 
@@ -103,7 +103,7 @@ def cases(draw) -> Case:
     shares = draw(st.lists(st.integers(0, 3), min_size=num_modalities, max_size=num_modalities).filter(any))
     seed = draw(st.integers(0, 2**20))
     bias = None
-    if moe.expert_bias_update_rate:
+    if moe.moe_router_bias_update_rate:
         bias = torch.randn(num_modalities, moe.num_experts, generator=torch.Generator().manual_seed(seed)) * 0.3
     return Case(
         moe,
@@ -140,8 +140,8 @@ def test_every_valid_token_goes_to_its_top_k_of_its_own_choice(case):
         assert not routing_map[tokens == m][:, outside].any()
     assert torch.equal(routing_map.sum(dim=1), torch.tensor(router.groups.top_k)[tokens] * is_valid)
     assert not probs[~routing_map].any()
-    if case.moe.normalize_top_k:
-        torch.testing.assert_close(probs.sum(dim=1), case.moe.routed_scaling_factor * is_valid.float())
+    if case.moe.norm_topk_prob:
+        torch.testing.assert_close(probs.sum(dim=1), case.moe.moe_router_topk_scaling_factor * is_valid.float())
 
     logits = router.groups.to_logical(router._own_logits(router.gating(hidden), tokens))
     torch.testing.assert_close(logits, reference_logits(case.moe, router.weight, hidden, tokens), rtol=1e-4, atol=1e-4)
@@ -173,8 +173,8 @@ def test_probabilities_and_losses_have_the_gradients_of_their_definitions(case):
 
     moe = case.moe
     reported = {
-        "balance_loss": moe.balance_loss != "none",
-        "z_loss": any(moe.z_loss_coeff if g.z_loss_coeff is None else g.z_loss_coeff for g in moe.groups),
+        "balance_loss": moe.moe_router_load_balancing_type != "none",
+        "z_loss": any(moe.moe_z_loss_coeff if g.moe_z_loss_coeff is None else g.moe_z_loss_coeff for g in moe.groups),
         "orthogonality_loss": moe.orthogonality_coeff > 0,
     }
     for name, is_reported in reported.items():

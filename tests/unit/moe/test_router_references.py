@@ -30,8 +30,12 @@ def unit_loss_scale():
 
 
 def one_modality(n_group: int = 1, topk_group: int = 1, **options) -> MoEConfig:
-    group = ExpertGroupConfig("text", EXPERTS, TOP_K, n_group=n_group, topk_group=topk_group)
-    options = {"balance_loss": "none", "normalize_top_k": options.get("score_function") == "sigmoid", **options}
+    group = ExpertGroupConfig("text", EXPERTS, TOP_K, moe_router_num_groups=n_group, moe_router_group_topk=topk_group)
+    options = {
+        "moe_router_load_balancing_type": "none",
+        "norm_topk_prob": options.get("moe_router_score_function") == "sigmoid",
+        **options,
+    }
     return MoEConfig(groups=[group], **options)
 
 
@@ -45,19 +49,24 @@ def random_bias(router) -> torch.Tensor:
 
 MEGATRON = {
     "softmax": ({}, {"moe_router_score_function": "softmax"}),
-    "scaled": ({"routed_scaling_factor": 2.5}, {"moe_router_topk_scaling_factor": 2.5}),
-    "sigmoid": ({"score_function": "sigmoid"}, {"moe_router_score_function": "sigmoid"}),
+    "scaled": ({"moe_router_topk_scaling_factor": 2.5}, {"moe_router_topk_scaling_factor": 2.5}),
+    "sigmoid": ({"moe_router_score_function": "sigmoid"}, {"moe_router_score_function": "sigmoid"}),
     "sigmoid-limited": (
-        {"score_function": "sigmoid", "n_group": 4, "topk_group": 2},
+        {"moe_router_score_function": "sigmoid", "moe_router_num_groups": 4, "moe_router_group_topk": 2},
         {"moe_router_score_function": "sigmoid", "moe_router_num_groups": 4, "moe_router_group_topk": 2},
     ),
     # Megatron ranks a run by its topk // topk_group best, which is one here, as it always is in ours with softmax.
     "softmax-limited": (
-        {"n_group": 4, "topk_group": 4},
+        {"moe_router_num_groups": 4, "moe_router_group_topk": 4},
         {"moe_router_num_groups": 4, "moe_router_group_topk": 4},
     ),
     "bias": (
-        {"score_function": "sigmoid", "expert_bias_update_rate": 1e-3, "n_group": 4, "topk_group": 2},
+        {
+            "moe_router_score_function": "sigmoid",
+            "moe_router_bias_update_rate": 1e-3,
+            "moe_router_num_groups": 4,
+            "moe_router_group_topk": 2,
+        },
         {
             "moe_router_score_function": "sigmoid",
             "moe_router_enable_expert_bias": True,
@@ -66,18 +75,22 @@ MEGATRON = {
         },
     ),
     "aux-loss": (
-        {"balance_loss": "aux_loss", "balance_coeff": 0.5},
+        {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.5},
         {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.5},
     ),
     "seq-aux-loss": (
-        {"balance_loss": "seq_aux_loss", "balance_coeff": 0.5, "score_function": "sigmoid"},
+        {
+            "moe_router_load_balancing_type": "seq_aux_loss",
+            "moe_aux_loss_coeff": 0.5,
+            "moe_router_score_function": "sigmoid",
+        },
         {
             "moe_router_load_balancing_type": "seq_aux_loss",
             "moe_aux_loss_coeff": 0.5,
             "moe_router_score_function": "sigmoid",
         },
     ),
-    "z-loss": ({"z_loss_coeff": 0.5}, {"moe_z_loss_coeff": 0.5}),
+    "z-loss": ({"moe_z_loss_coeff": 0.5}, {"moe_z_loss_coeff": 0.5}),
 }
 
 
@@ -137,7 +150,7 @@ def assert_same_choice(router, reference) -> None:
 
 @pytest.mark.parametrize("topk_group", [1, 2, 3])
 def test_limited_softmax_routing_equals_hugging_faces_deepseek_v2(topk_group):
-    router = make_router(one_modality(n_group=4, topk_group=topk_group, routed_scaling_factor=1.5))
+    router = make_router(one_modality(n_group=4, topk_group=topk_group, moe_router_topk_scaling_factor=1.5))
     config = DeepseekV2Config(
         hidden_size=HIDDEN,
         n_routed_experts=EXPERTS,
@@ -159,10 +172,10 @@ def test_limited_sigmoid_routing_with_a_bias_equals_hugging_faces_deepseek_v3(to
         one_modality(
             n_group=4,
             topk_group=topk_group,
-            score_function="sigmoid",
-            normalize_top_k=normalize_top_k,
-            routed_scaling_factor=2.5,
-            expert_bias_update_rate=1e-3,
+            moe_router_score_function="sigmoid",
+            norm_topk_prob=normalize_top_k,
+            moe_router_topk_scaling_factor=2.5,
+            moe_router_bias_update_rate=1e-3,
         )
     )
     config = DeepseekV3Config(

@@ -15,7 +15,7 @@ from megatron_most.planning import forward_flops, modality_shares, train_flops_p
 from megatron_most.planning.flops import recomputed_flops_per_token
 from tests.distributed.tiny import tiny_batch, tiny_config
 
-GQA = {"model__attention__type": "gqa", "model__attention__num_query_groups": 2, "model__attention__head_dim": 12}
+GQA = {"model__attention__type": "gqa", "model__attention__num_query_groups": 2, "model__attention__kv_channels": 12}
 
 
 @pytest.mark.parametrize("modality", [0, 1])
@@ -30,7 +30,7 @@ GQA = {"model__attention__type": "gqa", "model__attention__num_query_groups": 2,
     ids=["mla", "q-lora", "gqa", "flat"],
 )
 def test_products_are_those_the_model_executes(overrides: dict[str, Any], modality: int) -> None:
-    groups = "[{modality: text, size: 4, top_k: 3}, {modality: audio, size: 4, top_k: 1}]"
+    groups = "[{modality: text, size: 4, moe_router_topk: 3}, {modality: audio, size: 4, moe_router_topk: 1}]"
     config = tiny_config(model__moe__expert_backend="sequential", model__moe__groups=groups, **overrides)
     parallel.initialize(config.parallel, seed=1)
     [model] = build_model(config)
@@ -59,15 +59,15 @@ def test_attention_counts_the_causal_half() -> None:
 def test_the_mean_follows_the_mix() -> None:
     config = tiny_config(
         data__audio_share=0.75,
-        model__moe__groups="[{modality: text, size: 4, top_k: 3}, {modality: audio, size: 4, top_k: 1}]",
+        model__moe__groups="[{modality: text, size: 4, moe_router_topk: 3}, {modality: audio, size: 4, moe_router_topk: 1}]",
     )
     assert modality_shares(config) == {"text": 0.25, "audio": 0.75}
     text, audio = (sum(forward_flops(config, name).values()) for name in ("text", "audio"))
     assert train_flops_per_token(config) == pytest.approx(3 * (0.25 * text + 0.75 * audio))
     even = tiny_config(
         vocab__further_modalities="[{name: image, start: 30, stop: 40}]",
-        model__moe__groups="[{modality: text, size: 4, top_k: 1}, {modality: audio, size: 2, top_k: 1},"
-        " {modality: image, size: 2, top_k: 1}]",
+        model__moe__groups="[{modality: text, size: 4, moe_router_topk: 1}, {modality: audio, size: 2, moe_router_topk: 1},"
+        " {modality: image, size: 2, moe_router_topk: 1}]",
     )
     assert modality_shares(even) == dict.fromkeys(("text", "audio", "image"), 1 / 3)
     half = dataclasses.replace(even, data=dataclasses.replace(even.data, audio_share=0.5))

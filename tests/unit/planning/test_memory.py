@@ -32,12 +32,12 @@ def test_weights_gradients_and_states_follow_from_the_counts() -> None:
     estimate = only_rank(bf16)
     assert (estimate.weights, estimate.gradients, estimate.optimizer) == (2 * total, 4 * total, 12 * total)
     assert only_rank(bf16, 4).optimizer == 3 * total
-    assert only_rank(tiny_config(optimizer__distributed=False), 4).optimizer == 8 * total
+    assert only_rank(tiny_config(optimizer__use_distributed_optimizer=False), 4).optimizer == 8 * total
     assert estimate.total == sum(getattr(estimate, field.name) for field in dataclasses.fields(estimate))
 
 
 def test_muon_keeps_one_moment_of_what_it_moves() -> None:
-    config = tiny_config(optimizer__optimizer="muon", optimizer__distributed=False)
+    config = tiny_config(optimizer__optimizer="muon", optimizer__use_distributed_optimizer=False)
     sizes = shard_sizes(config, 0, 0)
     by_adam = sum(sizes[part] for part in ("norms", "embeddings", "heads"))
     assert only_rank(config).optimizer == 8 * by_adam + 4 * (sum(sizes.values()) - by_adam)
@@ -91,9 +91,9 @@ KEPT_CASES = {
     "gqa": {
         "model__attention__type": "gqa",
         "model__attention__num_query_groups": 2,
-        "model__attention__head_dim": 12,
+        "model__attention__kv_channels": 12,
     },
-    "no shared experts": {"model__moe__shared_ffn_hidden_size": 0},
+    "no shared experts": {"model__moe__moe_shared_expert_intermediate_size": 0},
     "flat": {"vocab__layout": "flat"},
     "recompute moe": {"training__recompute": "moe"},
     "recompute full": {"training__recompute": "full"},
@@ -106,9 +106,9 @@ def test_activations_are_what_autograd_keeps(case: str) -> None:
     config = tiny_config(
         **{
             "model__hidden_size": 128,
-            "model__attention__num_heads": 8,
-            "model__moe__ffn_hidden_size": 64,
-            "model__moe__shared_ffn_hidden_size": 128,
+            "model__attention__num_attention_heads": 8,
+            "model__moe__moe_ffn_hidden_size": 64,
+            "model__moe__moe_shared_expert_intermediate_size": 128,
             "model__ffn_hidden_size": 256,
             "data__audio_share": 0.5,
             **KEPT_CASES[case],

@@ -112,9 +112,13 @@ def test_models_are_those_that_conversion_makes_of_the_base(name: str, base: dic
     text, audio = config.model.moe.groups
     if base is DEEPSEEK_V2_LITE:
         sizes = (64, 64) if name == "most_16b_expand" else (32, 32)
-        assert (text.size, audio.size, text.top_k, audio.top_k) == (*sizes, foreign.top_k, foreign.top_k)
+        assert (text.size, audio.size, text.moe_router_topk, audio.moe_router_topk) == (
+            *sizes,
+            foreign.top_k,
+            foreign.top_k,
+        )
     else:
-        assert config.model.moe.normalize_top_k
+        assert config.model.moe.norm_topk_prob
 
 
 @pytest.mark.parametrize(
@@ -160,8 +164,8 @@ def test_deepseek_v2_lite_is_counted_as_published() -> None:
 
 def test_stages_follow_the_paper() -> None:
     one, two = recipe("most_16b_stage1"), recipe("most_16b_stage2")
-    assert (one.training.steps, one.training.global_batch_size) == (500_000, 512)
-    assert (two.training.steps, two.training.global_batch_size) == (10_000, 128)
+    assert (one.training.train_iters, one.training.global_batch_size) == (500_000, 512)
+    assert (two.training.train_iters, two.training.global_batch_size) == (10_000, 128)
     assert blend(one) == {"asr": 0.4, "tts": 0.4, "refinedweb": 0.2}
     assert blend(two) == {"spoken": 0.4, "smoltalk": 0.4, "asr": 0.1, "tts": 0.1}
     # Stage 2 goes on from the weights of stage 1's run in a directory of its own: fresh optimizer, fresh data.
@@ -182,6 +186,6 @@ def blend(config: RunConfig) -> dict[str, float]:
 def test_debug_has_every_part_of_the_recipes() -> None:
     debug, recipe_of_the_paper = recipe("most_debug"), recipe("most_16b_stage1")
     assert debug.part_names == recipe_of_the_paper.part_names
-    assert debug.model.attention.rope.type == recipe_of_the_paper.model.attention.rope.type
-    on_cpu = load_config(CONFIGS / "most_debug.yaml", ["precision.dtype=fp32", "optimizer.overlap=false"])
+    assert debug.model.attention.rope.rope_type == recipe_of_the_paper.model.attention.rope.rope_type
+    on_cpu = load_config(CONFIGS / "most_debug.yaml", ["precision.dtype=fp32", "optimizer.overlap_grad_reduce=false"])
     assert on_cpu.num_microbatches(on_cpu.parallel.data_parallel_size(2)) == 4

@@ -19,8 +19,8 @@ from tests.distributed.tiny import tiny_config
 EXPERTS_ON_TWO_RANKS = {"parallel__expert_model_parallel_size": 2}
 MISSING = {
     "Transformer Engine": (transformer_engine, "HAVE_TE", {"model__moe__expert_backend": "transformer_engine"}),
-    "DeepEP": (fused_a2a, "HAVE_DEEP_EP", {"model__moe__dispatcher": "deepep"}),
-    "HybridEP": (fused_a2a, "HAVE_HYBRIDEP", {"model__moe__dispatcher": "hybridep"}),
+    "DeepEP": (fused_a2a, "HAVE_DEEP_EP", {"model__moe__moe_token_dispatcher_type": "deepep"}),
+    "HybridEP": (fused_a2a, "HAVE_HYBRIDEP", {"model__moe__moe_token_dispatcher_type": "hybridep"}),
 }
 
 
@@ -46,7 +46,7 @@ def test_the_default_asks_for_no_library(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("backend", ["deepep", "hybridep"])
 def test_flex_dispatchers_are_handed_to_megatron(backend: str) -> None:
-    megatron = transformer_config(tiny_config(**EXPERTS_ON_TWO_RANKS, model__moe__dispatcher=backend))
+    megatron = transformer_config(tiny_config(**EXPERTS_ON_TWO_RANKS, model__moe__moe_token_dispatcher_type=backend))
     assert megatron.moe_token_dispatcher_type == "flex"
     assert megatron.moe_flex_dispatcher_backend == backend
 
@@ -55,7 +55,7 @@ def test_flex_dispatchers_are_handed_to_megatron(backend: str) -> None:
 def test_hybridep_fills_up_only_what_is_no_whole_chunk(seq_length: int, is_filled: bool) -> None:
     config = tiny_config(
         **EXPERTS_ON_TWO_RANKS,
-        model__moe__dispatcher="hybridep",
+        model__moe__moe_token_dispatcher_type="hybridep",
         data__seq_length=seq_length,
         parallel__tensor_model_parallel_size=2,
     )
@@ -64,7 +64,7 @@ def test_hybridep_fills_up_only_what_is_no_whole_chunk(seq_length: int, is_fille
 
 
 def test_muon_needs_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny_config(optimizer__optimizer="muon", optimizer__distributed=False)
+    config = tiny_config(optimizer__optimizer="muon", optimizer__use_distributed_optimizer=False)
     monkeypatch.setattr(emerging_optimizers, "HAVE_EMERGING_OPTIMIZERS", False)
     for ask in (lambda: check_muon(config), lambda: describe_run(config, 1)):
         with pytest.raises(ConfigError, match="optimizer.optimizer='muon': needs emerging_optimizers") as caught:
@@ -79,7 +79,7 @@ def test_muon_needs_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_deepep_is_told_which_places_of_a_token_are_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("fused_dispatch", "set_deepep_num_sms"):
         monkeypatch.setattr(token_dispatcher, name, lambda *arguments: None)
-    megatron = transformer_config(tiny_config(**EXPERTS_ON_TWO_RANKS, model__moe__dispatcher="deepep"))
+    megatron = transformer_config(tiny_config(**EXPERTS_ON_TWO_RANKS, model__moe__moe_token_dispatcher_type="deepep"))
     manager = token_dispatcher._DeepepManager(
         group=None, num_local_experts=4, router_topk=2, num_experts=8, config=megatron
     )

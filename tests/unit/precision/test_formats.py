@@ -91,7 +91,7 @@ def test_values_are_those_of_the_definition(recipe: str, role: str, fp8: str) ->
 
 
 def test_what_is_beyond_an_old_scale_saturates_and_the_largest_of_the_history_counts() -> None:
-    precision = PrecisionConfig(fp8="e4m3", fp8_recipe="delayed", fp8_backend="emulate", fp8_amax_history=2)
+    precision = PrecisionConfig(fp8="e4m3", fp8_recipe="delayed", fp8_backend="emulate", fp8_amax_history_len=2)
     product = Fp8Product(precision)
 
     def step(size: float) -> float:

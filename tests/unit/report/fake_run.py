@@ -120,7 +120,7 @@ def _config(
         count = len(modalities)
         sizes = {name: {"experts": list(range(i, group * count, count))} for i, name in enumerate(modalities)}
         shared = {"experts": list(range(group * count, group * count + common))}
-    groups = [{"modality": name, "top_k": top_k, **size} for name, size in sizes.items()]
+    groups = [{"modality": name, "moe_router_topk": top_k, **size} for name, size in sizes.items()]
     further = [{"name": name, "start": 50 + i, "stop": 51 + i} for i, name in enumerate(modalities[2:])]
     values = {
         "vocab": {"text_vocab_size": 100, "num_codebooks": 4, "codebook_size": 1000, "further_modalities": further},
@@ -138,7 +138,7 @@ def _layer(rng: random.Random, number: int, choices: dict[str, tuple[int, ...]],
     for (name, choice), group in zip(choices.items(), moe.groups, strict=True):
         weight = {e: 1 + (1.2 - done) * math.sin(number + 2.1 * e) ** 2 + rng.gauss(0, 0.04) for e in choice}
         shares = [weight.get(expert, 0.0) / sum(weight.values()) for expert in range(moe.num_experts)]
-        pairs[name] = [round(tokens[name] * group.top_k * share) for share in shares]
+        pairs[name] = [round(tokens[name] * group.moe_router_topk * share) for share in shares]
         scores[name] = [tokens[name] * share for share in shares]
     return {
         "layer": number,

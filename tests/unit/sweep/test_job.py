@@ -30,7 +30,7 @@ def calls(monkeypatch, tmp_path):
         reached = 6
 
     found = Calls()
-    (tmp_path / CONFIG).write_text(dump_config(tiny_config(training__steps=6, run_dir=tmp_path)))
+    (tmp_path / CONFIG).write_text(dump_config(tiny_config(training__train_iters=6, run_dir=tmp_path)))
 
     def call(command: list[str], log: Path, environment: dict, descriptors: tuple) -> int:
         found.append(command)

@@ -32,15 +32,15 @@ def sweep(folder: Path, text: str) -> Sweep:
     return load_sweep(path)
 
 
-NO_SHARED = "axes: {shared: {with: {}, without: {model.moe.shared_ffn_hidden_size: 0}}}"
+NO_SHARED = "axes: {shared: {with: {}, without: {model.moe.moe_shared_expert_intermediate_size: 0}}}"
 
 
 @pytest.mark.parametrize("match", ["active_parameters", "flops"])
 def test_what_is_taken_away_comes_back_as_width(folder, match):
     runs = plan_runs(sweep(folder, f"{NO_SHARED}, budget: {{match: {match}, multiple: 4, tolerance: 0.01}}"))
     base, _, narrow, _ = runs
-    assert narrow.config.model.moe.shared_ffn_hidden_size == 0
-    assert narrow.config.model.moe.ffn_hidden_size == 24 + 32 // 2  # two experts take the share of one of 32
+    assert narrow.config.model.moe.moe_shared_expert_intermediate_size == 0
+    assert narrow.config.model.moe.moe_ffn_hidden_size == 24 + 32 // 2  # two experts take the share of one of 32
     assert count_parameters(narrow.config)["active"] == base.active_parameters == narrow.active_parameters
     assert train_flops_per_token(narrow.config) == base.flops == narrow.flops
     assert narrow.parameters > base.parameters
@@ -48,7 +48,7 @@ def test_what_is_taken_away_comes_back_as_width(folder, match):
 
 def test_without_a_budget_nothing_is_widened(folder):
     runs = plan_runs(sweep(folder, NO_SHARED))
-    assert runs[2].config.model.moe.ffn_hidden_size == runs[0].config.model.moe.ffn_hidden_size
+    assert runs[2].config.model.moe.moe_ffn_hidden_size == runs[0].config.model.moe.moe_ffn_hidden_size
     assert runs[2].active_parameters < runs[0].active_parameters
 
 
@@ -59,7 +59,10 @@ def test_without_a_budget_nothing_is_widened(folder):
         ("axes: {model.hidden_size: [32, 33]}", "variant hidden_size=33: "),
         ("axes: {optimizer.lr: [fast]}", "variant lr=fast: .* must be a number"),
         (f"{NO_SHARED}, budget: {{match: flops, multiple: 64}}", "without: .* further off than budget.tolerance"),
-        (f"{NO_SHARED}, budget: {{match: flops, width: training.steps}}", "training.steps.: does not change its flops"),
+        (
+            f"{NO_SHARED}, budget: {{match: flops, width: training.train_iters}}",
+            "training.train_iters.: does not change its flops",
+        ),
         ("axes: {seed: [1, 2]}", "the runs seed=1, seed 1 and seed=2, seed 1 are the same"),
         ("axes: {optimizer.lr: [1.0e-3]}, resources: {ranks: 3}", "variant lr=0.001: training.global_batch_size"),
         ("axes: {parallel.expert_model_parallel_size: [1, 4]}, resources: {ranks: 2}", "expert_model_parallel_size=4"),
@@ -86,7 +89,7 @@ def test_the_dry_run_lists_costs_and_what_is_missing(folder):
     runs = plan_runs(described)
     text = describe_runs(described, runs)
     assert "4 runs" in text and "with (baseline)" in text and f"{runs[0].parameters:,}" in text
-    assert "model.moe.ffn_hidden_size=40" in text and "not there" not in text
+    assert "model.moe.moe_ffn_hidden_size=40" in text and "not there" not in text
     (folder / "asr.json").unlink()
     assert f"not there yet: {folder}/asr.json" in describe_runs(described, plan_runs(described))
 

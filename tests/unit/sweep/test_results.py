@@ -29,7 +29,7 @@ def plan(folder: Path, metrics: str = "[]") -> tuple[Sweep, list[PlannedRun]]:
     (folder / "base.yaml").write_text(dump_config(config))
     (folder / "sweep.yaml").write_text(
         f"{{name: '{HOSTILE}', base: {folder}/base.yaml, output: {folder}/out, seeds: [1, 2, 3], metrics: {metrics},"
-        " axes: {experts: {shared: {}, none: {model.moe.shared_ffn_hidden_size: 0}}}}"
+        " axes: {experts: {shared: {}, none: {model.moe.moe_shared_expert_intermediate_size: 0}}}}"
     )
     sweep = load_sweep(folder / "sweep.yaml")
     return sweep, plan_runs(sweep)

@@ -22,8 +22,8 @@ def test_a_grid_of_values_and_named_choices(tmp_path):
     sweep = load(
         tmp_path,
         HEAD
-        + "overrides: {training.steps: 5}, axes: {model.moe.score_rule: [group, all],"
-        + " shared: {with: {}, 'no': {model.moe.shared_ffn_hidden_size: 0}}},"
+        + "overrides: {training.train_iters: 5}, axes: {model.moe.score_rule: [group, all],"
+        + " shared: {with: {}, 'no': {model.moe.moe_shared_expert_intermediate_size: 0}}},"
         + " skip: [{model.moe.score_rule: all, shared: 'no'}], baseline: {model.moe.score_rule: all}}",
     )
     assert [variant.name for variant in sweep.variants] == [
@@ -32,19 +32,21 @@ def test_a_grid_of_values_and_named_choices(tmp_path):
         "score_rule=all, with",
     ]
     assert sweep.variants[1].overrides == (
-        "training.steps=5",
+        "training.train_iters=5",
         "model.moe.score_rule=group",
-        "model.moe.shared_ffn_hidden_size=0",
+        "model.moe.moe_shared_expert_intermediate_size=0",
     )
     assert sweep.baseline.name == "score_rule=all, with"
     assert "'" not in sweep.variants[1].slug and " " not in sweep.variants[1].slug
 
 
 def test_zipped_axes(tmp_path):
-    sweep = load(tmp_path, HEAD + "combine: zip, axes: {optimizer.lr: [1.0e-3, 2.0e-3], training.steps: [10, 20]}}")
+    sweep = load(
+        tmp_path, HEAD + "combine: zip, axes: {optimizer.lr: [1.0e-3, 2.0e-3], training.train_iters: [10, 20]}}"
+    )
     assert [variant.overrides for variant in sweep.variants] == [
-        ("optimizer.lr=0.001", "training.steps=10"),
-        ("optimizer.lr=0.002", "training.steps=20"),
+        ("optimizer.lr=0.001", "training.train_iters=10"),
+        ("optimizer.lr=0.002", "training.train_iters=20"),
     ]
 
 

@@ -58,11 +58,11 @@ def test_another_run_is_refused_by_its_first_difference(used: Path, overrides: d
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"training__steps": 5000},
-        {"logging__interval": 3},
+        {"training__train_iters": 5000},
+        {"logging__log_interval": 3},
         {"checkpoint__keep_last": 7},
         {"optimizer__lr": 0.5},
-        {"model__moe__balance_coeff": 0.5},
+        {"model__moe__moe_aux_loss_coeff": 0.5},
         {"data__validation": "[{path: more}]"},
         {"parallel__expert_model_parallel_size": 2},
     ],

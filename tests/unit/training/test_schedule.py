@@ -13,11 +13,11 @@ from tests.distributed.tiny import tiny_config
 
 def rates(decay_style: str, first: int = 0) -> list[float]:
     config = tiny_config(
-        training__steps=10,
+        training__train_iters=10,
         optimizer__lr=1.0,
         optimizer__min_lr=0.1,
-        optimizer__warmup_steps=2,
-        optimizer__decay_style=decay_style,
+        optimizer__lr_warmup_iters=2,
+        optimizer__lr_decay_style=decay_style,
     )
     optimizer = SimpleNamespace(param_groups=[{"max_lr": 1.0, "min_lr": 0.1}])
     scheduler = build_scheduler(config, optimizer, first)

@@ -141,7 +141,7 @@ def test_validation_is_the_same_for_every_seed_and_hides_nothing(folder):
 
 
 def test_validation_is_limited_by_eval_batches(folder):
-    config = config_of(folder, packing=False, micro_batch_size=2, global_batch_size=4, eval_batches=2)
+    config = config_of(folder, packing=False, micro_batch_size=2, global_batch_size=4, eval_iters=2)
     assert len(validation_batches(config, dp_rank=0, dp_size=1)["held"]) == 4
     assert len(validation_batches(config, dp_rank=0, dp_size=2)["held"]) == 2
 
