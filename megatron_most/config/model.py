@@ -206,8 +206,8 @@ def _text_and_audio() -> list[ExpertGroupConfig]:
 class MoEConfig:
     """The modality-aware mixture of experts; docs/routing.md describes every option.
 
-    Losses are weighted as Megatron does with a per-token loss: the sum over routed positions is divided by the number of
-    targets.
+    Losses are weighted as in Megatron with a per-token loss: the sum over routed positions is divided by the number
+    of targets.
     """
 
     groups: list[ExpertGroupConfig] = key(
