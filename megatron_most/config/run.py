@@ -230,7 +230,7 @@ class OptimizerConfig:
 class TrainingConfig:
     """The loop. Batch sizes count rows of ``data.seq_length`` positions."""
 
-    train_iters: int = key(1000, "steps", "--train-iters")
+    train_iters: int = key(1000, "steps to train", "--train-iters")
     micro_batch_size: int = key(1, "rows a rank computes at once", "--micro-batch-size")
     global_batch_size: int = key(8, "rows of a step, over all ranks", "--global-batch-size")
     recompute: str = key(
