@@ -18,6 +18,7 @@ import numpy as np
 from megatron_most.codec_layouts import CODEC_LAYOUTS, CodecLayout
 from megatron_most.codec_layouts import NO_CODE as NO_CODE
 from megatron_most.errors import ConfigError, DataError
+from megatron_most.keys import REQUIRED, key
 
 
 class Modality(IntEnum):
@@ -48,31 +49,26 @@ def check_codes(codes: np.ndarray, num_codebooks: int, codebook_size: int, where
 
 @dataclasses.dataclass
 class ModalityRange:
-    """A further modality: the text ids ``start .. stop - 1`` belong to it (image or code tokens, for example)."""
+    """A further modality: a range of text ids (image or code tokens, for example)."""
 
-    name: str
-    start: int
-    stop: int
+    name: str = key(REQUIRED, "name of the modality")
+    start: int = key(REQUIRED, "its first id")
+    stop: int = key(REQUIRED, "the id after its last")
 
 
 @dataclasses.dataclass
 class VocabLayout:
-    """The id space of a model and its data; stored with every dataset and checkpoint.
+    """The id space of a model and its data; stored with every dataset and checkpoint."""
 
-    Args:
-        text_vocab_size: ids of the text tokenizer, ``0 .. text_vocab_size - 1``.
-        num_codebooks: C, codes per codec frame that the model knows; may be the first C of a codec that has more.
-        codebook_size: values a code can take, the same for every codebook.
-        layout: a name of :mod:`megatron_most.codec_layouts`: ``frame`` and ``frame_delay`` (one position per codec
-            frame), ``flat`` and ``flat_delay`` (one position per code).
-        further_modalities: ranges of text ids that are modalities of their own; none by default.
-    """
-
-    text_vocab_size: int
-    num_codebooks: int
-    codebook_size: int
-    layout: str = "frame"
-    further_modalities: list[ModalityRange] = dataclasses.field(default_factory=list)
+    text_vocab_size: int = key(REQUIRED, "ids of the text tokenizer, from 0")
+    num_codebooks: int = key(
+        REQUIRED, "codes of a codec frame that the model knows: the first of a codec that has more"
+    )
+    codebook_size: int = key(REQUIRED, "values a code can take, the same for every codebook")
+    layout: str = key(
+        "frame", "one position for each codec frame (`frame`, `frame_delay`) or for each code (`flat`, `flat_delay`)"
+    )
+    further_modalities: list[ModalityRange] = key(list, "ranges of text ids that are modalities of their own")
 
     def __post_init__(self) -> None:
         self.further_modalities = [

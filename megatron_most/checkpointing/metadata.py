@@ -13,9 +13,10 @@ from typing import Any
 
 from megatron_most.audio import codec_file, file_fingerprint
 from megatron_most.checkpointing.directory import read_json, resolve
-from megatron_most.config import RunConfig, number_experts
+from megatron_most.config import RunConfig, number_experts, with_new_names
 from megatron_most.data.storage.sidecar import read_sidecar
 from megatron_most.errors import CheckpointError
+from megatron_most.keys import training_only
 from megatron_most.text import load_tokenizer
 from megatron_most.vocab import VocabLayout
 
@@ -23,29 +24,8 @@ METADATA = "checkpoint.json"
 FORMAT = 2
 """What the tensors of a checkpoint mean. 2: routers and experts in logical order; 1 had them in the writer's order."""
 
-TRAINING_ONLY = frozenset(
-    {
-        "model.transformer_impl",
-        "model.attention.mla_down_proj_fusion",
-        "model.init_method_std",
-        "model.codebook_loss_weights",
-        "model.text_loss_weight",
-        "model.moe.moe_router_load_balancing_type",
-        "model.moe.moe_aux_loss_coeff",
-        "model.moe.moe_z_loss_coeff",
-        "model.moe.orthogonality_coeff",
-        "model.moe.moe_router_bias_update_rate",
-        "model.moe.groups[].moe_aux_loss_coeff",
-        "model.moe.groups[].moe_z_loss_coeff",
-        "model.moe.expert_order",
-        "model.moe.expert_backend",
-        "model.moe.moe_token_dispatcher_type",
-        "model.moe.moe_shared_expert_overlap",
-        "model.moe.moe_permute_fusion",
-    }
-)
-"""Fields of the model section that do not change what given weights compute; ``[]`` stands for every place of a list.
-"""
+TRAINING_ONLY = training_only(RunConfig)
+"""Keys of the model section that do not change what given weights compute."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +76,7 @@ class CheckpointMetadata:
         step: steps taken.
         consumed_samples: rows read from the training blend; gives the data position.
         consumed_tokens: positions trained on, padding left out.
-        config: the run configuration as nested dicts.
+        config: the run configuration as nested dicts, its keys by their names of today.
         tokenizer, codec: fingerprints, where the run names them.
         world_size: ranks that wrote it.
         pending: metrics gathered since the last logged line, so that a resumed run logs what an undisturbed one does.
@@ -137,7 +117,8 @@ class CheckpointMetadata:
             name: None if values[name] is None else Fingerprint(**values[name]) for name in ("tokenizer", "codec")
         }
         datasets = [Fingerprint(**entry) for entry in values["datasets"]]
-        return cls(**{**values, **fingerprints, "datasets": datasets})
+        config = with_new_names(values["config"])
+        return cls(**{**values, **fingerprints, "datasets": datasets, "config": config})
 
 
 def read_metadata(path: str | Path) -> CheckpointMetadata:

@@ -1,6 +1,6 @@
 """Typed configuration: dataclasses with their rules, and how YAML and overrides become one."""
 
-from megatron_most.config.load import dump_config, load_config
+from megatron_most.config.load import CONFIG, dump_config, load_config
 from megatron_most.config.model import (
     AttentionConfig,
     CommonExpertsConfig,
@@ -11,6 +11,7 @@ from megatron_most.config.model import (
     number_experts,
 )
 from megatron_most.config.precision import PrecisionConfig
+from megatron_most.config.renamed import with_new_names, with_old_names
 from megatron_most.config.run import (
     CheckpointConfig,
     DataConfig,
@@ -24,6 +25,7 @@ from megatron_most.config.run import (
 )
 
 __all__ = [
+    "CONFIG",
     "AttentionConfig",
     "CheckpointConfig",
     "CommonExpertsConfig",
@@ -43,4 +45,6 @@ __all__ = [
     "dump_config",
     "load_config",
     "number_experts",
+    "with_new_names",
+    "with_old_names",
 ]

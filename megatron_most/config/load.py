@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -18,8 +19,12 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_most.config.renamed import RENAMED, with_new_names
 from megatron_most.config.run import RunConfig
 from megatron_most.errors import ConfigError
+
+CONFIG = "config.yaml"
+"""The file in which a run, an import or a sweep records its whole configuration."""
 
 _SCALARS: dict[type, tuple[str, tuple[type, ...]]] = {
     bool: ("true or false", (bool,)),
@@ -33,10 +38,12 @@ _SCALARS: dict[type, tuple[str, tuple[type, ...]]] = {
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, apply ``section.key=value`` overrides and check everything.
 
-    An entry of a list is named by its index: ``model.moe.groups.0.size=8``.
+    An entry of a list is named by its index: ``model.moe.groups.0.size=8``. A file named ``config.yaml`` may have been
+    written by an earlier version: its keys may have their old names.
 
     Raises:
-        ConfigError: unreadable file, unknown key (with the nearest valid name), wrong type, or a broken rule.
+        ConfigError: unreadable file, unknown key (with the nearest valid name), a key's old name (with the new one),
+            wrong type, or a broken rule.
     """
     path = Path(path)
     try:
@@ -47,6 +54,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: not readable as YAML: {_one_line(error)}") from None
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}: must hold a mapping of config sections")
+    if path.name == CONFIG:
+        return build_config(str(path), with_new_names(OmegaConf.to_container(loaded)), overrides)
     return build_config(str(path), loaded, overrides)
 
 
@@ -149,9 +158,12 @@ def _field_types(section: type, key: str, path: str, source: str) -> dict[str, t
     hints = typing.get_type_hints(section)
     valid = [field.name for field in dataclasses.fields(section)]
     if key not in valid:
+        full = _join(path, key)
+        if new := RENAMED.get(re.sub(r"\[\d+\]", "[]", full)):
+            raise ConfigError(f"{source}: {full}: is now {_join(path, new.rpartition('.')[2])}")
         near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(valid)}"
-        raise ConfigError(f"{source}: {_join(path, key)}: unknown key; {hint}")
+        raise ConfigError(f"{source}: {full}: unknown key; {hint}")
     return hints
 
 

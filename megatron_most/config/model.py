@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from megatron_most.config.rules import require, require_not_negative, require_one_of, require_positive
+from megatron_most.keys import REQUIRED, key
 from megatron_most.vocab import VocabLayout
 
 VOCAB_MULTIPLE = 128
@@ -16,21 +17,24 @@ VOCAB_MULTIPLE = 128
 class RopeConfig:
     """Rotary position embedding.
 
-    ``rope`` reads ``rotary_base`` alone. ``llama3`` (the rescaling of Llama 3.1 and later) reads ``rotary_scaling_factor`` and
-    ``original_max_position_embeddings`` too. ``yarn`` (arXiv 2309.00071) reads every field; with m(x) = 0.1 x ln(rotary_scaling_factor)
-    + 1, the rotated parts of queries and keys are each scaled by m(mscale) / m(mscale_all_dim), and ``mla`` scales all
-    logits by m(mscale_all_dim) squared besides, as DeepSeek-V2 does. YaRN as first published, which a Llama without
-    these two fields means, is ``mscale=1`` and ``mscale_all_dim=0``.
+    With m(x) = 0.1 x ln(rotary_scaling_factor) + 1, ``yarn`` (arXiv 2309.00071) scales the rotated parts of queries and
+    keys each by m(mscale) / m(mscale_all_dim), and ``mla`` scales all logits by m(mscale_all_dim) squared besides, as
+    DeepSeek-V2 does. YaRN as first published, which a Llama without these two fields means, is ``mscale=1`` and
+    ``mscale_all_dim=0``.
     """
 
-    rope_type: str = "rope"
-    rotary_base: float = 10000.0
-    rotary_scaling_factor: float = 40.0
-    original_max_position_embeddings: int = 4096
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 0.707
-    mscale_all_dim: float = 0.707
+    rope_type: str = key(
+        "rope", "`rope`, `yarn`, or `llama3` (the rescaling of Llama 3.1 and later; `gqa` only)", "--rope-type"
+    )
+    rotary_base: float = key(10000.0, "base of the frequencies", "--rotary-base")
+    rotary_scaling_factor: float = key(
+        40.0, "`yarn`, `llama3`: how many times the original context", "--rotary-scaling-factor"
+    )
+    original_max_position_embeddings: int = key(4096, "`yarn`, `llama3`: positions before the rescaling")
+    beta_fast: float = key(32.0, "`yarn`: frequencies with more rotations over the original context are kept")
+    beta_slow: float = key(1.0, "`yarn`: frequencies with fewer rotations are divided by the factor")
+    mscale: float = key(0.707, "`yarn`: see above", "--mscale")
+    mscale_all_dim: float = key(0.707, "`yarn`: see above", "--mscale-all-dim")
 
     def __post_init__(self) -> None:
         require_one_of("model.attention.rope.rope_type", self.rope_type, ("rope", "yarn", "llama3"))
@@ -44,24 +48,24 @@ class RopeConfig:
 
 @dataclass
 class AttentionConfig:
-    """Multi-latent attention (``mla``: DeepSeek-V2, arXiv 2405.04434, section 2.1) or grouped-query (``gqa``: Llama).
+    """Multi-latent attention (``mla``, arXiv 2405.04434, section 2.1) or grouped-query attention (``gqa``)."""
 
-    Head sizes are per head. ``kv_lora_rank``, ``q_lora_rank``, ``qk_*`` and ``v_head_dim`` are read by ``mla`` only,
-    ``num_query_groups`` (key-value heads) and ``kv_channels`` by ``gqa`` only. ``mla_down_proj_fusion`` computes the
-    down-projections of queries and of keys and values as one product; checkpoints are the same.
-    """
-
-    type: str = "mla"
-    num_attention_heads: int = 16
-    kv_lora_rank: int = 512
-    q_lora_rank: int | None = None
-    qk_head_dim: int = 128
-    qk_pos_emb_head_dim: int = 64
-    v_head_dim: int = 128
-    num_query_groups: int = 8
-    kv_channels: int = 128
-    mla_down_proj_fusion: bool = False
-    rope: RopeConfig = field(default_factory=RopeConfig)
+    type: str = key("mla", "`mla` (DeepSeek-V2) or `gqa` (Llama)", "--multi-latent-attention")
+    num_attention_heads: int = key(16, "query heads", "--num-attention-heads")
+    kv_lora_rank: int = key(512, "`mla`: rank of the keys' and values' latent", "--kv-lora-rank")
+    q_lora_rank: int | None = key(None, "`mla`: rank of the queries' latent; null for none", "--q-lora-rank")
+    qk_head_dim: int = key(128, "`mla`: size of a head's part without rotation", "--qk-head-dim")
+    qk_pos_emb_head_dim: int = key(64, "`mla`: size of a head's rotated part", "--qk-pos-emb-head-dim")
+    v_head_dim: int = key(128, "`mla`: size of a head's values", "--v-head-dim")
+    num_query_groups: int = key(8, "`gqa`: key-value heads", "--num-query-groups")
+    kv_channels: int = key(128, "`gqa`: size of a head", "--kv-channels")
+    mla_down_proj_fusion: bool = key(
+        False,
+        "`mla` with `q_lora_rank`: compute both down-projections as one product; checkpoints are the same",
+        "--mla-down-proj-fusion",
+        training_only=True,
+    )
+    rope: RopeConfig = key(RopeConfig, "rotary position embedding")
 
     def __post_init__(self) -> None:
         section = "model.attention"
@@ -114,22 +118,30 @@ class AttentionConfig:
 
 @dataclass
 class ExpertGroupConfig:
-    """The experts of one modality, of which each of its tokens chooses ``moe_router_topk``.
+    """The experts of one modality.
 
-    A group is given by its ``size`` or by a list of ``experts`` (indices in the base model); all groups the same way.
-    Its tokens choose among these and the common experts that are open to the modality. ``moe_router_num_groups`` and ``moe_router_group_topk``
-    are DeepSeek's group-limited routing inside that choice: it is cut into ``moe_router_num_groups`` runs of equal length, and only
-    the best ``moe_router_group_topk`` of them may be chosen from. The coefficients override the layer's for this modality.
+    A group is given by its ``size`` or by a list of ``experts``; all groups the same way. Its tokens choose among these
+    and the common experts that are open to the modality.
     """
 
-    modality: str
-    size: int = 0
-    moe_router_topk: int = 6
-    experts: list[int] = field(default_factory=list)
-    moe_router_num_groups: int = 1
-    moe_router_group_topk: int = 1
-    moe_aux_loss_coeff: float | None = None
-    moe_z_loss_coeff: float | None = None
+    modality: str = key(REQUIRED, "whose tokens: `text`, `audio`, or a name of `vocab.further_modalities`")
+    size: int = key(0, "experts in the group's pool", "--num-experts")
+    moe_router_topk: int = key(6, "experts each token of the modality chooses", "--moe-router-topk")
+    experts: list[int] = key(list, "instead of `size`: the pool's experts by their numbers in the base model")
+    moe_router_num_groups: int = key(
+        1,
+        "group-limited routing: cut the experts to choose from into this many runs of equal length",
+        "--moe-router-num-groups",
+    )
+    moe_router_group_topk: int = key(
+        1, "group-limited routing: choose from the best of these runs only", "--moe-router-group-topk"
+    )
+    moe_aux_loss_coeff: float | None = key(
+        None, "for this modality in place of `model.moe`'s", "--moe-aux-loss-coeff", training_only=True
+    )
+    moe_z_loss_coeff: float | None = key(
+        None, "for this modality in place of `model.moe`'s", "--moe-z-loss-coeff", training_only=True
+    )
 
     def __post_init__(self) -> None:
         where = f"model.moe.groups[{self.modality}]"
@@ -160,14 +172,11 @@ def number_experts(pools: Sequence[tuple[int, Sequence[int]]]) -> list[tuple[int
 
 @dataclass
 class CommonExpertsConfig:
-    """Routed experts that several modalities may choose, beside those of their own group; none by default.
+    """Routed experts that several modalities may choose, beside those of their own group; none by default."""
 
-    ``modalities`` names who may choose them, everyone when empty.
-    """
-
-    size: int = 0
-    experts: list[int] = field(default_factory=list)
-    modalities: list[str] = field(default_factory=list)
+    size: int = key(0, "how many")
+    experts: list[int] = key(list, "instead of `size`: their numbers in the base model")
+    modalities: list[str] = key(list, "who may choose them; everyone when empty")
 
     def __post_init__(self) -> None:
         self.size = _size_of("model.moe.common", self.size, self.experts)
@@ -193,31 +202,72 @@ def _text_and_audio() -> list[ExpertGroupConfig]:
 class MoEConfig:
     """The modality-aware mixture of experts; docs/routing.md describes every option.
 
-    ``moe_aux_loss_coeff`` weighs the load-balancing loss of each group as Megatron's ``moe_aux_loss_coeff`` does with a
-    per-token loss: the sum over routed positions is divided by the number of targets; so do ``moe_z_loss_coeff`` and
-    ``orthogonality_coeff``.
+    Losses are weighted as in Megatron with a per-token loss: the sum over routed positions is divided by the number
+    of targets.
     """
 
-    groups: list[ExpertGroupConfig] = field(default_factory=_text_and_audio)
-    common: CommonExpertsConfig = field(default_factory=CommonExpertsConfig)
-    moe_ffn_hidden_size: int = 1408
-    moe_shared_expert_intermediate_size: int = 2816
-    moe_router_score_function: str = "softmax"
-    score_rule: str = "group"
-    norm_topk_prob: bool = False
-    moe_router_topk_scaling_factor: float = 1.0
-    router_weights: str = "shared"
-    expert_order: str = "interleaved"
-    moe_router_load_balancing_type: str = "seq_aux_loss"
-    balance_scope: str = "modality"
-    moe_aux_loss_coeff: float = 1e-3
-    moe_z_loss_coeff: float = 0.0
-    orthogonality_coeff: float = 0.0
-    moe_router_bias_update_rate: float = 0.0
-    expert_backend: str = "grouped"
-    moe_token_dispatcher_type: str = "alltoall"
-    moe_shared_expert_overlap: bool = False
-    moe_permute_fusion: bool | None = None
+    groups: list[ExpertGroupConfig] = key(
+        _text_and_audio, "one group for each modality, in the vocabulary's order; by default text and audio, 32 each"
+    )
+    common: CommonExpertsConfig = key(CommonExpertsConfig, "experts that modalities share")
+    moe_ffn_hidden_size: int = key(1408, "inner width of a routed expert", "--moe-ffn-hidden-size")
+    moe_shared_expert_intermediate_size: int = key(
+        2816,
+        "inner width of the shared experts together; 0 for none",
+        "--moe-shared-expert-intermediate-size",
+    )
+    moe_router_score_function: str = key("softmax", "`softmax` or `sigmoid`", "--moe-router-score-function")
+    score_rule: str = key(
+        "group", "softmax over the experts a token may choose (`group`) or over all of them (`all`, the paper's)"
+    )
+    norm_topk_prob: bool = key(False, "divide the gates of a token's experts by their sum (Hugging Face's name)")
+    moe_router_topk_scaling_factor: float = key(1.0, "multiplies the gates", "--moe-router-topk-scaling-factor")
+    router_weights: str = key("shared", "one router matrix for all (`shared`), or `per_modality`")
+    expert_order: str = key(
+        "interleaved",
+        "in memory: every rank holds an equal share of each pool (`interleaved`), or `contiguous`",
+        training_only=True,
+    )
+    moe_router_load_balancing_type: str = key(
+        "seq_aux_loss",
+        "balancing loss: `seq_aux_loss`, `aux_loss`, `global_aux_loss` or `none`",
+        "--moe-router-load-balancing-type",
+        training_only=True,
+    )
+    balance_scope: str = key("modality", "measure the load inside each modality, or `pooled` over all tokens")
+    moe_aux_loss_coeff: float = key(1e-3, "weight of the balancing loss", "--moe-aux-loss-coeff", training_only=True)
+    moe_z_loss_coeff: float = key(0.0, "weight of the router's z-loss", "--moe-z-loss-coeff", training_only=True)
+    orthogonality_coeff: float = key(0.0, "weight of the loss on similar router rows", training_only=True)
+    moe_router_bias_update_rate: float = key(
+        0.0,
+        "balancing without a loss: how fast expert biases move; 0 for no biases, and checkpoints hold none",
+        "--moe-router-bias-update-rate",
+        training_only=True,
+    )
+    expert_backend: str = key(
+        "grouped",
+        "who computes the experts: `grouped` (torch's grouped product), `sequential` or `transformer_engine`",
+        training_only=True,
+    )
+    moe_token_dispatcher_type: str = key(
+        "alltoall",
+        "`alltoall`, `allgather`, `deepep` or `hybridep`; the last two are Megatron's `flex` dispatcher with that"
+        " `--moe-flex-dispatcher-backend`",
+        "--moe-token-dispatcher-type",
+        training_only=True,
+    )
+    moe_shared_expert_overlap: bool = key(
+        False,
+        "compute shared experts while tokens travel (`alltoall` only)",
+        "--moe-shared-expert-overlap",
+        training_only=True,
+    )
+    moe_permute_fusion: bool | None = key(
+        None,
+        "sort tokens with Transformer Engine's kernels (`alltoall` only); null: where it computes the other parts",
+        "--moe-permute-fusion",
+        training_only=True,
+    )
 
     def __post_init__(self) -> None:
         section = "model.moe"
@@ -311,11 +361,12 @@ class MoEConfig:
                 group.moe_router_num_groups,
                 f"must divide the {choice} experts its tokens may choose",
             )
+            left = choice // group.moe_router_num_groups * group.moe_router_group_topk
             require(
-                group.moe_router_topk <= choice // group.moe_router_num_groups * group.moe_router_group_topk,
+                group.moe_router_topk <= left,
                 f"{where}.moe_router_group_topk",
                 group.moe_router_group_topk,
-                f"leaves {choice // group.moe_router_num_groups * group.moe_router_group_topk} experts for moe_router_topk={group.moe_router_topk}",
+                f"leaves {left} experts for moe_router_topk={group.moe_router_topk}",
             )
 
     def num_common(self, modality: str) -> int:
@@ -335,27 +386,38 @@ class MoEConfig:
 class ModelConfig:
     """A MoST model without its vocabulary. The defaults are DeepSeek-V2-Lite's dimensions.
 
-    The training loss of a target is the main head's cross entropy; a frame's adds its codebooks', each weighted by
-    ``codebook_loss_weights`` (1 each when empty; where codes are ids, the code's own loss is weighted), and a text
-    target's is multiplied by ``text_loss_weight``: a
-    transcript has a few targets where its speech has hundreds.
-
-    ``transformer_impl`` says whose modules compute attention, norms and linear layers: ``transformer_engine``, ``portable``
-    (torch alone), or ``auto``: Transformer Engine's where it is installed and there is a GPU. Weights and checkpoints
-    are the same.
+    The training loss of a target is the main head's cross entropy; a frame's adds its codebooks'.
     """
 
-    transformer_impl: str = "auto"
-    num_layers: int = 27
-    hidden_size: int = 2048
-    ffn_hidden_size: int = 10944
-    first_k_dense_replace: int = 1
-    layernorm_epsilon: float = 1e-6
-    init_method_std: float = 0.02
-    codebook_loss_weights: list[float] = field(default_factory=list)
-    text_loss_weight: float = 1.0
-    attention: AttentionConfig = field(default_factory=AttentionConfig)
-    moe: MoEConfig = field(default_factory=MoEConfig)
+    transformer_impl: str = key(
+        "auto",
+        "whose modules compute attention, norms and linear layers: `transformer_engine`, `portable` (torch alone), or"
+        " `auto`: Transformer Engine's where it is installed and there is a GPU. Weights are the same",
+        "--transformer-impl",
+        training_only=True,
+    )
+    num_layers: int = key(27, "layers", "--num-layers")
+    hidden_size: int = key(2048, "width", "--hidden-size")
+    ffn_hidden_size: int = key(10944, "inner width of the dense layers", "--ffn-hidden-size")
+    first_k_dense_replace: int = key(
+        1,
+        "layers without experts, before all others (Hugging Face's name; Megatron takes a list)",
+        "--moe-layer-freq",
+    )
+    layernorm_epsilon: float = key(1e-6, "epsilon of the RMS norms", "--norm-epsilon")
+    init_method_std: float = key(0.02, "standard deviation of initial weights", "--init-method-std", training_only=True)
+    codebook_loss_weights: list[float] = key(
+        list,
+        "one for each codebook, 1 each when empty; where codes are ids, the code's own loss is weighted",
+        training_only=True,
+    )
+    text_loss_weight: float = key(
+        1.0,
+        "multiplies the loss of text targets: a transcript has a few where its speech has hundreds",
+        training_only=True,
+    )
+    attention: AttentionConfig = key(AttentionConfig, "attention")
+    moe: MoEConfig = key(MoEConfig, "experts and router")
 
     def __post_init__(self) -> None:
         require_positive(

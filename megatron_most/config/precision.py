@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from megatron_most.config.rules import require, require_not_negative, require_one_of, require_positive
+from megatron_most.keys import key
 
 
 @dataclass
 class PrecisionConfig:
-    """``dtype`` of weights and activations; FP8 matrix products by ``fp8``, which docs/fp8.md describes.
+    """Weights, activations and matrix products; docs/fp8.md describes FP8.
 
-    ``fp8`` is ``off``, ``e4m3`` (everywhere) or ``hybrid`` (e4m3 forward, e5m2 for gradients). Routers, embeddings,
-    heads and the attention's scores are never in FP8; the first and last layers and the named expert pools stay in
-    ``dtype``, too. ``fp8_amax_history_len`` is for the recipe ``delayed``: steps over which the largest value counts.
+    Routers, embeddings, heads and the attention's scores are never in FP8.
     """
 
-    dtype: str = "bf16"
-    fp8: str = "off"
-    fp8_recipe: str = "tensorwise"
-    fp8_backend: str = "auto"
-    fp8_amax_history_len: int = 16
-    num_layers_at_start_in_bf16: int = 1
-    num_layers_at_end_in_bf16: int = 1
-    bf16_expert_pools: list[str] = field(default_factory=list)
+    dtype: str = key("bf16", "of weights and activations: `fp32` or `bf16`", "--bf16")
+    fp8: str = key("off", "`off`, `e4m3` (everywhere) or `hybrid` (e4m3 forward, e5m2 for gradients)", "--fp8-format")
+    fp8_recipe: str = key("tensorwise", "`delayed`, `tensorwise`, `blockwise` or `mxfp8`", "--fp8-recipe")
+    fp8_backend: str = key("auto", "who computes: `transformer_engine`, `torch`, `emulate`, or `auto`")
+    fp8_amax_history_len: int = key(
+        16, "`delayed`: steps over which the largest value counts", "--fp8-amax-history-len"
+    )
+    num_layers_at_start_in_bf16: int = key(1, "first layers that stay in `dtype`", "--num-layers-at-start-in-bf16")
+    num_layers_at_end_in_bf16: int = key(1, "last layers that stay in `dtype`", "--num-layers-at-end-in-bf16")
+    bf16_expert_pools: list[str] = key(list, "expert pools that stay in `dtype`: modalities, or `common`")
 
     def __post_init__(self) -> None:
         choices = {

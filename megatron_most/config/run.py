@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from megatron_most.config.model import VOCAB_MULTIPLE, ModelConfig
 from megatron_most.config.precision import PrecisionConfig
 from megatron_most.config.rules import require, require_not_negative, require_one_of, require_positive
 from megatron_most.errors import ConfigError
+from megatron_most.keys import REQUIRED, key
 from megatron_most.vocab import VocabLayout
 
 
 @dataclass
 class ParallelConfig:
-    """How the model is split over ranks, in Megatron's words. Data parallelism takes what is left."""
+    """How the model is split over ranks. Data parallelism takes what is left."""
 
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    virtual_pipeline_model_parallel_size: int | None = None
-    context_parallel_size: int = 1
-    expert_model_parallel_size: int = 1
-    expert_tensor_parallel_size: int | None = None
+    tensor_model_parallel_size: int = key(
+        1, "tensor parallelism, with sequence parallelism above 1", "--tensor-model-parallel-size"
+    )
+    pipeline_model_parallel_size: int = key(1, "pipeline stages", "--pipeline-model-parallel-size")
+    virtual_pipeline_model_parallel_size: int | None = key(
+        None, "virtual stages of each pipeline rank; null for none", "--num-virtual-stages-per-pipeline-rank"
+    )
+    context_parallel_size: int = key(1, "ranks that share a row's positions", "--context-parallel-size")
+    expert_model_parallel_size: int = key(1, "ranks that share the experts", "--expert-model-parallel-size")
+    expert_tensor_parallel_size: int | None = key(
+        None, "tensor parallelism of the experts; null for that of the rest", "--expert-tensor-parallel-size"
+    )
 
     def __post_init__(self) -> None:
         sizes = (
@@ -76,10 +83,10 @@ class ParallelConfig:
 
 @dataclass
 class DatasetConfig:
-    """One built dataset (path prefix, without ``.json``) and its share of the blend."""
+    """One built dataset and its share of the blend."""
 
-    path: str
-    weight: float = 1.0
+    path: str = key(REQUIRED, "path of the dataset, without `.json`", "--data-path")
+    weight: float = key(1.0, "share of the tokens, relative to the other weights")
 
     def __post_init__(self) -> None:
         require(self.weight > 0, f"data: weight of {self.path}", self.weight, "must be greater than 0")
@@ -87,25 +94,21 @@ class DatasetConfig:
 
 @dataclass
 class DataConfig:
-    """What is trained on. ``seq_length`` is positions per row; ``packing`` fills a row with several documents.
+    """What is trained on."""
 
-    ``audio_frame_dropout`` hides that share of the codec frames of speech that is to be generated (loss on audio)
-    from the input, so that the model cannot live on continuing audio and must read the text.
-
-    ``audio_share`` changes the weights of ``train`` as little as it takes for that share of the tokens to be audio;
-    null leaves the weights as they are.
-
-    ``document_multiple`` pads each packed document to a multiple of that many positions, which context parallelism
-    needs; being an option of its own, the rows are the same in every parallel layout.
-    """
-
-    train: list[DatasetConfig] = field(default_factory=list)
-    validation: list[DatasetConfig] = field(default_factory=list)
-    seq_length: int = 4096
-    packing: bool = True
-    audio_frame_dropout: float = 0.0
-    audio_share: float | None = None
-    document_multiple: int = 1
+    train: list[DatasetConfig] = key(list, "training datasets and their weights", "--train-data-path")
+    validation: list[DatasetConfig] = key(list, "validation datasets; weights do not count", "--valid-data-path")
+    seq_length: int = key(4096, "positions of a row", "--seq-length")
+    packing: bool = key(True, "fill a row with several documents")
+    audio_frame_dropout: float = key(
+        0.0,
+        "share of the codec frames of speech to be generated that is hidden from the input, so that the model must read"
+        " the text",
+    )
+    audio_share: float | None = key(
+        None, "change the weights of `train` as little as it takes for this share of the tokens to be audio"
+    )
+    document_multiple: int = key(1, "pad each packed document to a multiple of this, which context parallelism needs")
 
     def __post_init__(self) -> None:
         require_positive("data", self, ("seq_length", "document_multiple"))
@@ -128,14 +131,14 @@ class DataConfig:
 
 @dataclass
 class LrScaleConfig:
-    """Multiplies the learning rate of one part of the model; 0 freezes it (no gradient, no optimizer state).
+    """The learning rate of one part of the model.
 
     Parts: ``experts.<modality>``, ``experts.common``, ``shared_experts``, ``routers``, ``dense_ffn``, ``attention``,
     ``norms``, ``embeddings`` (ids and codes, in), ``heads`` (ids and codes, out); ``rest`` is every part not named.
     """
 
-    part: str
-    scale: float
+    part: str = key(REQUIRED, "name of the part")
+    scale: float = key(REQUIRED, "multiplies `optimizer.lr`; 0 freezes the part (no gradient, no optimizer state)")
 
     def __post_init__(self) -> None:
         require(self.scale >= 0, f"optimizer.lr_scales[{self.part}].scale", self.scale, "must not be negative")
@@ -143,38 +146,47 @@ class LrScaleConfig:
 
 @dataclass
 class OptimizerConfig:
-    """The optimizer and its learning-rate schedule, in steps.
+    """The optimizer and its learning-rate schedule.
 
-    ``optimizer`` is ``adam`` (AdamW) or ``muon`` (arXiv 2502.16982): Muon for matrices, AdamW for embeddings, heads and
-    norms. Muon's update of a matrix ``[out, in]`` is its momentum, made orthogonal by ``muon_num_ns_steps`` iterations
-    in the precision ``muon_fp32_matmul_prec`` and multiplied by ``muon_extra_scale_factor`` and, by
-    ``muon_scale_mode``, the root of max(out, in), of max(1, out / in) or of out / in.
-
-    A step whose gradient norm exceeds ``grad_norm_skip_threshold`` leaves weights, optimizer and schedule as they were;
-    its data counts as consumed. Null skips none.
+    Muon (arXiv 2502.16982) updates matrices; AdamW updates embeddings, heads and norms. Muon's update of a matrix
+    ``[out, in]`` is its momentum, made orthogonal by Newton-Schulz iterations and multiplied by
+    ``muon_extra_scale_factor`` and, by ``muon_scale_mode``, the root of max(out, in) (``spectral``), of
+    max(1, out / in) (``shape_scaling``) or of out / in (``unit_rms_norm``).
     """
 
-    optimizer: str = "adam"
-    lr: float = 1e-5
-    min_lr: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    muon_momentum: float = 0.95
-    muon_nesterov: bool = False
-    muon_scale_mode: str = "spectral"
-    muon_extra_scale_factor: float = 1.0
-    muon_coefficient_type: str = "quintic"
-    muon_num_ns_steps: int = 5
-    muon_fp32_matmul_prec: str = "medium"
-    weight_decay: float = 0.1
-    clip_grad: float = 1.0
-    grad_norm_skip_threshold: float | None = None
-    lr_warmup_iters: int = 0
-    lr_decay_style: str = "cosine"
-    use_distributed_optimizer: bool = True
-    overlap_grad_reduce: bool = True
-    lr_scales: list[LrScaleConfig] = field(default_factory=list)
+    optimizer: str = key("adam", "`adam` (AdamW) or `muon`", "--optimizer")
+    lr: float = key(1e-5, "highest learning rate", "--lr")
+    min_lr: float = key(0.0, "lowest learning rate", "--min-lr")
+    adam_beta1: float = key(0.9, "decay of the first moment", "--adam-beta1")
+    adam_beta2: float = key(0.95, "decay of the second moment", "--adam-beta2")
+    adam_eps: float = key(1e-8, "added to the root of the second moment", "--adam-eps")
+    muon_momentum: float = key(0.95, "decay of Muon's momentum", "--muon-momentum")
+    muon_nesterov: bool = key(False, "Nesterov's momentum", "--muon-nesterov")
+    muon_scale_mode: str = key("spectral", "`spectral`, `shape_scaling` or `unit_rms_norm`", "--muon-scale-mode")
+    muon_extra_scale_factor: float = key(1.0, "multiplies Muon's update", "--muon-extra-scale-factor")
+    muon_coefficient_type: str = key(
+        "quintic",
+        "of the iterations: `simple`, `quintic`, `polar_express`, `cans` or `aol`",
+        "--muon-coefficient-type",
+    )
+    muon_num_ns_steps: int = key(5, "Newton-Schulz iterations", "--muon-num-ns-steps")
+    muon_fp32_matmul_prec: str = key(
+        "medium", "precision of the iterations: `medium`, `high` or `highest`", "--muon-fp32-matmul-prec"
+    )
+    weight_decay: float = key(0.1, "weight decay", "--weight-decay")
+    clip_grad: float = key(1.0, "largest norm of the gradient; 0 for no clipping", "--clip-grad")
+    grad_norm_skip_threshold: float | None = key(
+        None,
+        "a step with a larger gradient norm leaves weights, optimizer and schedule as they were; its data counts as"
+        " consumed; null skips none",
+    )
+    lr_warmup_iters: int = key(0, "steps until `lr` is reached", "--lr-warmup-iters")
+    lr_decay_style: str = key("cosine", "down to `min_lr`: `cosine`, `linear` or `constant`", "--lr-decay-style")
+    use_distributed_optimizer: bool = key(
+        True, "split the optimizer's state over the ranks that hold copies", "--use-distributed-optimizer"
+    )
+    overlap_grad_reduce: bool = key(True, "reduce gradients while the backward pass goes on", "--overlap-grad-reduce")
+    lr_scales: list[LrScaleConfig] = key(list, "learning rates of parts, and which parts are frozen")
 
     def __post_init__(self) -> None:
         require_positive("optimizer", self, ("lr", "adam_eps"))
@@ -209,7 +221,8 @@ class OptimizerConfig:
             self.optimizer == "adam" or not self.use_distributed_optimizer,
             "optimizer.optimizer",
             self.optimizer,
-            "needs optimizer.use_distributed_optimizer=false: ranks would have slices of matrices, and Muon takes whole ones",
+            "needs optimizer.use_distributed_optimizer=false: ranks would have slices of matrices, and Muon takes whole"
+            " ones",
         )
 
 
@@ -217,13 +230,15 @@ class OptimizerConfig:
 class TrainingConfig:
     """The loop. Batch sizes count rows of ``data.seq_length`` positions."""
 
-    train_iters: int = 1000
-    micro_batch_size: int = 1
-    global_batch_size: int = 8
-    recompute: str = "none"
-    eval_interval: int = 0
-    eval_iters: int = 8
-    threads_per_rank: int = 0
+    train_iters: int = key(1000, "steps to train", "--train-iters")
+    micro_batch_size: int = key(1, "rows a rank computes at once", "--micro-batch-size")
+    global_batch_size: int = key(8, "rows of a step, over all ranks", "--global-batch-size")
+    recompute: str = key(
+        "none", "in the backward pass: `none`, `moe` (the expert layers) or `full`", "--recompute-granularity"
+    )
+    eval_interval: int = key(0, "steps between validations; 0 for none", "--eval-interval")
+    eval_iters: int = key(8, "batches of each validation dataset", "--eval-iters")
+    threads_per_rank: int = key(0, "CPU threads of a rank; 0 shares the cores out")
 
     def __post_init__(self) -> None:
         require_positive("training", self, ("train_iters", "micro_batch_size", "global_batch_size", "eval_iters"))
@@ -233,18 +248,19 @@ class TrainingConfig:
 
 @dataclass
 class CheckpointConfig:
-    """Checkpoints go to ``run_dir/checkpoints``; a run that finds some there continues from the newest.
+    """Checkpoints go to ``run_dir/checkpoints``; a run that finds some there continues from the newest."""
 
-    One is saved every ``save_interval`` steps, ``async_save`` while training goes on: every rank then holds a copy of what
-    it writes in host memory. The ``keep_last`` newest are kept, and for ever those of steps divisible by
-    ``save_retain_interval`` (0: none).
-    """
-
-    save_interval: int = 1000
-    async_save: bool = True
-    keep_last: int = 2
-    save_retain_interval: int = 0
-    load: str | None = None
+    save_interval: int = key(1000, "steps between checkpoints; the last step is saved, too", "--save-interval")
+    async_save: bool = key(
+        True,
+        "write while training goes on: every rank holds a copy of what it writes in host memory",
+        "--async-save",
+    )
+    keep_last: int = key(2, "how many of the newest are kept")
+    save_retain_interval: int = key(
+        0, "keep those of steps divisible by this forever; 0 for none", "--save-retain-interval"
+    )
+    load: str | None = key(None, "checkpoint or run directory whose weights a new run starts from", "--load")
 
     def __post_init__(self) -> None:
         require_positive("checkpoint", self, ("save_interval", "keep_last"))
@@ -259,15 +275,14 @@ class CheckpointConfig:
 
 @dataclass
 class LoggingConfig:
-    """``metrics.jsonl`` is always written. Intervals are in steps.
+    """``metrics.jsonl`` is always written."""
 
-    ``profile_steps`` (first, last) has torch's profiler watch these steps on rank 0.
-    """
-
-    log_interval: int = 10
-    tensorboard: bool = True
-    wandb_project: str | None = None
-    profile_steps: list[int] = field(default_factory=list)
+    log_interval: int = key(10, "steps between lines", "--log-interval")
+    tensorboard: bool = key(True, "write to `run_dir/tensorboard`", "--tensorboard-dir")
+    wandb_project: str | None = key(None, "Weights & Biases project; null for none", "--wandb-project")
+    profile_steps: list[int] = key(
+        list, "`[first, last]`: torch's profiler watches these steps on rank 0", "--profile-step-start"
+    )
 
     def __post_init__(self) -> None:
         require_positive("logging", self, ("log_interval",))
@@ -282,21 +297,21 @@ class LoggingConfig:
 
 @dataclass
 class RunConfig:
-    """A training run. ``tokenizer`` and ``codec`` name what the data was made with and generation needs."""
+    """A training run."""
 
-    vocab: VocabLayout
-    run_dir: str = "runs/most"
-    seed: int = 1234
-    tokenizer: str | None = None
-    codec: str | None = None
-    model: ModelConfig = field(default_factory=ModelConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    vocab: VocabLayout = key(REQUIRED, "ids and codes")
+    run_dir: str = key("runs/most", "where everything is written", "--save")
+    seed: int = key(1234, "of weights, data order and dropout", "--seed")
+    tokenizer: str | None = key(None, "text tokenizer the data was made with; generation needs it", "--tokenizer-model")
+    codec: str | None = key(None, "codec the data was made with; generation needs it")
+    model: ModelConfig = key(ModelConfig, "the model")
+    parallel: ParallelConfig = key(ParallelConfig, "ranks")
+    data: DataConfig = key(DataConfig, "datasets and rows")
+    optimizer: OptimizerConfig = key(OptimizerConfig, "optimizer and learning rate")
+    precision: PrecisionConfig = key(PrecisionConfig, "number formats")
+    training: TrainingConfig = key(TrainingConfig, "steps and batches")
+    checkpoint: CheckpointConfig = key(CheckpointConfig, "checkpoints")
+    logging: LoggingConfig = key(LoggingConfig, "logs")
 
     def __post_init__(self) -> None:
         model, parallel = self.model, self.parallel
@@ -465,7 +480,8 @@ class RunConfig:
             layers < model.num_layers,
             "precision.num_layers_at_start_in_bf16",
             precision.num_layers_at_start_in_bf16,
-            f"with num_layers_at_end_in_bf16, {precision.num_layers_at_end_in_bf16}, leaves none of {model.num_layers} layers for FP8",
+            f"with num_layers_at_end_in_bf16, {precision.num_layers_at_end_in_bf16}, leaves none of {model.num_layers}"
+            " layers for FP8",
         )
 
     @property

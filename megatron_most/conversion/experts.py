@@ -173,7 +173,7 @@ def _upcycle(config: RunConfig, foreign: ForeignModel, usage: dict[str, list[flo
         )
     if moe.moe_shared_expert_intermediate_size not in (0, moe.moe_ffn_hidden_size):
         raise ConfigError(
-            f"model.moe.moe_shared_expert_intermediate_size={moe.moe_shared_expert_intermediate_size}: the shared expert starts as the dense MLP"
-            f" too, of width {moe.moe_ffn_hidden_size}; 0 for none"
+            f"model.moe.moe_shared_expert_intermediate_size={moe.moe_shared_expert_intermediate_size}: the shared"
+            f" expert starts as the dense MLP too, of width {moe.moe_ffn_hidden_size}; 0 for none"
         )
     return (Origin(0),) * moe.num_experts

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_most.checkpointing.streaming import Region
-from megatron_most.config import RunConfig
+from megatron_most.config import RunConfig, with_new_names
 from megatron_most.conversion.hugging_face import HuggingFaceModel, read_json
 from megatron_most.conversion.native import EMBEDDING, native_shapes
 from megatron_most.conversion.weight_map import Correspondence, IdRun, Origin
@@ -62,7 +62,8 @@ class Extension:
                 name: Region(entry["key"], tuple(entry["offsets"]), tuple(entry["sizes"]))
                 for name, entry in values["tensors"].items()
             }
-            extension = cls(values["config"], both, regions, HuggingFaceModel(model.directory, stem=EXTENSION_TENSORS))
+            config = with_new_names(values["config"])
+            extension = cls(config, both, regions, HuggingFaceModel(model.directory, stem=EXTENSION_TENSORS))
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path}: not the description of an extension: {error}") from None
         if extension.source.tensors.keys() != regions.keys():

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_most import parallel, platform
 from megatron_most.checkpointing import CheckpointMetadata, Fingerprint
 from megatron_most.checkpointing.streaming import STATE, Region, StateReader, TensorForm, write_checkpoint
-from megatron_most.config import ParallelConfig, dump_config
+from megatron_most.config import CONFIG, ParallelConfig, dump_config
 from megatron_most.conversion.hugging_face import TOKENIZER_FILES, HuggingFaceModel
 from megatron_most.conversion.import_config import ImportOptions
 from megatron_most.conversion.import_plan import RECORD, ImportPlan, num_bytes, plan_import
@@ -123,7 +123,7 @@ def _finish(plan: ImportPlan, metadata: CheckpointMetadata, made: Path, out: Pat
     if plan.config.tokenizer is not None:
         copy_tokenizer(plan.source, made / TOKENIZER)
     config = dataclasses.replace(plan.config, checkpoint=dataclasses.replace(plan.config.checkpoint, load=str(out)))
-    write_text(made / "config.yaml", dump_config(config))
+    write_text(made / CONFIG, dump_config(config))
     checks = {"tensors": _check_tensors(plan, made), "logits": _check_logits(plan, made)}
     for what, result in checks.items():
         print(f"checked {what}: {result['said']}", flush=True)

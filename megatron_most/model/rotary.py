@@ -133,7 +133,7 @@ def yarn_frequencies(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tenso
 
 
 def llama3_frequencies(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
-    """Llama 3.1's frequencies ``[d / 2]`` for a context ``rotary_scaling_factor`` times the original, from the unscaled ones.
+    """Llama 3.1's frequencies ``[d / 2]`` for a context ``rotary_scaling_factor`` times as long, from unscaled ones.
 
     Slow ones are divided by the factor, fast ones stay, those between are interpolated by how often they turn within
     the original length (as the configuration of the published weights says; factors 1 and 4 in all of them).

@@ -51,8 +51,8 @@ def _check_transformer_engine(config: RunConfig, field: str) -> None:
         precision.num_layers_at_start_in_bf16 or precision.num_layers_at_end_in_bf16
     ):
         raise ConfigError(
-            f"{field}: Transformer Engine's delayed scaling knows no layers in bf16: set precision.num_layers_at_start_in_bf16"
-            " and num_layers_at_end_in_bf16 to 0, or take another recipe"
+            f"{field}: Transformer Engine's delayed scaling knows no layers in bf16: set"
+            " precision.num_layers_at_start_in_bf16 and num_layers_at_end_in_bf16 to 0, or take another recipe"
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from megatron_most.config import CONFIG, with_new_names
 from megatron_most.errors import DataError
 
 
@@ -22,7 +23,8 @@ class RunFiles:
         metrics: lines of ``metrics.jsonl``, training and validation, in the order of the file.
         routing: lines of ``routing.jsonl``.
         evaluation: contents of ``evaluation/*.json``, by file name.
-        summary, environment, config: contents of ``summary.json``, ``environment.json`` and ``config.yaml``.
+        summary, environment, config: contents of ``summary.json``, ``environment.json`` and ``config.yaml``, whose keys
+            have their names of today.
         config_text: ``config.yaml`` as it stands.
         notes: what is missing or broken, a sentence each.
     """
@@ -132,13 +134,13 @@ def _json_object(run: RunFiles, name: str, purpose: str) -> dict[str, Any]:
 
 
 def _read_config(run: RunFiles) -> None:
-    run.config_text = _text(run, "config.yaml", "the configuration and the sizes of the expert groups")
+    run.config_text = _text(run, CONFIG, "the configuration and the sizes of the expert groups")
     try:
         value = yaml.safe_load(run.config_text) if run.config_text else {}
     except yaml.YAMLError:
         value = None
     if isinstance(value, dict):
-        run.config = value
+        run.config = with_new_names(value)
     else:
         run.notes.append("config.yaml is shown as it is, but it is not readable as YAML.")
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import submitit
 
-from megatron_most.config import dump_config
+from megatron_most.config import CONFIG, dump_config
 from megatron_most.errors import ConfigError
 from megatron_most.files import write_json, write_text
-from megatron_most.sweep.job import CONFIG, FAILURE, LOG, RESULT, Job, Programs, last_error, lock
+from megatron_most.sweep.job import FAILURE, LOG, RESULT, Job, Programs, last_error, lock
 from megatron_most.sweep.plan import PlannedRun
 from megatron_most.sweep.spec import Sweep
 

@@ -15,12 +15,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_most.config import load_config
+from megatron_most.config import CONFIG, load_config
 from megatron_most.errors import MostError
 from megatron_most.files import write_json
 from megatron_most.sweep.spec import EvaluationConfig, ResourcesConfig
 
-CONFIG = "config.yaml"
 RESULT = "sweep_result.json"
 FAILURE = "sweep_failure.json"
 LOG = "sweep.log"

@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from megatron_most.config import RunConfig, load_config
+from megatron_most.config import RunConfig, load_config, with_old_names
 from megatron_most.errors import ConfigError
 from megatron_most.model import build, count_parameters
 from megatron_most.planning import memory_per_rank, train_flops_per_token
@@ -91,11 +91,13 @@ def plan_runs(sweep: Sweep) -> list[PlannedRun]:
 def _planned(sweep: Sweep, variant: Variant, seed: int, config: RunConfig, world_size: int) -> PlannedRun:
     datasets = [f"{entry.path}.json" for entry in (*config.data.train, *config.data.validation)]
     files = [*datasets, *(file for file in (config.tokenizer, config.checkpoint.load) if file)]
-    content = {key: value for key, value in asdict(config).items() if key not in _NO_MATTER}
+    # By the old names of keys, so that runs that were made with them are found.
+    content = {key: value for key, value in with_old_names(asdict(config)).items() if key not in _NO_MATTER}
     content["provenance"] = {path: _digest(Path(path)) for path in datasets}
     content["evaluation"] = [asdict(one) for one in sweep.spec.evaluation]
     identity = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    config.run_dir = str(Path(sweep.spec.output) / "runs" / f"{variant.slug}_seed-{seed}_{identity[:10]}")
+    folder, end = Path(sweep.spec.output) / "runs", f"_seed-{seed}_{identity[:10]}"
+    config.run_dir = str(next(folder.glob(f"*{end}"), folder / f"{variant.slug}{end}"))  # it may have another label
     counts = count_parameters(config)
     return PlannedRun(
         variant,

@@ -17,11 +17,10 @@ import yaml
 
 from megatron_most.checkpointing.directory import complete_checkpoints, remove_leftovers, write_json
 from megatron_most.checkpointing.metadata import TRAINING_ONLY, first_difference
-from megatron_most.config import RunConfig, dump_config
+from megatron_most.config import CONFIG, RunConfig, dump_config, with_new_names
 from megatron_most.errors import ConfigError
 from megatron_most.files import write_text
 
-CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
 ROUTING = "routing.jsonl"
@@ -67,7 +66,7 @@ def check_same_run(config: RunConfig) -> None:
     if not (metrics.is_file() and metrics.stat().st_size) and not complete_checkpoints(run_dir)[0]:
         return
     try:
-        theirs = yaml.safe_load(path.read_text(encoding="utf-8"))
+        theirs = with_new_names(yaml.safe_load(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return
     except (OSError, ValueError, yaml.YAMLError) as error:

@@ -38,7 +38,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def config_of(layout: str) -> RunConfig:
-    groups = "[{modality: text, experts: [5, 0, 3, 1], moe_router_topk: 2}, {modality: audio, experts: [7, 2, 4], moe_router_topk: 1}]"
+    groups = (
+        "[{modality: text, experts: [5, 0, 3, 1], moe_router_topk: 2},"
+        " {modality: audio, experts: [7, 2, 4], moe_router_topk: 1}]"
+    )
     moe = {"model__moe__common__experts": "[6]", "model__moe__moe_router_bias_update_rate": 1e-2}
     return tiny_config(model__moe__groups=groups, model__num_layers=2, **moe, **LAYOUTS[layout][1])
 

@@ -38,7 +38,8 @@ MODELS: dict[str, Overrides] = {
     "two modalities": {},
     "three modalities": {
         "vocab__further_modalities": "[{name: image, start: 30, stop: 40}]",
-        "model__moe__groups": "[{modality: text, size: 5, moe_router_topk: 2}, {modality: audio, size: 1, moe_router_topk: 1},"
+        "model__moe__groups": "[{modality: text, size: 5, moe_router_topk: 2},"
+        " {modality: audio, size: 1, moe_router_topk: 1},"
         " {modality: image, size: 0, moe_router_topk: 1}]",
         "model__moe__common__size": 2,
         "model__moe__expert_order": "contiguous",

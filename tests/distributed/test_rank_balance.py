@@ -23,7 +23,8 @@ def received_and_metric(ep_size: int, order: str, dispatcher: str) -> list[tuple
     """For each of :data:`AUDIO_SHARES`: rows that this rank's experts computed, and the imbalance that is logged."""
     config = tiny_config(
         model__num_layers=2,
-        model__moe__groups="[{modality: text, size: 16, moe_router_topk: 2}, {modality: audio, size: 16, moe_router_topk: 2}]",
+        model__moe__groups="[{modality: text, size: 16, moe_router_topk: 2},"
+        " {modality: audio, size: 16, moe_router_topk: 2}]",
         model__moe__expert_order=order,
         model__moe__moe_token_dispatcher_type=dispatcher,
         parallel__expert_model_parallel_size=ep_size,

@@ -32,7 +32,8 @@ from tests.unit.moe.routing import make_router, make_tokens
 Overrides = dict[str, Any]
 
 ALL_CHOSEN: Overrides = {
-    "model__moe__groups": "[{modality: text, size: 2, moe_router_topk: 2}, {modality: audio, size: 2, moe_router_topk: 2}]"
+    "model__moe__groups": "[{modality: text, size: 2, moe_router_topk: 2},"
+    " {modality: audio, size: 2, moe_router_topk: 2}]"
 }
 """Every expert of a modality is chosen, so that no rounding of bf16 sends a token elsewhere."""
 MODELS: dict[str, Overrides] = {
@@ -71,8 +72,10 @@ ROUTERS: dict[str, Overrides] = {
         "model__moe__moe_router_bias_update_rate": 1e-2,
     },
     "group-limited": {
-        "model__moe__groups": "[{modality: text, size: 4, moe_router_topk: 2, moe_router_num_groups: 2, moe_router_group_topk: 1},"
-        " {modality: audio, size: 4, moe_router_topk: 2, moe_router_num_groups: 2, moe_router_group_topk: 1}]"
+        "model__moe__groups": "[{modality: text, size: 4, moe_router_topk: 2,"
+        " moe_router_num_groups: 2, moe_router_group_topk: 1},"
+        " {modality: audio, size: 4, moe_router_topk: 2,"
+        " moe_router_num_groups: 2, moe_router_group_topk: 1}]"
     },
 }
 

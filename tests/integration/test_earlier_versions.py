@@ -7,8 +7,13 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import yaml
 
-from megatron_most.checkpointing import complete_checkpoints
+from megatron_most.checkpointing import complete_checkpoints, find_checkpoint
+from megatron_most.config import load_config
+from megatron_most.errors import ConfigError
+from megatron_most.report.run_files import read_run
+from megatron_most.training.run_directory import check_same_run
 from tests.distributed.harness import run_ranks
 from tests.integration.tiny_run import metric_lines, run_config, train
 
@@ -23,15 +28,36 @@ SIZES = {
 }
 
 
+def unpack(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tarfile.open(RUNS / "megatron_core_0.16.1.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    monkeypatch.chdir(folder)
+
+
+def test_old_names_of_keys_are_read_as_the_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run was configured when the keys had other names; it is that of the same configuration today."""
+    unpack(tmp_path, monkeypatch)
+    config = run_config(Path("."), **SIZES)
+    old = yaml.safe_load(Path("run/config.yaml").read_text(encoding="utf-8"))
+    assert "train_iters" not in old["training"]
+
+    assert load_config("run/config.yaml") == config
+    assert read_run("run").config["training"]["train_iters"] == config.training.train_iters
+    _, metadata = find_checkpoint("run", config)
+    assert metadata.config["model"]["moe"]["moe_aux_loss_coeff"] == config.model.moe.moe_aux_loss_coeff
+    check_same_run(config)
+    config.model.moe.groups[0].moe_router_topk = 1
+    with pytest.raises(ConfigError, match=r"model.moe.groups\[0\].moe_router_topk is 2 there, 1 in this config"):
+        check_same_run(config)
+
+
 def test_a_run_of_megatron_core_0_16_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its checkpoint of step 3 keeps what is no tensor in ``common.pt``; the metrics are those of its own steps to 6.
 
     The archive is a run of ``run_config(Path("."), **SIZES)`` on two ranks with megatron-core 0.16.1, less its last
     checkpoint. Queries and keys are rotated in another order of sums since, so the last bits differ.
     """
-    with tarfile.open(RUNS / "megatron_core_0.16.1.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
-    monkeypatch.chdir(tmp_path)
+    unpack(tmp_path, monkeypatch)
     expected = json.loads(Path("expected.json").read_text(encoding="utf-8"))["metrics"]
     config = run_config(Path("."), **SIZES)
     [checkpoint] = complete_checkpoints(config.run_dir)[0]

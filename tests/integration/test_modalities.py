@@ -21,7 +21,8 @@ from tests.integration.tiny_run import assert_same_weights, metric_lines, run_co
 
 THREE = {
     "vocab__further_modalities": "[{name: image, start: 25, stop: 40}]",
-    "model__moe__groups": "[{modality: text, size: 5, moe_router_topk: 2}, {modality: audio, size: 3, moe_router_topk: 3},"
+    "model__moe__groups": "[{modality: text, size: 5, moe_router_topk: 2},"
+    " {modality: audio, size: 3, moe_router_topk: 3},"
     " {modality: image, size: 2, moe_router_topk: 1}]",
     "model__moe__common": "{size: 2, modalities: [text, image]}",
     "parallel__expert_model_parallel_size": 2,

@@ -252,7 +252,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         (["model.hidden_size=2050", "precision.dtype=fp32"], "must be divisible by 4 in fp32"),
         (
             ["parallel.expert_tensor_parallel_size=2", "model.moe.moe_ffn_hidden_size=72"],
-            "rank's share of model.moe.ffn",
+            "rank's share of model.moe.moe_ffn",
         ),
         (
             ["model.moe.moe_token_dispatcher_type=deepep"],
@@ -264,7 +264,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         ),
         (
             ["model.moe.moe_token_dispatcher_type=allgather", "model.moe.moe_shared_expert_overlap=true"],
-            "moe_shared_expert_overlap=True: needs shared experts (moe_shared_expert_intermediate_size) and moe_token_dispatcher_type=alltoall",
+            "moe_shared_expert_overlap=True: needs shared experts (moe_shared_expert_intermediate_size) and"
+            " moe_token_dispatcher_type=alltoall",
         ),
         (["parallel.pipeline_model_parallel_size=3"], "must divide model.num_layers, 4"),
         (["parallel.virtual_pipeline_model_parallel_size=2"], "needs pipeline_model_parallel_size of at least 2"),

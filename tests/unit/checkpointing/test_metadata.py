@@ -93,7 +93,10 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_of_training_or_of_the_layout_may_differ() -> None:
-    groups = "[{modality: text, size: 4, moe_router_topk: 2, moe_aux_loss_coeff: 0.3}, {modality: audio, size: 4, moe_router_topk: 2}]"
+    groups = (
+        "[{modality: text, size: 4, moe_router_topk: 2, moe_aux_loss_coeff: 0.3},"
+        " {modality: audio, size: 4, moe_router_topk: 2}]"
+    )
     other = tiny_config(
         seed=5,
         parallel__expert_model_parallel_size=2,

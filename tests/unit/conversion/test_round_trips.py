@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from megatron_most import parallel
 from megatron_most.checkpointing import read_metadata
 from megatron_most.checkpointing.streaming import STATE, StateReader
-from megatron_most.config import ParallelConfig, load_config
+from megatron_most.config import ParallelConfig, load_config, with_old_names
 from megatron_most.conversion import ImportOptions, export_model, import_model
 from megatron_most.conversion.export_plan import stored_config
 from megatron_most.conversion.verification import whole_model
@@ -172,6 +172,19 @@ def test_an_extension_brings_everything_back(tmp_path, router):
         assert torch.equal(first.read_whole(key), second.read_whole(key)), key
     configs = [read_metadata(path).config for path in (checkpoint, again)]
     assert configs[0]["model"] == configs[1]["model"] and configs[0]["vocab"] == configs[1]["vocab"]
+
+
+def test_an_extension_of_an_earlier_version_is_read(tmp_path):
+    """It holds a configuration with the old names of keys."""
+    deepseek(tmp_path / "hf")
+    checkpoint = import_model(tmp_path / "hf", tmp_path / "native", options("expand"))
+    export_model(checkpoint, tmp_path / "out", "deepseek-v2")
+    path = tmp_path / "out" / "most_extension.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "config": with_old_names(values["config"])}))
+    assert "moe_aux_loss_coeff" not in path.read_text()
+    again = import_model(tmp_path / "out", tmp_path / "again", ImportOptions())
+    assert read_metadata(again).config["model"] == read_metadata(checkpoint).config["model"]
 
 
 THREE = """

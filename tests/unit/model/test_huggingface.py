@@ -158,7 +158,7 @@ DEEPSEEK_MOE = {
     "moe_shared_expert_intermediate_size": 2 * EXPERT_FFN,
     "moe_router_topk_scaling_factor": 1.5,
 }
-DEEPSEEK_DIMS = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 16, "v_head_dim": 12}
+DEEPSEEK_DIMS = {"kv_lora_rank": 16, "qk_head_dim": 8, "qk_pos_emb_head_dim": 16, "v_head_dim": 12}
 
 
 def deepseek(q_lora_rank: int | None, rope_parameters: dict) -> DeepseekV2ForCausalLM:
@@ -178,7 +178,10 @@ def deepseek(q_lora_rank: int | None, rope_parameters: dict) -> DeepseekV2ForCau
         max_position_embeddings=128,
         rope_parameters=rope_parameters,
         attn_implementation="eager",
-        **DEEPSEEK_DIMS,
+        kv_lora_rank=DEEPSEEK_DIMS["kv_lora_rank"],
+        qk_nope_head_dim=DEEPSEEK_DIMS["qk_head_dim"],
+        qk_rope_head_dim=DEEPSEEK_DIMS["qk_pos_emb_head_dim"],
+        v_head_dim=DEEPSEEK_DIMS["v_head_dim"],
     )
     return randomised(DeepseekV2ForCausalLM(config))
 

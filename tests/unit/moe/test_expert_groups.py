@@ -152,7 +152,8 @@ FOUR = {"size": 4, "moe_router_topk": 2}
         ),
         (
             lambda: text_and_audio(FOUR, FOUR, moe_shared_expert_overlap=True, moe_token_dispatcher_type="allgather"),
-            "moe_shared_expert_overlap=True: needs shared experts (moe_shared_expert_intermediate_size) and moe_token_dispatcher_type=alltoall",
+            "moe_shared_expert_overlap=True: needs shared experts (moe_shared_expert_intermediate_size) and"
+            " moe_token_dispatcher_type=alltoall",
         ),
         (
             lambda: text_and_audio(FOUR, FOUR, common=CommonExpertsConfig(modalities=["text"])),

@@ -20,7 +20,8 @@ from tests.distributed.tiny import tiny_config
 
 HIDDEN = 32
 POOLS = {
-    "model__moe__groups": "[{modality: text, size: 3, moe_router_topk: 2}, {modality: audio, size: 2, moe_router_topk: 1}]"
+    "model__moe__groups": "[{modality: text, size: 3, moe_router_topk: 2},"
+    " {modality: audio, size: 2, moe_router_topk: 1}]"
 }
 COMMON = {"model__moe__common__size": 3}
 

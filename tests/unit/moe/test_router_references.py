@@ -29,8 +29,14 @@ def unit_loss_scale():
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
 
 
-def one_modality(n_group: int = 1, topk_group: int = 1, **options) -> MoEConfig:
-    group = ExpertGroupConfig("text", EXPERTS, TOP_K, moe_router_num_groups=n_group, moe_router_group_topk=topk_group)
+def one_modality(moe_router_num_groups: int = 1, moe_router_group_topk: int = 1, **options) -> MoEConfig:
+    group = ExpertGroupConfig(
+        "text",
+        EXPERTS,
+        TOP_K,
+        moe_router_num_groups=moe_router_num_groups,
+        moe_router_group_topk=moe_router_group_topk,
+    )
     options = {
         "moe_router_load_balancing_type": "none",
         "norm_topk_prob": options.get("moe_router_score_function") == "sigmoid",
@@ -150,7 +156,9 @@ def assert_same_choice(router, reference) -> None:
 
 @pytest.mark.parametrize("topk_group", [1, 2, 3])
 def test_limited_softmax_routing_equals_hugging_faces_deepseek_v2(topk_group):
-    router = make_router(one_modality(n_group=4, topk_group=topk_group, moe_router_topk_scaling_factor=1.5))
+    router = make_router(
+        one_modality(moe_router_num_groups=4, moe_router_group_topk=topk_group, moe_router_topk_scaling_factor=1.5)
+    )
     config = DeepseekV2Config(
         hidden_size=HIDDEN,
         n_routed_experts=EXPERTS,
@@ -170,8 +178,8 @@ def test_limited_softmax_routing_equals_hugging_faces_deepseek_v2(topk_group):
 def test_limited_sigmoid_routing_with_a_bias_equals_hugging_faces_deepseek_v3(topk_group, normalize_top_k):
     router = make_router(
         one_modality(
-            n_group=4,
-            topk_group=topk_group,
+            moe_router_num_groups=4,
+            moe_router_group_topk=topk_group,
             moe_router_score_function="sigmoid",
             norm_topk_prob=normalize_top_k,
             moe_router_topk_scaling_factor=2.5,

@@ -56,14 +56,16 @@ def test_attention_counts_the_causal_half() -> None:
 def test_the_mean_follows_the_mix() -> None:
     config = tiny_config(
         data__audio_share=0.75,
-        model__moe__groups="[{modality: text, size: 4, moe_router_topk: 3}, {modality: audio, size: 4, moe_router_topk: 1}]",
+        model__moe__groups="[{modality: text, size: 4, moe_router_topk: 3},"
+        " {modality: audio, size: 4, moe_router_topk: 1}]",
     )
     assert modality_shares(config) == {"text": 0.25, "audio": 0.75}
     text, audio = (sum(forward_flops(config, name).values()) for name in ("text", "audio"))
     assert train_flops_per_token(config) == pytest.approx(3 * (0.25 * text + 0.75 * audio))
     even = tiny_config(
         vocab__further_modalities="[{name: image, start: 30, stop: 40}]",
-        model__moe__groups="[{modality: text, size: 4, moe_router_topk: 1}, {modality: audio, size: 2, moe_router_topk: 1},"
+        model__moe__groups="[{modality: text, size: 4, moe_router_topk: 1},"
+        " {modality: audio, size: 2, moe_router_topk: 1},"
         " {modality: image, size: 2, moe_router_topk: 1}]",
     )
     assert modality_shares(even) == dict.fromkeys(("text", "audio", "image"), 1 / 3)

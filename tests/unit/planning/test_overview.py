@@ -42,7 +42,8 @@ def test_smallest_world_size() -> None:
 
 MODALITIES = {
     "vocab__further_modalities": "[{name: image, start: 30, stop: 40}]",
-    "model__moe__groups": "[{modality: text, size: 6, moe_router_topk: 2}, {modality: audio, size: 2, moe_router_topk: 3},"
+    "model__moe__groups": "[{modality: text, size: 6, moe_router_topk: 2},"
+    " {modality: audio, size: 2, moe_router_topk: 3},"
     " {modality: image, size: 0, moe_router_topk: 1}]",
     "model__moe__common": "{size: 4, modalities: [audio, image]}",
 }

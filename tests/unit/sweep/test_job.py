@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_most import checkpointing
-from megatron_most.config import dump_config
+from megatron_most.config import CONFIG, dump_config
 from megatron_most.sweep import job as job_module
-from megatron_most.sweep.job import CONFIG, FAILURE, LOG, RESULT, Job, Programs, lock
+from megatron_most.sweep.job import FAILURE, LOG, RESULT, Job, Programs, lock
 from megatron_most.sweep.spec import EvaluationConfig, ResourcesConfig
 from tests.distributed.tiny import tiny_config
 

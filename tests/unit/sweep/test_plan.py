@@ -84,6 +84,16 @@ def test_a_run_is_known_by_what_it_computes(folder):
     assert not set(first) & {run.identity for run in plan_runs(sweep(folder, text))}
 
 
+def test_runs_that_were_begun_with_old_names_of_keys_are_found(folder, monkeypatch):
+    text = "axes: {optimizer.lr_warmup_iters: [1, 2]}"
+    first = plan_runs(sweep(folder, text))[0]
+    begun = first.directory.with_name(first.directory.name.replace("lr_warmup_iters=1", "old_name=1"))
+    begun.mkdir(parents=True)
+    assert [run.directory == begun for run in plan_runs(sweep(folder, text))] == [True, False, False, False]
+    monkeypatch.setattr("megatron_most.sweep.plan.with_old_names", lambda config: config)
+    assert plan_runs(sweep(folder, text))[0].identity != first.identity
+
+
 def test_the_dry_run_lists_costs_and_what_is_missing(folder):
     described = sweep(folder, f"{NO_SHARED}, budget: {{match: flops, multiple: 4}}")
     runs = plan_runs(described)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
-from megatron_most.config import dump_config
+from megatron_most.config import CONFIG, dump_config
 from megatron_most.errors import DataError
-from megatron_most.sweep.job import CONFIG, FAILURE, LOG, RESULT
+from megatron_most.sweep.job import FAILURE, LOG, RESULT
 from megatron_most.sweep.page import write_results
 from megatron_most.sweep.plan import PlannedRun, plan_runs
 from megatron_most.sweep.spec import Sweep, load_sweep
