@@ -36,7 +36,7 @@ from tools.bench.router import plain_router
 from tools.bench.rows import half_audio, packed_documents
 
 DOCUMENTS = 16
-_GROUP = {"size": 32, "top_k": 6}
+_GROUP = {"size": 32, "moe_router_topk": 6}
 CONFIG = {
     "vocab": {"text_vocab_size": 1024, "num_codebooks": 13, "codebook_size": 100},
     "model": {

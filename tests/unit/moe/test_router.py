@@ -114,7 +114,7 @@ def test_statistics_count_training_passes_only():
 
 def test_a_micro_batch_takes_few_operators():
     """Megatron's own router takes 50 with a balance loss by sequence, without statistics."""
-    router = make_router(text_and_audio(balance_loss="seq_aux_loss")).bfloat16()
+    router = make_router(text_and_audio(moe_router_load_balancing_type="seq_aux_loss")).bfloat16()
     hidden, modality, is_padding = make_tokens(rows=1)
     hidden = hidden.bfloat16().requires_grad_()
     planes = pack_planes(modality, is_padding, 2).transpose(0, 1)
