@@ -13,12 +13,13 @@ class StopRequest:
     A ``torchrun`` that is killed cannot end its ranks: they would train on, unseen, and keep the run directory. A
     process that was started without one may outlive its parent: a shell, with ``nohup``.
 
-    A second Ctrl-C interrupts at once. ``torchrun`` forwards SIGTERM after a Ctrl-C that the ranks saw themselves, so a
-    SIGTERM after a first request changes nothing.
+    A second Ctrl-C interrupts at once, whatever came between. ``torchrun`` forwards SIGTERM after a Ctrl-C that the
+    ranks saw themselves, so a SIGTERM after a first request changes nothing; nor does a first Ctrl-C after a SIGTERM.
     """
 
     def __init__(self) -> None:
         self.signal: str | None = None
+        self._is_interrupted = False
         self._previous: dict[int, object] = {}
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
@@ -37,6 +38,8 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.signal == "SIGINT":
-            raise KeyboardInterrupt
-        self.signal = signal.Signals(number).name
+        if number == signal.SIGINT:
+            if self._is_interrupted:
+                raise KeyboardInterrupt
+            self._is_interrupted = True
+        self.signal = self.signal or signal.Signals(number).name

@@ -176,6 +176,14 @@ def test_a_request_longer_than_the_model_is_refused(generator):
         generator.text([asr_prompt(generator, 0, 3)], end=2, max_new=100, sampling=Sampling())
 
 
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_choices_are_drawn_from_the_softmax_of_the_logits_over_the_temperature(temperature):
+    logits, num_draws = torch.tensor([0.0, 1.0, 3.0]), 20_000
+    noise = torch.empty(num_draws, 3).exponential_(generator=torch.Generator().manual_seed(0))
+    drawn = Sampling(temperature=temperature).choose(logits.expand(num_draws, 3), noise).bincount(minlength=3)
+    torch.testing.assert_close(drawn / num_draws, torch.softmax(logits / temperature, -1), rtol=0, atol=0.015)
+
+
 def test_top_p_keeps_the_best_choice_and_greedy_is_the_limit():
     logits = torch.tensor([[0.0, 3.0, 1.0]])
     noise = torch.tensor([[1e-9, 1e9, 1.0]])  # prefers the first, and the last to the second

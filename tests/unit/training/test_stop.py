@@ -27,9 +27,20 @@ def test_second_interrupt_ends_at_once_but_a_forwarded_sigterm_does_not() -> Non
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop
-    with StopRequest(), pytest.raises(KeyboardInterrupt):
+        assert stop.signal == "SIGINT"
+    for between in ([], [signal.SIGTERM]):
+        with StopRequest(), pytest.raises(KeyboardInterrupt):
+            for number in (signal.SIGINT, *between, signal.SIGINT):
+                os.kill(os.getpid(), number)
+
+
+def test_the_first_interrupt_after_a_sigterm_waits_for_the_step_too() -> None:
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == "SIGTERM"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.parametrize(("under_torchrun", "expected"), [(True, "the loss of its launcher"), (False, "trains on")])
