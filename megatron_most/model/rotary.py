@@ -78,7 +78,8 @@ def rotate_pairs(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
 
 def rotate_halves(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
     """``[s, b, n, d]``, whose pairs are a number and that d / 2 places on -> rotated, pairs as neighbors. In fp32."""
-    pairs = torch.complex(*x.float().chunk(2, dim=-1))
+    # torch.complex would keep both halves for its backward pass.
+    pairs = torch.view_as_complex(torch.stack(x.float().chunk(2, dim=-1), dim=-1))
     return torch.view_as_real(pairs * rotations).flatten(-2).to(x.dtype)
 
 
