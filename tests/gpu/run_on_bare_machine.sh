@@ -11,7 +11,7 @@
 # where a step hangs or dies. Each step has a limit of its own, and all of them end within BUDGET.
 #
 # Settings, as environment variables: BUDGET (seconds, 520), PYTHON (python3), GPU_TEST_SECONDS (limit of one test, 120),
-# GPU_LAYER_ARGS, EXPERTS_ARGS, ROUTER_ARGS (options of tools.bench.gpu_layer, experts, router).
+# GPU_LAYER_ARGS, EXPERTS_ARGS, ROUTER_ARGS, DECODE_ARGS (options of tools.bench.gpu_layer, experts, router, decode).
 # Exit status: 0 where every step ended well, 1 where one did not, 2 where the run could not be started.
 set -uo pipefail
 
@@ -141,6 +141,7 @@ grep -hE '^(FAILED|ERROR) |^[0-9]+ (passed|failed|skipped|error)' "$logs"/test_*
     bench gpu_layer 21 "$site" gpu_layer ${GPU_LAYER_ARGS:-} || failed=1
     bench experts 16 "$site" experts ${EXPERTS_ARGS:-} || failed=1
     bench router 21 "$site" router ${ROUTER_ARGS:-} || failed=1
+    bench decode 14 "$site" decode ${DECODE_ARGS:-} || failed=1
     if [ $has_engine -eq 1 ]; then
         bench gpu_layer_engine 21 "$engine:$site" gpu_layer ${GPU_LAYER_ARGS:-} || failed=1
     fi

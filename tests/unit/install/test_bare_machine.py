@@ -49,6 +49,7 @@ BENCHES = {
     "gpu_layer": "print('| layer |')",
     "experts": "import time; time.sleep(600)",
     "router": "raise SystemExit(3)",
+    "decode": "print('| token |')",
 }
 MARK = """
 import pytest
@@ -127,7 +128,9 @@ def test_steps_that_fail_or_die_cost_their_own_results_alone(clone):
         "test_transformer_engine::test_of_the_engine": "passed",
     }
     assert steps == {
-        **dict.fromkeys(("install", "machine", "engine", "test_transformer_engine", "gpu_layer", "experts"), 0),
+        **dict.fromkeys(
+            ("install", "machine", "engine", "test_transformer_engine", "gpu_layer", "experts", "decode"), 0
+        ),
         **{"gpu_layer_engine": 0, "test_fine": 1, "test_dies": 139, "doctor": 1, "router": 3},
     }
     results = json.loads((out / "results.json").read_text())

@@ -72,7 +72,7 @@ class Filter:  # in the place of the finder that goes through sys.path
     def find_spec(name, path=None, target=None):
         return None if name.partition(".")[0] in blocked else PathFinder.find_spec(name, path, target)
 sys.meta_path[sys.meta_path.index(PathFinder)] = Filter
-import tools.bench.experts, tools.bench.gpu_layer, tools.bench.router, pytest
+import tools.bench.decode, tools.bench.experts, tools.bench.gpu_layer, tools.bench.router, pytest
 sys.exit(pytest.main(sys.argv[1:]))
 """
 
