@@ -35,7 +35,7 @@ class Espeak:
     """An espeak-ng engine.
 
     Attributes:
-        sample_rate: samples per second of what :meth:`synthesise` returns (22050 for every English voice).
+        sample_rate: samples per second of what :meth:`synthesize` returns (22050 for every English voice).
 
     Raises:
         ConfigError: the package ``espeakng-loader`` is missing, or its library does not load or start.
@@ -63,7 +63,7 @@ class Espeak:
             self._chunks.append(ctypes.string_at(samples, num_samples * ctypes.sizeof(ctypes.c_short)))
         return 0  # 0 lets the synthesis go on
 
-    def synthesise(self, text: str, *, voice: str = "en-us", speed: int = 175, pitch: int = 50) -> np.ndarray:
+    def synthesize(self, text: str, *, voice: str = "en-us", speed: int = 175, pitch: int = 50) -> np.ndarray:
         """Speak ``text``: float32 ``[num_samples]`` in [-1, 1] at :attr:`sample_rate`.
 
         The same arguments give the same samples.

@@ -3,7 +3,7 @@
     python examples/quickstart/evaluate.py --run-dir runs/quickstart --corpus runs/quickstart/corpus
 
 Sets: ``heldout_s`` (unseen sentences of word pairs that occur in training) and ``heldout_p`` (word pairs never seen).
-Speech is judged by pocketsphinx with the corpus's closed vocabulary and a bigram model that favours no held-out pair,
+Speech is judged by pocketsphinx with the corpus's closed vocabulary and a bigram model that favors no held-out pair,
 beside the originals and the codec's round trip.
 """
 
@@ -19,7 +19,7 @@ from sentences import balanced_sentences
 
 from megatron_most import cli
 from megatron_most.data.preparation.manifest import Record, read_manifest
-from megatron_most.evaluation.recogniser import PocketsphinxRecogniser
+from megatron_most.evaluation.recognizer import PocketsphinxRecognizer
 from megatron_most.evaluation.suites import encode_records, evaluate_asr, evaluate_reference_audio, evaluate_tts
 from megatron_most.files import write_json
 from megatron_most.inference import LoadedModel, load_for_generation
@@ -37,7 +37,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     run_dir, corpus = arguments.run_dir, arguments.corpus
     samples = run_dir / "samples"
     manifests = {name: read_manifest(corpus / f"{name}.jsonl") for name in SETS}
-    recogniser = PocketsphinxRecogniser(balanced_sentences())
+    recognizer = PocketsphinxRecognizer(balanced_sentences())
     untrained = load_for_generation(run_dir, random_weights=True)
     codes = {name: encode_records(untrained.codec, manifests[name][: arguments.limit]) for name in SETS}
 
@@ -60,7 +60,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         sound = {"samples": samples, "num_samples": NUM_SAMPLES, "normalizer": NORMALIZER}
         results = {
             "original": _timed(
-                f"original audio of {name}", evaluate_reference_audio, model.codec, name, records, recogniser, **sound
+                f"original audio of {name}", evaluate_reference_audio, model.codec, name, records, recognizer, **sound
             ),
             "roundtrip": _timed(
                 f"codec round trip of {name}",
@@ -68,13 +68,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
                 model.codec,
                 name,
                 records,
-                recogniser,
+                recognizer,
                 codes[name],
                 **sound,
             ),
             "asr": _timed(f"ASR of {name}", evaluate_asr, model, name, records, codes[name], MAX_NEW_TEXT, NORMALIZER),
             "tts": _timed(
-                f"TTS of {name}", evaluate_tts, model, name, records, recogniser, max_seconds=MAX_SECONDS, **sound
+                f"TTS of {name}", evaluate_tts, model, name, records, recognizer, max_seconds=MAX_SECONDS, **sound
             ),
         }
         for kind in ("original", "roundtrip"):

@@ -44,7 +44,7 @@ def render(engine: Espeak, row: dict) -> np.ndarray:
     ``row`` holds text, speed, pitch and offset, and may name another voice than ``en-us``.
     """
     voice = row.get("voice", "en-us")
-    speech = engine.synthesise(row["text"], voice=voice, speed=row["speed"], pitch=row["pitch"])
+    speech = engine.synthesize(row["text"], voice=voice, speed=row["speed"], pitch=row["pitch"])
     speech = soxr.resample(speech, engine.sample_rate, SAMPLE_RATE)
     speech *= PEAK / np.abs(speech).max()
     loud = np.flatnonzero(np.abs(speech) > SILENCE_THRESHOLD)

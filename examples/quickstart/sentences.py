@@ -1,12 +1,12 @@
 """The template language of the quickstart corpus, and which of its sentences are held out.
 
-Every sentence is ``the ADJ NOUN VERB NUM ADJ NOUNS`` with six words per slot: 46,656 sentences. Three neighbouring
+Every sentence is ``the ADJ NOUN VERB NUM ADJ NOUNS`` with six words per slot: 46,656 sentences. Three neighboring
 slot pairs (adjective-noun, verb-number, adjective-noun) are *guarded*: a sixth of their word pairs, those whose word
 indices i and j satisfy ``(i + j) % 6 == 0``, never occurs in training. That gives two held-out sets:
 
 * ``heldout_s`` (seen pairs): sentences that training has not, made of word pairs that it has. Measures reading.
 * ``heldout_p`` (unseen pairs): both adjective-noun pairs never occur in training. Measures composition: a model that
-  memorised pairs instead of words fails here.
+  memorized pairs instead of words fails here.
 
 Run as a script it rewrites ``corpus/*.jsonl``; those files are the corpus, this is only how they came about.
 """
@@ -34,7 +34,7 @@ VOCABULARY = ("the", *(word for slot in SLOTS for word in slot))
 
 SPEEDS = (160, 170, 180, 190)  # words per minute
 PITCHES = (40, 45, 50, 55, 60)  # espeak-ng's scale, 50 is the voice's own
-MAX_OFFSET = 640  # samples of silence before the speech: 40 ms, one codec frame, so codes cannot be learnt by position
+MAX_OFFSET = 640  # samples of silence before the speech: 40 ms, one codec frame, so codes cannot be learned by position
 
 Choice = tuple[int, ...]  # one word index per slot
 
@@ -78,9 +78,9 @@ def draw_splits() -> dict[str, list[Choice]]:
 
 
 def balanced_sentences(repeats: int = 100) -> list[str]:
-    """Sentences in which every pair of neighbouring words of the language is equally frequent, held-out ones included.
+    """Sentences in which every pair of neighboring words of the language is equally frequent, held-out ones included.
 
-    For a recogniser's language model: it then prefers no split over another, and nothing outside the template.
+    For a recognizer's language model: it then prefers no split over another, and nothing outside the template.
     """
     choices = [(first, second) * (len(SLOTS) // 2) for first in range(6) for second in range(6)]
     return [text_of(choice) for choice in choices] * repeats

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What toy_initialisation.yaml starts from: a text model with eight experts, trained on the quickstart's sentences, as a
+# What toy_initialization.yaml starts from: a text model with eight experts, trained on the quickstart's sentences, as a
 # DeepSeek-V2 model, and the MoST checkpoints that conversion makes of it. A few minutes; make quickstart comes first.
 #
 #   examples/sweeps/make_toy_base_model.sh [DIRECTORY]

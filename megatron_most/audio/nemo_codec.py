@@ -197,12 +197,12 @@ class NemoCodec:
     def _decode_first(self, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Sound of the first codebooks alone, ``tokens [1, n, F]``.
 
-        A residual quantiser adds codebooks up, so the others add nothing. Grouped scalar quantisers give each codebook
+        A residual quantizer adds codebooks up, so the others add nothing. Grouped scalar quantizers give each codebook
         channels of its own, and zero is the middle of what a channel can be.
         """
-        quantiser = type(self._model.vector_quantizer).__name__
-        if quantiser not in ("ResidualVectorQuantizer", "GroupFiniteScalarQuantizer"):
-            raise DataError(f"codec {self.name}: a {quantiser} cannot decode {tokens.shape[1]} of its codebooks alone")
+        quantizer = type(self._model.vector_quantizer).__name__
+        if quantizer not in ("ResidualVectorQuantizer", "GroupFiniteScalarQuantizer"):
+            raise DataError(f"codec {self.name}: a {quantizer} cannot decode {tokens.shape[1]} of its codebooks alone")
         latent = self._model.dequantize(tokens=tokens, tokens_len=lengths)
         whole = tokens.new_zeros(1, self.num_codebooks, 1)
         num_channels = self._model.dequantize(tokens=whole, tokens_len=torch.ones_like(lengths)).shape[1]
@@ -289,7 +289,7 @@ def _check_weights(model, path: Path) -> None:
 
 
 def _fold_weight_norm(model) -> None:
-    """Normalised weights are computed once here, to the same bits, and not in every call: 6 ms of a short file's 20."""
+    """Normalized weights are computed once here, to the same bits, and not in every call: 6 ms of a short file's 20."""
     for module in model.modules():
         if parametrize.is_parametrized(module):
             for parameter in list(module.parametrizations):

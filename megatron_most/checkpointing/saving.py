@@ -20,7 +20,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_most.checkpointing import directory as directories
 from megatron_most.checkpointing.directory import STATE
 from megatron_most.checkpointing.metadata import METADATA, CheckpointMetadata
-from megatron_most.checkpointing.share import Share, Written
+from megatron_most.checkpointing.rank_save import RankSave, Written
 from megatron_most.checkpointing.state import plan_state
 from megatron_most.errors import CheckpointError
 from megatron_most.model import MoSTModel
@@ -70,9 +70,9 @@ class CheckpointSave:
         self._retain = lambda: directories.retain(run_dir, keep_last, keep_every)
         self._background = background
         on_rank_zero(lambda: self._prepare(metadata))
-        self._share: Share = plan_state(self._temporary / STATE, model_chunks, optimizer, copy=background)
+        self._rank_save: RankSave = plan_state(self._temporary / STATE, model_chunks, optimizer, copy=background)
         self._is_committing = False
-        self._work = self._start(self._share.write)
+        self._work = self._start(self._rank_save.write)
 
     @property
     def is_busy(self) -> bool:
@@ -102,7 +102,7 @@ class CheckpointSave:
 
     def abandon(self) -> None:
         """Stop writing, because the run ends for another reason. What was written so far is no checkpoint."""
-        self._share.abandon()
+        self._rank_save.abandon()
 
     def _prepare(self, metadata: CheckpointMetadata) -> None:
         try:
@@ -116,7 +116,7 @@ class CheckpointSave:
     def _commit(self, shares: list[Written]) -> None:
         entries = {f"{STATE}/{name}": entry for share in shares for name, entry in share.entries.items()}
         try:
-            self._share.write_index([share.results for share in shares])
+            self._rank_save.write_index([share.results for share in shares])
             others = [name for name in directories.list_files(self._temporary) if name not in entries]
             directories.write_manifest(self._temporary, {**entries, **directories.checksum(self._temporary, others)})
             directories.commit(self._temporary, self.directory)

@@ -27,7 +27,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed import checkpoint as torch_checkpoint
 
 from megatron_most.checkpointing.optimizer_state import OptimizerState
-from megatron_most.checkpointing.share import PlannedSave, Share
+from megatron_most.checkpointing.rank_save import PlannedSave, RankSave
 from megatron_most.errors import CheckpointError
 from megatron_most.model import MoSTModel
 from megatron_most.model.fp8 import fp8_state, load_fp8_state
@@ -36,12 +36,12 @@ from megatron_most.parallel import fail
 StateDict = dict[str, Any]
 
 
-def plan_state(directory: Path, model_chunks: list[MoSTModel], optimizer: MegatronOptimizer, copy: bool) -> Share:
+def plan_state(directory: Path, model_chunks: list[MoSTModel], optimizer: MegatronOptimizer, copy: bool) -> RankSave:
     """What this rank is to write of model, optimizer, FP8 histories and random states. A collective call.
 
     Args:
         directory: empty; files that do not depend on the size of the model are written at once.
-        copy: the share holds a copy of what it will write, so that training may go on.
+        copy: hold a copy of what will be written, so that training may go on.
 
     Raises:
         CheckpointError: the storage refused.
@@ -55,7 +55,7 @@ def plan_state(directory: Path, model_chunks: list[MoSTModel], optimizer: Megatr
             dist_checkpointing.save(state, str(directory), FullyParallelSaveStrategyWrapper(planned, _replica_group()))
     except (OSError, CheckpointingException) as error:
         raise CheckpointError(f"{directory}: cannot be written: {_one_line(error)}") from error
-    return planned.share
+    return planned.rank_save
 
 
 def load_state(

@@ -1,4 +1,4 @@
-"""Evaluate a trained model: word error rate of its transcripts (asr) or of its speech, read by a recogniser (tts)."""
+"""Evaluate a trained model: word error rate of its transcripts (asr) or of its speech, read by a recognizer (tts)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, help="JSON file for the result")
     parser.add_argument("--limit", type=int, help="use only the first so many utterances")
     parser.add_argument(
-        "--vocabulary", nargs="+", help="tts: manifests whose sentences the recogniser knows (default: --data)"
+        "--vocabulary", nargs="+", help="tts: manifests whose sentences the recognizer knows (default: --data)"
     )
     parser.add_argument(
         "--max-seconds", type=float, default=6.0, help="tts: longest speech of an utterance (default 6)"
@@ -41,7 +41,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     require("nemo", "soundfile", "soxr", "jiwer", *(["pocketsphinx"] if arguments.suite == "tts" else []))
     text_normalizer(arguments.normalizer)  # a package that is missing is missed before anything is computed
     from megatron_most.data.preparation.manifest import read_manifest
-    from megatron_most.evaluation.recogniser import PocketsphinxRecogniser
+    from megatron_most.evaluation.recognizer import PocketsphinxRecognizer
     from megatron_most.evaluation.suites import evaluate_asr, evaluate_tts
     from megatron_most.files import require_writable, write_json
     from megatron_most.inference import Sampling, load_for_generation
@@ -52,14 +52,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.suite == "tts":
         manifests = arguments.vocabulary or [arguments.data]
         sentences = [record.text for path in manifests for record in read_manifest(path, needs_audio=False)]
-        recogniser = PocketsphinxRecogniser(sentences)
+        recognizer = PocketsphinxRecognizer(sentences)
     require_writable(arguments.output)
     model = load_for_generation(arguments.checkpoint, arguments.tokenizer, arguments.codec)
     if arguments.suite == "asr":
         result = evaluate_asr(model, name, records, normalizer=arguments.normalizer)
     else:
         result = evaluate_tts(
-            model, name, records, recogniser, sampling, arguments.max_seconds, normalizer=arguments.normalizer
+            model, name, records, recognizer, sampling, arguments.max_seconds, normalizer=arguments.normalizer
         )
     write_json(arguments.output, result)
     print(

@@ -4,7 +4,7 @@
     most prepare manifest --source librispeech --root LibriSpeech --output train.jsonl
     most prepare tokenize --manifest train.jsonl --codec codec.nemo --output codes/train
     most prepare build --task asr --codes codes/train --tokenizer tokenizer.model --output data/asr
-    most prepare speechify --chat chat.jsonl --synthesiser "espeak-ng -w {output}" --output spoken
+    most prepare speechify --chat chat.jsonl --synthesizer "espeak-ng -w {output}" --output spoken
     most prepare inspect --dataset data/asr --tokenizer tokenizer.model --document 0
 
 docs/data.md explains manifests, tasks and files.
@@ -39,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands_of = parser.add_subparsers(dest="command", required=True)
 
     sub = commands_of.add_parser("tokenizer", help="train a SentencePiece text tokenizer")
-    sub.add_argument("--manifest", nargs="+", required=True, help="JSON-lines manifests whose text is learnt")
+    sub.add_argument("--manifest", nargs="+", required=True, help="JSON-lines manifests whose text is learned")
     sub.add_argument("--vocab-size", type=int, required=True, help="ids at most; 256 are bytes, 4 special")
     sub.add_argument("--output", required=True, help="the .model file to write")
 
@@ -86,7 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub = commands_of.add_parser("speechify", help="turns of a chat file -> speech")
     sub.add_argument("--chat", required=True, help="chat file (JSON lines)")
     sub.add_argument(
-        "--synthesiser",
+        "--synthesizer",
         required=True,
         help="command that reads text on its standard input and writes the audio file {output};"
         " {role} and {voice} are filled in too",
@@ -213,7 +213,7 @@ def speechify(arguments: argparse.Namespace) -> None:
     counts = speak_chats(
         arguments.chat,
         arguments.output,
-        arguments.synthesiser,
+        arguments.synthesizer,
         roles=arguments.roles,
         voices=arguments.voices,
         max_characters=arguments.max_characters,

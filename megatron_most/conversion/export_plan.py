@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_most.checkpointing import CheckpointMetadata, read_metadata, resolve
-from megatron_most.checkpointing.streaming import STATE, Region, StateReader, TensorForm
+from megatron_most.checkpointing.region_io import STATE, Region, StateReader, TensorForm
 from megatron_most.config import RunConfig
 from megatron_most.config.load import build_config
 from megatron_most.conversion.architectures import BY_NAME, Architecture, ForeignModel

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_most import parallel, platform
 from megatron_most.checkpointing import directory as directories
-from megatron_most.checkpointing.streaming import TensorForm
+from megatron_most.checkpointing.region_io import TensorForm
 from megatron_most.config import ParallelConfig
 from megatron_most.conversion.export_plan import ExportPlan, plan_export
 from megatron_most.conversion.extension import EXTENSION, EXTENSION_TENSORS

@@ -12,7 +12,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_most.checkpointing.streaming import Region
+from megatron_most.checkpointing.region_io import Region
 from megatron_most.config import RunConfig, with_new_names
 from megatron_most.conversion.hugging_face import HuggingFaceModel, read_json
 from megatron_most.conversion.native import EMBEDDING, native_shapes

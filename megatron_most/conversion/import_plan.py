@@ -7,16 +7,16 @@ from pathlib import Path
 
 import torch
 
-from megatron_most.checkpointing.streaming import Region, TensorForm
+from megatron_most.checkpointing.region_io import Region, TensorForm
 from megatron_most.config import RunConfig
 from megatron_most.config.load import build_config
 from megatron_most.conversion.architectures import Architecture, ForeignModel, read_foreign
 from megatron_most.conversion.experts import origins, read_usage
 from megatron_most.conversion.extension import EXTENSION, Extension
-from megatron_most.conversion.fresh import FreshWeights, RowDistribution, generator
 from megatron_most.conversion.hugging_face import CONFIG, HuggingFaceModel
 from megatron_most.conversion.import_config import ImportOptions, import_config, import_mode
 from megatron_most.conversion.native import EMBEDDING, EXPERT_BIAS, HEAD, native_shapes
+from megatron_most.conversion.new_weights import NewWeights, RowDistribution, generator
 from megatron_most.conversion.weight_map import (
     Block,
     Correspondence,
@@ -54,7 +54,7 @@ class ImportPlan:
     both: Correspondence
     forms: dict[str, TensorForm]
     sources: dict[Region, Block | str | None]
-    fresh: FreshWeights
+    fresh: NewWeights
     extension: Extension | None
     noise: float
     seed: int
@@ -142,7 +142,7 @@ def plan_import(directory: str | Path, options: ImportOptions) -> ImportPlan:
         RowDistribution.of(lambda start, rows, name=name: source.read(name, start, rows), num_text_ids)
         for name in (next(block.name for block in blocks if block.region.key == EMBEDDING), heads)
     )
-    fresh = FreshWeights(config, options.seed, embedding, head)
+    fresh = NewWeights(config, options.seed, embedding, head)
     for region in rest:
         if not fresh.covers(region):
             raise CheckpointError(f"{source.directory}: holds nothing for {region.key}")

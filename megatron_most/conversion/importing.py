@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_most import parallel, platform
 from megatron_most.checkpointing import CheckpointMetadata, Fingerprint
-from megatron_most.checkpointing.streaming import STATE, Region, StateReader, TensorForm, write_checkpoint
+from megatron_most.checkpointing.region_io import STATE, Region, StateReader, TensorForm, write_checkpoint
 from megatron_most.config import CONFIG, ParallelConfig, dump_config
 from megatron_most.conversion.hugging_face import TOKENIZER_FILES, HuggingFaceModel
 from megatron_most.conversion.import_config import ImportOptions

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_most.checkpointing.streaming import WRITTEN_AT_ONCE, TensorForm
+from megatron_most.checkpointing.region_io import WRITTEN_AT_ONCE, TensorForm
 from megatron_most.conversion.hugging_face import DTYPES
 from megatron_most.errors import ConfigError
 

@@ -208,7 +208,7 @@ def _foreign_outputs(
 
 def _choose_by_modality(model: torch.nn.Module, foreign: ForeignModel, modality: torch.Tensor) -> None:
     """Make DeepSeek-V2's routers those of MoST's publication (arXiv 2601.10272): softmax over all experts, the other
-    group's scores set to zero, top-k, nothing normalised."""
+    group's scores set to zero, top-k, nothing normalized."""
     allowed = torch.zeros(len(foreign.choices), foreign.num_experts, dtype=torch.bool)
     for index, experts in enumerate(foreign.choices):
         allowed[index, list(experts)] = True

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_most.checkpointing.streaming import Region
+from megatron_most.checkpointing.region_io import Region
 from megatron_most.config import RunConfig
 from megatron_most.conversion.native import Shapes, native_shapes
 

@@ -1,1 +1,1 @@
-"""Measuring trained models: word error rate, recognisers, and the evaluation suites."""
+"""Measuring trained models: word error rate, recognizers, and the evaluation suites."""

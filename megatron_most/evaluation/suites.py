@@ -17,7 +17,7 @@ import numpy as np
 from megatron_most.audio import AudioCodec, write_wav
 from megatron_most.data.building.tasks import prompt
 from megatron_most.data.preparation.manifest import Record, read_waveform
-from megatron_most.evaluation.recogniser import Recogniser
+from megatron_most.evaluation.recognizer import Recognizer
 from megatron_most.evaluation.wer import NORMALIZERS, word_errors
 from megatron_most.inference import LoadedModel, Sampling, speak, transcribe
 
@@ -58,14 +58,14 @@ def evaluate_tts(
     model: LoadedModel,
     set_name: str,
     records: Sequence[Record],
-    recogniser: Recogniser,
+    recognizer: Recognizer,
     sampling: Sampling | None = None,
     max_seconds: float = MAX_SPEECH_SECONDS,
     samples: Path | None = None,
     num_samples: int = 0,
     normalizer: str = NORMALIZERS[0],
 ) -> dict[str, Any]:
-    """Speak each text and let an independent recogniser read it back; the WER is the recogniser's.
+    """Speak each text and let an independent recognizer read it back; the WER is the recognizer's.
 
     Args:
         samples: folder for the WAV files of the first ``num_samples`` utterances, named ``<set>_<id>_generated.wav``
@@ -74,13 +74,13 @@ def evaluate_tts(
     """
     spoken = speak(model, [record.text for record in records], max_seconds, sampling)
     waveforms = [model.codec.decode(codes) for codes in spoken]
-    return _recognised(
+    return _recognized(
         "tts",
         set_name,
         records,
         waveforms,
         model.codec.sample_rate,
-        recogniser,
+        recognizer,
         "generated",
         samples,
         num_samples,
@@ -92,13 +92,13 @@ def evaluate_reference_audio(
     codec: AudioCodec,
     set_name: str,
     records: Sequence[Record],
-    recogniser: Recogniser,
+    recognizer: Recognizer,
     codes: Sequence[np.ndarray] | None = None,
     samples: Path | None = None,
     num_samples: int = 0,
     normalizer: str = NORMALIZERS[0],
 ) -> dict[str, Any]:
-    """What the same recogniser makes of the originals or, given their ``codes``, of the codec's round trip.
+    """What the same recognizer makes of the originals or, given their ``codes``, of the codec's round trip.
 
     It bounds what :func:`evaluate_tts` can reach.
     """
@@ -106,24 +106,24 @@ def evaluate_reference_audio(
         kind, waveforms = "original", [read_waveform(record, codec.sample_rate) for record in records]
     else:
         kind, waveforms = "roundtrip", [codec.decode(utterance) for utterance in codes]
-    return _recognised(
-        kind, set_name, records, waveforms, codec.sample_rate, recogniser, kind, samples, num_samples, normalizer
+    return _recognized(
+        kind, set_name, records, waveforms, codec.sample_rate, recognizer, kind, samples, num_samples, normalizer
     )
 
 
-def _recognised(
+def _recognized(
     suite: str,
     set_name: str,
     records: Sequence[Record],
     waveforms: Sequence[np.ndarray],
     sample_rate: int,
-    recogniser: Recogniser,
+    recognizer: Recognizer,
     kind: str,
     samples: Path | None,
     num_samples: int,
     normalizer: str,
 ) -> dict[str, Any]:
-    hypotheses = [recogniser.transcribe(waveform, sample_rate) for waveform in waveforms]
+    hypotheses = [recognizer.transcribe(waveform, sample_rate) for waveform in waveforms]
     result = _result(suite, set_name, records, hypotheses, normalizer)
     if samples is not None:
         for item, waveform in list(zip(result["items"], waveforms, strict=True))[:num_samples]:

@@ -8,7 +8,7 @@ exceed 1. The alignment itself is jiwer's (minimum edit distance).
 Rates compare only where texts were normalized alike. ``whisper-english`` is Whisper's normalizer for English, which
 published rates for English are computed with: it writes numbers in digits, resolves contractions and British spellings,
 and drops fillers. It joins numbers that follow each other ("two nine" becomes "29"). ``basic`` is
-:func:`normalise_text`, for any language.
+:func:`normalize_text`, for any language.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EditKind = Literal["equal", "substitute", "delete", "insert"]
 _NOT_IN_A_WORD = re.compile(r"[^\w\s']|_|(?<!\w)'|'(?!\w)")
 
 
-def normalise_text(text: str) -> str:
+def normalize_text(text: str) -> str:
     """Lower-case words separated by single spaces: no punctuation but apostrophes inside words, no accents changed.
 
     Hyphens and dashes separate words. Numbers stay as they are written: ``2`` and ``two`` differ.
@@ -49,7 +49,7 @@ def text_normalizer(name: str) -> Callable[[str], str]:
         MissingExtra: Whisper's normalizer is asked for and not installed.
     """
     if name == "basic":
-        return normalise_text
+        return normalize_text
     if name != "whisper-english":
         raise DataError(f"normalizer {name!r}: must be one of {', '.join(NORMALIZERS)}")
     require("whisper_normalizer")
@@ -60,7 +60,7 @@ def text_normalizer(name: str) -> Callable[[str], str]:
 
 @dataclass(frozen=True)
 class Edit:
-    """A run of neighbouring words with the same fate: ``reference`` is empty for ``insert``, ``hypothesis`` for
+    """A run of neighboring words with the same fate: ``reference`` is empty for ``insert``, ``hypothesis`` for
     ``delete``."""
 
     kind: EditKind
@@ -113,7 +113,7 @@ def word_errors(references: Sequence[str], hypotheses: Sequence[str], normalizer
 
     Args:
         references: what was said, one text per utterance.
-        hypotheses: what was recognised, in the same order. Empty texts are fine and count as deletions.
+        hypotheses: what was recognized, in the same order. Empty texts are fine and count as deletions.
         normalizer: of :data:`NORMALIZERS`, for both sides.
 
     Raises:
@@ -126,9 +126,9 @@ def word_errors(references: Sequence[str], hypotheses: Sequence[str], normalizer
     if len(references) != len(hypotheses):
         raise DataError(f"word error rate needs one hypothesis per reference, got {len(references)} references "
                         f"and {len(hypotheses)} hypotheses")  # fmt: skip
-    normalise = text_normalizer(normalizer)
-    reference_words = [normalise(text).split() for text in references]
-    hypothesis_words = [normalise(text).split() for text in hypotheses]
+    normalize = text_normalizer(normalizer)
+    reference_words = [normalize(text).split() for text in references]
+    hypothesis_words = [normalize(text).split() for text in hypotheses]
     if not any(reference_words):
         raise DataError(f"word error rate needs reference words, the {len(references)} references have none")
 

@@ -36,7 +36,7 @@ def load_for_generation(
     Args:
         checkpoint: a checkpoint directory, or a run directory for its newest checkpoint.
         tokenizer, codec: where they are now, if not where training found them. Their content must be the same.
-        random_weights: leave the weights as they are initialised: the baseline of an untrained model.
+        random_weights: leave the weights as they are initialized: the baseline of an untrained model.
 
     Raises:
         CheckpointError: missing or broken checkpoint, or another tokenizer or codec than it was trained with.

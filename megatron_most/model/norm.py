@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """Root-mean-square normalisation of the last dimension."""
+    """Root-mean-square normalization of the last dimension."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **spec_arguments: Any) -> None:
         """``spec_arguments`` are what Megatron hands to every norm and this one has no use for."""

@@ -32,7 +32,7 @@ class GroupedExperts(MegatronModule):
     """All experts of a rank as grouped matrix products: one for each pool and projection.
 
     A pool's weights are parameters of their own, ``<pool>_experts.linear_fc1`` and ``.linear_fc2``, so that a pool can
-    be frozen or have its own learning rate. They are distributed and initialised as Megatron's experts are.
+    be frozen or have its own learning rate. They are distributed and initialized as Megatron's experts are.
 
     Args:
         num_local_experts: experts of this rank, of all pools.

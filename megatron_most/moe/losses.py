@@ -31,7 +31,7 @@ def z_loss(logits: torch.Tensor, membership: torch.Tensor) -> torch.Tensor:
 def orthogonality(weight: torch.Tensor, is_pair: torch.Tensor) -> torch.Tensor:
     """How far the router's rows are from orthogonal inside each choice: sum of squared cosines over pairs of rows.
 
-    The router orthogonalisation of ERNIE 4.5's technical report: two experts with like rows see like tokens.
+    The router orthogonalization of ERNIE 4.5's technical report: two experts with like rows see like tokens.
 
     Args:
         weight: ``[W, E, h]``.

@@ -15,12 +15,12 @@ from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_most.config import MoEConfig
-from megatron_most.moe.choice import ExpertChoice
 from megatron_most.moe.expert_bias import ExpertBias, update_expert_biases
 from megatron_most.moe.expert_groups import ExpertGroups
+from megatron_most.moe.expert_selection import ExpertSelection
 from megatron_most.moe.losses import RouterLosses
+from megatron_most.moe.routing_statistics import RoutingStatistics
 from megatron_most.moe.scores import choice_distribution, expert_scores, gates
-from megatron_most.moe.statistics import RoutingStatistics
 from megatron_most.moe.token_planes import unpack_planes
 
 
@@ -58,7 +58,7 @@ class ModalityAwareRouter(Router):
         self._row_order = None if order == tuple(range(len(order))) else torch.tensor(order, device=device)
         self._mask = torch.zeros(len(groups.choices) + 1, len(order), device=device)
         self._mask[:-1].masked_fill_(~groups.allowed().to(device), float("-inf"))
-        self._choice = ExpertChoice(moe, groups, device)
+        self._choice = ExpertSelection(moe, groups, device)
         # The order of logits is that of scores, and has no ties where scores underflow; sums need scores themselves.
         self._ranks_by_score = moe.moe_router_score_function == "sigmoid" and any(
             group.moe_router_num_groups > 1 for group in moe.groups

@@ -30,7 +30,7 @@ def expert_scores(logits: torch.Tensor, group_logits: torch.Tensor, moe: MoEConf
 def choice_distribution(scores: torch.Tensor, group_logits: torch.Tensor, moe: MoEConfig) -> torch.Tensor:
     """``[n, E]``: the scores as a distribution over the token's choice, 0 outside, for losses and statistics."""
     if moe.moe_router_score_function == "sigmoid":
-        return _normalised(scores, scores)
+        return _normalized(scores, scores)
     return scores if moe.score_rule == "group" else torch.softmax(group_logits, dim=-1)
 
 
@@ -45,11 +45,11 @@ def gates(
     """
     chosen = scores * routing_map
     if moe.norm_topk_prob:
-        chosen = _normalised(chosen, scores.gather(1, experts) * is_taken)
+        chosen = _normalized(chosen, scores.gather(1, experts) * is_taken)
     return chosen if moe.moe_router_topk_scaling_factor == 1 else chosen * moe.moe_router_topk_scaling_factor
 
 
-def _normalised(scores: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+def _normalized(scores: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
     """Over the sum of each row's ``counted`` scores, however small (under ``all`` it may be); zeros stay zeros."""
     total = counted.sum(dim=-1, keepdim=True)
     return scores / (total + (total == 0))

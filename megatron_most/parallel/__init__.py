@@ -1,6 +1,6 @@
 """Process groups, seeds, what every rank has to know about its place, and errors that all ranks share."""
 
-from megatron_most.parallel.agreement import fail, on_rank_zero, together
+from megatron_most.parallel.collective_errors import fail, on_rank_zero, together
 from megatron_most.parallel.context import zigzag_positions, zigzag_positions_packed
 from megatron_most.parallel.groups import data_parallel_place, destroy, initialize, is_first_of_replica, is_rank_zero
 

@@ -54,7 +54,7 @@ def initialize(layout: ParallelConfig, seed: int) -> None:
 def _seed_everything(seed: int) -> None:
     """Equal generators on the ranks that hold copies of a weight, different ones on pipeline stages and shards.
 
-    Routers are initialised on the CPU, so torch's CPU generator counts too.
+    Routers are initialized on the CPU, so torch's CPU generator counts too.
     """
     stage_seed = seed + _STAGE_STRIDE * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(stage_seed)

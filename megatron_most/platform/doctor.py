@@ -61,7 +61,7 @@ _OPTIONAL_PACKAGES = {
     "evaluation": {
         "jiwer": "word error rates",
         "whisper-normalizer": "word error rates that compare with others'",
-        "pocketsphinx": "an independent recogniser that judges speech",
+        "pocketsphinx": "an independent recognizer that judges speech",
     },
     "report": {"jinja2": "the report"},
     "sweep": {"scipy": "intervals of a sweep", "submitit": "jobs of a sweep"},

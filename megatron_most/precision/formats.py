@@ -1,4 +1,4 @@
-"""Quantise and dequantise: the value of a tensor after a trip through FP8, for each recipe.
+"""Quantize and dequantize: the value of a tensor after a trip through FP8, for each recipe.
 
 Shape letters: r rows, k the axis a product sums over (always the last here), e experts.
 

@@ -2,7 +2,7 @@
 
 Shape letters: n tokens, k inputs, o outputs, e experts.
 
-``y = x w^T``, ``dx = g w`` and ``dw = g^T x``. Each operand is quantised along the axis its product sums over, from its
+``y = x w^T``, ``dx = g w`` and ``dw = g^T x``. Each operand is quantized along the axis its product sums over, from its
 full-precision value, as Transformer Engine does; per-tensor recipes and the square blocks of a weight give the same
 values along both axes.
 """
@@ -19,7 +19,7 @@ from megatron_most.precision.scaling import AmaxHistory
 class Fp8Product:
     """What one linear layer, or the experts of one pool, does in FP8: here emulated, on any device.
 
-    Values are quantised, dequantised and multiplied in the dtype of the input, with fp32 sums: what an FP8 kernel
+    Values are quantized, dequantized and multiplied in the dtype of the input, with fp32 sums: what an FP8 kernel
     computes but for the order of its sums. What runs without gradients (evaluation, a pass whose layers are computed
     again) leaves no trace in histories and counts.
 
@@ -82,13 +82,13 @@ class Fp8Product:
 
     def multiply(self, a: torch.Tensor, a_role: str, b: torch.Tensor, b_role: str) -> torch.Tensor:
         """``[n, k]`` and ``[o, k]`` -> ``a b^T``, ``[n, o]``."""
-        return self.quantised(a, a_role) @ self.quantised(b, b_role).t()
+        return self.quantized(a, a_role) @ self.quantized(b, b_role).t()
 
     def multiply_grouped(
         self, a: torch.Tensor, role: str, weight: torch.Tensor, ends: torch.Tensor, owner: torch.Tensor
     ) -> torch.Tensor:
         """``[n, k]`` and ``[e, o, k]`` -> each row times its expert's matrix, ``[n, o]``."""
-        a, weight = self.quantised(a, role, owner), self.quantised(weight, "weight")
+        a, weight = self.quantized(a, role, owner), self.quantized(weight, "weight")
         return torch.nn.functional.grouped_mm(a, weight.transpose(1, 2), offs=ends)
 
     def multiply_tokens(
@@ -99,7 +99,7 @@ class Fp8Product:
         x = self._along_tokens(x, "input", ends, owner)
         return torch.nn.functional.grouped_mm(gradient.t(), x, offs=ends)
 
-    def quantised(self, tensor: torch.Tensor, role: str, owner: torch.Tensor | None = None) -> torch.Tensor:
+    def quantized(self, tensor: torch.Tensor, role: str, owner: torch.Tensor | None = None) -> torch.Tensor:
         """``tensor [..., k]``, to be summed over its last axis, after FP8; in its own dtype.
 
         Args:
@@ -133,11 +133,11 @@ class Fp8Product:
         return scale[owner][:, None] if owner is not None else scale.view(-1, *[1] * (tensor.dim() - 1))
 
     def _along_tokens(self, tensor: torch.Tensor, role: str, ends: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
-        """``[n, c]`` quantised for a sum over each expert's tokens: blocks begin anew with each expert."""
+        """``[n, c]`` quantized for a sum over each expert's tokens: blocks begin anew with each expert."""
         if self.recipe in ("delayed", "tensorwise"):
-            return self.quantised(tensor, role, owner)
+            return self.quantized(tensor, role, owner)
         pieces = tensor.tensor_split(ends[:-1].tolist())
-        return torch.cat([self.quantised(piece.t(), role).t() if len(piece) else piece for piece in pieces])
+        return torch.cat([self.quantized(piece.t(), role).t() if len(piece) else piece for piece in pieces])
 
 
 class _Linear(torch.autograd.Function):

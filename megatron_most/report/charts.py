@@ -89,7 +89,7 @@ class LineChart:
 
     @property
     def script_data(self) -> dict:
-        """What the page's script needs to answer a pointer: names, colours, and points as (step, text, x, y)."""
+        """What the page's script needs to answer a pointer: names, colors, and points as (step, text, x, y)."""
         return {
             "left": self.left,
             "right": self.right,
@@ -145,7 +145,7 @@ def line_chart(title: str, series: Sequence[Series], unit: str = "", from_zero: 
 
 
 def average_points(points: Sequence[tuple[float, float]], limit: int) -> list[tuple[float, float]]:
-    """At most ``limit`` points, each the mean value of neighbours at the last one's step."""
+    """At most ``limit`` points, each the mean value of neighbors at the last one's step."""
     if len(points) <= limit:
         return list(points)
     size = math.ceil(len(points) / limit)

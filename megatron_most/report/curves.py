@@ -18,13 +18,13 @@ _TASKS = {
 }
 _MARKERS = ("circle", "diamond", "square")
 PALETTE = 8
-"""Colours of the page: 0 and 1 are text's and audio's, 2 is grey, the tasks' start at 3."""
+"""Colors of the page: 0 and 1 are text's and audio's, 2 is gray, the tasks' start at 3."""
 _GREY = 2
 _MODALITIES = (0, 1, 7, 6, 4)
 
 
 def modality_color(index: int) -> int:
-    """Colour of the modality with that index, in every chart and map."""
+    """Color of the modality with that index, in every chart and map."""
     return _MODALITIES[index % len(_MODALITIES)]
 
 
@@ -35,7 +35,7 @@ def points_of(metrics: Iterable[dict[str, Any]], key: str) -> list[tuple[float, 
 
 
 def loss_charts(metrics: list[dict[str, Any]], modalities: Sequence[str]) -> list[LineChart]:
-    """Losses by modality, by task (validation sets in their task's colour, dashed) and by codebook."""
+    """Losses by modality, by task (validation sets in their task's color, dashed) and by codebook."""
     keys = dict.fromkeys(key for line in metrics for key in line)
     modality = [Series("all targets", points_of(metrics, "loss"), _GREY)]
     modality += [

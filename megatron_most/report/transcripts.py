@@ -16,9 +16,9 @@ MAX_CORRECT = 4
 
 SUITES = {
     "asr": "ASR: the model's transcript",
-    "tts": "TTS: generated speech, as the recogniser heard it",
-    "roundtrip": "Codec round trip, as the recogniser heard it",
-    "original": "Original recording, as the recogniser heard it",
+    "tts": "TTS: generated speech, as the recognizer heard it",
+    "roundtrip": "Codec round trip, as the recognizer heard it",
+    "original": "Original recording, as the recognizer heard it",
 }
 """How a suite is called, in the order in which suites are shown."""
 

@@ -14,10 +14,10 @@ from megatron_most.files import write_text
 from megatron_most.report.charts import LineChart, Series, format_number, line_chart
 from megatron_most.report.curves import PALETTE, points_of
 from megatron_most.report.routing import RoutingView, routing_view
+from megatron_most.sweep.intervals import Estimate, estimate, paired_difference
 from megatron_most.sweep.plan import PlannedRun
 from megatron_most.sweep.results import RunResult, collect, metric_names, write_tables
 from megatron_most.sweep.spec import Sweep, Variant
-from megatron_most.sweep.statistics import Estimate, estimate, paired_difference
 
 _WIDTH, _LEFT, _RIGHT, _ROW, _TOP = 560.0, 210.0, 20.0, 24.0, 14.0
 
@@ -39,7 +39,7 @@ class VariantSummary:
         return sum(result.state == "finished" for result in self.results)
 
 
-def summarise(sweep: Sweep, results: list[RunResult]) -> tuple[list[str], list[VariantSummary]]:
+def summarize(sweep: Sweep, results: list[RunResult]) -> tuple[list[str], list[VariantSummary]]:
     """Names of the metrics, and each variant's means and paired differences."""
     metrics = metric_names(sweep, results)
     groups: dict[Variant, list[RunResult]] = {}
@@ -82,7 +82,7 @@ def write_results(sweep: Sweep, runs: list[PlannedRun]) -> list[Path]:
     """
     directory = Path(sweep.spec.output)
     results = collect(sweep, runs)
-    metrics, summaries = summarise(sweep, results)
+    metrics, summaries = summarize(sweep, results)
     paths = write_tables(sweep, results, directory)
     for name, text in (("results.md", markdown(sweep, metrics, summaries)), ("sweep.html", render(sweep, results))):
         write_text(directory / name, text)
@@ -120,7 +120,7 @@ def markdown(sweep: Sweep, metrics: list[str], summaries: list[VariantSummary]) 
 
 def render(sweep: Sweep, results: list[RunResult]) -> str:
     """The page as HTML. Everything from the runs' files is escaped."""
-    metrics, summaries = summarise(sweep, results)
+    metrics, summaries = summarize(sweep, results)
     environment = jinja2.Environment(
         loader=jinja2.ChoiceLoader(
             [jinja2.PackageLoader("megatron_most.sweep"), jinja2.PackageLoader("megatron_most.report")]

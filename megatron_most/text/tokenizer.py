@@ -137,7 +137,7 @@ class HuggingFaceTokenizer:
 def train_sentencepiece(texts: Iterable[str], path: str | Path, vocab_size: int) -> TextTokenizer:
     """Train a byte-pair SentencePiece model on ``texts``, write it to ``path`` (``.model``) and load it.
 
-    Texts are kept as they are (no normalisation) and what the training texts lack falls back to bytes, so that
+    Texts are kept as they are (no normalization) and what the training texts lack falls back to bytes, so that
     ``decode(encode(text)) == text``. With few distinct words the words themselves become pieces; merging then stops,
     and the vocabulary may stay below ``vocab_size``. The same texts give the same file.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_most.config import MoEConfig
 from megatron_most.moe import ExpertGroups
-from megatron_most.moe.statistics import LOSSES
+from megatron_most.moe.routing_statistics import LOSSES
 
 Layer = dict[str, Any]
 

@@ -155,7 +155,7 @@ def test_losses_stay_near_those_without_fp8(recipe: str, fp8: str) -> None:
 
 
 def losses_of_100_steps(recipe: str, fp8: str) -> list[float]:
-    """Four batches learnt by heart, in bf16."""
+    """Four batches learned by heart, in bf16."""
     overrides = {"precision__fp8_recipe": recipe, "precision__fp8": fp8, "precision__dtype": "bf16"}
     return [loss for loss, _ in run_ranks(1, train, overrides, 100, 4)[0]]
 
@@ -177,7 +177,7 @@ def losses_in_bf16() -> list[float]:
     ],
 )
 def test_a_hundred_steps_stay_in_a_band_around_bf16(recipe: str, fp8: str) -> None:
-    """docs/fp8.md states the band: the mean loss of all steps within 5 %, and all is learnt in the end."""
+    """docs/fp8.md states the band: the mean loss of all steps within 5 %, and all is learned in the end."""
     found, plain = losses_of_100_steps(recipe, fp8), losses_in_bf16()
     assert fmean(found) == pytest.approx(fmean(plain), rel=0.05)
     assert fmean(found[-20:]) < 0.05 * found[0] and fmean(plain[-20:]) < 0.05 * plain[0]
@@ -226,12 +226,12 @@ def test_experts_kept_in_bf16_are_those_without_fp8() -> None:
     """With attention and shared experts out of the way, a pool that is kept computes bit for bit what it did."""
     generator = torch.Generator().manual_seed(0)
     tokens, probs = torch.randn(40, 64, generator=generator), torch.rand(40, generator=generator)
-    kept, plain, quantised = (
+    kept, plain, quantized = (
         run_ranks(1, pool_output, fp8_config(**overrides), tokens, probs)[0]
         for overrides in ({"precision__bf16_expert_pools": "[audio]"}, {"precision__fp8": "off"}, {})
     )
-    assert torch.equal(kept["audio"], plain["audio"]) and not torch.equal(quantised["audio"], plain["audio"])
-    assert torch.equal(kept["text"], quantised["text"]) and not torch.equal(kept["text"], plain["text"])
+    assert torch.equal(kept["audio"], plain["audio"]) and not torch.equal(quantized["audio"], plain["audio"])
+    assert torch.equal(kept["text"], quantized["text"]) and not torch.equal(kept["text"], plain["text"])
 
 
 def pool_output(config: RunConfig, tokens: torch.Tensor, probs: torch.Tensor) -> dict[str, torch.Tensor]:

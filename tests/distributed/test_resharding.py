@@ -46,7 +46,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ep2": (2, {EP: 2}),
     "dp2": (2, {}),
 }
-"""Neighbours differ in everything: to and from expert parallelism, either optimizer, either order."""
+"""Neighbors differ in everything: to and from expert parallelism, either optimizer, either order."""
 MORE_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2-ep2-etp2": (4, {TP: 2, EP: 2}),
     "dp2-ep2-unsharded": (4, {EP: 2, MICRO: 1, **UNSHARDED}),

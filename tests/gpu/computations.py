@@ -210,11 +210,11 @@ def fp8_product(kind: type[Fp8Product], recipe: str, is_grouped: bool, dtype: to
 
 
 def fp8_values(recipe: str) -> dict[str, torch.Tensor]:
-    """Operands of a product after quantisation, by role."""
+    """Operands of a product after quantization, by role."""
     name, fp8 = RECIPES[recipe]
     product = Fp8Product(PrecisionConfig(fp8=fp8, fp8_recipe=name, fp8_backend="emulate"))
     operands = zip(("input", "weight", "gradient"), fp8_operands(is_grouped=False), strict=True)
-    return {role: to_host(product.quantised(tensor.to(platform.device()), role)) for role, tensor in operands}
+    return {role: to_host(product.quantized(tensor.to(platform.device()), role)) for role, tensor in operands}
 
 
 def routing(overrides: Overrides) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""FP8 on a GPU: numbers are quantised as on the CPU, and torch's kernels compute the emulated products."""
+"""FP8 on a GPU: numbers are quantized as on the CPU, and torch's kernels compute the emulated products."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TORCH_RECIPES = [name for name, (recipe, _) in RECIPES.items() if recipe in ("te
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_numbers_are_quantised_as_on_the_cpu(recipe: str, on_cpu: Callable[..., Any]) -> None:
+def test_numbers_are_quantized_as_on_the_cpu(recipe: str, on_cpu: Callable[..., Any]) -> None:
     """Bit for bit: scales are quotients of fp32 numbers or powers of two, and rounding is to the nearest."""
     for role, wanted in on_cpu("fp8 values")[recipe].items():
         assert torch.equal(fp8_values(recipe)[role], wanted), role

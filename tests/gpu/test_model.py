@@ -50,7 +50,7 @@ def test_bf16_is_near_the_cpus_fp32(name: str, on_cpu: Callable[..., Any]) -> No
 
 
 @pytest.mark.parametrize("recompute", ["none", "moe", "full"])
-def test_a_batch_is_learnt_by_heart(recompute: str) -> None:
+def test_a_batch_is_learned_by_heart(recompute: str) -> None:
     """Every loss and gradient norm on the way is finite."""
     losses = losses_of_steps({"training__recompute": recompute}, STEPS, same_batch=True)
     assert losses[-1] < 0.6 * losses[0]

@@ -17,9 +17,9 @@ from torch.distributed.checkpoint import FileSystemWriter
 from megatron_most import parallel
 from megatron_most.checkpointing import CheckpointSave, complete_checkpoints, read_metadata, saving
 from megatron_most.checkpointing import directory as directories
-from megatron_most.checkpointing.share import Share, _Planner
+from megatron_most.checkpointing.rank_save import RankSave, _Planner
+from megatron_most.checkpointing.region_io import StateReader
 from megatron_most.checkpointing.state import plan_state
-from megatron_most.checkpointing.streaming import StateReader
 from megatron_most.config import RunConfig
 from megatron_most.errors import MostError
 from megatron_most.parallel import on_rank_zero
@@ -57,14 +57,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
 
 def hold_writing_of_step(step: int, until: threading.Event) -> None:
     """From now on this rank writes the checkpoint of ``step`` not before the event."""
-    write = Share.write
+    write = RankSave.write
 
-    def held(share: Share) -> Any:
+    def held(share: RankSave) -> Any:
         if share._directory.parent.name.endswith(f"{step:08d}") and not until.wait(PATIENCE):
             raise RuntimeError("nobody went on while the checkpoint was being written")
         return write(share)
 
-    Share.write = held
+    RankSave.write = held
 
 
 def train_with_slow_storage(config: RunConfig) -> dict[str, torch.Tensor]:

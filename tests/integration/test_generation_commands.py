@@ -83,7 +83,7 @@ def test_a_recording_becomes_the_same_text_by_generation_and_by_evaluation(workp
     assert out == f"asr m: WER {evaluation['wer']:.2%} on 1 utterances (normalizer: whisper-english)\n"
 
 
-def test_text_becomes_sound_that_a_recogniser_judges(workplace):
+def test_text_becomes_sound_that_a_recognizer_judges(workplace):
     pytest.importorskip("pocketsphinx")
     wav, text = workplace / "new" / "speech.wav", workplace / "say.txt"
     text.write_text(SENTENCES[1] + "\n")

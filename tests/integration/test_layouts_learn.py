@@ -20,7 +20,7 @@ TEXTS = ("a fox", "the dog")
 
 
 @pytest.mark.parametrize("layout_name", CODEC_LAYOUTS)
-def test_what_was_learnt_by_heart_is_said(layout_name):
+def test_what_was_learned_by_heart_is_said(layout_name):
     config = tiny_config(vocab__layout=layout_name, vocab__num_codebooks=3, data__seq_length=64, model__num_layers=2)
     parallel.initialize(config.parallel, seed=1)
     (model,) = build_model(config)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_most.checkpointing import complete_checkpoints, read_metadata
-from megatron_most.checkpointing.share import Share
+from megatron_most.checkpointing.rank_save import RankSave
 from megatron_most.config import RunConfig
 from megatron_most.training import optimizer as optimizer_module
 from tests.distributed.harness import run_ranks
@@ -59,13 +59,13 @@ def train_and_die(config: RunConfig, step: int, moment: str) -> None:
     if moment == "update":
         hooks.append(BeforeStep(step, die))
     else:
-        write = Share.write
+        write = RankSave.write
 
-        def write_and_die(share: Share) -> object:
+        def write_and_die(share: RankSave) -> object:
             written = write(share)
             return die() if share._directory.parent.name.endswith(f"{step:08d}") else written
 
-        Share.write = write_and_die
+        RankSave.write = write_and_die
     train(config, *hooks)
 
 

@@ -149,7 +149,7 @@ def test_a_recording_becomes_text_and_text_becomes_a_recording(trained):
     speak = ("--task", "tts", "--input", SENTENCES[0], "--max-seconds", 0.4, "--output", "said.wav")
     trained.most("generate", *model, *speak)
     assert (trained.work / "said.wav").stat().st_size > 44
-    speechify = ("--chat", "chat.jsonl", "--synthesiser", "cp said.wav {output}", "--output", "spoken", "--workers", 1)
+    speechify = ("--chat", "chat.jsonl", "--synthesizer", "cp said.wav {output}", "--output", "spoken", "--workers", 1)
     chat = {"id": "1", "messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello"}]}
     (trained.work / "chat.jsonl").write_text(json.dumps(chat))
     trained.most("prepare", "speechify", *speechify)

@@ -132,7 +132,7 @@ def test_a_wrong_override_is_quoted_with_the_rule(error, override, message):
     ("text", "message"),
     [
         (YAML + "lr: 3\n", "lr: unknown key; valid: vocab, "),
-        (YAML + "optimiser: {lr: 3}\n", "optimiser: unknown key; did you mean 'optimizer'?"),
+        (YAML + "optimizer: {lr: 3}\n", "optimizer: unknown key; did you mean 'optimizer'?"),
         (YAML + "optimizer: {lr: fast}\n", "optimizer.lr='fast': must be a number"),
         (YAML.replace("path: data/asr, ", ""), "data.train[0].path: a value is required"),
         ("model: {num_layers: 4}\n", "vocab: a value is required"),

@@ -152,7 +152,7 @@ MISSING = [
     (("prepare", "tokenize", "--manifest", "{tmp}/m.jsonl", "--codec", "c", "--output", "{tmp}/c"), "nemo", "audio"),
     (("prepare", "tokenize", "--manifest", "{tmp}/m.jsonl", "--codec", "c", "--output", "{tmp}/c"), "soxr", "audio"),
     (
-        ("prepare", "speechify", "--chat", "{tmp}/chat.jsonl", "--synthesiser", "cp {output}", "--output", "{tmp}/s"),
+        ("prepare", "speechify", "--chat", "{tmp}/chat.jsonl", "--synthesizer", "cp {output}", "--output", "{tmp}/s"),
         "soundfile",
         "audio",
     ),

@@ -216,7 +216,7 @@ def expert_pass(config: RunConfig, load: int) -> Callable[[], None]:
     gradient = torch.randn_like(tokens)
 
     def call() -> None:
-        experts.set_is_first_microbatch()  # Transformer Engine quantises the weights, as in every step
+        experts.set_is_first_microbatch()  # Transformer Engine quantizes the weights, as in every step
         with fp8_utils.get_fp8_context(megatron) if is_engine else contextlib.nullcontext():
             output, _ = experts(tokens, counts, probs)
         output.backward(gradient)

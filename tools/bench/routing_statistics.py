@@ -21,7 +21,7 @@ from megatron_most.config.load import build_config
 from megatron_most.data.loading.batch import Batch
 from megatron_most.moe import ModalityAwareRouter, collect_routing
 from megatron_most.moe.balance import sum_by_modality
-from megatron_most.moe.statistics import RoutingStatistics
+from megatron_most.moe.routing_statistics import RoutingStatistics
 from megatron_most.training.train_step import build_train_state, compute_gradients
 from tools.bench import paired
 

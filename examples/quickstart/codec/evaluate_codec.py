@@ -25,7 +25,7 @@ from examples.quickstart.sentences import balanced_sentences  # noqa: E402
 from megatron_most.audio import load_codec, read_audio  # noqa: E402
 from megatron_most.cli import run  # noqa: E402
 from megatron_most.errors import DataError  # noqa: E402
-from megatron_most.evaluation.recogniser import PocketsphinxRecogniser  # noqa: E402
+from megatron_most.evaluation.recognizer import PocketsphinxRecognizer  # noqa: E402
 from megatron_most.evaluation.wer import word_errors  # noqa: E402
 
 HELD_OUT_SETS = ("heldout_s", "heldout_p")
@@ -68,7 +68,7 @@ def pitch_errors(original: np.ndarray, decoded: np.ndarray, sample_rate: int) ->
 def main(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     codec = load_codec(arguments.codec)
-    recogniser = PocketsphinxRecogniser(balanced_sentences())
+    recognizer = PocketsphinxRecognizer(balanced_sentences())
     all_codes: list[np.ndarray] = []
     unchanged: list[float] = []
     deviations: list[np.ndarray] = []
@@ -83,7 +83,7 @@ def main(arguments: argparse.Namespace) -> None:
         coding_seconds += time.perf_counter() - started
         audio_seconds += sum(map(len, waveforms)) / codec.sample_rate
         for kind, sound in (("originals", waveforms), ("round trip", decoded)):
-            hypotheses = [recogniser.transcribe(waveform, codec.sample_rate) for waveform in sound]
+            hypotheses = [recognizer.transcribe(waveform, codec.sample_rate) for waveform in sound]
             errors = word_errors(texts, hypotheses, "basic")
             print(
                 f"{name} {kind}: WER {errors.wer:.2%} ({errors.num_errors} of {errors.num_reference_words} words)",

@@ -3,13 +3,13 @@
     python examples/quickstart/make_corpus.py --output runs/quickstart/corpus
     python examples/quickstart/codec/train_codec.py --corpus runs/quickstart/corpus --output tiny_codec.nemo
 
-A waveform encoder learns slowly at first: through a quantiser and an untrained decoder it hardly gets a gradient. Three
+A waveform encoder learns slowly at first: through a quantizer and an untrained decoder it hardly gets a gradient. Three
 things, none of them part of the finished codec, bring the training down to minutes:
 
 * the encoder's first convolution starts as a bank of band-pass filters, mel-spaced, in sine and cosine pairs;
 * a small head must read each frame's log-mel spectrum from the frame's own code; the first stage trains only that,
   without the decoder;
-* every latent dimension is pulled to mean 0 and variance 1, which spreads codes over all quantiser levels.
+* every latent dimension is pulled to mean 0 and variance 1, which spreads codes over all quantizer levels.
 
 Codes should be about sounds, not wave shapes: that makes them predictable for a language model. So the encoder hears a
 slightly shifted, perhaps inverted, faintly noisy version of what the decoder has to say. (All losses compare
@@ -43,7 +43,7 @@ WARM_UP_STEPS, FINAL_LR_FRACTION = 100, 0.01
 
 
 class MelHead(torch.nn.Module):
-    """Reads the log-mel spectrum of a frame, in two halves, from the frame's quantised latent vector."""
+    """Reads the log-mel spectrum of a frame, in two halves, from the frame's quantized latent vector."""
 
     NUM_MELS, WINDOW, FFT = 64, 640, 1024
 
@@ -60,7 +60,7 @@ class MelHead(torch.nn.Module):
 
     def targets(self, audio: torch.Tensor) -> torch.Tensor:
         """Audio ``[B, N]`` -> log-mel spectra ``[B, T, 2 * NUM_MELS]``; no window reaches past the end of its frame."""
-        margin = (self.FFT - self.WINDOW) // 2  # torch.stft centres the window in the FFT
+        margin = (self.FFT - self.WINDOW) // 2  # torch.stft centers the window in the FFT
         padded = functional.pad(audio, (self.WINDOW - self.hop + margin, margin))
         spectrum = torch.stft(padded, self.FFT, self.hop, self.WINDOW, self.window, center=False, return_complex=True)
         log_mel = torch.log(self.filters @ spectrum.abs() + 0.01)  # [B, NUM_MELS, 2 * T]
@@ -73,17 +73,17 @@ class MelHead(torch.nn.Module):
 
 @torch.no_grad()
 def start_as_filter_bank(model, lowest_hz: float = 80.0, highest_hz: float = 7600.0, gain: float = 4.0) -> None:
-    """Set the encoder's first convolution to windowed sine and cosine pairs at mel-spaced centre frequencies."""
+    """Set the encoder's first convolution to windowed sine and cosine pairs at mel-spaced center frequencies."""
     convolution = model.audio_encoder.pre_conv.conv
     num_filters, _, kernel_size = convolution.weight.shape
-    centres = librosa.mel_frequencies(num_filters // 2, fmin=lowest_hz, fmax=highest_hz, htk=True)
+    centers = librosa.mel_frequencies(num_filters // 2, fmin=lowest_hz, fmax=highest_hz, htk=True)
     times = (np.arange(kernel_size) - kernel_size / 2) / model.sample_rate
     filters = []
-    for centre, bandwidth in zip(centres, np.gradient(centres), strict=True):
+    for center, bandwidth in zip(centers, np.gradient(centers), strict=True):
         half_width = min(kernel_size / 2 / model.sample_rate, 1 / (2 * bandwidth))
         envelope = np.where(np.abs(times) < half_width, np.cos(np.pi * times / (2 * half_width)) ** 2, 0.0)
         envelope *= gain / envelope.sum()
-        filters += [envelope * np.cos(2 * np.pi * centre * times), envelope * np.sin(2 * np.pi * centre * times)]
+        filters += [envelope * np.cos(2 * np.pi * center * times), envelope * np.sin(2 * np.pi * center * times)]
     convolution.weight = torch.tensor(np.stack(filters), dtype=torch.float32).unsqueeze(1)
     convolution.bias.zero_()
 
@@ -144,11 +144,11 @@ def train_stage(
         with torch.autocast("cpu", torch.bfloat16):
             latents, num_frames = model.encode_audio(audio=heard, audio_len=lengths)
             latents = latents.float()
-            quantised, _ = model.vector_quantizer(inputs=latents, input_len=num_frames)
+            quantized, _ = model.vector_quantizer(inputs=latents, input_len=num_frames)
             if stage.decoder:
-                spoken, _ = model.audio_decoder(inputs=quantised, input_len=num_frames)
+                spoken, _ = model.audio_decoder(inputs=quantized, input_len=num_frames)
         losses = {
-            "head": stage.head_scale * head.loss(quantised, wanted),
+            "head": stage.head_scale * head.loss(quantized, wanted),
             "spread": training.spread_scale * spread_loss(latents),
         }
         if stage.decoder:

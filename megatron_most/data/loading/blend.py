@@ -9,7 +9,7 @@ compute any row, and a resumed run needs only the number of rows consumed.
   ``BLOCK`` rows and repeats. Every stretch of rows, and so every expert-parallel group at every micro-batch, holds each
   dataset's share and the share of audio to within a row or two.
 * In every epoch of a dataset each document appears once. Documents are packed once; an epoch then swaps documents that
-  take equally many positions and shuffles rows. So neighbours change and the number of rows of an epoch does not, which
+  take equally many positions and shuffles rows. So neighbors change and the number of rows of an epoch does not, which
   is what makes row k computable without computing the rows before it.
 """
 
@@ -208,8 +208,8 @@ def weights_for_audio_share(weights: Sequence[float], audio_shares: Sequence[flo
 
     def tilted(x: float) -> np.ndarray:
         logits = np.log(base) + x * shares
-        unnormalised = np.exp(logits - logits.max())
-        return unnormalised / unnormalised.sum()
+        unnormalized = np.exp(logits - logits.max())
+        return unnormalized / unnormalized.sum()
 
     below, above = -1.0, 1.0
     while tilted(below) @ shares > target:

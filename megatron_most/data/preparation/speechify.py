@@ -1,6 +1,6 @@
 """Turns of written conversations -> speech, by any program that speaks.
 
-A synthesiser is a command line of one of two kinds:
+A synthesizer is a command line of one of two kinds:
 
 * with ``{output}`` in it, it is run for every turn: it reads the text on its standard input and writes an audio file of
   that name, for example ``espeak-ng -v {voice} -w {output}``;
@@ -37,7 +37,7 @@ TIMEOUT = 300
 """Seconds one turn may take."""
 
 MAX_FAILED = 0.05
-"""Share of turns that may fail; more is taken for a broken synthesiser."""
+"""Share of turns that may fail; more is taken for a broken synthesizer."""
 
 _UNSPEAKABLE = ("```", "|---")
 """Code and tables, which nobody reads aloud."""
@@ -45,7 +45,7 @@ _UNSPEAKABLE = ("```", "|---")
 
 @dataclass(frozen=True)
 class _Job:
-    """One turn to speak; :attr:`path` tells the text, the voice and the synthesiser."""
+    """One turn to speak; :attr:`path` tells the text, the voice and the synthesizer."""
 
     id: str
     message: Message
@@ -56,7 +56,7 @@ class _Job:
 def speak_chats(
     chat_file: str | Path,
     output: str | Path,
-    synthesiser: str,
+    synthesizer: str,
     *,
     roles: Sequence[str] = ("user", "assistant"),
     voices: Sequence[str] = (),
@@ -66,7 +66,7 @@ def speak_chats(
     """Speak the turns of ``roles`` and write ``<output>/{audio/,manifest.jsonl,chats.jsonl,failed.jsonl}``.
 
     ``manifest.jsonl`` is what ``tokenize`` reads, ``chats.jsonl`` the conversations with the ids of their utterances,
-    which ``build --task chat`` reads, ``failed.jsonl`` the turns that stay written because the synthesiser failed, with
+    which ``build --task chat`` reads, ``failed.jsonl`` the turns that stay written because the synthesizer failed, with
     its reason. Longer turns than ``max_characters``, and those with code or tables, stay written too.
 
     Args:
@@ -81,7 +81,7 @@ def speak_chats(
         DataError: a broken chat file, or more than :data:`MAX_FAILED` of the turns failed.
     """
     output = Path(output)
-    command = _check_command(synthesiser, voices)
+    command = _check_command(synthesizer, voices)
     require_writable(output / "manifest.jsonl")
 
     def jobs(chats: Iterable[Chat]) -> Iterator[_Job]:
@@ -90,7 +90,7 @@ def speak_chats(
                 speakable = not any(mark in message.content for mark in _UNSPEAKABLE)
                 if message.role in roles and len(message.content) <= max_characters and speakable:
                     voice = choose(voices, "voice", chat.id, message.role) if voices else ""
-                    name = hashlib.blake2b("\0".join((synthesiser, voice, message.content)).encode(), digest_size=16)
+                    name = hashlib.blake2b("\0".join((synthesizer, voice, message.content)).encode(), digest_size=16)
                     path = output / "audio" / name.hexdigest()[:2] / f"{name.hexdigest()}.wav"
                     yield _Job(f"{chat.id}#{place}", message, voice, path)
 
@@ -148,15 +148,15 @@ def _write_line(file, entry: dict) -> None:
     file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
-def _check_command(synthesiser: str, voices: Sequence[str]) -> list[str]:
+def _check_command(synthesizer: str, voices: Sequence[str]) -> list[str]:
     try:
-        command = shlex.split(synthesiser)
+        command = shlex.split(synthesizer)
     except ValueError as error:
-        raise ConfigError(f"synthesiser={synthesiser!r}: {error}") from None
+        raise ConfigError(f"synthesizer={synthesizer!r}: {error}") from None
     if not command or shutil.which(command[0]) is None:
-        raise ConfigError(f"synthesiser={synthesiser!r}: there is no such command")
-    if "{voice}" in synthesiser and not voices:
-        raise ConfigError(f"synthesiser={synthesiser!r}: {{voice}} needs voices")
+        raise ConfigError(f"synthesizer={synthesizer!r}: there is no such command")
+    if "{voice}" in synthesizer and not voices:
+        raise ConfigError(f"synthesizer={synthesizer!r}: {{voice}} needs voices")
     return command
 
 
@@ -215,9 +215,9 @@ def _speak(speak, job: _Job) -> None:
         try:
             frames = soundfile.info(temporary).frames
         except soundfile.LibsndfileError:
-            raise DataError("the synthesiser wrote no readable audio") from None
+            raise DataError("the synthesizer wrote no readable audio") from None
         if not frames:
-            raise DataError("the synthesiser wrote no sound")
+            raise DataError("the synthesizer wrote no sound")
         os.replace(temporary, job.path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -233,16 +233,16 @@ def _run(command: list[str], job: _Job, path: Path) -> None:
             filled, input=job.message.content, capture_output=True, text=True, errors="replace", timeout=TIMEOUT
         )
     except subprocess.TimeoutExpired:
-        raise DataError(f"the synthesiser took more than {TIMEOUT} s") from None
+        raise DataError(f"the synthesizer took more than {TIMEOUT} s") from None
     except OSError as error:
-        raise DataError(f"the synthesiser does not start: {error.strerror}") from None
+        raise DataError(f"the synthesizer does not start: {error.strerror}") from None
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise DataError(f"the synthesiser ended with status {done.returncode}: {last}")
+        raise DataError(f"the synthesizer ended with status {done.returncode}: {last}")
 
 
 class _Servers:
-    """A synthesiser process for each thread that asks for one."""
+    """A synthesizer process for each thread that asks for one."""
 
     def __init__(self, command: list[str]) -> None:
         self._command = command
@@ -270,7 +270,7 @@ class _Servers:
             timer.cancel()
         if not isinstance(answer, dict):
             process.kill()
-            raise DataError("the synthesiser ended, or answered with no JSON object")
+            raise DataError("the synthesizer ended, or answered with no JSON object")
         if answer.get("error"):
             raise DataError(str(answer["error"]))
 

@@ -256,7 +256,7 @@ def alone(codec: NemoCodec, waveform: np.ndarray) -> np.ndarray:
 
 
 def test_codes_do_not_depend_on_the_batch(shipped_codec, monkeypatch):
-    """Every mix of neighbours, places in the batch and numbers of rows gives each file the codes it has alone."""
+    """Every mix of neighbors, places in the batch and numbers of rows gives each file the codes it has alone."""
     generator = np.random.default_rng(0)
     monkeypatch.setattr(shipped_codec, "_batch_seconds", 4.0)  # several rows, as on a GPU
     heard: list[torch.Tensor] = []  # what the encoder gives, before it is rounded to codes

@@ -70,8 +70,8 @@ def test_from_a_written_conversation_to_a_spoken_one(call, manifest, tmp_path):
         "    file.setparams((1, 2, 8000, 0, 'NONE', ''))\n"
         "    file.writeframes(b'ab' * 100 * len(sys.stdin.read()))"
     )
-    synthesiser = f"{sys.executable} -I {program} {{output}}"
-    status, out, _ = call("speechify", "--chat", chat, "--synthesiser", synthesiser, "--output", spoken)
+    synthesizer = f"{sys.executable} -I {program} {{output}}"
+    status, out, _ = call("speechify", "--chat", chat, "--synthesizer", synthesizer, "--output", spoken)
     assert status == 0 and out == f"{spoken}: 4 spoken, 0 written, 0 failed\n"
     tokenize = ("tokenize", "--manifest", spoken / "manifest.jsonl", "--codec", "c.nemo", "--workers", 1)
     assert call(*tokenize, "--output", tmp_path / "codes")[0] == 0

@@ -44,7 +44,7 @@ DEEPSEEK_SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def randomised(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+def randomized(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     """Weights large enough for every part to matter; norms differ from one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -73,7 +73,7 @@ def deepseek(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 1, **
         "v_head_dim": 12,
         "max_position_embeddings": 64,
     }
-    model = randomised(DeepseekV2ForCausalLM(DeepseekV2Config(**{**values, **options})), seed).to(dtype)
+    model = randomized(DeepseekV2ForCausalLM(DeepseekV2Config(**{**values, **options})), seed).to(dtype)
     model.save_pretrained(folder)
     return model
 
@@ -91,7 +91,7 @@ def llama(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 2, **opt
         "rope_parameters": LLAMA3,
         "rms_norm_eps": 1e-5,
     }
-    model = randomised(LlamaForCausalLM(LlamaConfig(**{**values, **options})), seed).to(dtype)
+    model = randomized(LlamaForCausalLM(LlamaConfig(**{**values, **options})), seed).to(dtype)
     model.save_pretrained(folder)
     return model
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_most.checkpointing.streaming import Region
+from megatron_most.checkpointing.region_io import Region
 from megatron_most.conversion import ImportOptions, export_model, import_model
 from megatron_most.conversion import importing as importing_module
 from megatron_most.conversion.export_plan import plan_export
@@ -293,7 +293,7 @@ def test_interrupted_conversion_leaves_nothing_that_looks_whole_and_can_be_repea
     target = folder.parent / "native"
     with monkeypatch.context() as patch:
         patch.setattr(importing_module, "_finish", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
-        patch.setattr("megatron_most.checkpointing.streaming.shutil.rmtree", lambda *arguments, **options: None)
+        patch.setattr("megatron_most.checkpointing.region_io.shutil.rmtree", lambda *arguments, **options: None)
         with pytest.raises(KeyboardInterrupt):
             import_model(folder, target, options("expand"))
     assert not target.exists() and (target.parent / ".tmp-native").exists()

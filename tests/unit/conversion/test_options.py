@@ -101,7 +101,7 @@ def test_groups_of_a_most_model_are_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("text, match", [
-    ("vocab: {colour: blue, num_codebooks: 2, codebook_size: 4}", "run.yaml: vocab.colour: unknown key"),
+    ("vocab: {color: blue, num_codebooks: 2, codebook_size: 4}", "run.yaml: vocab.color: unknown key"),
     ("vocab: {num_codebooks: 2, codebook_size: 4}\nmodel: {num_layer: 3}", "model.num_layer: unknown key"),
     ("vocab: {num_codebooks: 2, codebook_size: 4}\nmodel: {num_layers: 9}", "model.num_layers=9: .* has 3"),
     ("vocab: 7", "run.yaml: vocab=7: must be a section"),

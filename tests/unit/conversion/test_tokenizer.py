@@ -19,7 +19,7 @@ from tests.unit.conversion.test_round_trips import options
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "hf"
     deepseek(folder, vocab_size=400)
-    train_sentencepiece(["the old brown dog sees seven grey cats"] * 4, folder / "tokenizer.model", 300)
+    train_sentencepiece(["the old brown dog sees seven gray cats"] * 4, folder / "tokenizer.model", 300)
     (folder / "tokenizer_config.json").write_text('{"model_max_length": 64}')
     return folder
 

@@ -14,7 +14,7 @@ def record(identity: str) -> Record:
 
 
 class Deaf:
-    """A recogniser that hears nothing."""
+    """A recognizer that hears nothing."""
 
     def transcribe(self, audio, sample_rate):
         return ""

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_most.errors import DataError
-from megatron_most.evaluation.wer import NORMALIZERS, Edit, normalise_text, text_normalizer, word_errors
+from megatron_most.evaluation.wer import NORMALIZERS, Edit, normalize_text, text_normalizer, word_errors
 
 
 @pytest.mark.parametrize(
@@ -18,8 +18,8 @@ from megatron_most.evaluation.wer import NORMALIZERS, Edit, normalise_text, text
         ("...", ""),
     ],
 )
-def test_normalisation(text, expected):
-    assert normalise_text(text) == expected
+def test_normalization(text, expected):
+    assert normalize_text(text) == expected
 
 
 def test_totals_are_sums_over_utterances():
@@ -60,7 +60,7 @@ def test_case_and_punctuation_are_no_errors(normalizer):
     ("text", "expected"),
     [
         ("Mr. Brown won't pay twenty-one dollars", "mister brown will not pay $21"),
-        ("Um, the colour of it", "the color of it"),
+        ("Um, the color of it", "the color of it"),
         ("two nine", "29"),
     ],
 )

@@ -79,7 +79,7 @@ def run_config(attention: dict, moe: dict) -> RunConfig:
     )
 
 
-def randomised(model: torch.nn.Module) -> torch.nn.Module:
+def randomized(model: torch.nn.Module) -> torch.nn.Module:
     """Weights large enough for every part to matter; norms differ from one."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -183,7 +183,7 @@ def deepseek(q_lora_rank: int | None, rope_parameters: dict) -> DeepseekV2ForCau
         qk_rope_head_dim=DEEPSEEK_DIMS["qk_pos_emb_head_dim"],
         v_head_dim=DEEPSEEK_DIMS["v_head_dim"],
     )
-    return randomised(DeepseekV2ForCausalLM(config))
+    return randomized(DeepseekV2ForCausalLM(config))
 
 
 def deepseek_weights(hf: DeepseekV2ForCausalLM, config: RunConfig) -> dict[str, torch.Tensor]:
@@ -262,7 +262,7 @@ def llama(rope_parameters: dict) -> LlamaForCausalLM:
         rope_parameters=rope_parameters,
         attn_implementation="eager",
     )
-    return randomised(LlamaForCausalLM(config))
+    return randomized(LlamaForCausalLM(config))
 
 
 def llama_weights(hf: LlamaForCausalLM) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ LAYERS = {
     "unequal top-k": {"groups": GROUPS % (5, 3, 3, 1)},
     "common experts": {"groups": GROUPS % (3, 2, 3, 2), "common": "{size: 2}"},
     "a modality without experts of its own": {"groups": GROUPS % (0, 2, 4, 2), "common": "{size: 4}"},
-    "sigmoid, normalised": {"moe_router_score_function": "sigmoid", "norm_topk_prob": True},
+    "sigmoid, normalized": {"moe_router_score_function": "sigmoid", "norm_topk_prob": True},
     "no shared expert": {"moe_shared_expert_intermediate_size": 0},
     "one after another": {"expert_backend": "sequential"},
 }

@@ -26,7 +26,7 @@ def biased(**options) -> MoEConfig:
 
 
 @pytest.mark.parametrize("expert_parallel_size", [1, 5])
-def test_the_bias_moves_towards_the_mean_load_of_the_modalitys_choice(expert_parallel_size):
+def test_the_bias_moves_toward_the_mean_load_of_the_modalitys_choice(expert_parallel_size):
     router = make_router(biased(), expert_parallel_size)
     counts = torch.zeros(2, 10)
     for seed in (1, 2):

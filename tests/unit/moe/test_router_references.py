@@ -136,7 +136,7 @@ def test_score_rule_all_equals_the_published_definition():
     router = make_router(MoEConfig(groups=groups, score_rule="all"))
     hidden, modality, is_padding = make_tokens(padding=0)
     probs, routing_map = route(router, hidden, modality, is_padding)
-    # Softmax over all experts, the other group's scores set to zero, top-k, not normalised again.
+    # Softmax over all experts, the other group's scores set to zero, top-k, not normalized again.
     scores = torch.softmax(hidden.reshape(-1, HIDDEN) @ router.weight.t(), dim=-1)
     is_own = (torch.arange(8) >= 4) == (flat(modality) == 1)[:, None]
     top, chosen = (scores * is_own).topk(2, dim=-1)

@@ -1,4 +1,4 @@
-"""Quantisation of each recipe against the formats' definitions, number by number in plain Python."""
+"""Quantization of each recipe against the formats' definitions, number by number in plain Python."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_values_are_those_of_the_definition(recipe: str, role: str, fp8: str) ->
     precision = PrecisionConfig(fp8=fp8, fp8_recipe=recipe, fp8_backend="emulate")
     tensor = values(140, 160)  # neither side is whole blocks of 128
     name = "e5m2" if role == "gradient" and fp8 == "hybrid" else "e4m3"
-    found = Fp8Product(precision).quantised(tensor, role)
+    found = Fp8Product(precision).quantized(tensor, role)
     wanted = torch.tensor(expected(tensor.tolist(), recipe, role, name))
     assert torch.equal(found, wanted)
     assert not torch.equal(found, tensor)
@@ -95,7 +95,7 @@ def test_what_is_beyond_an_old_scale_saturates_and_the_largest_of_the_history_co
     product = Fp8Product(precision)
 
     def step(size: float) -> float:
-        found = product.quantised(torch.tensor([[size, 0.0]]), "input")[0, 0].item()
+        found = product.quantized(torch.tensor([[size, 0.0]]), "input")[0, 0].item()
         product.history.advance(product.history.current.clone())
         return found
 
@@ -103,22 +103,22 @@ def test_what_is_beyond_an_old_scale_saturates_and_the_largest_of_the_history_co
     assert step(8.0) == 1.0  # the scale of 1 saturates
     assert step(8.0) == 8.0
     assert step(1.0) == 1.0  # 8 still counts: two steps
-    product.quantised(torch.tensor([[1.0, 0.0]]), "input")
+    product.quantized(torch.tensor([[1.0, 0.0]]), "input")
     assert step(2.0) == 2.0
     assert step(16.0) == pytest.approx(2.0)  # 1 and 2 are what is left
 
 
 def test_a_scale_does_not_move_inside_a_step() -> None:
     product = Fp8Product(PrecisionConfig(fp8="e4m3", fp8_recipe="delayed", fp8_backend="emulate"))
-    product.quantised(torch.tensor([[1.0]]), "input")
+    product.quantized(torch.tensor([[1.0]]), "input")
     product.history.advance(product.history.current.clone())
-    first = product.quantised(torch.tensor([[0.3]]), "input")
-    product.quantised(torch.tensor([[100.0]]), "input")
-    assert torch.equal(product.quantised(torch.tensor([[0.3]]), "input"), first)
+    first = product.quantized(torch.tensor([[0.3]]), "input")
+    product.quantized(torch.tensor([[100.0]]), "input")
+    assert torch.equal(product.quantized(torch.tensor([[0.3]]), "input"), first)
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8"])
 def test_nothing_and_infinity(recipe: str) -> None:
     product = Fp8Product(PrecisionConfig(fp8="e4m3", fp8_recipe=recipe, fp8_backend="emulate"))
-    assert torch.equal(product.quantised(torch.zeros(2, 32), "input"), torch.zeros(2, 32))
-    assert product.quantised(torch.zeros(0, 32), "input").shape == (0, 32)
+    assert torch.equal(product.quantized(torch.zeros(2, 32), "input"), torch.zeros(2, 32))
+    assert product.quantized(torch.zeros(0, 32), "input").shape == (0, 32)

@@ -26,14 +26,14 @@ def operands(tokens: int, inputs: int, outputs: int, *lead: int) -> tuple[torch.
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_each_product_is_of_quantised_operands(recipe: str) -> None:
+def test_each_product_is_of_quantized_operands(recipe: str) -> None:
     x, weight, gradient = operands(48, 160, 144)
     product, alone = Fp8Product(precision(recipe)), Fp8Product(precision(recipe))
     y = product.linear(x, weight)
     y.backward(gradient)
 
     def q(tensor: torch.Tensor, role: str) -> torch.Tensor:
-        return alone.quantised(tensor.detach(), role)
+        return alone.quantized(tensor.detach(), role)
 
     assert torch.equal(y, q(x, "input") @ q(weight, "weight").t())
     assert torch.equal(x.grad, q(gradient, "gradient") @ q(weight.t(), "weight").t())

@@ -21,7 +21,7 @@ def choices():
 
 
 def pairs(choice):
-    """Neighbouring words of a sentence, as (slot, word index, next word index)."""
+    """Neighboring words of a sentence, as (slot, word index, next word index)."""
     return {(slot, *pair) for slot, pair in enumerate(itertools.pairwise(choice))}
 
 
@@ -84,14 +84,14 @@ def test_other_text_is_no_sentence_of_the_template():
 @pytest.mark.parametrize("text", ["the red fox sees two small birds", "the black dog follows nine heavy ships"])
 def test_speech_does_not_depend_on_what_was_spoken_before(text):
     engine = Espeak()
-    first = engine.synthesise(text, speed=170, pitch=45)
-    engine.synthesise("something else", speed=190, pitch=60)
-    engine.synthesise("another voice", voice="en-us+f3")
-    np.testing.assert_array_equal(engine.synthesise(text, speed=170, pitch=45), first)
+    first = engine.synthesize(text, speed=170, pitch=45)
+    engine.synthesize("something else", speed=190, pitch=60)
+    engine.synthesize("another voice", voice="en-us+f3")
+    np.testing.assert_array_equal(engine.synthesize(text, speed=170, pitch=45), first)
     assert first.dtype == np.float32 and 1.0 < len(first) / engine.sample_rate < 4.0
 
 
-def test_rendered_audio_is_trimmed_normalised_and_offset():
+def test_rendered_audio_is_trimmed_normalized_and_offset():
     row = {"text": "the red fox sees two small birds", "speed": 170, "pitch": 50, "offset": 0}
     engine = Espeak()
     audio, later = make_corpus.render(engine, row), make_corpus.render(engine, row | {"offset": 500})
@@ -129,7 +129,7 @@ def test_audio_of_another_corpus_version_is_spoken_again(tmp_path, monkeypatch):
 
 def test_errors_are_one_line_and_say_what_to_do(monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="no voice 'en-nowhere'"):
-        Espeak().synthesise("the red fox", voice="en-nowhere")
+        Espeak().synthesize("the red fox", voice="en-nowhere")
     monkeypatch.setattr(make_corpus, "CORPUS_DIR", tmp_path)
     with pytest.raises(DataError, match="train.jsonl"):
         make_corpus.read_rows("train")

@@ -75,7 +75,7 @@ def test_every_section_is_filled(page):
         "Text tokens share of their (token, expert) pairs; even would be 25.0%",
         "Expert load",
         "word error rate ASR TTS codec round trip original recording",
-        "the recogniser heard: the small count seven red stones",
+        "the recognizer heard: the small count seven red stones",
         "megatron-core 0.19.2",
         "num_layers: 4",
         "2 ranks · 200 steps",
@@ -104,7 +104,7 @@ def test_the_routing_of_older_runs_is_drawn(tmp_path):
     assert "Entropy" not in page.text
 
 
-def test_errors_are_marked_by_more_than_colour(page, whole):
+def test_errors_are_marked_by_more_than_color(page, whole):
     text = write_report(whole).read_text()
     assert re.search(r'class="word substitute">.*?instead of .*?<s>two</s> → ten', text)
     assert "−boys" in page.text

@@ -28,7 +28,7 @@ def test_a_key_absent_in_a_line_has_no_point_and_the_later_line_counts():
     assert points_of(metrics, "loss") == [(1, 2.0)]
 
 
-def test_curves_are_grouped_and_validation_takes_its_tasks_colour(whole):
+def test_curves_are_grouped_and_validation_takes_its_tasks_color(whole):
     charts = {chart.title: chart for chart in loss_charts(read_run(whole).metrics, ["text", "audio"])}
     assert list(charts) == ["Loss by modality", "Loss by task", "Cross entropy by codebook"]
     by_task = {curve.series.label: curve.series for curve in charts["Loss by task"].curves}

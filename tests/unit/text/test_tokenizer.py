@@ -1,4 +1,4 @@
-"""Text tokenizers: nothing is lost, special ids are single and cannot be spelt."""
+"""Text tokenizers: nothing is lost, special ids are single and cannot be spelled."""
 
 import json
 from pathlib import Path
@@ -85,8 +85,8 @@ def test_encoding_adds_no_special_ids_and_decoding_drops_them(tokenizer):
 def test_text_that_spells_a_special_token_stays_text(tokenizer, marker):
     ids = tokenizer.encode(f"fox {marker} dog")
     assert not {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id} & set(ids)
-    spelt = tokenizer.decode(ids).replace("\u2581", " ")  # SentencePiece writes a space that way
-    assert spelt == f"fox {marker} dog".replace("\u2581", " ")
+    spelled = tokenizer.decode(ids).replace("\u2581", " ")  # SentencePiece writes a space that way
+    assert spelled == f"fox {marker} dog".replace("\u2581", " ")
 
 
 @pytest.mark.parametrize("bad", [-1, 10**6])

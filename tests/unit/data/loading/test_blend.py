@@ -89,7 +89,7 @@ def test_rows_of_a_block_go_to_the_largest_remainders_and_to_every_dataset(share
         assert rank[dataset_of == index].tolist() == list(range(count))
 
 
-def test_neighbours_change_between_epochs(folder):
+def test_neighbors_change_between_epochs(folder):
     rows = open_rows(folder, ["text"], [1.0])
     per_epoch = rows.rows_per_epoch[0]
     first = {frozenset(content(rows[k])) for k in range(per_epoch)}

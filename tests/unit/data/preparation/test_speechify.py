@@ -56,7 +56,7 @@ def write_chats(folder: Path, num_chats: int, *answers: str) -> Path:
 
 
 def command(folder: Path, program: str, output: bool) -> str:
-    path = folder / "synthesiser.py"
+    path = folder / "synthesizer.py"
     path.write_text(program)
     return f"{sys.executable} -I {path} {'{output}' if output else ''} {folder / 'calls'}"
 
@@ -124,15 +124,15 @@ def test_a_turn_that_fails_stays_written_with_its_reason(tmp_path, program, outp
         ("raise ValueError('broken')", "ended with status 1: ValueError: broken"),
     ],
 )
-def test_a_synthesiser_that_does_not_work_is_an_error(tmp_path, program, reason):
-    with pytest.raises(DataError, match=f"of 8 turns failed; the first, c/0#1: the synthesiser {reason}"):
+def test_a_synthesizer_that_does_not_work_is_an_error(tmp_path, program, reason):
+    with pytest.raises(DataError, match=f"of 8 turns failed; the first, c/0#1: the synthesizer {reason}"):
         speak_chats(write_chats(tmp_path, 4, "a"), tmp_path / "out", command(tmp_path, program, True), workers=1)
     assert not (tmp_path / "out/manifest.jsonl").exists()
 
 
 def test_a_side_of_a_conversation_keeps_its_voice(tmp_path):
     program = SPEAK + "speak(sys.argv[2] * 3, sys.argv[1])"
-    path = tmp_path / "synthesiser.py"
+    path = tmp_path / "synthesizer.py"
     path.write_text(program)
     run = f"{sys.executable} -I {path} {{output}} {{voice}}"
     speak_chats(write_chats(tmp_path, 8, "b"), tmp_path / "out", run, voices=["a", "bb"], workers=2)
@@ -142,7 +142,7 @@ def test_a_side_of_a_conversation_keeps_its_voice(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("synthesiser", "rule"),
+    ("synthesizer", "rule"),
     [
         ("no-such-program -w {output}", "there is no such command"),
         ("", "there is no such command"),
@@ -150,7 +150,7 @@ def test_a_side_of_a_conversation_keeps_its_voice(tmp_path):
         (f"{sys.executable} {{voice}}", "needs voices"),
     ],
 )
-def test_wrong_commands_are_refused_before_anything_is_spoken(tmp_path, synthesiser, rule):
+def test_wrong_commands_are_refused_before_anything_is_spoken(tmp_path, synthesizer, rule):
     with pytest.raises(ConfigError, match=rule):
-        speak_chats(write_chats(tmp_path, 1, "a"), tmp_path / "out", synthesiser)
+        speak_chats(write_chats(tmp_path, 1, "a"), tmp_path / "out", synthesizer)
     assert not (tmp_path / "out").exists()

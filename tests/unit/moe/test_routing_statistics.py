@@ -11,7 +11,7 @@ import torch
 from megatron_most import parallel
 from megatron_most.config import CommonExpertsConfig, ExpertGroupConfig, ModelConfig, MoEConfig, ParallelConfig
 from megatron_most.moe import ExpertGroups, collect_routing
-from megatron_most.moe.statistics import _KEPT, LOSSES, RoutingStatistics
+from megatron_most.moe.routing_statistics import _KEPT, LOSSES, RoutingStatistics
 from tests.distributed.harness import run_ranks
 
 MOE = MoEConfig(

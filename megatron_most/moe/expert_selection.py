@@ -14,7 +14,7 @@ from megatron_most.config import MoEConfig
 from megatron_most.moe.expert_groups import ExpertGroups
 
 
-class ExpertChoice:
+class ExpertSelection:
     """Takes the ``top_k`` experts of each token's modality, from its best runs only where routing is group-limited.
 
     Nothing here depends on how many tokens a modality has, so that no count is brought to the host.

@@ -26,7 +26,7 @@ _KEPT = 256
 
 
 class RoutingStatistics:
-    """Sums of one router since the last :func:`collect_routing`, on its device, never synchronised.
+    """Sums of one router since the last :func:`collect_routing`, on its device, never synchronized.
 
     All are float64, by modality and in physical expert order: ``routed [M, E]`` (token, expert) pairs;
     ``scores [M, E]`` scores; ``tokens [M]`` valid tokens; ``losses[name] [M]`` losses before their coefficients. They

@@ -1,6 +1,6 @@
-"""Speech recognisers that judge generated speech: audio in, words out.
+"""Speech recognizers that judge generated speech: audio in, words out.
 
-The pocketsphinx recogniser needs no network and no accelerator (its English acoustic model comes inside its package).
+The pocketsphinx recognizer needs no network and no accelerator (its English acoustic model comes inside its package).
 It is weak on open vocabulary, so it is told the sentences that can occur, and its numbers compare only with numbers
 got from the same sentences.
 """
@@ -18,7 +18,7 @@ import numpy as np
 
 from megatron_most.audio.io import resample
 from megatron_most.errors import ConfigError, DataError
-from megatron_most.evaluation.wer import normalise_text
+from megatron_most.evaluation.wer import normalize_text
 from megatron_most.extras import require
 
 POCKETSPHINX_SAMPLE_RATE = 16000
@@ -27,20 +27,20 @@ SILENCE_SECONDS = 0.3  # on both sides: it also needs a little time to form that
 SENTENCE_START, SENTENCE_END = "<s>", "</s>"
 
 
-class Recogniser(Protocol):
-    """What an evaluation asks of a recogniser."""
+class Recognizer(Protocol):
+    """What an evaluation asks of a recognizer."""
 
     def transcribe(self, audio: np.ndarray, sample_rate: int) -> str:
-        """The words said in ``audio`` (float ``[num_samples]`` in -1..1); empty when none are recognised."""
+        """The words said in ``audio`` (float ``[num_samples]`` in -1..1); empty when none are recognized."""
         ...
 
 
-class PocketsphinxRecogniser:
+class PocketsphinxRecognizer:
     """pocketsphinx's US-English acoustic model with a closed-vocabulary n-gram language model.
 
     Args:
-        sentences: text in the language to recognise; its words are the vocabulary, its n-gram counts the model.
-        order: 1 (unigram: any word anywhere) or 2 (bigram: likely neighbours are preferred).
+        sentences: text in the language to recognize; its words are the vocabulary, its n-gram counts the model.
+        order: 1 (unigram: any word anywhere) or 2 (bigram: likely neighbors are preferred).
 
     Raises:
         ConfigError: pocketsphinx is not installed, or the order is neither 1 nor 2.
@@ -51,7 +51,7 @@ class PocketsphinxRecogniser:
         require("pocketsphinx")
         import pocketsphinx
 
-        words = [normalise_text(sentence).split() for sentence in sentences]
+        words = [normalize_text(sentence).split() for sentence in sentences]
         arpa = arpa_language_model([sentence for sentence in words if sentence], order)
         full_dictionary = Path(pocketsphinx.get_model_path()) / "en-us" / "cmudict-en-us.dict"
         dictionary = pronunciations(full_dictionary, {word for sentence in words for word in sentence})
@@ -68,16 +68,16 @@ class PocketsphinxRecogniser:
             )
 
     def transcribe(self, audio: np.ndarray, sample_rate: int) -> str:
-        """See :class:`Recogniser`. The same audio gives the same words.
+        """See :class:`Recognizer`. The same audio gives the same words.
 
         Raises:
             DataError: ``audio`` is not one-dimensional or holds values that are not finite.
         """
         audio = np.asarray(audio, dtype=np.float32)
         if audio.ndim != 1:
-            raise DataError(f"audio to recognise must have shape [num_samples], got {list(audio.shape)}")
+            raise DataError(f"audio to recognize must have shape [num_samples], got {list(audio.shape)}")
         if not np.isfinite(audio).all():
-            raise DataError("audio to recognise holds values that are not finite")
+            raise DataError("audio to recognize holds values that are not finite")
         if sample_rate != POCKETSPHINX_SAMPLE_RATE:
             audio = resample(audio, sample_rate, POCKETSPHINX_SAMPLE_RATE)
         padded = np.pad(audio, int(SILENCE_SECONDS * POCKETSPHINX_SAMPLE_RATE))
@@ -106,7 +106,7 @@ def pronunciations(dictionary: Path, vocabulary: set[str]) -> str:
             lines.append(line)
     if unknown := sorted(vocabulary - found):
         named = ", ".join(unknown[:10])
-        raise DataError(f"pocketsphinx's dictionary lacks {len(unknown)} of the words to recognise: {named}")
+        raise DataError(f"pocketsphinx's dictionary lacks {len(unknown)} of the words to recognize: {named}")
     return "\n".join([*lines, ""])
 
 

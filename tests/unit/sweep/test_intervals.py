@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from megatron_most.sweep.statistics import estimate, paired_difference
+from megatron_most.sweep.intervals import estimate, paired_difference
 
 
 def test_interval_of_three():

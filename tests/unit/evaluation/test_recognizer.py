@@ -1,4 +1,4 @@
-"""The pocketsphinx recogniser: a clean sentence, its language model, and what it refuses."""
+"""The pocketsphinx recognizer: a clean sentence, its language model, and what it refuses."""
 
 import sys
 
@@ -7,45 +7,45 @@ import pytest
 
 from examples.quickstart.espeak import Espeak
 from megatron_most.errors import ConfigError, DataError
-from megatron_most.evaluation.recogniser import PocketsphinxRecogniser, arpa_language_model
+from megatron_most.evaluation.recognizer import PocketsphinxRecognizer, arpa_language_model
 
 SENTENCES = ["the red fox sees two small birds", "the black dog follows nine heavy ships"]
 
 
 @pytest.fixture(scope="module")
-def recogniser():
-    return PocketsphinxRecogniser(SENTENCES)
+def recognizer():
+    return PocketsphinxRecognizer(SENTENCES)
 
 
 @pytest.mark.parametrize("sentence", SENTENCES)
-def test_a_clean_sentence_is_recognised_at_any_sample_rate(recogniser, sentence):
+def test_a_clean_sentence_is_recognized_at_any_sample_rate(recognizer, sentence):
     engine = Espeak()
-    audio = engine.synthesise(sentence)
+    audio = engine.synthesize(sentence)
     assert engine.sample_rate != 16000  # so this resamples
-    assert recogniser.transcribe(audio, engine.sample_rate) == sentence
-    assert recogniser.transcribe(audio, engine.sample_rate) == sentence  # nothing carries over
+    assert recognizer.transcribe(audio, engine.sample_rate) == sentence
+    assert recognizer.transcribe(audio, engine.sample_rate) == sentence  # nothing carries over
 
 
-def test_digital_silence_and_no_audio_give_text_not_errors(recogniser):
-    assert isinstance(recogniser.transcribe(np.zeros(16000), 16000), str)
-    assert isinstance(recogniser.transcribe(np.zeros(0), 16000), str)
+def test_digital_silence_and_no_audio_give_text_not_errors(recognizer):
+    assert isinstance(recognizer.transcribe(np.zeros(16000), 16000), str)
+    assert isinstance(recognizer.transcribe(np.zeros(0), 16000), str)
 
 
 def test_words_that_the_dictionary_lacks_are_named():
     with pytest.raises(DataError, match="lacks 2 of the words.*frabjous, wabe"):
-        PocketsphinxRecogniser(["the frabjous wabe"])
+        PocketsphinxRecognizer(["the frabjous wabe"])
 
 
 @pytest.mark.parametrize("audio", [np.zeros((2, 100)), np.array([0.0, np.nan])])
-def test_audio_that_makes_no_sense_is_refused(recogniser, audio):
-    with pytest.raises(DataError, match="audio to recognise"):
-        recogniser.transcribe(audio, 16000)
+def test_audio_that_makes_no_sense_is_refused(recognizer, audio):
+    with pytest.raises(DataError, match="audio to recognize"):
+        recognizer.transcribe(audio, 16000)
 
 
 def test_a_missing_package_is_named_with_its_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "pocketsphinx", None)
     with pytest.raises(ConfigError, match=r"needs pocketsphinx.*pip install 'megatron-most\[evaluation\]'"):
-        PocketsphinxRecogniser(SENTENCES)
+        PocketsphinxRecognizer(SENTENCES)
 
 
 def test_language_model_arguments_are_checked():

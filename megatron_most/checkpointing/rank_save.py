@@ -38,7 +38,7 @@ class Written:
     entries: dict[str, directories.FileEntry]
 
 
-class Share:
+class RankSave:
     """What this rank writes of ``state``. Making one is a collective call; its methods are not.
 
     Args:
@@ -93,16 +93,16 @@ class Share:
 
 
 class PlannedSave(TorchDistSaveShardedStrategy):
-    """What Megatron calls to write the sharded part of a checkpoint; it leaves the writing to :attr:`share`."""
+    """What Megatron calls to write the sharded part of a checkpoint; it leaves the writing to :attr:`rank_save`."""
 
     def __init__(self, copy: bool) -> None:
         super().__init__()
         self._copy = copy
-        self.share: Share
+        self.rank_save: RankSave
 
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        self.share = Share(Path(checkpoint_dir), mcore_to_pyt_state_dict(by_key, False), self._copy)
+        self.rank_save = RankSave(Path(checkpoint_dir), mcore_to_pyt_state_dict(by_key, False), self._copy)
 
 
 class _Planner(MCoreSavePlanner):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_most.checkpointing.streaming import Region
+from megatron_most.checkpointing.region_io import Region
 from megatron_most.config import RunConfig
 from megatron_most.conversion.native import CODEBOOK_EMBEDDING, CODEBOOK_HEAD, EMBEDDING, EXPERT_BIAS, HEAD, ROUTER
 
@@ -44,7 +44,7 @@ class RowDistribution:
         return cls(sample.mean(dim=0), sample.std(dim=0, unbiased=False))
 
 
-class FreshWeights:
+class NewWeights:
     """Draws the weights of a region; the same seed gives the same, on any rank and in any order."""
 
     def __init__(self, config: RunConfig, seed: int, embedding: RowDistribution, head: RowDistribution) -> None:
