@@ -2,8 +2,12 @@
 
 import logging
 import warnings
+from importlib import metadata
 
-__version__ = "0.1.0"
+try:
+    __version__ = metadata.version("megatron-most")
+except metadata.PackageNotFoundError:  # a checkout on PYTHONPATH
+    __version__ = "0+not.installed"
 
 # What Megatron-Core 0.19.2 warns of whatever its user does, and ``most doctor`` says better. Set here because Megatron
 # warns while it is imported.

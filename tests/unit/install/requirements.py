@@ -20,7 +20,8 @@ def setup_arguments() -> dict:
 
     An extra has the requirements of the extras that it names.
     """
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    content = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project, build = content["project"], content["build-system"]
     extras = project["optional-dependencies"]
 
     def of(extra: str) -> list[str]:
@@ -32,6 +33,7 @@ def setup_arguments() -> dict:
         return list(dict.fromkeys(found))
 
     return {
+        "setup_requires": build["requires"],
         "python_requires": project["requires-python"],
         "install_requires": project["dependencies"],
         "extras_require": {extra: of(extra) for extra in extras},
