@@ -1,6 +1,6 @@
 """Typed configuration: dataclasses with their rules, and how YAML and overrides become one."""
 
-from megatron_most.config.load import CONFIG, dump_config, load_config
+from megatron_most.config.load import CONFIG, dump_config, load_config, read_yaml
 from megatron_most.config.model import (
     AttentionConfig,
     CommonExpertsConfig,
@@ -45,6 +45,7 @@ __all__ = [
     "dump_config",
     "load_config",
     "number_experts",
+    "read_yaml",
     "with_new_names",
     "with_old_names",
 ]

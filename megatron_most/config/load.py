@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_most.config.renamed import RENAMED, with_new_names
 from megatron_most.config.run import RunConfig
-from megatron_most.errors import ConfigError
+from megatron_most.errors import ConfigError, first_line
 
 CONFIG = "config.yaml"
 """The file in which a run, an import or a sweep records its whole configuration."""
@@ -45,18 +45,27 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: unreadable file, unknown key (with the nearest valid name), a key's old name (with the new one),
             wrong type, or a broken rule.
     """
-    path = Path(path)
+    values = read_yaml(path)
+    if Path(path).name == CONFIG:
+        values = with_new_names(values)
+    return build_config(str(path), values, overrides)
+
+
+def read_yaml(path: str | Path) -> dict[str, typing.Any]:
+    """Read a YAML mapping; interpolations (``${section.key}``) stay as they are.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML (with the place), names a key twice, or holds no mapping.
+    """
     try:
-        loaded = OmegaConf.load(path)
+        content = OmegaConf.to_container(OmegaConf.load(path))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file") from None
+        raise ConfigError(f"{path}: no such file") from None
     except (yaml.YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: not readable as YAML: {_one_line(error)}") from None
-    if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{path}: must hold a mapping of config sections")
-    if path.name == CONFIG:
-        return build_config(str(path), with_new_names(OmegaConf.to_container(loaded)), overrides)
-    return build_config(str(path), loaded, overrides)
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must hold a mapping of keys to values")
+    return content
 
 
 def build_config(source: str, values: DictConfig | dict, overrides: Sequence[str] = ()) -> RunConfig:
@@ -177,4 +186,4 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         mark = error.problem_mark
         return f"{error.problem} (line {mark.line + 1}, column {mark.column + 1})"
-    return str(error).splitlines()[0]
+    return first_line(error)

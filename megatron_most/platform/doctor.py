@@ -21,6 +21,7 @@ import torch
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from megatron_most.errors import first_line
 from megatron_most.platform.choices import part_choices
 from megatron_most.platform.device import driver_version
 
@@ -182,7 +183,7 @@ def _megatron_import(section: str) -> Finding:
     try:
         import megatron.core.transformer.moe.moe_layer  # noqa: F401
     except Exception as error:  # of whatever kind: a broken library below it raises what it likes
-        why = f"cannot be imported: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        why = f"cannot be imported: {type(error).__name__}: {first_line(error)}"
         remedy = "mend or uninstall the package that the error names"
         return Finding(section, _IMPORT, "unfit", why, True, "the model", remedy)
     return Finding(section, _IMPORT, "present", "works", True)
