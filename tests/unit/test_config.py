@@ -202,7 +202,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         ),
         (
             [*FUSED, "precision.fp8=hybrid", "precision.fp8_recipe=delayed"],
-            "needs a precision.fp8_recipe without histories",
+            "needs a precision.fp8_recipe other than delayed",
         ),
         (["optimizer.optimizer=sgd"], "optimizer.optimizer='sgd': must be one of adam, muon"),
         (["optimizer.optimizer=muon"], "optimizer.optimizer='muon': needs optimizer.use_distributed_optimizer=false"),
@@ -247,7 +247,10 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
             "parallel.expert_tensor_parallel_size=2: must divide model.moe.moe_ffn_hidden_size, 65",
         ),
         (["parallel.expert_tensor_parallel_size=3"], "must divide model.moe.moe_ffn_hidden_size, 1408"),
-        (["model.moe.moe_ffn_hidden_size=68"], "model.moe.expert_backend='grouped': takes rows of whole 16 bytes"),
+        (
+            ["model.moe.moe_ffn_hidden_size=68"],
+            "model.moe.expert_backend='grouped': needs rows of a multiple of 16 bytes",
+        ),
         (["model.hidden_size=2052"], "must be divisible by 8 in bf16"),
         (["model.hidden_size=2050", "precision.dtype=fp32"], "must be divisible by 4 in fp32"),
         (
