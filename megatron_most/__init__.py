@@ -5,8 +5,8 @@ import warnings
 
 __version__ = "0.1.0"
 
-# What Megatron-Core 0.19.2 warns of whatever its user does, and ``most doctor`` says better. Set here because Megatron
-# warns while it is imported.
+# Warnings of Megatron-Core 0.19.2 that a user cannot avoid; ``most doctor`` reports what matters. The filters are set
+# here because Megatron warns when it is imported.
 for _message in (
     r"(Transformer Engine and )?Apex (is|are) not installed",
     r"MimoModelConfig is experimental",
@@ -18,7 +18,7 @@ for _message in (
 ):
     warnings.filterwarnings("ignore", message=r"\s*" + _message)
 
-# That a checkpoint of an earlier Megatron has a common.pt, and that a compiler for CUDA is there where no GPU is.
+# Messages about common.pt in checkpoints of earlier Megatron versions, and about a CUDA compiler without a GPU.
 for _name in (
     "megatron.core.dist_checkpointing.strategies.common",
     "torch.utils.cpp_extension",

@@ -194,7 +194,7 @@ def test_tokens_that_cannot_be_compared(trained, tmp_path, line, match):
 
 def test_verify_is_for_one_process(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="verify: holds whole models in one process; start it without torchrun"):
+    with pytest.raises(ConfigError, match="verify: runs in one process; start it without torchrun"):
         verify_command(Namespace())
 
 
