@@ -21,7 +21,7 @@ from megatron_most import cli
 from megatron_most.data.preparation.manifest import Record, read_manifest
 from megatron_most.evaluation.recognizer import PocketsphinxRecognizer
 from megatron_most.evaluation.suites import encode_records, evaluate_asr, evaluate_reference_audio, evaluate_tts
-from megatron_most.files import write_json
+from megatron_most.files import read_json, write_json
 from megatron_most.inference import LoadedModel, load_for_generation
 from megatron_most.model import count_parameters
 
@@ -95,7 +95,7 @@ def _training_summary(run_dir: Path, model: LoadedModel) -> dict[str, Any]:
     """What the run's own files say about training."""
     metrics = [entry for entry in _json_lines(run_dir / "metrics.jsonl") if "loss" in entry]
     routing = _json_lines(run_dir / "routing.jsonl")
-    environment = json.loads((run_dir / "environment.json").read_text())
+    environment = read_json(run_dir / "environment.json")
     steps = [entry["step"] for entry in metrics]
     intervals = [after - before for before, after in zip([0, *steps[:-1]], steps, strict=True)]
     seconds = sum(entry["step_seconds"] * count for entry, count in zip(metrics, intervals, strict=True))

@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import soxr
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from examples.quickstart.espeak import Espeak  # noqa: E402
@@ -28,6 +27,7 @@ from examples.quickstart.sentences import CORPUS_DIR, SPLIT_SIZES  # noqa: E402
 from megatron_most.cli import require_positive, run  # noqa: E402
 from megatron_most.errors import DataError  # noqa: E402
 from megatron_most.files import replacing, write_text  # noqa: E402
+from megatron_most.progress import Progress  # noqa: E402
 
 SAMPLE_RATE = 16000
 PEAK = 0.7
@@ -97,17 +97,12 @@ def make_split(split: str, output: Path, workers: int, limit: int | None = None)
     paths = [audio_dir / f"{row['id']}.flac" for row in rows]
     jobs = [(row, path) for row, path in zip(rows, paths, strict=True) if not path.exists()]
     if jobs:
-        with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            spoken = pool.imap_unordered(_write_audio, jobs, chunksize=16)
-            for _ in tqdm(
-                spoken,
-                total=len(rows),
-                initial=len(rows) - len(jobs),
-                desc=split,
-                unit="sentence",
-                mininterval=1 if sys.stderr.isatty() else 5,
-            ):
-                pass
+        with (
+            multiprocessing.get_context("spawn").Pool(workers) as pool,
+            Progress(split, len(rows), " sentences", initial=len(rows) - len(jobs)) as progress,
+        ):
+            for _ in pool.imap_unordered(_write_audio, jobs, chunksize=16):
+                progress.add(1)
 
     lines = []
     for row, path in zip(rows, paths, strict=True):

@@ -8,7 +8,6 @@ that a directory with a ``step_`` name is complete unless the storage lost somet
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 from isal import isal_zlib
 
 from megatron_most.errors import CheckpointError
+from megatron_most.files import read_json, sync_folder, write_json
 
 STATE = "state"
 """Folder of the sharded tensors in a checkpoint."""
@@ -67,16 +67,20 @@ def checksum(directory: Path, files: Iterable[str]) -> dict[str, FileEntry]:
 
 def write_manifest(directory: Path, entries: dict[str, FileEntry]) -> None:
     """Write the manifest that makes ``directory`` complete."""
-    write_json(directory / MANIFEST, {name: dataclasses.asdict(entries[name]) for name in sorted(entries)})
+    content = {name: dataclasses.asdict(entries[name]) for name in sorted(entries)}
+    write_json(directory / MANIFEST, content, CheckpointError)
 
 
 def read_manifest(directory: Path) -> dict[str, FileEntry]:
     """The manifest of ``directory``; raises :class:`CheckpointError` when it is missing or unreadable."""
-    values = read_json(directory / MANIFEST)
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{directory}: incomplete: {MANIFEST} is missing")
+    values = read_json(path, CheckpointError)
     try:
         return {name: FileEntry(**entry) for name, entry in values.items()}
     except (AttributeError, TypeError):
-        raise CheckpointError(f"{directory / MANIFEST}: not a checkpoint manifest") from None
+        raise CheckpointError(f"{path}: not a checkpoint manifest") from None
 
 
 def verify_sizes(directory: Path) -> None:
@@ -106,7 +110,7 @@ def commit(temporary: Path, directory: Path) -> None:
     if directory.exists():
         _discard(directory)
     os.replace(temporary, directory)
-    _sync(directory.parent)
+    sync_folder(directory.parent)
 
 
 def complete_checkpoints(run_dir: str | Path) -> tuple[list[Path], list[str]]:
@@ -168,29 +172,6 @@ def retain(run_dir: str | Path, keep_last: int, keep_every: int = 0) -> None:
             raise CheckpointError(f"{path}: cannot be deleted: {error.strerror}") from error
 
 
-def write_json(path: Path, values: object) -> None:
-    """Write JSON to ``path`` so that it is there whole or not at all."""
-    temporary = path.with_name(TEMPORARY_PREFIX + path.name)
-    with open(temporary, "w", encoding="utf-8") as stream:
-        json.dump(values, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-
-
-def read_json(path: Path) -> dict:
-    """Read a JSON object of a checkpoint; raises :class:`CheckpointError` naming the file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: incomplete: {path.name} is missing") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: unreadable: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object")
-    return values
-
-
 def _entry(path: Path) -> FileEntry:
     size, crc = 0, 0
     try:
@@ -209,11 +190,3 @@ def _discard(directory: Path) -> None:
         shutil.rmtree(doomed)
     os.replace(directory, doomed)
     shutil.rmtree(doomed)
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

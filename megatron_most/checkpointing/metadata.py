@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_most.audio import codec_file, file_fingerprint
-from megatron_most.checkpointing.directory import read_json, resolve
+from megatron_most.checkpointing.directory import resolve
 from megatron_most.config import RunConfig, number_experts, with_new_names
 from megatron_most.data.storage.sidecar import read_sidecar
 from megatron_most.errors import CheckpointError
+from megatron_most.files import read_json
 from megatron_most.keys import training_only
 from megatron_most.text import load_tokenizer
 from megatron_most.vocab import VocabLayout
@@ -128,7 +129,7 @@ def read_metadata(path: str | Path) -> CheckpointMetadata:
         CheckpointError: there is none, it cannot be read, or it has another format.
     """
     directory = resolve(path)
-    values = read_json(directory / METADATA)
+    values = read_json(directory / METADATA, CheckpointError)
     written = values.get("format", 1)
     if written != FORMAT:
         raise CheckpointError(

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_most.checkpointing import directory as directories
-from megatron_most.errors import CheckpointError
+from megatron_most.errors import CheckpointError, first_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +78,8 @@ class RankSave:
         try:
             results = self._writer.write_data(self._plan, self._planner).value()
         except (OSError, RuntimeError) as error:
-            line = " ".join(str(error).split())
-            raise CheckpointError(f"{self._directory}: cannot be written: {line} (rank {dist.get_rank()})") from error
+            reason = f"{first_line(error)} (rank {dist.get_rank()})"
+            raise CheckpointError(f"{self._directory}: cannot be written: {reason}") from error
         names = {result.storage_data.relative_path for result in results}
         return Written(results, directories.checksum(self._directory, names))
 

@@ -48,7 +48,8 @@ from torch.futures import Future
 from megatron_most.checkpointing import directory as directories
 from megatron_most.checkpointing.directory import STATE
 from megatron_most.checkpointing.metadata import METADATA, CheckpointMetadata
-from megatron_most.errors import CheckpointError, MostError
+from megatron_most.errors import CheckpointError, MostError, first_line
+from megatron_most.files import write_json
 from megatron_most.parallel import fail, on_rank_zero
 
 WRITTEN_AT_ONCE = 1 << 20
@@ -111,7 +112,7 @@ def write_checkpoint(
             if temporary.exists():
                 shutil.rmtree(temporary)
             (temporary / STATE).mkdir(parents=True)
-            directories.write_json(temporary / METADATA, metadata.to_dict())
+            write_json(temporary / METADATA, metadata.to_dict(), CheckpointError)
         except OSError as error:
             raise CheckpointError(f"{temporary}: cannot be written: {error.strerror}") from error
 
@@ -151,7 +152,7 @@ class StateReader:
         try:
             metadata = self._reader.read_metadata()
         except Exception as error:  # a pickle: broken bytes raise anything
-            raise CheckpointError(f"{state}: unreadable: {' '.join(str(error).split())}") from None
+            raise CheckpointError(f"{state}: unreadable: {first_line(error)}") from None
         self._reader.set_up_storage_reader(metadata, True)
         entries = metadata.state_dict_metadata.items()
         self._tensors = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
@@ -173,9 +174,7 @@ class StateReader:
         try:
             self._reader.read_data(LoadPlan(items), _RegionLoadPlanner(target)).wait()
         except (OSError, RuntimeError, ValueError) as error:
-            raise CheckpointError(
-                f"{self._state}: {region.key} cannot be read: {' '.join(str(error).split())}"
-            ) from error
+            raise CheckpointError(f"{self._state}: {region.key} cannot be read: {first_line(error)}") from error
         return target
 
     def read_whole(self, key: str) -> torch.Tensor:
@@ -360,13 +359,8 @@ def _write_state(
             dist_checkpointing.save({}, str(state), strategy, validate_access_integrity=False)
     except torch_checkpoint.CheckpointException as error:
         _, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
-        line = cause if isinstance(cause, MostError) else f"{state.parent}: cannot be written: {_reason(cause)}"
+        line = cause if isinstance(cause, MostError) else f"{state.parent}: cannot be written: {first_line(cause)}"
         fail(CheckpointError(str(line)) if dist.get_rank() == 0 else None)
     except OSError as error:
-        raise CheckpointError(f"{state.parent}: cannot be written: {_reason(error)}") from error
+        raise CheckpointError(f"{state.parent}: cannot be written: {first_line(error)}") from error
     return strategy.entries
-
-
-def _reason(error: BaseException) -> str:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(str(text).split())

@@ -23,6 +23,7 @@ from megatron_most.checkpointing.metadata import METADATA, CheckpointMetadata
 from megatron_most.checkpointing.rank_save import RankSave, Written
 from megatron_most.checkpointing.state import plan_state
 from megatron_most.errors import CheckpointError
+from megatron_most.files import write_json
 from megatron_most.model import MoSTModel
 from megatron_most.parallel import on_rank_zero, together
 
@@ -109,7 +110,7 @@ class CheckpointSave:
             if self._temporary.exists():
                 shutil.rmtree(self._temporary)
             (self._temporary / STATE).mkdir(parents=True)
-            directories.write_json(self._temporary / METADATA, metadata.to_dict())
+            write_json(self._temporary / METADATA, metadata.to_dict(), CheckpointError)
         except OSError as error:
             raise CheckpointError(f"{self._temporary}: cannot be written: {error.strerror}") from error
 

@@ -28,7 +28,7 @@ from torch.distributed import checkpoint as torch_checkpoint
 
 from megatron_most.checkpointing.optimizer_state import OptimizerState
 from megatron_most.checkpointing.rank_save import PlannedSave, RankSave
-from megatron_most.errors import CheckpointError
+from megatron_most.errors import CheckpointError, first_line
 from megatron_most.model import MoSTModel
 from megatron_most.model.fp8 import fp8_state, load_fp8_state
 from megatron_most.parallel import fail
@@ -54,7 +54,7 @@ def plan_state(directory: Path, model_chunks: list[MoSTModel], optimizer: Megatr
         with _without_torch_warnings():
             dist_checkpointing.save(state, str(directory), FullyParallelSaveStrategyWrapper(planned, _replica_group()))
     except (OSError, CheckpointingException) as error:
-        raise CheckpointError(f"{directory}: cannot be written: {_one_line(error)}") from error
+        raise CheckpointError(f"{directory}: cannot be written: {first_line(error)}") from error
     return planned.rank_save
 
 
@@ -101,7 +101,7 @@ def _load(directory: Path, state: StateDict) -> StateDict:
         with _without_torch_warnings():
             return dist_checkpointing.load(state, str(directory), strategy)
     except (OSError, CheckpointingException) as error:
-        raise CheckpointError(f"{directory}: cannot be loaded: {_one_line(error)}") from error
+        raise CheckpointError(f"{directory}: cannot be loaded: {first_line(error)}") from error
     except torch_checkpoint.CheckpointException as error:
         _fail_once(f"{directory}: cannot be loaded", error)
 
@@ -169,8 +169,4 @@ def _set_rng_state(state: dict[str, Any]) -> None:
 def _fail_once(what: str, error: torch_checkpoint.CheckpointException) -> NoReturn:
     """torch raises on every rank when one has failed, with the errors of those that did: the first is told, once."""
     rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
-    fail(CheckpointError(f"{what}: {_one_line(cause)} (rank {rank})") if dist.get_rank() == 0 else None)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    fail(CheckpointError(f"{what}: {first_line(cause)} (rank {rank})") if dist.get_rank() == 0 else None)

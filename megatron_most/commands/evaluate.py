@@ -1,4 +1,4 @@
-"""Evaluate a trained model: word error rate of its transcripts (asr) or of its speech, read by a recognizer (tts)."""
+"""Word error rate of a trained model: of its transcripts (asr), or of what a recognizer hears in its speech (tts)."""
 
 from __future__ import annotations
 
@@ -13,33 +13,39 @@ from megatron_most.extras import require
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser("evaluate", __doc__)
-    parser.add_argument("--checkpoint", required=True, help="checkpoint directory, or a run directory for its newest")
-    parser.add_argument("--suite", required=True, choices=("asr", "tts"))
+    parser.add_argument(
+        "--checkpoint", required=True, help="checkpoint directory, or run directory (its newest checkpoint)"
+    )
+    parser.add_argument("--suite", required=True, choices=("asr", "tts"), help="what to evaluate")
     parser.add_argument("--data", required=True, help="NeMo manifest (JSON lines) of the evaluation set")
     parser.add_argument("--output", required=True, help="JSON file for the result")
-    parser.add_argument("--limit", type=int, help="use only the first so many utterances")
+    parser.add_argument("--limit", type=int, help="use only the first LIMIT utterances")
     parser.add_argument(
-        "--vocabulary", nargs="+", help="tts: manifests whose sentences the recognizer knows (default: --data)"
+        "--vocabulary",
+        nargs="+",
+        help="tts: manifests with all sentences that the recognizer can hear (default: --data)",
     )
     parser.add_argument(
-        "--max-seconds", type=float, default=6.0, help="tts: longest speech of an utterance (default 6)"
+        "--max-seconds", type=float, default=6.0, help="tts: maximum length of an utterance (default %(default)g)"
     )
-    parser.add_argument("--temperature", type=float, default=0.0, help="tts: 0 (default) is greedy")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="tts: sampling temperature; 0 (default) is greedy"
+    )
     parser.add_argument(
         "--normalizer",
         choices=NORMALIZERS,
         default=NORMALIZERS[0],
-        help="what both texts go through before words are compared (default %(default)s)",
+        help="text normalizer of reference and hypothesis (default %(default)s)",
     )
-    parser.add_argument("--tokenizer", help="tokenizer, if it is no longer where training found it")
-    parser.add_argument("--codec", help="codec, if it is no longer where training found it")
+    parser.add_argument("--tokenizer", help="text tokenizer, if it has moved since training")
+    parser.add_argument("--codec", help="codec, if it has moved since training")
     return parser
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
     cli.require_positive(arguments, "limit", "max_seconds")
     require("nemo", "soundfile", "soxr", "jiwer", *(["pocketsphinx"] if arguments.suite == "tts" else []))
-    text_normalizer(arguments.normalizer)  # a package that is missing is missed before anything is computed
+    text_normalizer(arguments.normalizer)  # a missing package is reported before anything is computed
     from megatron_most.data.preparation.manifest import read_manifest
     from megatron_most.evaluation.recognizer import PocketsphinxRecognizer
     from megatron_most.evaluation.suites import evaluate_asr, evaluate_tts

@@ -1,8 +1,8 @@
-"""Parallel layouts of a configuration that fit a number of GPUs, the promising ones first.
+"""List parallel layouts of a configuration that fit a number of GPUs, best first.
 
     most plan --config examples/configs/most_16b_stage1.yaml --gpus 64
 
-docs/launch.md says what is estimated and how. Nothing is allocated; no GPU is needed.
+docs/launch.md explains the estimates. Nothing is allocated; no GPU is needed.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from megatron_most.planning import DEFAULT_IMBALANCE, GPUS
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser("plan", __doc__)
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration")
-    parser.add_argument("--gpus", required=True, type=int, metavar="N")
-    parser.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="default %(default)s")
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run configuration")
+    parser.add_argument("--gpus", required=True, type=int, metavar="N", help="number of GPUs")
+    parser.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="type of GPU (default %(default)s)")
     parser.add_argument(
         "--imbalance",
         type=float,
         default=DEFAULT_IMBALANCE,
-        help="load of the busiest expert rank over the mean, beyond the mix of modalities (default %(default)s)",
+        help="assumed load of the busiest expert-parallel rank over the mean; the mix of modalities comes on top"
+        " (default %(default)s)",
     )
-    parser.add_argument("--limit", type=int, default=10, help="layouts to show (default %(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the configuration")
+    parser.add_argument("--limit", type=int, default=10, help="number of layouts to list (default %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the configuration")
     return parser
 
 

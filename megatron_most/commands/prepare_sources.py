@@ -1,4 +1,4 @@
-"""The subcommands of ``most prepare`` that read sources: ``manifest`` and ``tokenize``."""
+"""The subcommands of ``most prepare`` that read data sets: ``manifest`` and ``tokenize``."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _LAYOUTS = "\n".join(f"  {name:14} {source.layout}" for name, source in SOURCES.
 
 
 def add_parsers(commands: argparse._SubParsersAction) -> None:
-    """Add the two commands to a parser."""
+    """Add the parsers of the two subcommands."""
     sub = commands.add_parser(
         "manifest",
-        help="a data set in its published layout -> a checked manifest",
+        help="data set in its published layout -> checked manifest",
         epilog=f"sources and what they read:\n{_LAYOUTS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_source(sub)
-    sub.add_argument("--output", required=True, help="the manifest to write; beside it its quarantine and provenance")
+    sub.add_argument("--output", required=True, help="manifest to write; rejected records and provenance go beside it")
 
     sub = commands.add_parser(
         "tokenize",
@@ -37,38 +37,46 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_source(sub)
-    sub.add_argument("--codec", required=True, help=".nemo file or pretrained model's name")
-    sub.add_argument("--output", required=True, help="path prefix of the codes")
-    sub.add_argument("--workers", type=int, help="processes (default: one per core)")
-    sub.add_argument("--shard", default="0/1", metavar="I/N", help="do the I-th of N shares of the work, from 0")
-    sub.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
-    sub.add_argument("--max-seconds", type=float, default=60.0, help="longest utterance (default %(default)g)")
+    sub.add_argument("--codec", required=True, help=".nemo file, or name of a pretrained NeMo codec")
+    sub.add_argument("--output", required=True, help="path prefix of the codes to write")
+    sub.add_argument("--workers", type=int, help="number of processes (default: one per core)")
+    sub.add_argument(
+        "--shard",
+        default="0/1",
+        metavar="I/N",
+        help="encode shard I of N, counted from 0; every task of a job array encodes one (default %(default)s)",
+    )
+    sub.add_argument("--device", default="auto", help="device of the codec: auto (default), cpu or cuda")
+    sub.add_argument(
+        "--max-seconds", type=float, default=60.0, help="maximum length of an utterance (default %(default)g)"
+    )
     sub.add_argument(
         "--chunk-transcribed",
         action="store_true",
-        help="cut longer audio with a text into chunks without one, as is done without a text (default: quarantine)",
+        help="cut longer audio that has a text into chunks without text, as is always done with audio that has none"
+        " (default: reject it)",
     )
     sub.add_argument(
         "--max-quarantine",
         type=float,
         default=MAX_QUARANTINE,
-        help="share of unusable records that is no error yet (default %(default)g)",
+        help="fraction of rejected records above which the command fails (default %(default)g)",
     )
 
 
 def _add_source(sub: argparse.ArgumentParser) -> None:
     which = sub.add_mutually_exclusive_group(required=True)
-    which.add_argument("--manifest", help="NeMo manifest (JSON lines); the same as --source nemo --root FILE")
-    which.add_argument("--source", choices=SOURCES, help="published layout of the data set below --root")
-    sub.add_argument("--root", help="folder (or file) of the source")
+    which.add_argument("--manifest", help="NeMo manifest (JSON lines); short for --source nemo --root FILE")
+    which.add_argument("--source", choices=SOURCES, help="published layout of the data set at --root")
+    sub.add_argument("--root", help="folder or file of the data set")
     sub.add_argument(
-        "--audio-root", action="append", default=[], help="further folder that audio may lie in; may be repeated"
+        "--audio-root", action="append", default=[], help="another folder that audio may be in; may be repeated"
     )
-    sub.add_argument("--split", nargs="+", default=[], help="only these splits")
-    sub.add_argument("--language", help="of records that do not name theirs")
-    sub.add_argument("--license", "--licence", help="of records that do not name theirs")
-    sub.add_argument("--text-field", help="which text, where the source has several")
-    sub.add_argument("--audio-only", action="store_true", help="take audio without a text too")
+    sub.add_argument("--split", nargs="+", default=[], help="read only these splits (default: all)")
+    sub.add_argument("--language", help="language of records that do not name one")
+    sub.add_argument("--license", "--licence", help="license of records that do not name one")
+    sub.add_argument("--text-field", help="field with the text, if the data set has several")
+    sub.add_argument("--audio-only", action="store_true", help="also take audio that has no text")
 
 
 def _spec(arguments: argparse.Namespace) -> SourceSpec:

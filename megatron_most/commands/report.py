@@ -1,4 +1,4 @@
-"""Write the report of a run: one HTML page that needs nothing else.
+"""Write the report of a run as one self-contained HTML page.
 
 most report runs/quickstart
 most report runs/quickstart --output quickstart.html
@@ -16,8 +16,8 @@ from megatron_most.extras import require
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser("report", __doc__)
-    parser.add_argument("run_dir", type=Path, help="the run directory")
-    parser.add_argument("--output", type=Path, help="the HTML file to write (default: RUN_DIR/report.html)")
+    parser.add_argument("run_dir", type=Path, help="run directory")
+    parser.add_argument("--output", type=Path, help="HTML file to write (default: RUN_DIR/report.html)")
     return parser
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from megatron_most.config import RunConfig
 from megatron_most.conversion.architectures import ForeignModel
-from megatron_most.conversion.hugging_face import read_json
 from megatron_most.conversion.weight_map import Origin
 from megatron_most.errors import CheckpointError, ConfigError
+from megatron_most.files import read_json
 from megatron_most.moe import ExpertGroups
 
 MODES = ("partition", "expand", "upcycle")
@@ -79,7 +79,7 @@ def read_usage(path: str | Path, foreign: ForeignModel, num_moe_layers: int, mod
     Raises:
         CheckpointError: unreadable, or of another model.
     """
-    usage = read_json(Path(path))
+    usage = read_json(path, CheckpointError)
     for modality, layers in usage.items():
         where = f"{path}: {modality}"
         if modality not in modalities:

@@ -15,11 +15,12 @@ from megatron_most.config import RunConfig
 from megatron_most.config.load import build_config
 from megatron_most.conversion.architectures import BY_NAME, Architecture, ForeignModel
 from megatron_most.conversion.extension import Extension, shape_config
-from megatron_most.conversion.hugging_face import is_finite, read_json
+from megatron_most.conversion.hugging_face import is_finite
 from megatron_most.conversion.import_plan import RECORD, most_ids
 from megatron_most.conversion.native import EMBEDDING, EXPERT_BIAS, native_shapes
 from megatron_most.conversion.weight_map import Block, Correspondence, IdRun, Origin, all_blocks, cut, open_regions
 from megatron_most.errors import CheckpointError, ConfigError
+from megatron_most.files import read_json
 from megatron_most.moe import ExpertGroups
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -166,7 +167,7 @@ def _import_record(directory: Path, config: RunConfig) -> dict[str, Any] | None:
     """What was written by the import that made a checkpoint, or the one whose weights its run started from."""
     places = [directory, *([Path(config.checkpoint.load)] if config.checkpoint.load else [])]
     found = next((place / RECORD for place in places if (place / RECORD).is_file()), None)
-    return None if found is None else read_json(found)
+    return None if found is None else read_json(found, CheckpointError)
 
 
 def _extension_dtype(region: Region, stored: torch.dtype, wanted: str | None) -> torch.dtype:

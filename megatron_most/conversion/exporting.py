@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -20,11 +19,11 @@ from megatron_most.conversion.export_plan import ExportPlan, plan_export
 from megatron_most.conversion.extension import EXTENSION, EXTENSION_TENSORS
 from megatron_most.conversion.hugging_face import CONFIG, MODEL, TOKENIZER_FILES, HuggingFaceModel
 from megatron_most.conversion.importing import CHECKED_BYTES, TOKENIZER, require_space
-from megatron_most.conversion.progress import Progress
 from megatron_most.conversion.safetensors_files import index_of, parse_size, plan_shards, size_of, write_file
 from megatron_most.conversion.verification import check_logits, is_small
 from megatron_most.errors import CheckpointError
-from megatron_most.files import write_text
+from megatron_most.files import write_json
+from megatron_most.progress import Progress
 from megatron_most.text import load_tokenizer
 
 
@@ -103,18 +102,17 @@ def _write_tensors(plan: ExportPlan, made: Path, max_size: int) -> None:
         for file, names in plan_shards(forms, stem, max_size).items()
     ][rank::world_size]
     total = sum(size_of(form) for _, forms, _ in files for form in forms.values())
-    progress = Progress("export", total, rank == 0)
-    for file, forms, produce in files:
+    with Progress("export", total, "B", enabled=rank == 0) as progress:
+        for file, forms, produce in files:
 
-        def counted(name: str, forms: dict = forms, produce: Callable = produce) -> torch.Tensor:
-            progress.add(size_of(forms[name]))
-            return produce(name)
+            def counted(name: str, forms: dict = forms, produce: Callable = produce) -> torch.Tensor:
+                progress.add(size_of(forms[name]))
+                return produce(name)
 
-        try:
-            write_file(made / file, forms, counted, {"format": "pt"})
-        except OSError as error:
-            raise CheckpointError(f"{made / file}: cannot be written: {error.strerror or error}") from error
-    progress.done()
+            try:
+                write_file(made / file, forms, counted, {"format": "pt"})
+            except OSError as error:
+                raise CheckpointError(f"{made / file}: cannot be written: {error.strerror or error}") from error
 
 
 def _finish(plan: ExportPlan, made: Path, out: Path, max_size: int) -> None:
@@ -122,10 +120,10 @@ def _finish(plan: ExportPlan, made: Path, out: Path, max_size: int) -> None:
     for stem, forms, _ in _groups(plan):
         index = index_of(plan_shards(forms, stem, max_size), forms)
         if index is not None:
-            write_text(made / f"{stem}.safetensors.index.json", index)
-    write_text(made / CONFIG, json.dumps(_config(plan, made), indent=2) + "\n")
+            write_json(made / f"{stem}.safetensors.index.json", index, CheckpointError)
+    write_json(made / CONFIG, _config(plan, made), CheckpointError)
     if plan.extension is not None:
-        write_text(made / EXTENSION, json.dumps(plan.extension.to_dict(), indent=1) + "\n")
+        write_json(made / EXTENSION, plan.extension.to_dict(), CheckpointError)
     if plan.note:
         print(plan.note, flush=True)
     print(f"checked tensors: {_check_tensors(plan, made)}", flush=True)

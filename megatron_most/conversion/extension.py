@@ -14,10 +14,11 @@ from typing import Any
 
 from megatron_most.checkpointing.region_io import Region
 from megatron_most.config import RunConfig, with_new_names
-from megatron_most.conversion.hugging_face import HuggingFaceModel, read_json
+from megatron_most.conversion.hugging_face import HuggingFaceModel
 from megatron_most.conversion.native import EMBEDDING, native_shapes
 from megatron_most.conversion.weight_map import Correspondence, IdRun, Origin
 from megatron_most.errors import CheckpointError
+from megatron_most.files import read_json
 
 EXTENSION = "most_extension.json"
 EXTENSION_TENSORS = "most_extension"
@@ -48,7 +49,7 @@ class Extension:
         path = model.path_of(EXTENSION)
         if not path.is_file():
             return None
-        values = read_json(path)
+        values = read_json(path, CheckpointError)
         if values.get("format") != _FORMAT:
             raise CheckpointError(f"{path}: has format {values.get('format')!r}, this version reads {_FORMAT}")
         try:

@@ -6,14 +6,14 @@ hold, and nothing is unpickled unless it is asked for.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from megatron_most.errors import CheckpointError
+from megatron_most.errors import CheckpointError, first_line
+from megatron_most.files import read_json
 
 CONFIG = "config.json"
 MODEL = "model"
@@ -67,7 +67,7 @@ class HuggingFaceModel:
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise CheckpointError(f"{directory}: no such directory")
-        self.config = read_json(self.path_of(CONFIG))
+        self.config = read_json(self.path_of(CONFIG), CheckpointError)
         index, opener, files = self._find_weights(allow_pickle, stem)
         self._files: dict[str, _File] = {}
         for name in files:
@@ -133,7 +133,7 @@ class HuggingFaceModel:
                 )
             if found == single:
                 return None, opener, [single]
-            weight_map = read_json(self.path_of(index)).get("weight_map")
+            weight_map = read_json(self.path_of(index), CheckpointError).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
                 raise CheckpointError(f"{self.directory / index}: holds no weight_map of names to files")
             return weight_map, opener, sorted(set(weight_map.values()))
@@ -164,7 +164,7 @@ class _Safetensors:
             self._file = safetensors.safe_open(path, framework="pt")
             slices = {key: self._file.get_slice(key) for key in self._file.keys()}  # noqa: SIM118 (no dictionary)
         except (OSError, safetensors.SafetensorError) as error:
-            raise CheckpointError(f"{path}: unreadable: {_one_line(error)}") from None
+            raise CheckpointError(f"{path}: unreadable: {first_line(error)}") from None
         self.entries = {}
         for key, view in slices.items():
             if view.get_dtype() not in DTYPES:
@@ -184,7 +184,8 @@ class _Pickle:
         try:
             content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # whatever broken bytes raise
-            raise CheckpointError(f"{path}: unreadable as weights alone: {_one_line(error).split('. ')[0]}") from None
+            reason = first_line(error).partition(". ")[0]
+            raise CheckpointError(f"{path}: unreadable as weights alone: {reason}") from None
         if not isinstance(content, dict) or not all(torch.is_tensor(value) for value in content.values()):
             raise CheckpointError(f"{path}: must hold a dictionary of tensors")
         wrong = [key for key, value in content.items() if value.dtype not in DTYPES.values()]
@@ -203,20 +204,3 @@ def is_finite(tensor: torch.Tensor) -> bool:
     """Whether all values are; twenty times as fast as ``isfinite``, as a NaN is both extremes of its company."""
     low, high = torch.aminmax(tensor)
     return bool(torch.isfinite(low) and torch.isfinite(high))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises :class:`CheckpointError` naming the file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: {path.name} is missing") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: unreadable: {_one_line(error)}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object")
-    return values
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -5,13 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_most.checkpointing.metadata import first_difference
-from megatron_most.config import RunConfig
+from megatron_most.config import RunConfig, read_yaml
 from megatron_most.config.load import build_config, check_shape
 from megatron_most.conversion.architectures import Architecture, ForeignModel
 from megatron_most.conversion.experts import default_groups, most_groups
@@ -69,7 +66,7 @@ def import_mode(architecture: Architecture, has_extension: bool, options: Import
 def import_config(
     source: HuggingFaceModel, architecture: Architecture, foreign: ForeignModel, mode: str, options: ImportOptions
 ) -> RunConfig:
-    wanted = _read_yaml(options.config) if options.config else {}
+    wanted = read_yaml(options.config) if options.config else {}
     values: dict[str, Any] = {
         "model": copy.deepcopy(foreign.model),
         "precision": {"dtype": foreign.precision},
@@ -124,17 +121,6 @@ def _vocab(architecture: Architecture, foreign: ForeignModel, options: ImportOpt
         raise ConfigError("--audio-vocab: is needed, or a vocab section in the --config file")
     text = MOST_TEXT_IDS if architecture.name == "most" else foreign.vocab_size
     return {"text_vocab_size": text, **audio}
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
-        raise ConfigError(f"{path}: not readable as YAML: {reason}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must hold a mapping of config sections")
-    return values
 
 
 def _merge(values: dict[str, Any], wanted: dict[str, Any]) -> None:

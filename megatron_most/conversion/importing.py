@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +18,10 @@ from megatron_most.config import CONFIG, ParallelConfig, dump_config
 from megatron_most.conversion.hugging_face import TOKENIZER_FILES, HuggingFaceModel
 from megatron_most.conversion.import_config import ImportOptions
 from megatron_most.conversion.import_plan import RECORD, ImportPlan, num_bytes, plan_import
-from megatron_most.conversion.progress import Progress
 from megatron_most.conversion.verification import check_logits, is_small
 from megatron_most.errors import CheckpointError, ConfigError
-from megatron_most.files import write_text
+from megatron_most.files import write_json, write_text
+from megatron_most.progress import Progress
 from megatron_most.text import load_tokenizer
 from megatron_most.training.run_directory import versions
 
@@ -46,18 +45,19 @@ def import_model(directory: str | Path, out: str | Path, options: ImportOptions)
         plan = parallel.together(lambda: _plan(directory, out, options))
         mine = share_of(plan.regions, plan.forms, dist.get_rank(), dist.get_world_size())
         num_mine = sum(num_bytes(region, plan.forms) for region in mine)
-        progress = Progress("import", num_mine, dist.get_rank() == 0)
+        metadata = _metadata(plan, out)
+        progress = Progress("import", num_mine, "B", enabled=dist.get_rank() == 0)
 
         def produce(region: Region) -> torch.Tensor:
             progress.add(num_bytes(region, plan.forms))
             return plan.produce(region)
 
         def finish(made: Path) -> None:
-            progress.done()
+            progress.close()
             _finish(plan, metadata, made, out)
 
-        metadata = _metadata(plan, out)
-        write_checkpoint(out, metadata, plan.forms, mine, produce, finish)
+        with progress:
+            write_checkpoint(out, metadata, plan.forms, mine, produce, finish)
     finally:
         parallel.destroy()
     return out
@@ -123,11 +123,11 @@ def _finish(plan: ImportPlan, metadata: CheckpointMetadata, made: Path, out: Pat
     if plan.config.tokenizer is not None:
         copy_tokenizer(plan.source, made / TOKENIZER)
     config = dataclasses.replace(plan.config, checkpoint=dataclasses.replace(plan.config.checkpoint, load=str(out)))
-    write_text(made / CONFIG, dump_config(config))
+    write_text(made / CONFIG, dump_config(config), CheckpointError)
     checks = {"tensors": _check_tensors(plan, made), "logits": _check_logits(plan, made)}
     for what, result in checks.items():
         print(f"checked {what}: {result['said']}", flush=True)
-    write_text(made / RECORD, json.dumps(_record(plan, checks), indent=1) + "\n")
+    write_json(made / RECORD, _record(plan, checks), CheckpointError)
 
 
 def copy_tokenizer(source: HuggingFaceModel, folder: Path) -> None:

@@ -11,11 +11,12 @@ from megatron_most.checkpointing.region_io import STATE, StateReader
 from megatron_most.conversion.architectures import read_foreign
 from megatron_most.conversion.export_plan import stored_config
 from megatron_most.conversion.extension import EXTENSION, Extension
-from megatron_most.conversion.hugging_face import CONFIG, HuggingFaceModel, read_json
+from megatron_most.conversion.hugging_face import CONFIG, HuggingFaceModel
 from megatron_most.conversion.import_plan import RECORD
 from megatron_most.conversion.native import native_shapes
 from megatron_most.conversion.safetensors_files import size_of
 from megatron_most.errors import CheckpointError
+from megatron_most.files import read_json
 from megatron_most.moe import ExpertGroups
 from megatron_most.vocab import VocabLayout
 
@@ -84,7 +85,7 @@ def _native(path: Path, checksums: bool) -> Facts:
     groups = ExpertGroups.from_config(moe)
     pools = ", ".join(f"{name} {_short(experts)}" for name, experts in groups.pools.items())
     layout = {name: value for name, value in metadata.config["parallel"].items() if value not in (1, None)}
-    record = read_json(path / RECORD) if (path / RECORD).is_file() else None
+    record = read_json(path / RECORD, CheckpointError) if (path / RECORD).is_file() else None
     origin = f"{record['source']['architecture']}, {record['experts']}" if record else "training"
     types = sorted({str(forms[key].dtype).removeprefix("torch.") for key in shapes})
     sums = "files complete, checksums right" if checksums else "files complete; --checksums reads them"

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,13 +52,13 @@ def plan_shards(forms: Mapping[str, TensorForm], stem: str, max_size: int) -> di
     }
 
 
-def index_of(shards: Mapping[str, Sequence[str]], forms: Mapping[str, TensorForm]) -> str | None:
-    """The JSON text of the index that several files need; None for one file."""
+def index_of(shards: Mapping[str, Sequence[str]], forms: Mapping[str, TensorForm]) -> dict[str, Any] | None:
+    """The content of the index that several files need; None for one file."""
     if len(shards) == 1:
         return None
     weight_map = {name: file for file, names in shards.items() for name in names}
     total = sum(size_of(form) for form in forms.values())
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1) + "\n"
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
 def write_file(

@@ -23,7 +23,7 @@ from megatron_most.conversion.hugging_face import CONFIG, HuggingFaceModel
 from megatron_most.conversion.import_plan import most_ids
 from megatron_most.conversion.native import native_shapes
 from megatron_most.conversion.weight_map import IdRun
-from megatron_most.errors import CheckpointError, DataError
+from megatron_most.errors import CheckpointError, DataError, first_line
 from megatron_most.model import build_model
 
 _SMALL = 1 << 27
@@ -175,7 +175,7 @@ def read_tokens(path: str | Path) -> torch.Tensor:
     try:
         rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable as JSON lines: {' '.join(str(error).split())}") from None
+        raise DataError(f"{path}: not readable as JSON lines: {first_line(error)}") from None
     valid = rows and all(isinstance(row, list) and len(row) == len(rows[0]) > 1 for row in rows)
     if not valid or not all(type(token) is int and token >= 0 for row in rows for token in row):
         raise DataError(f"{path}: must hold lists of ids, two or more in each and the same number in all, a line each")

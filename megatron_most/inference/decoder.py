@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 
+from megatron_most.errors import first_line
 from megatron_most.inference.grammar import DONE, Grammar
 from megatron_most.inference.sampling import Sampling
 from megatron_most.model import KeyValueCache, MoSTModel
@@ -185,7 +186,7 @@ class _GraphedCall:
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._call()
         except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
+            reason = first_line(error)
             logging.getLogger(__name__).warning("generating without a CUDA graph, several times slower: %s", reason)
         else:
             self._graph = graph

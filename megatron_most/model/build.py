@@ -6,7 +6,7 @@ from megatron.core import parallel_state
 
 from megatron_most import platform
 from megatron_most.config import RunConfig
-from megatron_most.config.model import AttentionConfig
+from megatron_most.config.attention import AttentionConfig
 from megatron_most.model.fp8 import convert_to_fp8
 from megatron_most.model.most_model import MoSTModel, padded
 from megatron_most.model.rotary import Rotations

@@ -15,7 +15,7 @@ import math
 import torch
 from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEmbedding
 
-from megatron_most.config.model import AttentionConfig, RopeConfig
+from megatron_most.config.attention import AttentionConfig, RopeConfig
 from megatron_most.model.key_value_cache import KeyValueCache
 from megatron_most.model.packed_row import PackedRow
 from megatron_most.parallel import zigzag_positions

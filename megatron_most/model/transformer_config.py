@@ -8,7 +8,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from megatron_most import platform
 from megatron_most.config import RunConfig
-from megatron_most.config.model import AttentionConfig
+from megatron_most.config.attention import AttentionConfig
 from megatron_most.model.rotary import softmax_scale
 from megatron_most.precision import fp8_backend
 

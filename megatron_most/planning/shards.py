@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_most.config import RunConfig
-from megatron_most.config.model import AttentionConfig
+from megatron_most.config.attention import AttentionConfig
 from megatron_most.model.most_model import padded
 from megatron_most.moe import ExpertGroups
 

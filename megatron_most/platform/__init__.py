@@ -1,4 +1,4 @@
-"""Every question about hardware is asked and answered here."""
+"""Everything that depends on the hardware: devices, kernels, and stand-ins on machines without a GPU."""
 
 from megatron_most.platform.attention import document_attention, wants_equal_head_sizes
 from megatron_most.platform.choices import model_backend, part_choices

@@ -12,6 +12,7 @@ import yaml
 
 from megatron_most.config import CONFIG, with_new_names
 from megatron_most.errors import DataError
+from megatron_most.files import read_json
 
 
 @dataclass
@@ -86,13 +87,18 @@ def number(value: Any) -> float | None:
     return float(value)
 
 
+def _is_there(run: RunFiles, name: str, purpose: str) -> bool:
+    if (run.directory / name).is_file():
+        return True
+    run.notes.append(f"{name} is not there: {purpose}.")
+    return False
+
+
 def _text(run: RunFiles, name: str, purpose: str) -> str:
-    path = run.directory / name
-    if not path.is_file():
-        run.notes.append(f"{name} is not there: {purpose}.")
+    if not _is_there(run, name, purpose):
         return ""
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return (run.directory / name).read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         run.notes.append(f"{name} cannot be read: {error.strerror}.")
         return ""
@@ -118,19 +124,14 @@ def _json_lines(run: RunFiles, name: str, purpose: str) -> list[dict[str, Any]]:
 
 
 def _json_object(run: RunFiles, name: str, purpose: str) -> dict[str, Any]:
-    text = _text(run, name, purpose)
-    if not text:
+    if not _is_there(run, name, purpose):
         return {}
+    path = run.directory / name
     try:
-        value = json.loads(text)
-    except ValueError as error:
-        value, problem = None, str(error)
-    else:
-        problem = "it holds no JSON object"
-    if not isinstance(value, dict):
-        run.notes.append(f"{name} is left out: {problem}.")
+        return read_json(path, DataError)
+    except DataError as error:
+        run.notes.append(f"{name} is left out: {str(error).removeprefix(f'{path}: ')}.")
         return {}
-    return value
 
 
 def _read_config(run: RunFiles) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import time
 from collections.abc import Callable, Iterable
@@ -11,8 +10,8 @@ from pathlib import Path
 import submitit
 
 from megatron_most.config import CONFIG, dump_config
-from megatron_most.errors import ConfigError
-from megatron_most.files import write_json, write_text
+from megatron_most.errors import ConfigError, first_line
+from megatron_most.files import read_json, write_json, write_text
 from megatron_most.sweep.job import FAILURE, LOG, RESULT, Job, Programs, last_error, lock
 from megatron_most.sweep.plan import PlannedRun
 from megatron_most.sweep.spec import Sweep
@@ -76,7 +75,7 @@ def _executor(sweep: Sweep, cluster: str) -> submitit.AutoExecutor:
     try:
         executor = submitit.AutoExecutor(folder=Path(sweep.spec.output) / "jobs", cluster=cluster)
     except RuntimeError as error:
-        raise ConfigError(f"--executor={cluster}: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"--executor={cluster}: {first_line(error)}") from None
     executor.update_parameters(name=sweep.spec.name, timeout_min=resources.minutes)
     if cluster == "slurm":
         options = {"partition": resources.partition, "account": resources.account}
@@ -98,7 +97,7 @@ def _job(sweep: Sweep, run: PlannedRun, programs: Programs) -> Job:
 def _submit_to_slurm(sweep: Sweep, todo: list[PlannedRun], programs: Programs, report: Callable[[str], None]) -> None:
     executor = _executor(sweep, "slurm")
     path = Path(sweep.spec.output) / _JOBS
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = read_json(path) if path.is_file() else {}
     queued = _queued(known.values())
     waiting = [run for run in todo if known.get(run.identity) in queued]
     todo = [run for run in todo if run not in waiting]
@@ -154,10 +153,10 @@ def _run_here(sweep: Sweep, todo: list[PlannedRun], programs: Programs, report: 
 def _end(run: PlannedRun) -> str:
     """How a run ended; a job that was killed leaves no word, so one is left for it."""
     if (run.directory / RESULT).is_file():
-        seconds = json.loads((run.directory / RESULT).read_text(encoding="utf-8"))["seconds"]
+        seconds = read_json(run.directory / RESULT)["seconds"]
         return f"finished in {seconds:.0f} s"
     failure = run.directory / FAILURE
     if not failure.is_file():
         error = f"its job was killed or ran out of time; the last it said: {last_error(run.directory / LOG)}"
         write_json(failure, {"identity": run.identity, "attempts": 1, "error": error, "last_lines": []})
-    return f"failed: {json.loads(failure.read_text(encoding='utf-8'))['error']}"
+    return f"failed: {read_json(failure)['error']}"

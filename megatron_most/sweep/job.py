@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from megatron_most.config import CONFIG, load_config
-from megatron_most.errors import MostError
-from megatron_most.files import write_json
+from megatron_most.errors import DataError, MostError
+from megatron_most.files import read_json, write_json
+from megatron_most.locks import locked
 from megatron_most.sweep.spec import EvaluationConfig, ResourcesConfig
 
 RESULT = "sweep_result.json"
@@ -67,7 +66,7 @@ class Job:
             return
         with lock(directory) as held:
             if held is not None and not (directory / RESULT).is_file():
-                self._run(directory, held)
+                self._run(directory, held.fileno())
 
     def checkpoint(self) -> object:
         """What submitit calls before SLURM takes the job away: have training save, then queue the same job again."""
@@ -177,19 +176,9 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
 
 
-@contextlib.contextmanager
-def lock(directory: Path) -> Iterator[int | None]:
-    """Hold a run directory as long as the block lasts, and as any process that inherits the descriptor lives.
-
-    None when another process holds it.
-    """
-    with open(directory / _LOCK, "a", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield None
-        else:
-            yield file.fileno()
+def lock(directory: Path) -> contextlib.AbstractContextManager[BinaryIO | None]:
+    """Hold a run directory; None when another process holds it."""
+    return locked(directory / _LOCK, wait=False)
 
 
 def _ended(what: str, status: int, log: Path) -> str:
@@ -198,8 +187,8 @@ def _ended(what: str, status: int, log: Path) -> str:
 
 def _attempts(failure: Path) -> int:
     try:
-        return int(json.loads(failure.read_text(encoding="utf-8"))["attempts"])
-    except (OSError, ValueError, KeyError):
+        return int(read_json(failure, DataError)["attempts"])
+    except (DataError, ValueError, KeyError):
         return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from megatron_most.errors import DataError
-from megatron_most.files import replacing
+from megatron_most.files import read_json, replacing
 from megatron_most.report.run_files import RunFiles, number, read_run
 from megatron_most.sweep.execution import state
 from megatron_most.sweep.job import FAILURE, RESULT
@@ -125,6 +124,6 @@ def write_tables(sweep: Sweep, results: list[RunResult], directory: Path) -> lis
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path, DataError)
+    except DataError:
         return {}

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from megatron_most.config.load import check_shape
+from megatron_most.config.load import check_shape, read_yaml
 from megatron_most.config.rules import require, require_not_negative, require_one_of, require_positive
 from megatron_most.errors import ConfigError
 from megatron_most.evaluation.wer import NORMALIZERS
@@ -144,14 +144,7 @@ def load_sweep(path: str | Path) -> Sweep:
             looked at here (:func:`megatron_most.sweep.plan.plan_runs`).
     """
     path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such sweep file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must hold a mapping")
+    content = read_yaml(path)
     free = {key: content.pop(key, None) for key in ("axes", "baseline", "skip", "overrides")}
     check_shape(content, SweepSpec, "", str(path))
     missing = [key for key in ("name", "base", "output", "seeds") if key not in content]

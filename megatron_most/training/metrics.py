@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 import time
 import uuid
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from megatron_most.config import LoggingConfig, MoEConfig
 from megatron_most.errors import ConfigError
+from megatron_most.files import write_text
 from megatron_most.training.routing_metrics import RoutingMetrics
 from megatron_most.training.run_directory import METRICS, ROUTING
 
@@ -91,9 +91,7 @@ class JsonLines:
         self.path = path
         if path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= resume_step]
-            temporary = path.with_name(f".tmp-{path.name}")
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            os.replace(temporary, path)
+            write_text(path, "".join(f"{line}\n" for line in kept))
         self.stream = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
 
     def write(self, values: dict[str, Any]) -> None:
@@ -218,7 +216,7 @@ def _wandb(run_dir: Path, project: str, run_config: dict[str, Any]) -> Any:
     # A resumed run goes on in the same wandb run.
     identity = run_dir / ".wandb_id"
     if not identity.exists():
-        identity.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+        write_text(identity, uuid.uuid4().hex[:12])
     return wandb.init(
         project=project,
         name=run_dir.name,

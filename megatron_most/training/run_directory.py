@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import fcntl
 import importlib.metadata
 import os
 import platform as python_platform
 import shlex
 import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
-import yaml
 
-from megatron_most.checkpointing.directory import complete_checkpoints, remove_leftovers, write_json
+from megatron_most.checkpointing.directory import complete_checkpoints, remove_leftovers
 from megatron_most.checkpointing.metadata import TRAINING_ONLY, first_difference
-from megatron_most.config import CONFIG, RunConfig, dump_config, with_new_names
+from megatron_most.config import CONFIG, RunConfig, dump_config, read_yaml, with_new_names
 from megatron_most.errors import ConfigError
-from megatron_most.files import write_text
+from megatron_most.files import write_json, write_text
+from megatron_most.locks import locked
 
 ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
@@ -29,11 +29,11 @@ _IDENTITY = ("seed", "vocab", "model", "data", "precision.dtype")
 _CHANGEABLE = TRAINING_ONLY | {"data.validation"}
 
 
-def claim(config: RunConfig, world_size: int, device: str) -> TextIO:
+def claim(config: RunConfig, world_size: int, device: str) -> contextlib.ExitStack:
     """Take the run directory for this process: clean up after an interrupted one, record config and environment.
 
     Returns:
-        The open lock file; the directory is held until it is closed or the process ends, however it ends.
+        The lock: the directory is held until it is closed or the process ends, however it ends.
 
     Raises:
         ConfigError: the directory cannot be made, or is in use.
@@ -41,14 +41,12 @@ def claim(config: RunConfig, world_size: int, device: str) -> TextIO:
     run_dir = Path(config.run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / ".lock", "a", encoding="utf-8")  # noqa: SIM115 - held as long as the run
+        lock = contextlib.ExitStack()
+        held = lock.enter_context(locked(run_dir / ".lock", wait=False))
     except OSError as error:
         raise ConfigError(f"run_dir={config.run_dir!r}: cannot be created: {error.strerror}") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise ConfigError(f"run_dir={config.run_dir!r}: another process is training there") from None
+    if held is None:
+        raise ConfigError(f"run_dir={config.run_dir!r}: another process is training there")
     remove_leftovers(run_dir)
     write_text(run_dir / CONFIG, dump_config(config))
     write_json(run_dir / ENVIRONMENT, environment(world_size, device))
@@ -65,12 +63,9 @@ def check_same_run(config: RunConfig) -> None:
     path, metrics = run_dir / CONFIG, run_dir / METRICS
     if not (metrics.is_file() and metrics.stat().st_size) and not complete_checkpoints(run_dir)[0]:
         return
-    try:
-        theirs = with_new_names(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    if not path.is_file():
         return
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot tell whose run this is: {' '.join(str(error).split())}") from None
+    theirs = with_new_names(read_yaml(path))
     mine = dataclasses.asdict(config)
     for section in _IDENTITY:
         difference = first_difference(_field(theirs, section), _field(mine, section), section, ignore=_CHANGEABLE)

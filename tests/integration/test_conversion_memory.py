@@ -70,7 +70,7 @@ def synthetic(folder: Path, shape: dict, num_layers: int) -> Path:
         write_file(folder / file, {name: forms[name] for name in names}, produce, {"format": "pt"})
     index = index_of(shards, forms)
     if index is not None:
-        (folder / "model.safetensors.index.json").write_text(index)
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
 
 

@@ -70,7 +70,7 @@ def encode_shard(
             chunk = (number, len(pieces_codes)) if len(pieces_codes) > 1 else None
             lines.append(json.dumps(_line(record, len(piece_codes), chunk), ensure_ascii=False) + "\n")
             codes.append(piece_codes.tobytes())
-    with replacing(f"{shard.prefix}.codes") as temporary:
+    with replacing(f"{shard.prefix}.codes", durable=True) as temporary:
         temporary.write_bytes(b"".join(codes))
     write_text(f"{shard.prefix}.rejected.jsonl", "".join(rejected))
     write_text(f"{shard.prefix}.jsonl", "".join(lines))

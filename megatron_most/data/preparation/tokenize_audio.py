@@ -18,12 +18,13 @@ import torch
 from megatron_most.audio import AudioCodec, codec_file, file_fingerprint, load_codec
 from megatron_most.data.preparation.collect import MAX_QUARANTINE, Collected, SourceSpec, collect
 from megatron_most.data.preparation.shards import Job, Limits, Shard
-from megatron_most.data.preparation.shared_folder import hostname_and_pid, locked, one_line_when_the_disk_is_full
+from megatron_most.data.preparation.shared_folder import hostname_and_pid, one_line_when_the_disk_is_full
 from megatron_most.data.preparation.tokenize_merge import merge_shards
 from megatron_most.data.preparation.tokenize_workers import encode_all
 from megatron_most.data.storage.codes import CodecIdentity, CodesDataset
 from megatron_most.data.storage.sidecar import read_sidecar, write_sidecar
 from megatron_most.errors import ConfigError, DataError
+from megatron_most.locks import locked
 
 SHARD_SIZES = (32, 1024)
 """Fewest and most records of a shard: what an interruption can cost each process."""
@@ -99,8 +100,8 @@ def _tidied(lock: Path, parts: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             parts.rmdir()  # only if it is empty
-        with locked(lock, wait=False) as is_last:
-            if is_last and not parts.exists():
+        with locked(lock, wait=False) as alone:
+            if alone is not None and not parts.exists():
                 lock.unlink(missing_ok=True)
 
 

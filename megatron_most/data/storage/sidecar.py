@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megatron_most.errors import DataError
-from megatron_most.files import write_json
+from megatron_most.files import read_json, write_json
 
 FORMAT_VERSION = 1
 
@@ -22,13 +21,10 @@ def write_sidecar(path: str | Path, content: dict[str, Any]) -> None:
 
 def read_sidecar(path: str | Path, what: str) -> dict[str, Any]:
     """Read a sidecar as it was written; :class:`DataError` naming ``what`` when it is missing or broken."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{what}: {path} is missing (not built, or not finished)") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{what}: {path} is not readable as JSON: {error}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT_VERSION:
+    if not Path(path).is_file():
+        raise DataError(f"{what}: {path} is missing (not built, or not finished)")
+    content = read_json(path, DataError)
+    if content.get("format") != FORMAT_VERSION:
         raise DataError(f"{what}: {path} is not of format {FORMAT_VERSION}")
     return content
 

@@ -191,7 +191,7 @@ def test_configuration_that_contradicts_the_weights_or_cannot_be_converted(folde
 
 def test_unreadable_configuration(folder):
     (folder / "config.json").write_text("{")
-    refused(folder, "config.json: unreadable")
+    refused(folder, "config.json: not readable as JSON")
 
 
 def test_nothing_there(tmp_path):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from safetensors import safe_open
@@ -36,7 +34,7 @@ def test_shards_hold_every_tensor_once_within_their_size():
     shards = plan_shards(forms, "model", max_size=28)
     assert list(shards.values()) == [["0", "1"], ["2"], ["3"], ["4", "5"]]
     assert list(shards) == [f"model-{place:05d}-of-00004.safetensors" for place in range(1, 5)]
-    index = json.loads(index_of(shards, forms))
+    index = index_of(shards, forms)
     assert index["metadata"]["total_size"] == 4 * 42
     assert index["weight_map"]["3"] == "model-00003-of-00004.safetensors"
     assert plan_shards(forms, "model", 1000) == {"model.safetensors": list(forms)}

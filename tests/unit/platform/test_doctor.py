@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from megatron_most.platform import doctor
+from megatron_most.platform.findings import TESTED
 from tests.unit.install.requirements import ROOT, setup_arguments, setup_requirements
 from tests.unit.install.stand_in_distributions import write_distribution
 
@@ -123,7 +124,7 @@ def test_every_optional_package_is_looked_for_once_and_its_extra_brings_it():
 
 def test_the_torch_that_setup_installs_is_one_that_is_called_tested():
     version = re.search(r"^TORCH_VERSION := (\d+\.\d+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
-    assert version in doctor.TESTED["torch"]
+    assert version in TESTED["torch"]
 
 
 @pytest.fixture

@@ -87,5 +87,5 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, text, match):
 
 
 def test_no_such_file(tmp_path):
-    with pytest.raises(ConfigError, match="no such sweep file"):
+    with pytest.raises(ConfigError, match="no such file"):
         load_sweep(tmp_path / "absent.yaml")

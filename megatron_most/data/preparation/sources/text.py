@@ -10,7 +10,7 @@ from megatron_most.data.preparation.chat_files import check_roles
 from megatron_most.data.preparation.manifest import Record, Rejection, parse_turns
 from megatron_most.data.preparation.sources.base import Source
 from megatron_most.data.storage.json_lines import Line, license_of, parse_json_object, text_of
-from megatron_most.errors import DataError
+from megatron_most.errors import DataError, first_line
 
 _ROWS = 1024
 """Rows of a Parquet file that are held at once."""
@@ -83,7 +83,7 @@ class TextCorpus(Source):
                         number += 1
                         yield f"row {number}", row
         except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{path}: not readable as Parquet: {str(error).splitlines()[0]}") from None
+            raise DataError(f"{path}: not readable as Parquet: {first_line(error)}") from None
 
 
 class Chat(TextCorpus):

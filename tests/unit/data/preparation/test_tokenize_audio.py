@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -394,7 +395,8 @@ def test_progress_counts_files_and_audio(manifest, tmp_path, capsys):
     (tmp_path / "wav" / "0.wav").write_bytes(b"")
     run(manifest, tmp_path / "codes", max_quarantine=0.1)
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("tokenize: 11/11 files, 0.00 h of audio at ") and last.endswith(" h/h, 1 rejected")
+    said = r"tokenize: 11/11 files, 0\.00 h of audio at \d+ h/h, 1 rejected, \d+\.\d+ files/s in 00:\d\d"
+    assert re.fullmatch(said, last)
 
 
 def test_texts_that_do_not_fit_the_codes_are_refused(manifest, tmp_path):
