@@ -234,7 +234,10 @@ class TrainingConfig:
     micro_batch_size: int = key(1, "rows a rank computes at once", "--micro-batch-size")
     global_batch_size: int = key(8, "rows of a step, over all ranks", "--global-batch-size")
     recompute: str = key(
-        "none", "in the backward pass: `none`, `moe` (the expert layers) or `full`", "--recompute-granularity"
+        "none",
+        "what the backward pass computes again instead of keeping it: `none`, `moe_act` (the experts' activations), `moe`"
+        " (the expert layers) or `full`",
+        "--recompute-granularity, --recompute-modules",
     )
     eval_interval: int = key(0, "steps between validations; 0 for none", "--eval-interval")
     eval_iters: int = key(8, "batches of each validation dataset", "--eval-iters")
@@ -243,7 +246,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         require_positive("training", self, ("train_iters", "micro_batch_size", "global_batch_size", "eval_iters"))
         require_not_negative("training", self, ("eval_interval", "threads_per_rank"))
-        require_one_of("training.recompute", self.recompute, ("none", "moe", "full"))
+        require_one_of("training.recompute", self.recompute, ("none", "moe_act", "moe", "full"))
 
 
 @dataclass
@@ -356,6 +359,13 @@ class RunConfig:
             f"takes rows of whole 16 bytes: model.hidden_size ({model.hidden_size}) and each rank's share of"
             f" model.moe.moe_ffn_hidden_size ({width}) must be divisible by {multiple} in {self.precision.dtype};"
             " else take sequential",
+        )
+        require(
+            self.training.recompute != "moe_act"
+            or (model.moe.expert_backend != "sequential" and not self.precision.uses_fp8),
+            "training.recompute",
+            self.training.recompute,
+            "needs model.moe.expert_backend=grouped or transformer_engine, and precision.fp8=off",
         )
         self._check_fp8()
         require(
