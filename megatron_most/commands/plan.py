@@ -1,7 +1,8 @@
-"""Parallel layouts of a configuration that fit a number of GPUs, the promising ones first.
+"""Parallel layouts of a configuration that fit a number of GPUs, the fastest by estimate first.
 
-    most plan --config examples/configs/most_16b_stage1.yaml --gpus 64
+    most plan --config examples/configs/most_16b_stage1.yaml --gpus 64 --no-check-files
 
+For the first layout: the time of a step by parts, the days of the run, disk and host memory of its checkpoints.
 docs/launch.md says what is estimated and how. Nothing is allocated; no GPU is needed.
 """
 
@@ -17,13 +18,19 @@ from megatron_most.planning import DEFAULT_IMBALANCE, GPUS
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser("plan", __doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration")
-    parser.add_argument("--gpus", required=True, type=int, metavar="N")
-    parser.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="default %(default)s")
+    parser.add_argument("--gpus", required=True, type=int, metavar="N", help="GPUs over all nodes")
+    parser.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="model of the GPUs (default %(default)s)")
     parser.add_argument(
         "--imbalance",
         type=float,
         default=DEFAULT_IMBALANCE,
-        help="load of the busiest expert rank over the mean, beyond the mix of modalities (default %(default)s)",
+        help="load of the busiest expert-parallel rank over what the mix of modalities gives it (default %(default)s)",
+    )
+    parser.add_argument("--tflops", type=float, metavar="X", help="also give the days at X TFLOP/s for each GPU")
+    parser.add_argument(
+        "--no-check-files",
+        action="store_true",
+        help="plan without the datasets, the tokenizer and the checkpoint to start from",
     )
     parser.add_argument("--limit", type=int, default=10, help="layouts to show (default %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the configuration")
@@ -31,12 +38,16 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def plan(arguments: argparse.Namespace) -> None:
-    cli.require_positive(arguments, "gpus", "imbalance", "limit")
+    cli.require_positive(arguments, "gpus", "imbalance", "limit", "tflops")
     from megatron_most.config import load_config
-    from megatron_most.planning import describe_layouts
+    from megatron_most.planning import check_files, describe_layouts
 
     config = load_config(arguments.config, arguments.overrides)
-    print(describe_layouts(config, arguments.gpus, arguments.gpu, arguments.imbalance, arguments.limit))
+    if not arguments.no_check_files:
+        check_files(config)
+    print(
+        describe_layouts(config, arguments.gpus, arguments.gpu, arguments.imbalance, arguments.limit, arguments.tflops)
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

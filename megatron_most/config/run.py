@@ -235,8 +235,8 @@ class TrainingConfig:
     global_batch_size: int = key(8, "rows of a step, over all ranks", "--global-batch-size")
     recompute: str = key(
         "none",
-        "what the backward pass computes again instead of keeping it: `none`, `moe_act` (the experts' activations), `moe`"
-        " (the expert layers) or `full`",
+        "what the backward pass computes again, to save memory: `none`, `moe_act` (the experts' activation function),"
+        " `moe` (the expert layers) or `full`",
         "--recompute-granularity, --recompute-modules",
     )
     eval_interval: int = key(0, "steps between validations; 0 for none", "--eval-interval")
