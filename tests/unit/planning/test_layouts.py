@@ -53,9 +53,10 @@ def test_nothing_is_split_without_need() -> None:
 def test_recomputation_is_taken_where_memory_asks_for_it() -> None:
     config = tiny_config(data__seq_length=4096)
     [roomy] = fitting_layouts(config, 1, sized(10_000))
-    [tight] = fitting_layouts(config, 1, sized(0.95 * roomy.memory / MIB))
-    assert (roomy.recompute, tight.recompute) == ("none", "moe_act")
-    assert tight.seconds > roomy.seconds
+    [tight] = fitting_layouts(config, 1, sized(0.96 * roomy.memory / MIB))
+    [tighter] = fitting_layouts(config, 1, sized(0.9 * roomy.memory / MIB))
+    assert (roomy.recompute, tight.recompute, tighter.recompute) == ("none", "moe_act", "moe")
+    assert roomy.seconds < tight.seconds < tighter.seconds
 
 
 def test_a_slow_network_keeps_experts_inside_a_node() -> None:

@@ -91,7 +91,14 @@ def test_a_recipe_says_for_how_many_gpus_it_is_and_fits_them(name: str) -> None:
 
 
 def test_all_recipes_are_there() -> None:
-    assert RECIPES == ["most_16b_expand", "most_16b_stage1", "most_16b_stage2", "most_3b_upcycled", "most_debug"]
+    assert RECIPES == [
+        "most_16b_expand",
+        "most_16b_librispeech",
+        "most_16b_stage1",
+        "most_16b_stage2",
+        "most_3b_upcycled",
+        "most_debug",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -99,6 +106,7 @@ def test_all_recipes_are_there() -> None:
     [
         ("most_16b_stage1", DEEPSEEK_V2_LITE),
         ("most_16b_stage2", DEEPSEEK_V2_LITE),
+        ("most_16b_librispeech", DEEPSEEK_V2_LITE),
         ("most_16b_expand", DEEPSEEK_V2_LITE),
         ("most_3b_upcycled", LLAMA_3_2_3B),
     ],
@@ -125,6 +133,7 @@ def test_models_are_those_that_conversion_makes_of_the_base(name: str, base: dic
     ("name", "mode", "base"),
     [
         ("most_16b_stage1", "partition", DEEPSEEK_V2_LITE),
+        ("most_16b_librispeech", "partition", DEEPSEEK_V2_LITE),
         ("most_16b_expand", "expand", DEEPSEEK_V2_LITE),
         ("most_3b_upcycled", "upcycle", LLAMA_3_2_3B),
     ],
