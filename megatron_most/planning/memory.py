@@ -198,11 +198,11 @@ def _activations(config: RunConfig, world_size: int, pipeline_rank: int, pairs: 
         kept, again = sum(sum(layer) for layer in layers), 0.0
     total = kept * micro_batches_under_way(config, world_size, pipeline_rank) + again
     if pipeline_rank == pipeline - 1:
-        # Final norm; where there is a target its output again, logits in the model's precision and in fp32 (which
-        # become the softmax), and their gradient.
+        # Input of the final norm; where there is a target its output, logits in the model's precision and in fp32
+        # (which become the softmax), and their gradient.
         logits = rows.targets * padded(config.vocab.size) + rows.frame_targets * code_rows(config)
         taken = (rows.targets + rows.frame_targets) * hidden * tensor  # the heads have the whole sequence
-        total += positions * ((2 * hidden + taken) * width + logits * (2 * width + 4))
+        total += positions * ((hidden + taken) * width + logits * (2 * width + 4))
     return total
 
 

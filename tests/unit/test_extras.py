@@ -188,7 +188,16 @@ def test_every_command_that_needs_an_extra_is_tested_without_it():
     [
         ("doctor",),
         ("launch",),
-        ("plan", "--config", "examples/configs/most_16b_stage1.yaml", "--gpus", "64", "--limit", "1", "--no-check-files"),
+        (
+            "plan",
+            "--config",
+            "examples/configs/most_16b_stage1.yaml",
+            "--gpus",
+            "64",
+            "--limit",
+            "1",
+            "--no-check-files",
+        ),
         ("train", "--config", "examples/configs/most_debug.yaml", "--dry-run", "--no-check-files"),
         ("prepare", "--help"),
         ("evaluate", "--help"),
