@@ -164,6 +164,7 @@ def _attention_activations(config: RunConfig) -> float:
     key_heads = attention.num_query_groups if attention.type == "gqa" else heads
     # Split along the sequence: inputs and outputs of both norms, and the compressed queries, keys and values.
     local = 4 * config.model.hidden_size
+    split: float
     if attention.type == "mla":
         local += 2 * attention.kv_lora_rank + attention.qk_pos_emb_head_dim + 2 * (attention.q_lora_rank or 0)
     # Split by head: queries, output, and the keys and values of the whole row.

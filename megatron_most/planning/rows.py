@@ -46,17 +46,17 @@ class RowContents:
 
 
 def row_contents(config: RunConfig) -> RowContents:
-    """What rows of ``config`` hold: by its training datasets if all of them are built, or else by assumption."""
+    """What rows of ``config`` hold: read from its training datasets if all of them are built, or else assumed."""
     paths = [entry.path for entry in config.data.train]
     if not paths or not all(Path(f"{path}.json").is_file() for path in paths):
         return assumed_contents(config)
     datasets = [TokenDataset(path) for path in paths]
-    weights = np.array([entry.weight for entry in config.data.train])
+    weights = [entry.weight for entry in config.data.train]
+    shares = np.array(weights) / sum(weights)
     if config.data.audio_share is not None:
-        weights = weights_for_audio_share(
-            weights, [dataset.audio_share for dataset in datasets], config.data.audio_share
-        )
-    return _mean([_contents_of(config, dataset) for dataset in datasets], weights / weights.sum())
+        audio_shares = [dataset.audio_share for dataset in datasets]
+        shares = weights_for_audio_share(weights, audio_shares, config.data.audio_share)
+    return _mean([_contents_of(config, dataset) for dataset in datasets], shares)
 
 
 def assumed_contents(config: RunConfig) -> RowContents:

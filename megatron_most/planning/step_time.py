@@ -10,7 +10,7 @@ iterations of Muon.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -53,10 +53,10 @@ def step_seconds(config: RunConfig, world_size: int, gpu: Gpu, imbalance: float,
     micro_batches = config.num_microbatches(parallel.data_parallel_size(world_size))
     roofline = _Roofline(config, world_size, gpu, imbalance, rows)
     stages = [roofline.stage(rank) for rank in range(pipeline)]
-    slowest = max(stages, key=Counter.total)
+    slowest = max(stages, key=lambda stage: sum(stage.values()))
     parts = {part: micro_batches * seconds for part, seconds in slowest.items()}
     # The first and last micro-batch leave stages idle (arXiv 2104.04473, section 2.2).
-    parts["pipeline bubble"] = slowest.total() * (pipeline - 1) / virtual
+    parts["pipeline bubble"] = sum(slowest.values()) * (pipeline - 1) / virtual
     parts["optimizer"] = max(roofline.optimizer(rank) for rank in range(pipeline))
     parts["communication"] += max(roofline.reduction(rank) for rank in range(pipeline))
     return {part: seconds for part, seconds in parts.items() if seconds > 0}
@@ -72,11 +72,12 @@ class _Roofline:
     imbalance: float
     rows: RowContents
 
-    def stage(self, pipeline_rank: int) -> Counter[str]:
+    def stage(self, pipeline_rank: int) -> dict[str, float]:
         config, parallel = self.config, self.config.parallel
-        parts: Counter[str] = Counter()
+        parts: dict[str, float] = defaultdict(float)
         for layer in stage_layers(config, pipeline_rank):
-            parts.update(self._moe_layer if is_moe_layer(config, layer) else self._dense_layer)
+            for part, seconds in (self._moe_layer if is_moe_layer(config, layer) else self._dense_layer).items():
+                parts[part] += seconds
         for part in RECOMPUTED[config.training.recompute]:
             parts[part] *= 4 / 3  # backward takes two forwards
         if pipeline_rank == 0:
