@@ -2,7 +2,7 @@
 
     most train --config FILE.yaml [key=value ...]
     torchrun --nproc-per-node 8 -m megatron_most.commands.train --config FILE.yaml [key=value ...]
-    most train --config FILE.yaml --dry-run --world-size 64
+    most train --config FILE.yaml --dry-run --world-size 64 --no-check-files
 
 Start it again with the same run_dir to continue from the newest checkpoint.
 """
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_most import cli
-from megatron_most.errors import MostError
+from megatron_most.errors import ConfigError, MostError
 
 if TYPE_CHECKING:
     from megatron_most.config import RunConfig
@@ -41,14 +41,22 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="with --dry-run: number of ranks to assume (default: WORLD_SIZE, or the fewest that fit)",
     )
+    parser.add_argument(
+        "--no-check-files",
+        action="store_true",
+        help="--dry-run without the datasets, the tokenizer and the checkpoint to start from",
+    )
     return parser
 
 
 def train(arguments: argparse.Namespace) -> None:
+    cli.require_positive(arguments, "world_size")
     if arguments.dry_run:
         if _rank() == 0:
             describe(arguments)
         return
+    if arguments.world_size is not None:
+        raise ConfigError(f"--world-size={arguments.world_size}: needs --dry-run; torchrun starts the ranks of a run")
     config = read_config(arguments)
     # After the checks: Megatron takes seconds to import.
     from megatron_most.training import Trainer
@@ -58,9 +66,11 @@ def train(arguments: argparse.Namespace) -> None:
 
 def describe(arguments: argparse.Namespace) -> None:
     from megatron_most.config import load_config
-    from megatron_most.planning import describe_run, smallest_world_size
+    from megatron_most.planning import check_files, describe_run, smallest_world_size
 
     config = load_config(arguments.config, arguments.overrides)
+    if not arguments.no_check_files:
+        check_files(config)
     started = os.environ.get("WORLD_SIZE")
     print(describe_run(config, arguments.world_size or int(started or smallest_world_size(config.parallel))))
 

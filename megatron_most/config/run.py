@@ -112,6 +112,12 @@ class RunConfig:
             moe.moe_token_dispatcher_type,
             "needs experts on several ranks: expert or expert tensor parallelism of at least 2",
         )
+        require(
+            self.training.recompute != "moe_act" or (moe.expert_backend != "sequential" and not self.precision.uses_fp8),
+            "training.recompute",
+            self.training.recompute,
+            "needs model.moe.expert_backend=grouped or transformer_engine, and precision.fp8=off",
+        )
 
     def _check_fp8(self) -> None:
         """FP8 products have the sizes that the recipe needs, and something to compute."""

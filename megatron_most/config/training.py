@@ -17,8 +17,9 @@ class TrainingConfig:
     global_batch_size: int = key(8, "rows in a step, over all ranks", "--global-batch-size")
     recompute: str = key(
         "none",
-        "activations recomputed in the backward pass: `none`, `moe` (those of expert layers) or `full`",
-        "--recompute-granularity",
+        "activations recomputed in the backward pass: `none`, `moe_act` (those of the experts' activation function),"
+        " `moe` (those of expert layers) or `full`",
+        "--recompute-granularity, --recompute-modules",
     )
     eval_interval: int = key(0, "steps between validations; 0 for none", "--eval-interval")
     eval_iters: int = key(8, "batches from each validation dataset", "--eval-iters")
@@ -27,7 +28,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         require_positive("training", self, ("train_iters", "micro_batch_size", "global_batch_size", "eval_iters"))
         require_not_negative("training", self, ("eval_interval", "threads_per_rank"))
-        require_one_of("training.recompute", self.recompute, ("none", "moe", "full"))
+        require_one_of("training.recompute", self.recompute, ("none", "moe_act", "moe", "full"))
 
 
 @dataclass

@@ -163,6 +163,8 @@ def _grouped_query(attention: AttentionConfig) -> dict[str, object]:
 def _recompute(mode: str) -> dict[str, object]:
     if mode == "moe":
         return {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+    if mode == "moe_act":  # which Megatron accepts only with moe_grouped_gemm, whatever module computes the experts
+        return {"recompute_granularity": "selective", "recompute_modules": ["moe_act"], "moe_grouped_gemm": True}
     if mode == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return {}

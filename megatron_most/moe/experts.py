@@ -21,6 +21,7 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.utils.checkpoint import checkpoint
 
 from megatron_most.config import MoEConfig
 from megatron_most.moe.expert_groups import ExpertGroups
@@ -156,6 +157,9 @@ class ExpertPool(torch.nn.Module):
         super().__init__()
         self.experts = experts
         self.fp8: dict[str, Fp8Product | None] = {"linear_fc1": None, "linear_fc2": None}
+        self.recomputes_activation = (
+            config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules
+        )
         hidden, width = config.hidden_size, config.moe_ffn_hidden_size // tensor_parallel_size
         shapes = {
             "linear_fc1": ((len(experts), 2 * width, hidden), 1, config.init_method),
@@ -184,6 +188,16 @@ class ExpertPool(torch.nn.Module):
             hidden = weighted_swiglu(fc1.grouped(tokens, self.linear_fc1, ends), probs)
             return fc2.grouped(hidden, self.linear_fc2, ends)[places]
         hidden = torch.nn.functional.grouped_mm(tokens, self.linear_fc1.transpose(1, 2), offs=ends)
+        if not self.recomputes_activation:
+            return self._activate_and_project(hidden, probs, ends)
+        # Recomputation stops at the last tensor that the backward needs, the input of linear_fc2: that product is not
+        # repeated. Megatron's CheckpointWithoutOutput does the same, but compiles a C++ extension when it first runs.
+        return checkpoint(
+            self._activate_and_project, hidden, probs, ends, use_reentrant=False, preserve_rng_state=False
+        )
+
+    def _activate_and_project(self, hidden: torch.Tensor, probs: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """``[n, 2f]``, probs ``[n]`` and the ends of :meth:`forward` -> ``[n, h]``."""
         hidden = weighted_swiglu(hidden, probs)
         return torch.nn.functional.grouped_mm(hidden, self.linear_fc2.transpose(1, 2), offs=ends)
 

@@ -272,6 +272,14 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         ),
         (["parallel.pipeline_model_parallel_size=3"], "must divide model.num_layers, 4"),
         (["parallel.virtual_pipeline_model_parallel_size=2"], "needs pipeline_model_parallel_size of at least 2"),
+        (
+            ["training.recompute=moe_act", "model.moe.expert_backend=sequential"],
+            "training.recompute='moe_act': needs model.moe.expert_backend=grouped or transformer_engine",
+        ),
+        (
+            ["training.recompute=moe_act", "precision.fp8=e4m3"],
+            "training.recompute='moe_act': needs .* precision.fp8=off",
+        ),
         (["parallel.context_parallel_size=2", "data.seq_length=34"], "data.seq_length=34: must be divisible by 4"),
         (["parallel.context_parallel_size=2"], "data.document_multiple=1: must be divisible by 4, twice the context"),
         (["data.document_multiple=3"], "data.document_multiple=3: must divide data.seq_length, 4096"),

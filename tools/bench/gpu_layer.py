@@ -27,7 +27,7 @@ from megatron_most.config import RunConfig, load_config
 from megatron_most.data.loading.batch import Batch
 from megatron_most.errors import ConfigError
 from megatron_most.model.transformer_config import transformer_config
-from megatron_most.planning import memory_of_rank, train_flops_per_token
+from megatron_most.planning import RowContents, memory_of_rank, train_flops_per_token
 from megatron_most.precision import fp8_product
 from megatron_most.training.microbatches import stage
 from megatron_most.training.run_directory import device_name, versions
@@ -98,7 +98,6 @@ def measure(config: RunConfig, fp8_backends: Sequence[str], loads: Sequence[int]
 
 def training_table(config: RunConfig, calls: int, ceiling: float) -> list[str]:
     """Forward, backward and update."""
-    estimate = memory_of_rank(config, world_size=1, pipeline_rank=0, expert_rank=0).total
     lines = [
         "| layers | positions | row | step | tokens/s | TFLOP/s | share of the product | peak memory, GiB"
         " | estimate, GiB |",
@@ -111,7 +110,9 @@ def training_table(config: RunConfig, calls: int, ceiling: float) -> list[str]:
         with _memory_freed():
             timing, peak = training_step(config, batch, calls)
         rate = config.data.seq_length / timing.median
-        flops = rate * flops_per_token(config, batch)
+        row = contents(config, batch)
+        flops = rate * train_flops_per_token(config, row)
+        estimate = memory_of_rank(config, world_size=1, pipeline_rank=0, expert_rank=0, rows=row).total
         measured = f"{peak / 2**30:.1f}" if peak else ""
         lines.append(
             f"| {config.model.num_layers} | {config.data.seq_length} | {name} | {timing} | {rate:.0f}"
@@ -120,14 +121,18 @@ def training_table(config: RunConfig, calls: int, ceiling: float) -> list[str]:
     return lines
 
 
-def flops_per_token(config: RunConfig, batch: Batch) -> float:
-    """The planner's count, for which attention ends where documents do."""
-    if batch.cu_seqlens is None:
-        return train_flops_per_token(config)
-    lengths = batch.cu_seqlens.diff().double()
-    # A position attends to half of its document; the average position's document is longer than the average document.
-    data = dataclasses.replace(config.data, seq_length=round((lengths.square().sum() / lengths.sum()).item()))
-    return train_flops_per_token(dataclasses.replace(config, data=data))
+def contents(config: RunConfig, batch: Batch) -> RowContents:
+    """What the planner's formulas count of a batch of one row."""
+    lengths = [config.data.seq_length] if batch.cu_seqlens is None else batch.cu_seqlens.diff().tolist()
+    positions, targets = batch.ids.numel(), batch.targets()
+    counts = batch.modality.flatten().bincount(minlength=len(config.vocab.modality_names)).tolist()
+    return RowContents(
+        {name: count / positions for name, count in zip(config.vocab.modality_names, counts, strict=True)},
+        targets=len(targets.index) / positions,
+        frame_targets=0.0 if targets.code_index is None else len(targets.code_index) / positions,
+        attended=sum(length * (length + 1) / 2 for length in lengths) / positions,
+        source="of the batch",
+    )
 
 
 def training_step(config: RunConfig, batch: Batch, calls: int) -> tuple[Timing, int]:
