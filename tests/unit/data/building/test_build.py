@@ -112,7 +112,7 @@ def test_licenses_of_texts_and_conversations_are_kept(codes, tmp_path):
     [
         ("asr", {"limit": LengthLimit(5)}, "none of 6 examples became a document: 6 longer than max_length=5"),
         ("interleaved", {}, "no example was found: interleaved needs recordings of at least two utterances"),
-        ("chat", {"modes": ["S-S"]}, "none of 1 examples became a document: 1 without the recordings for any of S-S"),
+        ("chat", {"modes": ["S-S"]}, "none of 1 examples became a document: 1 without recordings for any of S-S"),
     ],
 )
 def test_a_dataset_of_nothing_says_why(codes, tmp_path, task, options, rule):
@@ -167,14 +167,14 @@ def test_further_modalities_are_kept_and_counted(codes, tmp_path):
     [
         ({"task": "sing"}, "task='sing': must be one of"),
         ({"task": "chat", "codes": True}, "task=chat: needs chats"),
-        ({"task": "asr", "codes": True, "chats": ["c.jsonl"]}, "task=asr: takes no chat files"),
-        ({"task": "asr", "codes": True, "num_codebooks": 4}, "num_codebooks=4: codec loudness has 3"),
-        ({"task": "asr"}, "needs codes to build from"),
+        ({"task": "asr", "codes": True, "chats": ["c.jsonl"]}, "task=asr: takes no chats"),
+        ({"task": "asr", "codes": True, "num_codebooks": 4}, "num_codebooks=4: must be at most 3"),
+        ({"task": "asr"}, "needs codes"),
         ({"task": "text_lm"}, "needs texts or codes"),
-        ({"task": "asr", "texts": ["a.jsonl"]}, "needs tokenized speech"),
-        ({"task": "text_lm", "texts": ["a.jsonl"]}, "num_codebooks and codebook_size: needed"),
-        ({"task": "asr", "codes": True, "text_vocab_size": 10}, "text_vocab_size=10: the tokenizer has 30 ids"),
-        ({"task": "asr", "codes": True, "codebook_size": 9}, "codebook_size=9: codec loudness has 50"),
+        ({"task": "asr", "texts": ["a.jsonl"]}, "task=asr: takes no texts"),
+        ({"task": "text_lm", "texts": ["a.jsonl"]}, "num_codebooks=None, codebook_size=None: both are required"),
+        ({"task": "asr", "codes": True, "text_vocab_size": 10}, "text_vocab_size=10: must be at least 30"),
+        ({"task": "asr", "codes": True, "codebook_size": 9}, "codebook_size=9: must be 50, as in codec loudness"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(codes, tmp_path, arguments, rule):

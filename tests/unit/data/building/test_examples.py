@@ -247,7 +247,7 @@ def test_broken_conversations_are_named(tmp_path, line, rule):
         ({"wordings": 0}, "wordings=0: must be at least 1"),
         ({"loss": "some"}, "loss='some': must be one of targets, everything"),
         ({"modes": ["S-X"]}, "modes='S-X': must be one of T-T, S-T, T-S, S-S"),
-        ({"modes": []}, "needs at least one of"),
+        ({"modes": []}, "must be at least one of"),
     ],
 )
 def test_wrong_options_are_refused(options, rule):
@@ -262,7 +262,7 @@ def test_policies_a_task_does_not_have_are_refused(task):
         if policy in POLICIES[task]:
             Examples(task, layout(), TOKENIZER, options)
             continue
-        with pytest.raises(ConfigError, match=f"over_length='{policy}': {task} can reject"):
+        with pytest.raises(ConfigError, match=f"over_length='{policy}': must be reject.* for task={task}"):
             Examples(task, layout(), TOKENIZER, options)
     with pytest.raises(ConfigError, match="over_length='chunk': needs max_length"):
         Examples("text_lm", layout(), TOKENIZER, TemplateOptions(limit=LengthLimit(None, "chunk")))

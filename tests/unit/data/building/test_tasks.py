@@ -103,7 +103,7 @@ def test_a_text_prompt_may_be_continued():
         ("asr", {"text": "fox", "codes": np.full((2, CODEBOOKS), CODEBOOK_SIZE)}, "code 50 of codebook 0, frame 0"),
         ("asr", {"text": "fox", "codes": np.zeros((2, 2), dtype=np.int64)}, r"shape \[2, 2\]"),
         ("text_lm", {"text": "fox", "codes": random_codes(2)}, "takes no codes"),
-        ("sing", {"text": "fox"}, "unknown task 'sing'"),
+        ("sing", {"text": "fox"}, "task='sing': must be one of"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(task, arguments, rule):

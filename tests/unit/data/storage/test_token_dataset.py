@@ -93,7 +93,7 @@ def test_a_corrupt_index_is_named(tmp_path, damage):
     write_dataset(tmp_path / "data", "asr", 4)
     path = tmp_path / "data.ids.idx"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(DataError, match=r"data\.ids\.idx: not readable as the index of a Megatron dataset"):
+    with pytest.raises(DataError, match=r"data\.ids\.idx: not the index of a Megatron dataset, or damaged"):
         TokenDataset(tmp_path / "data")
 
 
