@@ -1,4 +1,4 @@
-"""Building datasets: the right documents, their provenance, and refusals that name the source."""
+"""Building datasets: their documents and provenance, and errors that name the source."""
 
 import json
 import multiprocessing
@@ -32,7 +32,7 @@ from tests.unit.data.tiny import (
 
 
 def build_dataset(output: Path, task: str, tokenizer: str, template=None, command="", **options) -> TokenDataset:
-    """``options`` are those of the inputs and of the vocabulary, by their names."""
+    """``options`` are fields of ``Inputs`` and ``VocabOptions``."""
     inputs = Inputs(**{name: options.pop(name) for name in ("codes", "texts", "chats") if name in options})
     return module.build_dataset(output, task, tokenizer, inputs, VocabOptions(**options), template, command)
 
@@ -131,7 +131,7 @@ def test_a_dataset_of_nothing_says_why(codes, tmp_path, task, options, rule):
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(codes, tmp_path):
-    """A limit on the size of files stands for the disk: writing fails in the same way."""
+    """A limit on file size stands in for a full disk: writing fails in the same way."""
 
     def on_a_full_disk() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))

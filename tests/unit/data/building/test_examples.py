@@ -1,4 +1,4 @@
-"""Examples of every task: what happens to long ones, which turns are spoken, and that everything is counted."""
+"""Examples of every task: cutting long ones, choosing spoken turns, and the counts."""
 
 import gzip
 import itertools
@@ -109,7 +109,7 @@ def test_a_split_keeps_the_order_and_fits_as_much_as_it_can(lengths, positions):
 def test_interleaved_documents_tell_one_recording_in_turns(codes):
     examples = Examples("interleaved", layout(), TOKENIZER, TemplateOptions(), codes=[codes])
     documents = list(examples)
-    assert examples.counts["examples"] == len(documents) == 2  # 1-2 and chat; single utterances are no story
+    assert examples.counts["examples"] == len(documents) == 2  # 1-2 and chat; a single utterance makes no document
     spoken = [len(layout().audio_segments(document.ids)) for document in documents]
     assert spoken[0] in (1, 2) and spoken[1] == 1
     utterances = list(codes)[:3]
@@ -199,7 +199,7 @@ def test_texts_are_read_one_after_the_other(tmp_path):
     path = write_texts(tmp_path, "fox", "dog")
     path.write_text(path.read_text() + "{\n")
     documents = iter(Examples("text_lm", layout(), TOKENIZER, TemplateOptions(), texts=[path]))
-    assert TOKENIZER.decode(next(documents).ids) == "fox"  # a corpus larger than memory can be read
+    assert TOKENIZER.decode(next(documents).ids) == "fox"  # so a corpus may be larger than memory
     with pytest.raises(DataError, match="line 3: not JSON"):
         list(documents)
 

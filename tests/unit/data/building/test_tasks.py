@@ -1,4 +1,4 @@
-"""Templates: what a document of each task holds, where its loss is, and that prompts are its beginning."""
+"""Templates: the ids and the loss mask of each task, and prompts that equal the beginning of documents."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ BOS, EOS = TOKENIZER.bos_id, TOKENIZER.eos_id
 
 
 def expected_ids(vocab: VocabLayout, task: str, text: str, codes: np.ndarray) -> tuple[list[int], int]:
-    """The template written out, and how many of its ids are the prompt."""
+    """The ids of the template, and the length of its prompt."""
     frames = vocab.codec_layout.encode(codes)[0].tolist()
     audio = [vocab.begin_of_audio, *frames, vocab.end_of_audio]
     if task == "asr":

@@ -1,4 +1,4 @@
-"""Rows: each document once an epoch, weights as shares of tokens, and row k a function of k alone."""
+"""Rows: each document once per epoch, weights are shares of tokens, and row k depends only on k."""
 
 import itertools
 from collections import Counter
@@ -99,7 +99,7 @@ def test_neighbors_change_between_epochs(folder):
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_rows_come_in_another_order_in_every_epoch(folder, packing):
-    """Told by their lengths: documents of one length may change places, but a row keeps the lengths it holds."""
+    """Rows are recognized by their lengths: documents of equal length are exchanged, but a row keeps its lengths."""
     rows = open_rows(folder, ["asr"], [1.0], packing=packing)
     (per_epoch,) = rows.rows_per_epoch
     epochs = [[tuple(rows[k].lengths) for k in range(e * per_epoch, (e + 1) * per_epoch)] for e in range(3)]
@@ -135,7 +135,7 @@ def test_weights_are_shares_of_tokens(folder, packing):
 
 
 def stretches_off(of_kind: np.ndarray, length: int) -> float:
-    """How many rows of a kind any ``length`` rows in a row have more or less than their share, at most."""
+    """The largest deviation from its share, in rows, of a kind of rows among ``length`` consecutive ones."""
     counts = np.convolve(of_kind.astype(float), np.ones(length), mode="valid")
     return float(np.abs(counts - of_kind.mean() * length).max())
 
@@ -143,7 +143,7 @@ def stretches_off(of_kind: np.ndarray, length: int) -> float:
 @pytest.mark.parametrize("weights", [[1, 1, 1, 1], [5, 1, 2, 8], [40, 40, 10, 10]])
 @pytest.mark.parametrize("length", [2, 4, 8, 16, 64])
 def test_any_rows_in_a_row_hold_their_share_of_each_dataset_and_of_audio(folder, weights, length):
-    """As the ranks of an expert-parallel group do, of any size and in any place, at every micro-batch."""
+    """The ranks of an expert-parallel group read consecutive rows in every micro-batch."""
     names = ["asr", "tts", "text", "tts"]
     rows = open_rows(folder, names, weights)
     block, audio_shares = rows._block, np.array([TokenDataset(folder / name).audio_share for name in names])
@@ -153,7 +153,7 @@ def test_any_rows_in_a_row_hold_their_share_of_each_dataset_and_of_audio(folder,
     assert stretches_off(is_audio, length) < 2.5
     shuffled = np.random.default_rng(0).permutation(is_audio)
     assert length < 8 or stretches_off(shuffled, length) > 1.5 * stretches_off(is_audio, length)
-    # The tokens too: audio per group of ranks, off its mean by less than half of what drawing at random gives.
+    # The same for tokens: audio per group of ranks varies less than half as much as with random draws.
     groups = audio_shares[block[: len(block) // length * length]].reshape(-1, length).mean(axis=1)
     assert length < 8 or groups.std() < 0.5 * audio_shares[block].std() / length**0.5
 
@@ -201,7 +201,7 @@ def test_weights_are_changed_as_little_as_the_share_allows(datasets, place):
     target = shares.min() + place * np.ptp(shares)
     found = weights_for_audio_share(weights, shares, target)
     assert found @ shares == pytest.approx(target, abs=1e-6) and found.sum() == pytest.approx(1)
-    # Datasets of equal audio share keep their proportion; a target that the weights meet changes nothing.
+    # A target that the weights already meet changes nothing.
     base = weights / weights.sum()
     same = weights_for_audio_share(weights, shares, float(np.clip(base @ shares, shares.min(), shares.max())))
     np.testing.assert_allclose(same, base, atol=1e-6)

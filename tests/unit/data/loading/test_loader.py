@@ -1,4 +1,4 @@
-"""The loader: one sample stream at any data-parallel size and after any resume; what does not fit is refused."""
+"""The loader: one stream of samples at any data-parallel size and after any resume; mismatched datasets are refused."""
 
 import itertools
 
@@ -31,7 +31,7 @@ def config_of(folder, **overrides):
 
 
 def step_rows(config, dp_size: int, consumed: int, steps: int) -> list[list[tuple]]:
-    """For each step its rows, in the order of their numbers, whichever rank and micro-batch held them."""
+    """The rows of each step, in the order of their numbers, from all ranks and micro-batches."""
     size = config.training.micro_batch_size
     num_microbatches = config.num_microbatches(dp_size)
     streams = [train_batches(config, dp_rank=r, dp_size=dp_size, consumed_samples=consumed) for r in range(dp_size)]
@@ -46,7 +46,7 @@ def step_rows(config, dp_size: int, consumed: int, steps: int) -> list[list[tupl
 
 
 def epochs_read(config, steps: int) -> list[float]:
-    """How often each dataset was read through after some steps."""
+    """Epochs of each dataset after ``steps``."""
     data = config.data
     rows = Rows(open_datasets(config, data.train), [entry.weight for entry in data.train], data, config.seed)
     read = np.bincount(rows._block[: steps * config.training.global_batch_size], minlength=len(data.train))
@@ -64,7 +64,7 @@ def test_the_stream_is_the_same_at_any_data_parallel_size_and_after_any_resume(
 ):
     config = config_of(folder, packing=packing, micro_batch_size=1 if packing else 2, seed=seed)
     undisturbed = step_rows(config, 1, 0, 8)
-    assert max(epochs_read(config, 8)) > 1  # the border of an epoch lies among these steps
+    assert max(epochs_read(config, 8)) > 1  # an epoch ends among these steps
     resumed = step_rows(config, dp_size, resumed_at * 8, 8 - resumed_at)
     assert resumed == undisturbed[resumed_at:]
     assert undisturbed[0] != undisturbed[1]

@@ -1,4 +1,4 @@
-"""What is told of datasets: hours, modalities, lengths and duplicates, and documents with several pieces of audio."""
+"""Inspection: hours, modalities, lengths and duplicates, and documents with several audio segments."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Datasets on disk: what goes in comes out, small, whole or not at all, and broken files are named."""
+"""Datasets on disk: documents come back unchanged, files are complete or absent, and errors name damaged files."""
 
 import json
 from pathlib import Path
