@@ -166,7 +166,7 @@ class Examples:
         return documents
 
     def _text_chunks(self, document: Document) -> list[Document]:
-        """``document`` in chunks that each begin with ``bos``; only the last one has ``eos``."""
+        """``document`` in chunks that begin with ``bos``; only the last one has ``eos``. All other ids carry loss."""
         size = self._options.limit.positions  # plus bos, minus the last id, which is only a label
         assert size is not None, "LengthLimit.check refuses chunks without a limit"
         chunks = []
@@ -174,7 +174,7 @@ class Examples:
             builder = DocumentBuilder(self._vocab, self._tokenizer, "chunk")
             builder.id(self._tokenizer.bos_id)
             builder.text_ids(document.ids[start : start + size], target=True)
-            chunks.append(builder.document(self._options.loss))
+            chunks.append(builder.document())
         return chunks
 
     def _interleaved(self) -> Iterator[list[Document]]:

@@ -55,6 +55,8 @@ def test_every_utterance_becomes_a_document(codes, tmp_path, task, layout_name):
     dataset = build_dataset(tmp_path / "data", task=task, tokenizer="t", codes=[codes, codes], layout=layout_name)
     vocab = VocabLayout(LetterTokenizer.vocab_size, CODEBOOKS, CODEBOOK_SIZE, layout_name)
     assert dataset.vocab == vocab and len(dataset) == 12
+    frames = sum(len(utterance.codes) for utterance in CodesDataset(codes))
+    assert dataset.provenance["counts"]["audio_frames"] == 2 * frames
     for index, utterance in enumerate([*CodesDataset(codes)] * 2):
         expected = example_document(task, vocab, "fox", utterance.codes)
         np.testing.assert_array_equal(dataset.document(index).ids, expected.ids)
@@ -192,7 +194,7 @@ def test_codes_of_different_codecs_do_not_mix(codes, tmp_path):
     sidecar["codec"]["fingerprint"] = "f" * 64
     (tmp_path / "codes.json").write_text(json.dumps(sidecar))
     with pytest.raises(DataError, match=r"different codecs: loudness \(0+\), loudness \(f+\)"):
-        build_dataset(tmp_path / "data", task="asr", tokenizer="t", codes=[codes, tmp_path / "codes"])
+        build_dataset(tmp_path / "data", task="asr", tokenizer="t", codes=[codes, codes, tmp_path / "codes"])
 
 
 def test_a_document_that_does_not_fit_is_named(codes, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from megatron_most.data.building.chat_modes import MODES
 from megatron_most.data.building.examples import Examples, TemplateOptions
 from megatron_most.data.building.instructions import INSTRUCTIONS
-from megatron_most.data.building.interleave import group_of
+from megatron_most.data.building.interleave import alternate, group_of
 from megatron_most.data.building.length_limit import POLICIES, LengthLimit, sentences
 from megatron_most.data.building.special_tokens import special_tokens
 from megatron_most.data.preparation.chat_files import read_chats
@@ -23,7 +23,16 @@ from megatron_most.data.storage import json_lines as lines_module
 from megatron_most.data.storage.codes import CodesDataset
 from megatron_most.data.storage.inspection import audio_of
 from megatron_most.errors import ConfigError, DataError
-from tests.unit.data.tiny import LAYOUTS, LetterTokenizer, layout, random_codes, write_codes
+from megatron_most.vocab import VocabLayout
+from tests.unit.data.tiny import (
+    CODEBOOK_SIZE,
+    LAYOUTS,
+    TEXT_VOCAB,
+    LetterTokenizer,
+    layout,
+    random_codes,
+    write_codes,
+)
 
 TOKENIZER = LetterTokenizer()
 NAMES = ("1-2-0000", "1-2-0001", "1-2-0002", "1-3-0000", "chat#0", "chat#1", "talk#0")
@@ -69,12 +78,13 @@ TEXT = "the fox. a dog sees it! what then? " * 3 + "averylongwordthatisnosentenc
 
 
 @pytest.mark.parametrize("policy", ["chunk", "split"])
-@pytest.mark.parametrize("positions", [5, 20, 41])
+@pytest.mark.parametrize("positions", [5, 20, 41, len(TOKENIZER.encode(TEXT))])  # the last: eos alone is the rest
 def test_a_long_text_is_cut_and_nothing_is_lost(tmp_path, policy, positions):
     examples = Examples("text_lm", layout(), TOKENIZER, limited(positions, policy), texts=[write_texts(tmp_path, TEXT)])
     documents = list(examples)
     assert max(map(len, documents)) <= positions + 1 and examples.counts["cut"] == 1
     assert all(document.ids[0] == TOKENIZER.bos_id for document in documents)
+    assert all(not document.loss_mask[0] and document.loss_mask[1:].all() for document in documents)
     assert documents[-1].ids[-1] == TOKENIZER.eos_id
     words = "".join(TOKENIZER.decode(document.ids) for document in documents).replace(" ", "")
     assert words == TOKENIZER.decode(TOKENIZER.encode(TEXT)).replace(" ", "")
@@ -169,6 +179,35 @@ def test_modes_are_drawn_in_equal_shares_from_what_recordings_allow(codes, tmp_p
     again = Examples("chat", layout(), TOKENIZER, TemplateOptions(), codes=[codes], chats=[path])
     list(again)
     assert again.counts == counts
+
+
+def test_each_exchange_draws_its_own_mode(codes, tmp_path):
+    path = write_chats(tmp_path, {"chat": exchange("chat#0", "chat#1") * 40})
+    examples = Examples("chat", layout(), TOKENIZER, TemplateOptions(), codes=[codes], chats=[path])
+    assert len(list(examples)) == 1 and all(examples.counts[mode] for mode in MODES)
+
+
+@pytest.mark.parametrize("task", ["interleaved", "chat"])
+def test_spoken_parts_use_the_first_codebooks(codes, tmp_path, task):
+    vocab = VocabLayout(TEXT_VOCAB, 2, CODEBOOK_SIZE)
+    chats = [write_chats(tmp_path, {"chat": exchange("chat#0", "chat#1")})] if task == "chat" else []
+    examples = Examples(task, vocab, TOKENIZER, TemplateOptions(modes=["S-S"]), codes=[codes], chats=chats)
+    found = [part.tolist() for document in examples for part in audio_of(document, vocab)]
+    known = [utterance.codes[:, :2].tolist() for utterance in codes]
+    assert len(found) > 1 and all(part in known for part in found)
+
+
+@pytest.mark.parametrize("task", POLICIES)
+def test_the_loss_option_holds_for_every_task(codes, tmp_path, task):
+    chats = [write_chats(tmp_path, {"chat": exchange("chat#0", "chat#1")})] if task == "chat" else []
+    options = TemplateOptions(loss="everything")
+    documents = list(Examples(task, layout(), TOKENIZER, options, codes=[codes], chats=chats))
+    assert documents and all(document.loss_mask[1:].all() for document in documents)
+
+
+def test_some_recordings_begin_with_text_and_some_with_audio(codes):
+    starts = {type(alternate(f"recording {n}", codes)[0]) for n in range(20)}
+    assert starts == {str, np.ndarray}
 
 
 def test_conversations_without_the_recordings_are_left_out_and_counted(codes, tmp_path):

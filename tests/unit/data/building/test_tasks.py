@@ -88,6 +88,18 @@ def test_codes_come_back_out_of_a_document(codes, layout_name, task):
     np.testing.assert_array_equal(vocab.codec_layout.decode(document.ids[audio], side_codes), codes)
 
 
+def test_a_prompt_uses_the_codebooks_of_the_layout():
+    vocab, codes = VocabLayout(40, 2, CODEBOOK_SIZE), random_codes(3)
+    np.testing.assert_array_equal(prompt("asr", vocab, TOKENIZER, codes=codes).codes, codes[:, :2])
+
+
+def test_each_turn_of_a_conversation_draws_its_own_wording():
+    turns = [ChatTurn("user", "fox", random_codes(1)), ChatTurn("assistant", "dog")] * 12
+    text = TOKENIZER.decode(make_chat(layout(), TOKENIZER, turns, key="chat", wordings=4).ids)
+    wordings = [TOKENIZER.decode(TOKENIZER.encode(wording)) for wording in INSTRUCTIONS["answer_written"]]
+    assert sum(wording in text for wording in wordings) > 1
+
+
 def test_a_text_prompt_may_be_continued():
     start = prompt("text_lm", layout(), TOKENIZER, text="the fox")
     assert start.ids.tolist() == [BOS, *TOKENIZER.encode("the fox")]

@@ -124,9 +124,48 @@ def test_a_row_depends_on_its_number_alone(folder):
     assert sum(content(other_seed[k]) == content(expected[k]) for k in range(200)) < 20
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_weights_are_shares_of_tokens(folder, packing):
-    rows = open_rows(folder, ["asr", "tts", "text"], [5.0, 3.0, 2.0], packing=packing)
+def packed_lengths(stream) -> list[tuple[int, ...]]:
+    """Which lengths share a row, in no particular order."""
+    return sorted(tuple(sorted(stream.dataset.lengths[stream.row(k)])) for k in range(stream.num_rows))
+
+
+def test_the_seed_and_the_dataset_determine_packing_and_order(folder):
+    rows, other = (open_rows(folder, ["asr", "asr", "text"], [1.0, 1.0, 1.0], seed=seed) for seed in (5, 6))
+    first, second, _ = rows._streams
+    assert packed_lengths(first) != packed_lengths(second)
+    assert packed_lengths(first) != packed_lengths(other._streams[0])
+    # Generators of the same state would draw equal orders of equally many rows.
+    assert (first._row_order != second._row_order[: first.num_rows]).any()
+    assert (rows._block != other._block).any()
+
+
+def test_hidden_frames_depend_on_the_seed_and_the_row(folder):
+    dataset = TokenDataset(folder / "tts")
+    document = dataset.read(np.arange(20))
+
+    def hidden(seed: int, k: int) -> bytes:
+        rows = open_rows(folder, ["tts"], [1.0], seed=seed, audio_frame_dropout=0.5)
+        return rows._hide_frames(document, dataset, k).tobytes()
+
+    assert len({hidden(5, 0), hidden(5, 1), hidden(6, 0)}) == 3 and hidden(5, 0) == hidden(5, 0)
+
+
+def test_a_document_may_fill_a_row(folder):
+    longest = int(TokenDataset(folder / "asr").lengths.max()) - 1
+    assert max(rows_taken(open_rows(folder, ["asr"], [1.0], seq_length=longest))) == longest
+    with pytest.raises(DataError, match=f"the longest needs {longest}"):
+        open_rows(folder, ["asr"], [1.0], seq_length=longest - 1)
+
+
+def rows_taken(rows: Rows) -> list[int]:
+    """Input positions of the rows of an epoch."""
+    return [int((rows[k].lengths - 1).sum()) for k in range(rows.rows_per_epoch[0])]
+
+
+@pytest.mark.parametrize(("packing", "multiple"), [(True, 1), (True, 8), (False, 1)])
+def test_weights_are_shares_of_tokens(folder, packing, multiple):
+    options = {"packing": packing, "document_multiple": multiple}
+    rows = open_rows(folder, ["asr", "tts", "text"], [5.0, 3.0, 2.0], **options)
     tokens = Counter()
     for k in range(1500):
         tokens[TASKS[rows[k].task]] += sum(len(document) - 1 for document in parts_of(rows[k]))

@@ -12,6 +12,7 @@ from megatron_most.audio import file_fingerprint
 from megatron_most.data.loading import loader as module
 from megatron_most.data.loading.blend import Rows
 from megatron_most.data.loading.loader import open_datasets, train_batches, validation_batches
+from megatron_most.data.storage.documents import TASKS
 from megatron_most.errors import ConfigError, DataError
 from tests.unit.data.tiny import LetterTokenizer, layout, run_config, write_dataset
 
@@ -122,6 +123,7 @@ def test_validation_covers_the_dataset_once_with_equally_many_batches_on_every_r
     assert len({len(batches) for batches in ranks}) == 1
     targets = sum(batch.loss_mask.sum() for batches in ranks for batch in batches)
     assert targets == sum(batch.loss_mask.sum() for batch in whole)
+    assert all((batch.task == TASKS.index("tts")).all() for batches in ranks for batch in batches)
     rows = {row for b in whole for row in _filled_rows(b)}
     assert {row for batches in ranks for b in batches for row in _filled_rows(b)} == rows
 
@@ -195,6 +197,19 @@ def test_another_codec_is_refused_naming_both(tmp_path):
     assert f"codec.nemo ({file_fingerprint(tmp_path / 'codec.nemo')[:12]})" in message
     message = refusal(tmp_path / "bad", codec="nvidia/other")
     assert "was built with codec tiny, the configuration has nvidia/other" in message
+
+
+def test_a_codec_of_another_name_but_the_same_weights_is_accepted(tmp_path):
+    path = tmp_path / "codec.nemo"
+    path.write_bytes(b"weights")
+    write_dataset(tmp_path / "data", "tts", 2, provenance=provenance(codec=file_fingerprint(path)))
+    config = run_config([(tmp_path / "data", 1.0)], codec=str(path))
+    assert len(open_datasets(config, config.data.train)) == 1
+
+
+def test_the_seed_of_the_config_determines_the_rows(folder):
+    first, second = (next(_stream(config_of(folder, seed=seed), 0, 1)) for seed in (1, 2))
+    assert _row(first, 0) != _row(second, 0)
 
 
 def test_a_codec_file_that_is_gone_is_named(tmp_path):

@@ -22,6 +22,10 @@ def test_the_fullest_row_that_fits_is_chosen():
     assert row_of.tolist() == [0, 1, 0, 1]
 
 
+def test_a_row_stays_open_while_a_position_is_left():
+    assert pack(np.array([9, 1]), 10)[0].tolist() == [0, 0]
+
+
 def realistic_lengths(kind: str, num_documents: int = 20_000) -> np.ndarray:
     """Positions per document: read speech of 2 to 30 s, or web texts (log-normal), at most a row."""
     random = np.random.default_rng(0)
