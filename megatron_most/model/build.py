@@ -42,11 +42,9 @@ def build_model(config: RunConfig) -> list[MoSTModel]:
     megatron = transformer_config(config)
     backend = platform.model_backend(config.model.transformer_impl)
     rotary = Rotations(config.model.attention, config.data.seq_length, parallel_state.get_context_parallel_group())
-    stages = range(config.parallel.virtual_pipeline_model_parallel_size or 1)
-    virtual = config.parallel.virtual_pipeline_model_parallel_size is not None
+    num_stages = config.parallel.virtual_pipeline_model_parallel_size
     chunks = []
-    for stage in stages:
-        vp_stage = stage if virtual else None
+    for vp_stage in [None] if num_stages is None else range(num_stages):
         chunk = MoSTModel(
             config=megatron,
             transformer_layer_spec=block_spec(megatron, config.model.moe, backend, config.data.packing, vp_stage),

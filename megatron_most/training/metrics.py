@@ -200,7 +200,7 @@ def _duration(seconds: float) -> str:
 
 
 def _step(line: str) -> float:
-    """The step of a JSON line; infinite for a line that was torn."""
+    """The step of a JSON line; infinite for an incomplete line."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
@@ -216,7 +216,7 @@ def _tensorboard(run_dir: Path, resume_step: int) -> Any:
 def _wandb(run_dir: Path, project: str, run_config: dict[str, Any]) -> Any:
     import wandb
 
-    # A resumed run goes on in the same wandb run.
+    # A resumed run continues the same wandb run.
     identity = run_dir / ".wandb_id"
     if not identity.exists():
         identity.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
