@@ -2,8 +2,8 @@
 
     most plan --config examples/configs/most_16b_stage1.yaml --gpus 64 --no-check-files
 
-For the first layout it also gives the time of a step by parts, the days of the run, and the disk space and host memory of
-its checkpoints. docs/launch.md explains the estimates. Nothing is allocated; no GPU is needed.
+For the first layout it also gives the time of a step by parts, the days of the run, and the disk space and host memory
+of its checkpoints. docs/launch.md explains the estimates. Nothing is allocated; no GPU is needed.
 """
 
 from __future__ import annotations

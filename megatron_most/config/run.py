@@ -113,7 +113,8 @@ class RunConfig:
             "needs experts on several ranks: expert or expert tensor parallelism of at least 2",
         )
         require(
-            self.training.recompute != "moe_act" or (moe.expert_backend != "sequential" and not self.precision.uses_fp8),
+            self.training.recompute != "moe_act"
+            or (moe.expert_backend != "sequential" and not self.precision.uses_fp8),
             "training.recompute",
             self.training.recompute,
             "needs model.moe.expert_backend=grouped or transformer_engine, and precision.fp8=off",

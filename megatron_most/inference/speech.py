@@ -1,4 +1,4 @@
-"""Speech recognition and synthesis as users call them: sound in, text out, and back."""
+"""Speech recognition and synthesis."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def transcribe(
     sampling: Sampling | None = None,
     batch_size: int = 32,
 ) -> list[str]:
-    """Text of each utterance given as codec codes ``[F, C]``; at most ``max_new`` text ids each."""
+    """The text of each utterance, given as codec codes ``[F, C]``; at most ``max_new`` text ids each."""
     tokenizer, vocab = model.tokenizer, model.config.vocab
     prompts = [prompt("asr", vocab, tokenizer, codes=utterance) for utterance in codes]
     markers = (tokenizer.bos_id, tokenizer.pad_id)
@@ -44,7 +44,7 @@ def speak(
     sampling: Sampling | None = None,
     batch_size: int = 32,
 ) -> list[np.ndarray]:
-    """Codec codes ``[F, C]`` of each text spoken; ``model.codec.decode`` turns them into sound."""
+    """Codec codes ``[F, C]`` of each text as speech; ``model.codec.decode`` turns them into audio."""
     vocab = model.config.vocab
     prompts = [prompt("tts", vocab, model.tokenizer, text=text) for text in texts]
     max_frames = max(1, int(max_seconds * model.codec.frame_rate))
@@ -57,6 +57,6 @@ def speak(
 
 
 def _batches_of_similar_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices in batches, longest first, so that little is padded and memory runs out at once or never."""
+    """Batches of indices, longest first: little padding, and if memory does not suffice, the first batch fails."""
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -1,4 +1,4 @@
-"""The run directory: whose it is, who writes to it, and what it records of its making."""
+"""The run directory: which run it belongs to, its lock, and its record of configuration and environment."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _CHANGEABLE = TRAINING_ONLY | {"data.validation"}
 
 
 def claim(config: RunConfig, world_size: int, device: str) -> contextlib.ExitStack:
-    """Take the run directory for this process: clean up after an interrupted one, record config and environment.
+    """Lock the run directory, remove what an interrupted run left behind, and record configuration and environment.
 
     Returns:
-        The lock: the directory is held until it is closed or the process ends, however it ends.
+        The lock. It is released when it is closed or the process ends.
 
     Raises:
-        ConfigError: the directory cannot be made, or is in use.
+        ConfigError: the directory cannot be created, or another process holds it.
     """
     run_dir = Path(config.run_dir)
     try:
@@ -54,10 +54,10 @@ def claim(config: RunConfig, world_size: int, device: str) -> contextlib.ExitSta
 
 
 def check_same_run(config: RunConfig) -> None:
-    """Raise :class:`ConfigError` when ``run_dir`` holds a run with another seed, vocabulary, model, data or precision.
+    """Raise :class:`ConfigError` if ``run_dir`` holds a run with another seed, vocabulary, model, data, or precision.
 
-    Steps, intervals, optimizer, batch size, loss weights, validation sets, logging and parallel layout may change. A
-    directory in which no step was logged belongs to no run yet.
+    Steps, intervals, optimizer, batch size, loss weights, validation sets, logging, and parallel layout may change. A
+    directory without a logged step or checkpoint belongs to no run yet.
     """
     run_dir = Path(config.run_dir)
     path, metrics = run_dir / CONFIG, run_dir / METRICS
@@ -78,14 +78,14 @@ def check_same_run(config: RunConfig) -> None:
 
 
 def _field(config: Any, dotted: str) -> Any:
-    """A field of a nested dict by its dotted name, None where there is none."""
+    """A field of a nested dict by its dotted name, or None."""
     for key in dotted.split("."):
         config = config.get(key) if isinstance(config, dict) else None
     return config
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide what a run computes, where installed."""
+    """Versions of Python and of the installed packages that affect what a run computes."""
     found = {"python": python_platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -105,7 +105,7 @@ def environment(world_size: int, device: str) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """What a person calls the device, with its number of cores when it is a CPU."""
+    """The name of the device; for a CPU, with its number of cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{python_platform.machine()} CPU, {os.cpu_count()} cores"

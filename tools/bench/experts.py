@@ -24,6 +24,7 @@ from megatron_most.config.load import build_config
 from megatron_most.errors import MostError
 from megatron_most.model.specs import experts_spec
 from megatron_most.model.transformer_config import transformer_config
+from megatron_most.moe import ExpertGroups
 from megatron_most.moe.dispatcher import AlltoAllDispatcher
 from tools.bench import paired
 
@@ -99,8 +100,9 @@ def layer_config(arguments: argparse.Namespace, backend: str) -> RunConfig:
 def build_experts(config: RunConfig) -> torch.nn.Module:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     megatron = transformer_config(config)
-    spec = experts_spec(config.model.moe)
-    return spec(config.model.moe.num_experts, megatron, pg_collection=groups).to(platform.device())
+    moe = config.model.moe
+    spec = experts_spec(moe, ExpertGroups.from_config(moe))
+    return spec(moe.num_experts, megatron, pg_collection=groups).to(platform.device())
 
 
 def build_dispatcher(config: RunConfig) -> AlltoAllDispatcher:

@@ -172,8 +172,12 @@ def test_text_is_text_and_no_other_modality():
 
 
 def test_a_request_longer_than_the_model_is_refused(generator):
+    prompt = asr_prompt(generator, 0, 3)
+    room = 64 - len(prompt.ids)
+    [row] = generator.text([prompt], end=-1, max_new=room, sampling=Sampling())
+    assert len(row) == room
     with pytest.raises(ConfigError, match="exceed the model's 64"):
-        generator.text([asr_prompt(generator, 0, 3)], end=2, max_new=100, sampling=Sampling())
+        generator.text([prompt], end=2, max_new=room + 1, sampling=Sampling())
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
@@ -192,6 +196,36 @@ def test_top_p_keeps_the_best_choice_and_greedy_is_the_limit():
     assert Sampling(temperature=1.0, top_k=1).choose(logits, noise).tolist() == [1]
     assert Sampling(temperature=1.0, top_k=2).choose(logits, noise).tolist() == [2]
     assert Sampling().choose(logits, None).tolist() == [1]
+
+
+def kept_by(sampling: Sampling, logits: list[float]) -> set[int]:
+    """The choices that some noise leads to."""
+    noise = torch.full((len(logits), len(logits)), 1e9).fill_diagonal_(1e-9)
+    return set(sampling.choose(torch.tensor(logits).expand(len(logits), -1), noise).tolist())
+
+
+PROBS = [0.1, 0.2, 0.3, 0.4]
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, {0, 1, 2, 3}),
+        ({"top_k": 3}, {1, 2, 3}),
+        ({"top_k": 10}, {0, 1, 2, 3}),  # more than there are
+        ({"top_p": 0.35}, {3}),
+        ({"top_p": 0.5}, {2, 3}),  # the one that reaches top_p is kept
+        ({"top_p": 0.8}, {1, 2, 3}),
+        ({"top_p": 0.8, "temperature": 0.5}, {2, 3}),  # of the probabilities at that temperature: 1, 4, 9, 16 of 30
+        ({"top_p": 0.75, "top_k": 3}, {2, 3}),  # of the probabilities that top-k leaves: 2, 3, 4 of 9
+    ],
+)
+def test_top_k_and_top_p_keep_the_best_choices(options: dict, kept: set[int]) -> None:
+    assert kept_by(Sampling(**{"temperature": 1.0, **options}), torch.tensor(PROBS).log().tolist()) == kept
+
+
+def test_a_choice_that_brings_the_sum_to_exactly_top_p_is_the_last() -> None:
+    assert len(kept_by(Sampling(temperature=1.0, top_p=0.5), [0.0, 0.0])) == 1
 
 
 def test_choices_are_as_frequent_as_they_are_probable():

@@ -58,6 +58,10 @@ def test_speech_comes_in_the_order_of_the_texts_and_within_the_time_allowed(mode
     assert all(1 <= len(codes) <= 7 for codes in one_by_one)
 
 
+def test_speech_has_a_frame_however_little_time_is_allowed(model):
+    assert [len(codes) for codes in speak(model, ["a", "some text"], max_seconds=0.01)] == [1, 1]
+
+
 def test_transcripts_hold_only_ids_that_the_tokenizer_has(model):
     assert model.config.vocab.text_vocab_size > Letters.vocab_size
     codes = utterances(model, 5) * 4

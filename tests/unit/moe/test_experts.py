@@ -17,6 +17,7 @@ from megatron_most import parallel
 from megatron_most.config import RunConfig
 from megatron_most.model.specs import experts_spec
 from megatron_most.model.transformer_config import transformer_config
+from megatron_most.moe import ExpertGroups
 from megatron_most.moe import experts as experts_module
 from tests.distributed.shards import fill_weights, local_pieces
 from tests.distributed.tiny import tiny_config
@@ -38,8 +39,9 @@ def process_groups():
 
 def make_experts(config: RunConfig) -> torch.nn.Module:
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    spec = experts_spec(config.model.moe)
-    return spec(config.model.moe.num_experts, transformer_config(config), pg_collection=groups)
+    moe = config.model.moe
+    spec = experts_spec(moe, ExpertGroups.from_config(moe))
+    return spec(moe.num_experts, transformer_config(config), pg_collection=groups)
 
 
 def filled(config: RunConfig) -> torch.nn.Module:
