@@ -7,7 +7,8 @@ from typing import Any
 
 from megatron_most.checkpointing import directory as directories
 from megatron_most.checkpointing import read_metadata, resolve
-from megatron_most.checkpointing.region_io import STATE, StateReader
+from megatron_most.checkpointing.directory import STATE
+from megatron_most.checkpointing.regions import StateReader
 from megatron_most.conversion.architectures import read_foreign
 from megatron_most.conversion.export_plan import stored_config
 from megatron_most.conversion.extension import EXTENSION, Extension

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_most.checkpointing.region_io import Region
+from megatron_most.checkpointing.regions import Region
 from megatron_most.config import RunConfig
 from megatron_most.conversion.native import CODEBOOK_EMBEDDING, CODEBOOK_HEAD, EMBEDDING, EXPERT_BIAS, HEAD, ROUTER
 

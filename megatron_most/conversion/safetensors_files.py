@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_most.checkpointing.region_io import WRITTEN_AT_ONCE, TensorForm
+from megatron_most.checkpointing.region_writer import WRITTEN_AT_ONCE
+from megatron_most.checkpointing.regions import TensorForm
 from megatron_most.conversion.hugging_face import DTYPES
 from megatron_most.errors import ConfigError
 

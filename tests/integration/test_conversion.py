@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from megatron_most import parallel
 from megatron_most.checkpointing import CheckpointMetadata, load_model_weights, read_metadata, save_checkpoint
-from megatron_most.checkpointing.region_io import STATE, StateReader
+from megatron_most.checkpointing.directory import STATE
+from megatron_most.checkpointing.regions import StateReader
 from megatron_most.commands.convert import verify_command
 from megatron_most.config import load_config
 from megatron_most.conversion import ImportOptions, describe, export_model, import_model

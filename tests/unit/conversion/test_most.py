@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_most.checkpointing import read_metadata
-from megatron_most.checkpointing.region_io import STATE, StateReader
+from megatron_most.checkpointing.directory import STATE
+from megatron_most.checkpointing.regions import StateReader
 from megatron_most.conversion import ImportOptions, export_model, import_model
 from tests.unit.conversion.models import VOCAB, deepseek
 from tests.unit.conversion.test_round_trips import SEQUENTIAL, assert_same_files, native_logits

@@ -25,7 +25,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("audio_vocab, match", [
-    ("frame", "--audio-vocab=frame: must be LAYOUT:CODEBOOKSxSIZE, as frame:4x4032"),
+    ("frame", "--audio-vocab=frame: must be LAYOUT:CODEBOOKSxSIZE, for example frame:4x4032"),
     ("frame:4", "--audio-vocab=frame:4: must be"),
     ("frame:2x16x3", "must be LAYOUT:CODEBOOKSxSIZE"),
     ("frame:2.0x16", "must be LAYOUT:CODEBOOKSxSIZE"),
@@ -34,7 +34,7 @@ def folder(tmp_path_factory) -> Path:
     ("frame:0x16", "vocab.num_codebooks=0: must be at least 1"),
     ("frame:2x-16", "vocab.codebook_size=-16: must be at least 1"),
     ("flat_delay:1x16", "needs at least 2 codebooks"),
-    (None, "--audio-vocab: is needed"),
+    (None, "--audio-vocab: is required"),
 ])  # fmt: skip
 def test_audio_vocab(folder, audio_vocab, match):
     with pytest.raises(ConfigError, match=match):
@@ -50,12 +50,12 @@ def test_audio_vocab_of_every_layout(folder, layout, size):
 
 @pytest.mark.parametrize("noise", [-0.1, 1.5, float("nan"), float("inf")])
 def test_noise(folder, noise):
-    with pytest.raises(ConfigError, match="--noise=.*: must be a share of the weights' size, from 0 to 1"):
+    with pytest.raises(ConfigError, match="--noise=.*: must be a fraction of the weights' size, from 0 to 1"):
         plan_import(folder, options("expand", noise=noise))
 
 
 def test_noise_is_for_copies(folder):
-    with pytest.raises(ConfigError, match="--noise=0.1: is for --experts expand"):
+    with pytest.raises(ConfigError, match="--noise=0.1: is only for --experts expand"):
         plan_import(folder, options("partition", noise=0.1))
 
 
@@ -108,7 +108,7 @@ def test_groups_of_a_most_model_are_its_own(tmp_path):
     ("vocab:", "run.yaml: vocab=None: must be a section"),
     ("vocab: {num_codebooks: two, codebook_size: 4}", "run.yaml: vocab.num_codebooks='two': must be an integer"),
     ("- a list", "must hold a mapping"),
-    ("model: {}", "--audio-vocab: is needed"),
+    ("model: {}", "--audio-vocab: is required"),
 ])  # fmt: skip
 def test_wrong_configuration_file(folder, tmp_path, text, match):
     (tmp_path / "run.yaml").write_text(text)

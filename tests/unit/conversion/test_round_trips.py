@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from megatron_most import parallel
 from megatron_most.checkpointing import read_metadata
-from megatron_most.checkpointing.region_io import STATE, StateReader
+from megatron_most.checkpointing.directory import STATE
+from megatron_most.checkpointing.regions import StateReader
 from megatron_most.config import ParallelConfig, load_config, with_old_names
 from megatron_most.conversion import ImportOptions, export_model, import_model
 from megatron_most.conversion.export_plan import stored_config

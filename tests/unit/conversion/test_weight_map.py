@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_most import parallel
-from megatron_most.checkpointing.region_io import Region
+from megatron_most.checkpointing.regions import Region
 from megatron_most.checkpointing.state import _model_state
 from megatron_most.config import RunConfig
 from megatron_most.config.load import build_config
