@@ -1,4 +1,4 @@
-"""How far a conversion is: bytes, GB/s and the time left on a terminal; one line at the end everywhere."""
+"""Progress of a conversion: a bar on a terminal, and one line at the end."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 
 class Progress:
-    """A bar over ``total`` bytes; ``enabled`` is False on the ranks that say nothing."""
+    """A progress bar over ``total`` bytes. ``enabled`` is False on ranks that print nothing."""
 
     def __init__(self, what: str, total: int, enabled: bool = True) -> None:
         self._what, self._total, self._enabled = what, total, enabled
@@ -21,7 +21,7 @@ class Progress:
         self._bar.update(num_bytes)
 
     def done(self) -> None:
-        """Everything is on disk."""
+        """Call when everything is on disk."""
         self._bar.close()
         if self._enabled:
             seconds = time.perf_counter() - self._began

@@ -64,14 +64,14 @@ COUNTS = [[1, 2, 3, 4, 5, 6]] * 2
 
 @pytest.mark.parametrize("usage, match", [
     ([], "must hold a JSON object"),
-    ({"audio": COUNTS}, "needs counts for text"),
-    ({"text": COUNTS, "speech": COUNTS}, "speech: is no modality of the vocabulary; those are text, audio"),
-    ({"text": COUNTS[:1]}, "text: must hold a list for each of the 2 MoE layers"),
-    ({"text": [COUNTS[0], [1, 2]]}, r"text\[1\]: must hold a finite number, not negative, for each of 6 experts"),
-    ({"text": [COUNTS[0], [1, 2, 3, 4, 5, -6]]}, r"text\[1\]: must hold a finite number"),
-    ({"text": [COUNTS[0], [1, 2, 3, 4, 5, float("inf")]]}, r"text\[1\]: must hold a finite number"),
-    ({"text": [COUNTS[0], [1, 2, 3, 4, 5, float("nan")]]}, r"text\[1\]: must hold a finite number"),
-    ({"text": [COUNTS[0], [1, 2, 3, 4, 5, "6"]]}, r"text\[1\]: must hold a finite number"),
+    ({"audio": COUNTS}, "has no counts for text"),
+    ({"text": COUNTS, "speech": COUNTS}, "speech: is not a modality of the vocabulary; it has text, audio"),
+    ({"text": COUNTS[:1]}, "text: must hold one list per MoE layer, 2"),
+    ({"text": [COUNTS[0], [1, 2]]}, r"text\[1\]: must hold one finite number, at least 0, for each of the 6 experts"),
+    ({"text": [COUNTS[0], [1, 2, 3, 4, 5, -6]]}, r"text\[1\]: must hold one finite number"),
+    ({"text": [COUNTS[0], [1, 2, 3, 4, 5, float("inf")]]}, r"text\[1\]: must hold one finite number"),
+    ({"text": [COUNTS[0], [1, 2, 3, 4, 5, float("nan")]]}, r"text\[1\]: must hold one finite number"),
+    ({"text": [COUNTS[0], [1, 2, 3, 4, 5, "6"]]}, r"text\[1\]: must hold one finite number"),
 ])  # fmt: skip
 def test_usage(folder, tmp_path, usage, match):
     (tmp_path / "usage.json").write_text(json.dumps(usage))
@@ -120,10 +120,10 @@ def test_wrong_configuration_file(folder, tmp_path, text, match):
     (["model.hidden_size=64"], "model.hidden_size=64: .* has 32"),
     (["model.attention.rope.rotary_base=5"], "model.attention.rope.rotary_base=5"),
     (["model.moe.moe_router_score_function=sigmoid"], "model.moe.moe_router_score_function='sigmoid'"),
-    (["model.moe.groups.0.size=5"], "size=5: expand gives text all of the base's 6 experts"),
+    (["model.moe.groups.0.size=5"], "size=5: expand gives text all 6 experts of the base"),
     (["model.moe.groups.0.moe_router_topk=3"], r"groups\[text\].moe_router_topk=3: the base has 2"),
-    (["model.moe.groups.1.size=3"], "give counts with --usage"),
-    (["model.moe.groups.1.size=9"], "size=9: the base has 6 experts to copy"),
+    (["model.moe.groups.1.size=3"], "give their counts with --usage"),
+    (["model.moe.groups.1.size=9"], "size=9: the base has only 6 experts to copy"),
     (["model.moe.score_rule=all"], "would change text's scores"),
 ])  # fmt: skip
 def test_wishes_that_do_not_fit_the_base(folder, overrides, match):
