@@ -164,11 +164,9 @@ class HuggingFaceModel:
         present = [path.name for path in self.directory.iterdir() if pattern.fullmatch(path.name)]
         extra = sorted(set(present) - set(files))
         if extra and found == single:
-            raise CheckpointError(f"{self.directory}: holds both {single} and {extra[0]}; remove what is not the model")
+            raise CheckpointError(f"{self.directory}: holds both {single} and {extra[0]}; remove the one that is old")
         if extra:
-            raise CheckpointError(
-                f"{self.directory}: {found} does not name {extra[0]}; remove whichever is not of this model"
-            )
+            raise CheckpointError(f"{self.directory}: {found} does not name {extra[0]}; remove the one that is old")
         if missing:
             raise CheckpointError(f"{self.directory}: {missing[0]} is missing, which {found} names")
 

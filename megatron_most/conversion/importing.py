@@ -90,10 +90,10 @@ def _plan(directory: str | Path, out: Path, options: ImportOptions) -> ImportPla
         raise CheckpointError(f"{out}: exists already; name a new directory")
     plan = plan_import(directory, options)
     require_space(out, plan.num_bytes)
-    present = [name for name in TOKENIZER_FILES if plan.source.path_of(name).is_file()]
+    # What is copied later is checked now: links, stop ids and the tokenizer, without which training would not start.
+    present = {name for name in TOKENIZER_FILES if plan.source.path_of(name).is_file()}
     _generation_config(plan.source)
-    if {*TOKENIZER_FILES[:2]} & {*present}:
-        # Load it now, rather than fail when training starts.
+    if present.intersection(TOKENIZER_FILES[:2]):
         size = load_tokenizer(plan.source.directory).vocab_size
         if size > plan.config.vocab.text_vocab_size:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, and which models it fits."""
+"""Metadata of a checkpoint, and which configurations it fits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints written region by region: whole or not there, and read back in any cut."""
+"""Checkpoints written by region: complete or absent, and readable in any other regions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def process_groups():
 
 
 def box(region: Region) -> torch.Tensor:
-    """A view of the whole tensor, as a careless producer would give."""
+    """A view of the whole tensor, as a careless producer might return."""
     slices = tuple(slice(at, at + size) for at, size in zip(region.offsets, region.sizes, strict=True))
     return TENSORS[region.key][slices]
 

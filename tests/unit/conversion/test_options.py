@@ -1,4 +1,4 @@
-"""Wishes that make no sense for a model: one line that names the option, its value and the rule; nothing is written."""
+"""Options that do not fit a model: one line that names the option, its value and the rule; nothing is written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files written a tensor at a time are what the library reads and writes."""
+"""Files written one tensor at a time equal those of the library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules and blocks by themselves: every row once, in both directions, for any shape."""
+"""Rules and blocks: every row is used once in both directions, for any shape."""
 
 from __future__ import annotations
 
