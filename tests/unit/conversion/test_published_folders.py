@@ -188,6 +188,15 @@ def test_missing_fields_of_scaled_positions_mean_what_transformers_takes(tmp_pat
     assert read(checkpoint / "conversion.json")["checks"]["logits"]["max_difference"] < 1e-3
 
 
+def test_yarn_of_a_deepseek_without_its_original_length(tmp_path):
+    deepseek(tmp_path / "hf")
+    scaling = {"type": "yarn", "factor": 4.0}
+    edit_json(tmp_path / "hf" / "config.json", rope_parameters="absent", rope_theta=100.0, rope_scaling=scaling)
+    checkpoint = import_model(tmp_path / "hf", tmp_path / "native", options("expand"))
+    assert read_metadata(checkpoint).config["model"]["attention"]["rope"]["original_max_position_embeddings"] == 64
+    assert read(checkpoint / "conversion.json")["checks"]["logits"]["max_difference"] < 1e-3
+
+
 def test_positions_that_rotate_a_part_of_a_head_are_refused(tmp_path):
     llama(tmp_path / "hf")
     edit_json(tmp_path / "hf" / "config.json", partial_rotary_factor=0.5)
