@@ -150,7 +150,7 @@ def test_wrong_type(folder):
 def test_types_that_cannot_be_one_tensor(folder):
     name = "model.layers.0.mlp.gate_proj.weight"
     edit_tensors(folder, lambda tensors: tensors.update({name: tensors[name].bfloat16()}))
-    refused(folder, "torch.float32, others that go into decoder.layers.0.mlp.linear_fc1.weight are torch.bfloat16")
+    refused(folder, "torch.float32, but others that go into decoder.layers.0.mlp.linear_fc1.weight are torch.bfloat16")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
