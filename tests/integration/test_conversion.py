@@ -182,9 +182,9 @@ def test_verify_fails_between_models_that_differ_and_says_where(trained):
 
 @pytest.mark.parametrize("line, match", [
     ("[1, 2", "tokens.jsonl: not readable as JSON lines"),
-    ("[1, 2]\n[3]", "tokens.jsonl: must hold lists of ids"),
-    ("[1, -2]", "tokens.jsonl: must hold lists of ids"),
-    ("[1, 90]", "tokens: id 90 is not among the 90 that both models have"),
+    ("[1, 2]\n[3]", "tokens.jsonl: must hold one list of ids per line"),
+    ("[1, -2]", "tokens.jsonl: must hold one list of ids per line"),
+    ("[1, 90]", "tokens: id 90 is not one of the 90 ids that both models have"),
 ])  # fmt: skip
 def test_tokens_that_cannot_be_compared(trained, tmp_path, line, match):
     (tmp_path / "tokens.jsonl").write_text(line)
