@@ -148,7 +148,7 @@ def verify_command(arguments: argparse.Namespace) -> None:
     from megatron_most import parallel, platform
     from megatron_most.checkpointing import directory as directories
     from megatron_most.checkpointing import read_metadata, resolve
-    from megatron_most.checkpointing.region_io import STATE
+    from megatron_most.checkpointing.directory import STATE
     from megatron_most.config import ParallelConfig
     from megatron_most.conversion import hugging_face, verification
     from megatron_most.conversion.architectures import read_foreign

@@ -54,7 +54,7 @@ class Generator:
     def text(
         self,
         prompts: Sequence[Prompt],
-        end: int,
+        end: int | Sequence[int],
         max_new: int,
         sampling: Sampling,
         *,
@@ -64,6 +64,7 @@ class Generator:
         """At most ``max_new`` text ids for each prompt, without ``end``.
 
         Args:
+            end: the id that ends a text, or several of which any does.
             num_text_ids: the tokenizer's number of ids, if the model has more. None allows all text ids of the model.
             forbidden: text ids that are never generated.
 
@@ -71,7 +72,8 @@ class Generator:
             ConfigError: a prompt and ``max_new`` exceed the positions of the model.
         """
         self._require_room(prompts, max_new)
-        grammar = self._grammar(text_grammar, num_text_ids or self.vocab.text_vocab_size, end, tuple(forbidden))
+        ends = (end,) if isinstance(end, int) else tuple(end)
+        grammar = self._grammar(text_grammar, num_text_ids or self.vocab.text_vocab_size, ends, tuple(forbidden))
         ids, _ = self._continue(prompts, grammar, max_new, sampling)
         return [row.tolist() for row in ids]
 
@@ -118,7 +120,7 @@ class Generator:
             all_codes = np.full((*all_ids.shape, self.vocab.num_codebooks), NO_CODE)
         else:
             all_codes = decoder.codes[:, new].cpu().numpy()
-        lengths = [int(np.append(row == grammar.end, True).argmax()) for row in all_ids]
+        lengths = [int(np.append(np.isin(row, grammar.ends), True).argmax()) for row in all_ids]
         return (
             [row[:length] for row, length in zip(all_ids, lengths, strict=True)],
             [row[:length] for row, length in zip(all_codes, lengths, strict=True)],

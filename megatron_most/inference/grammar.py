@@ -29,7 +29,7 @@ class Grammar:
     """The tables of an automaton. The number of a state is the index of its first transition: 0, 3, 6, ...
 
     Args:
-        end: the id that ends the generated segment; not part of the result.
+        ends: the ids that end the generated segment; they are not part of the result.
         ids: the ids that may be generated. A choice is an index into this range.
         forbidden: ``[U, V]`` bool.
         forbidden_in: ``[3 * S]``, at the number of each state, its row of ``forbidden``.
@@ -39,7 +39,7 @@ class Grammar:
             no codes beside them.
     """
 
-    end: int
+    ends: tuple[int, ...]
     ids: range
     forbidden: torch.Tensor
     forbidden_in: torch.Tensor
@@ -72,21 +72,24 @@ class Grammar:
         return None if self.has_no_code is None else self.has_no_code.index_select(0, transition)
 
 
-def text_grammar(vocab: VocabLayout, num_text_ids: int, end: int, forbidden: tuple[int, ...] = ()) -> Grammar:
-    """Text up to ``end``.
+def text_grammar(
+    vocab: VocabLayout, num_text_ids: int, ends: tuple[int, ...], forbidden: tuple[int, ...] = ()
+) -> Grammar:
+    """Text up to any of ``ends``.
 
     Args:
         num_text_ids: the tokenizer's number of ids; the model may have more.
-        forbidden: the tokenizer's special ids, which never occur inside text; ``end`` may be one of them.
+        forbidden: the tokenizer's special ids, which never occur inside text; ``ends`` may be among them.
     """
     ids = torch.arange(num_text_ids)
     is_forbidden = vocab.modality_of(ids) != Modality.TEXT
-    is_forbidden[[marker for marker in forbidden if marker != end]] = True
-    kind_of = torch.where(ids == end, _END, _OTHER)
+    is_forbidden[[marker for marker in forbidden if marker not in ends]] = True
+    is_end = torch.isin(ids, torch.tensor(ends))
+    kind_of = torch.where(is_end, _END, _OTHER)
     return Grammar(
-        end=end,
+        ends=ends,
         ids=range(num_text_ids),
-        forbidden=torch.stack([ids != end, is_forbidden]),
+        forbidden=torch.stack([~is_end, is_forbidden]),
         forbidden_in=torch.tensor([0, 0, 0, 1, 1, 1]),
         kind_of=kind_of,
         next_state=torch.tensor([DONE, DONE, DONE, _START, DONE, DONE]),
@@ -129,7 +132,7 @@ class _SpeechTables:
         kind_of[self._places(self.layout.leading_ids)] = _LEADING
         kind_of[self.end - self.ids.start] = _END
         return Grammar(
-            end=self.end,
+            ends=(self.end,),
             ids=self.ids,
             forbidden=torch.stack(self.forbidden),
             forbidden_in=torch.tensor(forbidden_in),

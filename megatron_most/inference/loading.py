@@ -15,6 +15,7 @@ from megatron_most.errors import ConfigError
 from megatron_most.inference.generator import Generator
 from megatron_most.model import build_model
 from megatron_most.text import TextTokenizer, load_tokenizer
+from megatron_most.text.stop_ids import stop_ids
 
 
 @dataclass
@@ -26,6 +27,8 @@ class LoadedModel:
     codec: AudioCodec
     config: RunConfig
     metadata: CheckpointMetadata
+    stop_ids: tuple[int, ...] = ()
+    """Ids that end a text as the tokenizer's end of sequence does; see :func:`megatron_most.text.stop_ids.stop_ids`."""
 
 
 def load_for_generation(
@@ -56,8 +59,14 @@ def load_for_generation(
     chunks = build_model(config)
     if not random_weights:
         load_model_weights(checkpoint, config, chunks)
+    text_tokenizer = load_tokenizer(names["tokenizer"])
     return LoadedModel(
-        Generator(chunks[0]), load_tokenizer(names["tokenizer"]), load_codec(names["codec"]), config, metadata
+        Generator(chunks[0]),
+        text_tokenizer,
+        load_codec(names["codec"]),
+        config,
+        metadata,
+        stop_ids(names["tokenizer"], text_tokenizer),
     )
 
 

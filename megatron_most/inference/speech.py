@@ -26,7 +26,7 @@ def transcribe(
     for batch in _batches_of_similar_length([len(item.ids) for item in prompts], batch_size):
         generated = model.generator.text(
             [prompts[index] for index in batch],
-            tokenizer.eos_id,
+            [tokenizer.eos_id, *model.stop_ids],
             max_new,
             sampling or Sampling(),
             num_text_ids=tokenizer.vocab_size,

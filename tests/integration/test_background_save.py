@@ -18,7 +18,7 @@ from megatron_most import parallel
 from megatron_most.checkpointing import CheckpointSave, complete_checkpoints, read_metadata, saving
 from megatron_most.checkpointing import directory as directories
 from megatron_most.checkpointing.rank_save import RankSave, _Planner
-from megatron_most.checkpointing.region_io import StateReader
+from megatron_most.checkpointing.regions import StateReader
 from megatron_most.checkpointing.state import plan_state
 from megatron_most.config import RunConfig
 from megatron_most.errors import MostError

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from megatron_most import parallel
 from megatron_most.checkpointing import CheckpointMetadata, load_model_weights, read_metadata, save_checkpoint
-from megatron_most.checkpointing.region_io import STATE, StateReader
+from megatron_most.checkpointing.directory import STATE
+from megatron_most.checkpointing.regions import StateReader
 from megatron_most.commands.convert import verify_command
 from megatron_most.config import load_config
 from megatron_most.conversion import ImportOptions, describe, export_model, import_model
@@ -181,9 +182,9 @@ def test_verify_fails_between_models_that_differ_and_says_where(trained):
 
 @pytest.mark.parametrize("line, match", [
     ("[1, 2", "tokens.jsonl: not readable as JSON lines"),
-    ("[1, 2]\n[3]", "tokens.jsonl: must hold lists of ids"),
-    ("[1, -2]", "tokens.jsonl: must hold lists of ids"),
-    ("[1, 90]", "tokens: id 90 is not among the 90 that both models have"),
+    ("[1, 2]\n[3]", "tokens.jsonl: must hold one list of ids per line"),
+    ("[1, -2]", "tokens.jsonl: must hold one list of ids per line"),
+    ("[1, 90]", "tokens: id 90 is not one of the 90 ids that both models have"),
 ])  # fmt: skip
 def test_tokens_that_cannot_be_compared(trained, tmp_path, line, match):
     (tmp_path / "tokens.jsonl").write_text(line)

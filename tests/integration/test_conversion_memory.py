@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_most.checkpointing.region_io import TensorForm
+from megatron_most.checkpointing.regions import TensorForm
 from megatron_most.conversion.architectures import read_foreign
 from megatron_most.conversion.safetensors_files import index_of, plan_shards, write_file
 

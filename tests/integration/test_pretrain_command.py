@@ -144,7 +144,7 @@ def test_a_dataset_built_anew_is_refused_where_there_is_a_checkpoint(config: Run
     run_ranks(1, command, "--config", config_file, "training.train_iters=3")
     write_dataset(Path(asr), config, "asr", seed=1, num_documents=25)
     line = one_error_line(run_ranks(2, command, "--config", config_file))
-    assert f"step_00000003: dataset {asr} was built anew, with other content" in line
+    assert f"step_00000003: dataset {asr} was rebuilt with other content" in line
 
     shutil.rmtree(Path(config.run_dir) / "checkpoints")
     [(status, out, _)] = run_ranks(1, command, "--config", config_file, "training.train_iters=3")

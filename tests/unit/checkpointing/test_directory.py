@@ -86,13 +86,13 @@ def test_a_flipped_bit_is_found_by_content(tmp_path: Path) -> None:
         directories.verify_checksums(path)
 
 
-def test_shares_of_verification_cover_every_file_once(tmp_path: Path) -> None:
+def test_ranks_together_verify_every_file_once(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, 1)
     (path / "state" / "shard").write_bytes(b"weights" * 99 + b"weighty")
     failures = 0
-    for share in range(3):
+    for rank in range(3):
         try:
-            directories.verify_checksums(path, share, 3)
+            directories.verify_checksums(path, rank, 3)
         except CheckpointError:
             failures += 1
     assert failures == 1

@@ -1,4 +1,4 @@
-"""Files written a tensor at a time are what the library reads and writes."""
+"""Files written one tensor at a time equal those of the library."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from megatron_most.checkpointing.region_io import TensorForm
+from megatron_most.checkpointing.regions import TensorForm
 from megatron_most.conversion.safetensors_files import index_of, parse_size, plan_shards, write_file
 from megatron_most.errors import ConfigError
 

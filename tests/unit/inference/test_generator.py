@@ -166,7 +166,7 @@ def test_tables_of_speech_say_what_the_layout_says(name):
 
 def test_text_is_text_and_no_other_modality():
     vocab = VocabLayout(10, 2, 4, further_modalities=[ModalityRange("image", 6, 8)])
-    grammar = text_grammar(vocab, num_text_ids=9, end=2, forbidden=(0, 2))
+    grammar = text_grammar(vocab, num_text_ids=9, ends=(2,), forbidden=(0, 2))
     assert allowed_after(grammar, []) == allowed_after(grammar, [1, 8]) == {1, 2, 3, 4, 5, 8}
     assert allowed_after(grammar, [1, 2]) == {2}
 
@@ -239,3 +239,14 @@ def test_choices_are_as_frequent_as_they_are_probable():
 def test_wrong_sampling_options_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         Sampling(**wrong)
+
+
+def test_any_of_several_ids_ends_a_text(generator):
+    prompts = [asr_prompt(generator, seed, frames) for seed, frames in enumerate([3, 7, 5])]
+    free = generator.text(prompts, end=-1, max_new=12, sampling=Sampling())
+    ends = [free[0][4], free[1][7]]
+    stopped = generator.text(prompts, end=ends, max_new=12, sampling=Sampling())
+    for row, whole in zip(stopped, free, strict=True):
+        first = next((place for place, token in enumerate(whole) if token in ends), len(whole))
+        assert row == whole[:first]
+    assert len(stopped[0]) <= 4 and len(stopped[1]) <= 7
