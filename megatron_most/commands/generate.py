@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,8 +27,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-new-tokens", type=int, default=32, help="asr: longest transcript (default 32)")
-    parser.add_argument("--max-seconds", type=float, default=6.0, help="tts: longest speech (default 6)")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        help="asr: longest transcript, in text ids (default: what the model's context leaves)",
+    )
+    parser.add_argument(
+        "--max-seconds", type=float, help="tts: longest speech (default: what the model's context leaves)"
+    )
     return parser
 
 
@@ -46,14 +53,25 @@ def generate(arguments: argparse.Namespace) -> None:
     model = load_for_generation(arguments.checkpoint, arguments.tokenizer, arguments.codec)
     if arguments.task == "asr":
         codes = [model.codec.encode(read_audio(path, model.codec.sample_rate)) for path in arguments.input]
-        text = "\n".join(transcribe(model, codes, arguments.max_new_tokens, sampling))
+        at_limit: list[int] = []
+        text = "\n".join(transcribe(model, codes, arguments.max_new_tokens, sampling, on_limit=at_limit.append))
         if arguments.output:
             write_text(arguments.output, text + "\n")
         else:
             print(text)
+        for index in sorted(at_limit):
+            _warn_of_limit(arguments.input[index], "--max-new-tokens", arguments.max_new_tokens)
     else:
-        [codes] = speak(model, [text], arguments.max_seconds, sampling)
+        at_limit = []
+        [codes] = speak(model, [text], arguments.max_seconds, sampling, on_limit=at_limit.append)
         write_wav(arguments.output, model.codec.decode(codes), model.codec.sample_rate)
+        if at_limit:
+            _warn_of_limit(arguments.output, "--max-seconds", arguments.max_seconds)
+
+
+def _warn_of_limit(name: str, option: str, value: float | None) -> None:
+    limit = "the model's context" if value is None else f"{option}={value:g}"
+    print(f"warning: {name}: the answer reached its limit ({limit}); its end may be missing", file=sys.stderr)
 
 
 def _text(words: list[str]) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 
 from megatron_most.audio.io import resample
 from megatron_most.errors import ConfigError, DataError
-from megatron_most.evaluation.wer import normalize_text
+from megatron_most.evaluation.normalization import normalize_text
 from megatron_most.extras import require
 
 POCKETSPHINX_SAMPLE_RATE = 16000

@@ -77,10 +77,14 @@ class Decoder:
             and self.num_positions >= num_positions
         )
 
-    def start(self, ids: torch.Tensor, codes: torch.Tensor, is_padding: torch.Tensor, random: torch.Generator) -> None:
+    def start(
+        self, ids: torch.Tensor, codes: torch.Tensor, is_padding: torch.Tensor, random: list[torch.Generator]
+    ) -> None:
         """Read prompts ``ids [b, s]``, ``codes [b, s, C]``, which end at the same position, and choose what follows.
 
-        is_padding: ``[b, s]`` bool, at the start of shorter prompts.
+        Args:
+            is_padding: ``[b, s]`` bool, at the start of shorter prompts.
+            random: the random numbers of each row.
         """
         length = ids.shape[1]
         self._cache.start_prompt()
@@ -104,7 +108,7 @@ class Decoder:
         self._draw(random)
         self._choose(logits, code_logits)
 
-    def advance(self, random: torch.Generator) -> None:
+    def advance(self, random: list[torch.Generator]) -> None:
         """Read what was chosen last and choose what follows."""
         self._draw(random)
         self._run()
@@ -127,10 +131,11 @@ class Decoder:
         self._position += 1
         self._choose(logits, code_logits)
 
-    def _draw(self, random: torch.Generator) -> None:
+    def _draw(self, random: list[torch.Generator]) -> None:
         for noise in (self._noise, self._code_noise):
             if noise is not None:
-                noise.exponential_(generator=random)
+                for row, generator in zip(noise, random, strict=True):
+                    row.exponential_(generator=generator)
 
     def _choose(self, logits: torch.Tensor, code_logits: torch.Tensor | None) -> None:
         """The ids, and their codes, at ``position``, from logits ``[b, 1, V]`` and ``[b, 1, C, K]``."""

@@ -122,7 +122,7 @@ class Job:
         output = directory / "evaluation" / f"{one.name}.json"
         command = [*self.programs.evaluate, "--checkpoint", str(directory)]
         command += ["--suite", one.suite, "--data", one.data, "--output", str(output)]
-        command += ["--normalizer", one.normalizer]
+        command += ["--normalizer", one.normalizer] if one.normalizer else []
         command += ["--limit", str(one.limit)] if one.limit else []
         command += ["--vocabulary", *one.vocabulary] if one.vocabulary else []
         return _call(command, log, {}, descriptors)

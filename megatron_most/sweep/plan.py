@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_most.config import RunConfig, load_config, with_old_names
 from megatron_most.errors import ConfigError
+from megatron_most.evaluation.normalization import NORMALIZERS
 from megatron_most.model import build, count_parameters
 from megatron_most.planning import memory_per_rank, train_flops_per_token
 from megatron_most.planning.overview import align
@@ -94,7 +95,10 @@ def _planned(sweep: Sweep, variant: Variant, seed: int, config: RunConfig, world
     # By the old names of keys, so that runs that were made with them are found.
     content = {key: value for key, value in with_old_names(asdict(config)).items() if key not in _NO_MATTER}
     content["provenance"] = {path: _digest(Path(path)) for path in datasets}
-    content["evaluation"] = [asdict(one) for one in sweep.spec.evaluation]
+    # Earlier versions wrote whisper-english where no normalizer was named; their runs must be found.
+    content["evaluation"] = [
+        asdict(one) | {"normalizer": one.normalizer or NORMALIZERS[0]} for one in sweep.spec.evaluation
+    ]
     identity = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     folder, end = Path(sweep.spec.output) / "runs", f"_seed-{seed}_{identity[:10]}"
     config.run_dir = str(next(folder.glob(f"*{end}"), folder / f"{variant.slug}{end}"))  # it may have another label

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from megatron_most.config.load import check_shape
 from megatron_most.config.rules import require, require_not_negative, require_one_of, require_positive
 from megatron_most.errors import ConfigError
-from megatron_most.evaluation.wer import NORMALIZERS
+from megatron_most.evaluation.normalization import NORMALIZERS
 
 
 @dataclass
@@ -38,17 +38,18 @@ class BudgetConfig:
 
 @dataclass
 class EvaluationConfig:
-    """One call of ``most evaluate`` for each finished run."""
+    """One call of ``most evaluate`` for each finished run; None leaves the choice to it."""
 
     suite: str
     data: str
     limit: int | None = None
     vocabulary: list[str] = field(default_factory=list)
-    normalizer: str = NORMALIZERS[0]
+    normalizer: str | None = None
 
     def __post_init__(self) -> None:
         require_one_of("evaluation.suite", self.suite, ("asr", "tts"))
-        require_one_of("evaluation.normalizer", self.normalizer, NORMALIZERS)
+        if self.normalizer is not None:
+            require_one_of("evaluation.normalizer", self.normalizer, NORMALIZERS)
 
     @property
     def name(self) -> str:
