@@ -63,8 +63,8 @@ def generate(arguments: argparse.Namespace) -> None:
             _warn_of_limit(arguments.input[index], "--max-new-tokens", arguments.max_new_tokens)
     else:
         at_limit = []
-        [codes] = speak(model, [text], arguments.max_seconds, sampling, on_limit=at_limit.append)
-        write_wav(arguments.output, model.codec.decode(codes), model.codec.sample_rate)
+        [spoken] = speak(model, [text], arguments.max_seconds, sampling, on_limit=at_limit.append)
+        write_wav(arguments.output, model.codec.decode(spoken), model.codec.sample_rate)
         if at_limit:
             _warn_of_limit(arguments.output, "--max-seconds", arguments.max_seconds)
 

@@ -183,10 +183,11 @@ def _result(
 ) -> dict[str, Any]:
     items: list[dict[str, Any]] = []
     for index, (record, hypothesis) in enumerate(zip(evaluated.records, hypotheses, strict=True)):
-        failed = isinstance(hypothesis, DataError)
-        item = {"id": record.id, "reference": record.text, "hypothesis": "" if failed else hypothesis}
-        item |= {"failed": str(hypothesis)} if failed else {}
-        item |= {"at_limit": True} if index in at_limit else {}
+        item: dict[str, Any] = {"id": record.id, "reference": record.text, "hypothesis": hypothesis}
+        if isinstance(hypothesis, DataError):
+            item |= {"hypothesis": "", "failed": str(hypothesis)}
+        if index in at_limit:
+            item["at_limit"] = True
         items.append(item)
     failures = [item["failed"] for item in items if "failed" in item]
     if len(failures) == len(items):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -60,7 +62,7 @@ def plan_runs(sweep: Sweep) -> list[PlannedRun]:
     spec = sweep.spec
     world_size = spec.resources.nodes * spec.resources.ranks
 
-    def configure(variant: Variant, *more: str) -> RunConfig:
+    def configure(variant: Variant, more: Sequence[str] = ()) -> RunConfig:
         try:
             config = load_config(spec.base, [*variant.overrides, *more])
             config.num_microbatches(config.parallel.data_parallel_size(world_size))
@@ -75,12 +77,10 @@ def plan_runs(sweep: Sweep) -> list[PlannedRun]:
     for variant in sweep.variants:
         widths: list[str] = []
         if target is not None:
-            widths = matched_width(
-                spec.budget, target, lambda more, variant=variant: configure(variant, *more), variant.name
-            )
+            widths = matched_width(spec.budget, target, functools.partial(configure, variant), variant.name)
         variant = replace(variant, overrides=(*variant.overrides, *widths))
         for seed in spec.seeds:
-            runs.append(_planned(sweep, variant, seed, configure(variant, f"seed={seed}"), world_size))
+            runs.append(_planned(sweep, variant, seed, configure(variant, [f"seed={seed}"]), world_size))
     seen: dict[str, PlannedRun] = {}
     for run in runs:
         same = seen.setdefault(run.identity, run)
@@ -123,7 +123,7 @@ def _digest(path: Path) -> str | None:
 def describe_runs(sweep: Sweep, runs: list[PlannedRun]) -> str:
     """What ``--dry-run`` prints: a line for each variant, its seeds, and what is missing."""
     spec = sweep.spec
-    table = [("variant", "runs", "parameters", "active", "GFLOP a token", "GiB a rank", "positions at most")]
+    table = [("variant", "runs", "parameters", "active", "GFLOP per token", "GiB per rank", "positions at most")]
     for variant, mine in by_variant(runs):
         first = mine[0]
         training = first.config.training

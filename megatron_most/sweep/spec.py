@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import OmegaConf
@@ -158,7 +158,7 @@ def load_sweep(path: str | Path) -> Sweep:
     missing = [key for key in ("name", "base", "output", "seeds") if key not in content]
     if missing or free["axes"] is None:
         raise ConfigError(f"{path}: {(missing or ['axes'])[0]}: a value is required")
-    spec = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SweepSpec), content))
+    spec = cast(SweepSpec, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SweepSpec), content)))
     axes = {str(name): _choices(f"{path}: axes.{name}", name, choices) for name, choices in _axes(path, free["axes"])}
     skipped = free["skip"] or []
     if not isinstance(skipped, list):
@@ -190,7 +190,7 @@ def _axes(path: Path, axes: Any) -> Iterator[tuple[str, Any]]:
 def _choices(where: str, name: str, choices: Any) -> dict[str, tuple[str, ...]]:
     """Choice -> overrides. A list holds values of the key that the axis is named after; a mapping holds names."""
     if isinstance(choices, list) and choices:
-        values = {_text(value): (f"{name}={_text(value)}",) for value in choices}
+        values: dict[str, tuple[str, ...]] = {_text(value): (f"{name}={_text(value)}",) for value in choices}
         if len(values) < len(choices):
             raise ConfigError(f"{where}: names a value twice")
         return values
