@@ -2,9 +2,9 @@
 
     python examples/quickstart/evaluate.py --run-dir runs/quickstart --corpus runs/quickstart/corpus
 
-Sets: ``heldout_s`` (unseen sentences of word pairs that occur in training) and ``heldout_p`` (word pairs never seen).
-Speech is judged by pocketsphinx with the corpus's closed vocabulary and a bigram model that favors no held-out pair,
-beside the originals and the codec's round trip.
+Sets: ``heldout_s`` (new sentences of word pairs that occur in training) and ``heldout_p`` (word pairs that do not).
+Pocketsphinx reads the model's speech, the originals and the codec's round trip. It has the corpus's closed vocabulary and
+a bigram model in which all word pairs are equal.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megatron_most.files import write_json
 from megatron_most.inference import LoadedModel, load_for_generation
 from megatron_most.model import count_parameters
 
-NORMALIZER = "basic"  # Whisper's makes one number of "two nine", two words of the corpus
+NORMALIZER = "basic"  # Whisper's turns "two nine", two words of the corpus, into one number
 SETS = {"heldout_s": "heldout", "heldout_p": "heldout_hard"}
 NUM_SAMPLES = 4
 MAX_SECONDS = 4.0
@@ -84,7 +84,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _training_summary(run_dir: Path, model: LoadedModel) -> dict[str, Any]:
-    """What the run's own files say about training."""
+    """Numbers about training, from the files of the run."""
     metrics = [entry for entry in _json_lines(run_dir / "metrics.jsonl") if "loss" in entry]
     routing = _json_lines(run_dir / "routing.jsonl")
     environment = json.loads((run_dir / "environment.json").read_text())
