@@ -3,8 +3,8 @@
     python examples/quickstart/evaluate.py --run-dir runs/quickstart --corpus runs/quickstart/corpus
 
 Sets: ``heldout_s`` (new sentences of word pairs that occur in training) and ``heldout_p`` (word pairs that do not).
-Pocketsphinx reads the model's speech, the originals and the codec's round trip. It has the corpus's closed vocabulary and
-a bigram model in which all word pairs are equal.
+Pocketsphinx reads the model's speech, the originals and the codec's round trip. It has the corpus's closed vocabulary
+and a bigram model in which all word pairs are equal.
 """
 
 from __future__ import annotations
