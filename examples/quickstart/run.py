@@ -111,8 +111,8 @@ def run_steps(steps: list[Step], run_dir: Path) -> None:
         status = subprocess.run(step.command, cwd=ROOT, env=_environment(), check=False).returncode
         if status:
             raise MostError(f"step {step.name} failed with status {status}; fix the error above and run again")
-        if step.training_steps is not None:
-            _require_trained(step)
+        if step.training_steps is not None and step.continues is not None:
+            _require_trained(step.name, ROOT / step.continues.parent, step.training_steps)
         write_text(stamp, identity)
         print(f"{label}: {time.monotonic() - start:.0f} s", flush=True)
 
@@ -127,10 +127,10 @@ def _claim(folder: Path, started: Path, identity: str) -> None:
     write_text(started, identity)
 
 
-def _require_trained(step: Step) -> None:
-    reached = read_metadata(ROOT / step.continues.parent).step
-    if reached < step.training_steps:
-        raise MostError(f"{step.name} was stopped after step {reached} of {step.training_steps}; run again to continue")
+def _require_trained(name: str, run_dir: Path, steps: int) -> None:
+    reached = read_metadata(run_dir).step
+    if reached < steps:
+        raise MostError(f"{name} was stopped after step {reached} of {steps}; run again to continue")
 
 
 def _identity(previous: str, step: Step) -> str:

@@ -1,4 +1,4 @@
-"""Which curves of ``metrics.jsonl`` go into which chart."""
+"""The charts of a run's metrics."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _TASKS = {
 }
 _MARKERS: tuple[Marker, ...] = ("circle", "diamond", "square")
 PALETTE = 8
-"""Colors of the page: 0 and 1 are text's and audio's, 2 is gray, the tasks' start at 3."""
+"""Number of colors: 0 and 1 are those of text and audio, 2 is gray, those of tasks start at 3."""
 _GREY = 2
 _MODALITIES = (0, 1, 7, 6, 4)
 MEMORY = "max_memory_bytes"
 
 
 def modality_color(index: int) -> int:
-    """Color of the modality with that index, in every chart and map."""
+    """Color of a modality in all charts and maps."""
     return _MODALITIES[index % len(_MODALITIES)]
 
 

@@ -134,6 +134,9 @@ class Bench:
     def microbatch(self, batch: Batch) -> None:
         run_microbatches(self.state.wrapped, [batch], self.state.loss_table)
 
+    def step(self, batch: Batch) -> None:
+        train_step(self.state, [batch])
+
     def update(self) -> None:
         """The optimizer's step alone, with the gradients of the previous pass."""
         self.state.optimizer.step()
@@ -169,8 +172,8 @@ PARTS: dict[str, Part] = {
     "optimizer": lambda bench: bench.update(),
     "micro-batch": lambda bench: bench.microbatch(bench.batch),
     "micro-batch, packed": lambda bench: bench.microbatch(bench.packed),
-    "step": lambda bench: train_step(bench.state, [bench.batch]) and None,
-    "step, packed": lambda bench: train_step(bench.state, [bench.packed]) and None,
+    "step": lambda bench: bench.step(bench.batch),
+    "step, packed": lambda bench: bench.step(bench.packed),
 }
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -74,7 +74,7 @@ class Comparison:
 
 
 def compare(
-    arms: dict[str, Callable[[], object]],
+    arms: Mapping[str, Callable[[], object]],
     baseline: str,
     blocks: int = MINIMUM_BLOCKS,
     seconds_per_sample: float = 0.2,

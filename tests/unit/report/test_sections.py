@@ -124,7 +124,11 @@ def test_sounds_of_one_utterance_come_together_from_several_suites(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("../outside.wav", "lies outside the run directory"), ("absent.wav", "No such file"), ("text.wav", "is no WAV")],
+    [
+        ("../outside.wav", "is outside of the run directory"),
+        ("absent.wav", "No such file"),
+        ("text.wav", "is not a WAV"),
+    ],
 )
 def test_sound_that_cannot_be_used_is_noted(tmp_path, name, reason):
     run_dir = tmp_path / "run"
