@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,11 +36,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-new-tokens",
         type=int,
-        default=32,
-        help="asr: maximum length of a transcript in ids (default %(default)s)",
+        help="asr: maximum length of a transcript in ids (default: what the model's context leaves)",
     )
     parser.add_argument(
-        "--max-seconds", type=float, default=6.0, help="tts: maximum length of the speech (default %(default)g)"
+        "--max-seconds",
+        type=float,
+        help="tts: maximum length of the speech (default: what the model's context leaves)",
     )
     return parser
 
@@ -58,15 +60,26 @@ def generate(arguments: argparse.Namespace) -> None:
         require_writable(arguments.output)
     model = load_for_generation(arguments.checkpoint, arguments.tokenizer, arguments.codec)
     if arguments.task == "asr":
-        heard = [model.codec.encode(read_audio(path, model.codec.sample_rate)) for path in arguments.input]
-        text = "\n".join(transcribe(model, heard, arguments.max_new_tokens, sampling))
+        codes = [model.codec.encode(read_audio(path, model.codec.sample_rate)) for path in arguments.input]
+        at_limit: list[int] = []
+        text = "\n".join(transcribe(model, codes, arguments.max_new_tokens, sampling, on_limit=at_limit.append))
         if arguments.output:
             write_text(arguments.output, text + "\n")
         else:
             print(text)
+        for index in sorted(at_limit):
+            _warn_of_limit(arguments.input[index], "--max-new-tokens", arguments.max_new_tokens)
     else:
-        [spoken] = speak(model, [text], arguments.max_seconds, sampling)
+        at_limit = []
+        [spoken] = speak(model, [text], arguments.max_seconds, sampling, on_limit=at_limit.append)
         write_wav(arguments.output, model.codec.decode(spoken), model.codec.sample_rate)
+        if at_limit:
+            _warn_of_limit(arguments.output, "--max-seconds", arguments.max_seconds)
+
+
+def _warn_of_limit(name: str, option: str, value: float | None) -> None:
+    limit = "the model's context" if value is None else f"{option}={value:g}"
+    print(f"warning: {name}: the answer reached its limit ({limit}); its end may be missing", file=sys.stderr)
 
 
 def _text(words: list[str]) -> str:

@@ -81,12 +81,15 @@ class Decoder:
             and self.num_positions >= num_positions
         )
 
-    def start(self, ids: torch.Tensor, codes: torch.Tensor, is_padding: torch.Tensor, random: torch.Generator) -> None:
+    def start(
+        self, ids: torch.Tensor, codes: torch.Tensor, is_padding: torch.Tensor, random: list[torch.Generator]
+    ) -> None:
         """Read the prompts and choose the first new position.
 
         Args:
             ids, codes: ``[b, s]`` and ``[b, s, C]``, padded on the left.
             is_padding: ``[b, s]`` bool.
+            random: the random number generator of each row.
         """
         length = ids.shape[1]
         self._cache.start_prompt()
@@ -110,7 +113,7 @@ class Decoder:
         self._draw(random)
         self._choose(logits, code_logits)
 
-    def advance(self, random: torch.Generator) -> None:
+    def advance(self, random: list[torch.Generator]) -> None:
         """Read the position chosen last and choose the next."""
         self._draw(random)
         self._run()
@@ -133,10 +136,11 @@ class Decoder:
         self._position += 1
         self._choose(logits, code_logits)
 
-    def _draw(self, random: torch.Generator) -> None:
+    def _draw(self, random: list[torch.Generator]) -> None:
         for noise in (self._noise, self._code_noise):
             if noise is not None:
-                noise.exponential_(generator=random)
+                for row, generator in zip(noise, random, strict=True):
+                    row.exponential_(generator=generator)
 
     def _choose(self, logits: torch.Tensor, code_logits: torch.Tensor | None) -> None:
         """Choose ids and codes at ``_position`` from logits ``[b, 1, V]`` and ``[b, 1, C, K]``."""

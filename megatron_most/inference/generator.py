@@ -55,27 +55,30 @@ class Generator:
         self,
         prompts: Sequence[Prompt],
         end: int | Sequence[int],
-        max_new: int,
+        max_new: int | Sequence[int],
         sampling: Sampling,
         *,
         num_text_ids: int | None = None,
         forbidden: tuple[int, ...] = (),
     ) -> list[list[int]]:
-        """At most ``max_new`` text ids for each prompt, without ``end``.
+        """Text ids for each prompt, without ``end``.
 
         Args:
             end: the id that ends a text, or several of which any does.
+            max_new: the maximum number of ids for all prompts, or for each of them.
             num_text_ids: the tokenizer's number of ids, if the model has more. None allows all text ids of the model.
             forbidden: text ids that are never generated.
 
         Raises:
-            ConfigError: a prompt and ``max_new`` exceed the positions of the model.
+            ConfigError: a prompt and its ``max_new`` exceed the positions of the model.
         """
-        self._require_room(prompts, max_new)
+        limits = [max_new] * len(prompts) if isinstance(max_new, int) else list(max_new)
+        self._require_room(prompts, limits)
         ends = (end,) if isinstance(end, int) else tuple(end)
         grammar = self._grammar(text_grammar, num_text_ids or self.vocab.text_vocab_size, ends, tuple(forbidden))
-        ids, _ = self._continue(prompts, grammar, max_new, sampling)
-        return [row.tolist() for row in ids]
+        # Positions are relative, so a short prompt may go past the context that a longer one beside it fills.
+        ids, _ = self._continue(prompts, grammar, max(limits), sampling)
+        return [row[:limit].tolist() for row, limit in zip(ids, limits, strict=True)]
 
     def speech(self, prompts: Sequence[Prompt], max_frames: int, sampling: Sampling) -> list[np.ndarray]:
         """Codes ``[F, C]``, at most ``max_frames`` frames, for each prompt; prompts end in ``begin_of_audio``.
@@ -85,12 +88,14 @@ class Generator:
         """
         layout = self.vocab.codec_layout
         max_new = layout.num_positions(max_frames)
-        self._require_room(prompts, max_new)
+        self._require_room(prompts, [max_new] * len(prompts))
         ids, codes = self._continue(prompts, self._grammar(speech_grammar, max_frames), max_new, sampling)
         return [layout.decode(row, row_codes) for row, row_codes in zip(ids, codes, strict=True)]
 
-    def _require_room(self, prompts: Sequence[Prompt], max_new: int) -> None:
-        longest = max(len(prompt.ids) for prompt in prompts)
+    def _require_room(self, prompts: Sequence[Prompt], limits: Sequence[int]) -> None:
+        longest, max_new = max(
+            ((len(prompt.ids), limit) for prompt, limit in zip(prompts, limits, strict=True)), key=sum
+        )
         if longest + max_new > self.model.max_sequence_length:
             raise ConfigError(
                 f"a prompt of {longest} positions and {max_new} new ones exceed the model's"
@@ -108,7 +113,8 @@ class Generator:
         ids, codes, is_padding = self._left_padded(prompts)
         start = ids.shape[1]
         decoder = self._decoder_for(grammar, sampling, len(prompts), start + max_new)
-        random = sampling.generator(self.device)
+        # By prompt, so that what stands beside it in a batch does not change what is drawn for it.
+        random = [sampling.generator(self.device, np.asarray(prompt.ids).tobytes()) for prompt in prompts]
         decoder.start(ids, codes, is_padding, random)
         num_new = 1
         while num_new < max_new and not (num_new % _END_TESTED_EVERY == 0 and decoder.all_done()):

@@ -6,6 +6,7 @@ Shape letters: ... any batch dimensions, V choices.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -37,9 +38,10 @@ class Sampling:
     def with_seed(self, seed: int) -> Sampling:
         return dataclasses.replace(self, seed=seed)
 
-    def generator(self, device: torch.device) -> torch.Generator:
-        """The random number generator for one call of :class:`~megatron_most.inference.generator.Generator`."""
-        return torch.Generator(device).manual_seed(self.seed)
+    def generator(self, device: torch.device, prompt: bytes) -> torch.Generator:
+        """The random number generator for the continuation of ``prompt``, whatever else is in its batch."""
+        digest = hashlib.blake2b(f"{self.seed}:".encode() + prompt, digest_size=8).digest()
+        return torch.Generator(device).manual_seed(int.from_bytes(digest, "little", signed=True))
 
     def choose(self, logits: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         """``logits [..., V]``, -inf for forbidden choices -> indices ``[...]``. The host does not wait for the device.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
 
@@ -39,6 +40,13 @@ def driver_version() -> str:
     command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
     result = subprocess.run(command, capture_output=True, text=True)
     return "unknown" if result.returncode else result.stdout.split("\n")[0].strip()
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has held so far: allocated on its GPU, or resident where it has none."""
+    if device().type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
 
 
 def set_threads(count: int = 0) -> int:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
+from megatron_most import platform
 from megatron_most.checkpointing import CheckpointMetadata, CheckpointSave, Fingerprint, save_checkpoint
 from megatron_most.data.loading.batch import Batch
 from megatron_most.parallel import on_rank_zero
@@ -101,6 +102,7 @@ class MetricsLog(StepHook):
             **trainer.accumulator.means(),
             "tokens_per_second": self._tokens / self._seconds,
             "step_seconds": self._seconds / self._steps,
+            "max_memory_bytes": platform.peak_memory(),
         }
         if self.writer is not None:
             self.writer.training(values, trainer.accumulator.routing.layers())

@@ -1,10 +1,10 @@
-"""What one GPU makes of a few layers at full width: tokens/s, TFLOP/s, memory, and FP8 against bf16 on the experts.
+"""A few layers at full width on one GPU: tokens/s, TFLOP/s, memory, and experts in FP8 against bf16.
 
     python -m tools.bench.gpu_layer [--layers N] [--calls N] [--config FILE] [key=value ...]
 
-A training step of the first N layers of a recipe on one row of its length, half of it audio: one document with a target
-at every position, and packed documents as training has them. Then the experts that a rank holds at an expert
-parallelism of 8, at several loads, in bf16 and in FP8 by every backend that is there. Rates are shares of a bf16 matrix
+First, a training step of the first N layers of a recipe on one row, half of it audio: one document with a target at
+every position, and packed documents as in training. Second, the experts that a rank holds at an expert parallelism of
+8, at several loads, in bf16 and in FP8 by every available backend. Rates are also given as shares of a bf16 matrix
 product measured in the same run. Prints Markdown for docs/performance.md.
 
 Shape letters: n tokens of an expert, e experts, f width of an expert, h hidden size.
@@ -42,9 +42,9 @@ ONE_GPU = (
     "training.global_batch_size=1",
 )
 LOADS = (64, 384, 1536, 3072, 6144)
-"""384: 4096 tokens, top-6 of 64 experts. 3072: those of eight such ranks."""
+"""Tokens per expert. 384: 4096 tokens, top-6 of 64 experts; 3072: eight such ranks."""
 DOCUMENTS = 16
-"""Of a packed row, fewer where it is short."""
+"""Documents of a packed row; fewer if the row is short."""
 EXPERTS = 8
 MATMUL = 8192
 ARMS = {
@@ -52,13 +52,13 @@ ARMS = {
     "transformer_engine": (("tensorwise", "hybrid"), ("delayed", "hybrid")),
     "emulate": (("tensorwise", "e4m3"),),
 }
-"""Recipes and formats that are timed of each FP8 backend."""
+"""FP8 backend -> recipes and formats that are timed."""
 
 
 def bench_gpu_layer(arguments: argparse.Namespace) -> None:
     cli.require_positive(arguments, "layers", "calls")
     if platform.device().type != "cuda":
-        raise ConfigError("tools/bench/gpu_layer.py: needs a CUDA device, and there is none")
+        raise ConfigError("tools/bench/gpu_layer.py: needs a CUDA device, found none")
     overrides = [f"model.num_layers={arguments.layers}", *ONE_GPU, *arguments.overrides]
     backends = ["torch"] if platform.has_grouped_fp8() else []
     if platform.has_fp8() and platform.has_library("Transformer Engine"):
@@ -71,10 +71,10 @@ def measure(config: RunConfig, fp8_backends: Sequence[str], loads: Sequence[int]
     """Measure everything on this process's device.
 
     Args:
-        fp8_backends: of :data:`ARMS`; each must be there.
-        loads: tokens of each expert, of which there are :data:`EXPERTS`.
-        calls: timed calls behind every number.
-        matmul_size: side of the matrices whose product is the ceiling.
+        fp8_backends: available keys of :data:`ARMS`.
+        loads: tokens of each of the :data:`EXPERTS` experts.
+        calls: timed calls for each number.
+        matmul_size: size of the square matrices whose product is the ceiling.
 
     Returns:
         The report, in Markdown.
@@ -136,7 +136,7 @@ def contents(config: RunConfig, batch: Batch) -> RowContents:
 
 
 def training_step(config: RunConfig, batch: Batch, calls: int) -> tuple[Timing, int]:
-    """Time of a step, and the bytes of the device that tensors held at most (0 on a CPU)."""
+    """Time of a step, and the peak bytes of tensors on the device (0 on a CPU)."""
     state, staged = build_train_state(config), stage(batch, platform.device())
 
     def step() -> None:
@@ -159,7 +159,7 @@ def experts_table(
         "|---|---|---|---|---|---|---|",
     ]
     arms = expert_arms(config, fp8_backends)
-    # Three matrices of h x f for each token, two operations per element, and twice the work again backwards.
+    # Three h x f matrices for each token, two operations per element; the backward pass takes twice the forward's.
     per_token = 3 * 2 * 3 * config.model.hidden_size * config.model.moe.moe_ffn_hidden_size
     for load in loads:
         baseline: Timing | None = None
@@ -176,7 +176,7 @@ def experts_table(
 
 
 def expert_arms(config: RunConfig, fp8_backends: Sequence[str]) -> dict[tuple[str, str], RunConfig]:
-    """(backend, precision) -> configuration; torch in bf16 comes first."""
+    """(backend, precision) -> configuration. The first, torch in bf16, is the baseline."""
     moe = config.model.moe
     groups = [
         dataclasses.replace(moe.groups[0], size=EXPERTS // 2, moe_router_topk=1, modality=g.modality)
@@ -233,7 +233,7 @@ def expert_pass(config: RunConfig, load: int) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def _memory_freed() -> Iterator[None]:
-    """Afterwards what was built inside is gone from the device, as far as nothing outside holds it."""
+    """Free the device memory of objects that were built in the block and are no longer referenced."""
     yield
     gc.collect()
     if platform.device().type == "cuda":
