@@ -40,6 +40,7 @@ RECIPE = "examples/configs/most_16b_stage1.yaml"
 ONE_GPU = (
     "parallel.expert_model_parallel_size=1",
     "training.global_batch_size=1",
+    "data.seq_length=4096",  # of the measurements in docs/performance.md
 )
 LOADS = (64, 384, 1536, 3072, 6144)
 """Tokens per expert. 384: 4096 tokens, top-6 of 64 experts; 3072: eight such ranks."""
