@@ -33,6 +33,8 @@ def flac_streams(file: BinaryIO, start: int, size: int, name: str) -> list[tuple
         DataError: a stream whose last frame is not complete, or that holds fewer samples than its header says.
     """
     starts = _starts(file, start, size)
+    if not starts:
+        raise DataError(f"{name}: not readable as audio: FLAC without STREAMINFO")
     return [_pieces(file, at, end, name) for at, end in zip(starts, [*starts[1:], size], strict=True)]
 
 

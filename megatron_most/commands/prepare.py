@@ -24,6 +24,7 @@ from megatron_most import cli
 from megatron_most.commands import prepare_sources
 from megatron_most.data.building.chat_modes import MODES
 from megatron_most.data.building.document_builder import LOSSES
+from megatron_most.data.preparation.chat_files import MAX_FAILED
 from megatron_most.data.storage.documents import TASKS
 from megatron_most.errors import ConfigError
 from megatron_most.extras import require
@@ -75,6 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="text ids START to STOP - 1 are a modality of their own in the model; may be given several times",
     )
     sub.add_argument("--output", required=True, help="path prefix of the dataset")
+    sub.add_argument("--overwrite", action="store_true", help="replace the dataset that is there")
 
     sub = commands_of.add_parser("inspect", help="what a dataset holds")
     sub.add_argument("--dataset", nargs="+", required=True, help="path prefixes of datasets")
@@ -95,6 +97,12 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--voices", nargs="+", default=[], help="what {voice} may be; a side of a chat keeps its own")
     sub.add_argument("--max-characters", type=int, default=600, help="longer turns stay written (%(default)s)")
     sub.add_argument("--workers", type=int, help="processes (default: one per core)")
+    sub.add_argument(
+        "--max-failed",
+        type=float,
+        default=MAX_FAILED,
+        help="share of turns that may fail before it is an error (default: %(default)g)",
+    )
     sub.add_argument("--output", required=True, help="folder for audio, manifest.jsonl and chats.jsonl")
     return parser
 
@@ -113,6 +121,8 @@ def train_tokenizer(arguments: argparse.Namespace) -> None:
 def build(arguments: argparse.Namespace) -> None:
     cli.require_positive(arguments, "text_vocab_size", "num_codebooks", "codebook_size", "max_length")
     require_writable(f"{arguments.output}.json")
+    if Path(f"{arguments.output}.json").exists() and not arguments.overwrite:
+        raise ConfigError(f"{arguments.output}.json: exists already; name another --output, or add --overwrite")
     from megatron_most.data.building.build import Inputs, build_dataset
     from megatron_most.data.building.examples import TemplateOptions
     from megatron_most.data.building.length_limit import LengthLimit
@@ -186,7 +196,11 @@ def _show_document(arguments: argparse.Namespace, dataset: TokenDataset) -> None
         raise ConfigError(f"--document={arguments.document}: must be in 0..{len(dataset) - 1}")
     document = dataset.document(arguments.document)
     if arguments.tokenizer:
-        shown = describe(document, dataset.vocab, load_tokenizer(arguments.tokenizer))
+        tokenizer, built_with = load_tokenizer(arguments.tokenizer), dataset.provenance["tokenizer"]
+        if built_with["fingerprint"] != tokenizer.fingerprint:
+            other = built_with["name"]
+            raise ConfigError(f"--tokenizer={arguments.tokenizer}: the dataset was built with another, {other}")
+        shown = describe(document, dataset.vocab, tokenizer)
         print(f"document {arguments.document}: {shown}")
     if bool(arguments.codec) != bool(arguments.wav):
         raise ConfigError("--codec and --wav: each needs the other")
@@ -207,6 +221,8 @@ def _show_document(arguments: argparse.Namespace, dataset: TokenDataset) -> None
 
 def speechify(arguments: argparse.Namespace) -> None:
     cli.require_positive(arguments, "workers", "max_characters")
+    if not 0 <= arguments.max_failed <= 1:
+        raise ConfigError(f"--max-failed={arguments.max_failed}: must be in 0..1")
     require("soundfile", "soxr")
     from megatron_most.data.preparation.speechify import speak_chats
 
@@ -218,6 +234,7 @@ def speechify(arguments: argparse.Namespace) -> None:
         voices=arguments.voices,
         max_characters=arguments.max_characters,
         workers=arguments.workers,
+        max_failed=arguments.max_failed,
     )
     print(f"{arguments.output}: {', '.join(f'{count} {what}' for what, count in counts.items())}")
 

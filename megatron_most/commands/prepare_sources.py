@@ -12,7 +12,7 @@ from megatron_most.cli import require_positive
 from megatron_most.data.preparation.collect import MAX_QUARANTINE, SourceSpec, collect
 from megatron_most.data.preparation.sources import SOURCES, SourceOptions
 from megatron_most.data.storage.sidecar import write_sidecar
-from megatron_most.errors import ConfigError
+from megatron_most.errors import ConfigError, DataError
 from megatron_most.extras import require
 from megatron_most.files import require_writable
 
@@ -64,10 +64,11 @@ def _add_source(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--audio-root", action="append", default=[], help="further folder that audio may lie in; may be repeated"
     )
-    sub.add_argument("--split", nargs="+", default=[], help="only these splits")
+    sub.add_argument("--split", nargs="+", default=[], help="only these splits (default: all for training)")
     sub.add_argument("--language", help="of records that do not name theirs")
     sub.add_argument("--license", "--licence", help="of records that do not name theirs")
     sub.add_argument("--text-field", help="which text, where the source has several")
+    sub.add_argument("--lower-case", action="store_true", help="fold texts that are all in capitals (LibriSpeech)")
     sub.add_argument("--audio-only", action="store_true", help="take audio without a text too")
 
 
@@ -80,6 +81,7 @@ def _spec(arguments: argparse.Namespace) -> SourceSpec:
         license=arguments.license,
         text_field=arguments.text_field,
         needs_text=not arguments.audio_only,
+        lower_case=arguments.lower_case,
     )
     root = arguments.root or arguments.manifest
     return SourceSpec(arguments.source or "nemo", root, tuple(arguments.audio_root), options)
@@ -91,13 +93,19 @@ def manifest(arguments: argparse.Namespace) -> None:
     base = output.with_suffix("") if output.suffix in (".jsonl", ".json") else output
     quarantine, sidecar = Path(f"{base}.quarantine.jsonl"), Path(f"{base}.provenance.json")
     collected = collect(spec, output, quarantine)
+    if not collected.num_records:
+        output.unlink()
+        raise DataError(f"{quarantine}: none of {collected.num_rejected} records can be used; the reasons are there")
     counts = {"records": collected.num_records, "quarantined": collected.num_rejected}
-    source = spec.to_dict() | {"licenses": collected.licenses}
+    source = spec.to_dict() | collected.origin()
     provenance = {"source": source, "counts": counts, "tool_version": __version__, "command": shlex.join(sys.argv)}
     write_sidecar(sidecar, provenance)
     print(f"{output}: {collected.num_records} records ({_join(collected.licenses)})")
+    print(f"  splits: {_join(collected.splits)}")
     if collected.num_rejected:
         print(f"{quarantine}: {collected.num_rejected} that cannot be used")
+    if collected.num_repeated:
+        print(f"warning: {collected.num_repeated} of them repeat a conversation")
 
 
 def tokenize(arguments: argparse.Namespace) -> None:
@@ -128,6 +136,7 @@ def tokenize(arguments: argparse.Namespace) -> None:
         f"{arguments.output}: {len(codes)} utterances, {codes.seconds / 3600:.2f} h, codec {codes.codec.name};"
         f" {counts['records']} records = {counts['tokenized']} tokenized + {counts['quarantined']} in quarantine"
     )
+    print(f"  splits: {_join(codes.provenance['source'].get('splits', {}))}")
     if counts["chunked"]:
         print(f"  {counts['chunked']} recordings are longer than {arguments.max_seconds:g} s and became chunks")
 
@@ -139,5 +148,5 @@ def _share(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def _join(licenses: dict[str, int]) -> str:
-    return ", ".join(f"{count} {license}" for license, count in licenses.items()) or "none"
+def _join(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"

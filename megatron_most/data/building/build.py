@@ -17,6 +17,7 @@ from megatron_most.data.building.vocab_options import VocabOptions
 from megatron_most.data.storage.codes import CodecIdentity, CodesDataset
 from megatron_most.data.storage.documents import TASKS, Document
 from megatron_most.data.storage.token_dataset import DatasetWriter, TokenDataset
+from megatron_most.data.storage.utterances import write_utterances
 from megatron_most.errors import ConfigError, DataError
 from megatron_most.text import load_tokenizer
 from megatron_most.vocab import VocabLayout
@@ -120,6 +121,7 @@ def build_dataset(
             "tool_version": __version__,
             "command": command,
         }
+        write_utterances(output, codes)
         writer.commit(provenance)
     return TokenDataset(output)
 

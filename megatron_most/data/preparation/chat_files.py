@@ -14,6 +14,9 @@ from pathlib import Path
 from megatron_most.data.storage.json_lines import license_of, parse_json_object, read_lines
 from megatron_most.errors import DataError
 
+MAX_FAILED = 0.05
+"""Share of the turns to speak that may fail; more is taken for a broken synthesizer."""
+
 
 @dataclass(frozen=True)
 class Message:

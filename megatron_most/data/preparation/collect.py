@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections import Counter
@@ -44,15 +45,24 @@ class Collected:
     """What :func:`collect` wrote.
 
     num_records, num_rejected: lines of the two files.
+    num_repeated: of the rejected, conversations that an earlier record holds, too.
     sha256: of both, equal for a source in an equal state. It reads ``licence`` for ``license`` as version 0.1 wrote it,
         so that jobs begun then go on.
-    licenses: number of records of each; ``unknown`` where nobody says.
+    audio_sha256: of the size and the time of the last change of each record's file.
+    licenses, splits: number of records of each; ``unknown`` where nobody says.
     """
 
     num_records: int
     num_rejected: int
+    num_repeated: int
     sha256: str
+    audio_sha256: str
     licenses: dict[str, int]
+    splits: dict[str, int]
+
+    def origin(self) -> dict[str, dict[str, int]]:
+        """What a sidecar says of the records beside their source."""
+        return {"licenses": self.licenses, "splits": self.splits}
 
 
 def collect(spec: SourceSpec, manifest: Path, quarantine: Path) -> Collected:
@@ -61,25 +71,54 @@ def collect(spec: SourceSpec, manifest: Path, quarantine: Path) -> Collected:
     Raises:
         DataError: a source that cannot be read, or holds nothing.
     """
-    digest = hashlib.sha256()
+    digest, audio_digest = hashlib.sha256(), hashlib.sha256()
     counts: Counter[type] = Counter()
     licenses: Counter[str] = Counter()
+    splits: Counter[str] = Counter()
+    num_repeated = 0
+    state = functools.lru_cache(maxsize=1024)(_state)  # many cuts are of one recording
     with replacing(quarantine) as left, replacing(manifest) as kept, open(kept, "wb") as good, open(left, "wb") as bad:
         for item in checked_records(spec):
             counts[type(item)] += 1
             if isinstance(item, Record):
                 licenses[item.license or "unknown"] += 1
+                splits[item.split or "unknown"] += 1
+                if item.audio is not None:
+                    audio_digest.update(state(item.audio))
+            num_repeated += isinstance(item, Repetition)
             digest.update(_line(item, license_key="licence"))
             (good if isinstance(item, Record) else bad).write(_line(item))
-    if not counts:
-        raise DataError(f"{spec.root}: empty manifest" if spec.name == "nemo" else f"{spec.root}: holds no records")
-    return Collected(counts[Record], counts[Rejection], digest.hexdigest(), dict(sorted(licenses.items())))
+        if not counts:
+            raise DataError(f"{spec.root}: empty manifest" if spec.name == "nemo" else f"{spec.root}: holds no records")
+    return Collected(
+        counts[Record],
+        counts.total() - counts[Record],
+        num_repeated,
+        digest.hexdigest(),
+        audio_digest.hexdigest(),
+        dict(sorted(licenses.items())),
+        dict(sorted(splits.items())),
+    )
+
+
+class Repetition(Rejection):
+    """A conversation that an earlier record holds, too: some sets publish a whole beside its parts."""
+
+
+def _state(path: Path) -> bytes:
+    """What changes when a file is edited."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: not readable: {error.strerror}") from None
+    return f"{stat.st_size} {stat.st_mtime_ns}\n".encode()
 
 
 def checked_records(spec: SourceSpec) -> Iterator[Record | Rejection]:
     """The records of a source with their defaults filled in; those without a place to be read from are rejected."""
     source, options = spec.open(), spec.options
     seen: set[bytes] = set()
+    conversations: dict[bytes, str] = {}
     for item in source.records():
         if isinstance(item, Rejection):
             yield item
@@ -90,8 +129,14 @@ def checked_records(spec: SourceSpec) -> Iterator[Record | Rejection]:
                 raise DataError(f"id {item.id!r} is already that of another record")
             if source.has_audio and options.needs_text and not item.text:
                 raise DataError("has no text (for audio alone: --audio-only)")
+            if item.turns:
+                talk = id_digest("\0".join(part for turn in item.turns for part in (turn.role, turn.text)))
+                if (first := conversations.setdefault(talk, item.where)) != item.where:
+                    yield Repetition(item.where, f"is the conversation of {first} again", item.id)
+                    continue
             record = replace(
                 item,
+                text=item.text.lower() if options.lower_case and item.text.isupper() else item.text,
                 audio=None if item.audio is None else source.roots.resolve(item.audio),
                 language=item.language or options.language,
                 license=item.license or options.license or source.license,

@@ -101,7 +101,7 @@ def utterances_of(record: Record, codec: AudioCodec, roots: Roots, limits: Limit
         channel=record.channel,
         chunk=chunk,
     )
-    peak = samples = 0
+    peak, samples = 0.0, 0
     waiting: np.ndarray | None = None
     for piece in pieces:
         if waiting is not None and len(piece) < codec.min_samples:  # only the last one can be that short
@@ -120,6 +120,7 @@ def utterances_of(record: Record, codec: AudioCodec, roots: Roots, limits: Limit
         raise DataError(f"{record.audio}: {samples} samples at {rate} Hz; the codec needs {codec.min_samples}")
     if peak < SILENCE_PEAK:
         raise DataError(f"{record.audio}: silence: no sample exceeds {SILENCE_PEAK:g}")
+    assert waiting is not None, "the codec needs at least one sample"
     yield waiting
 
 
@@ -152,7 +153,7 @@ class _Batches:
 
     def take(self, index: int) -> list[np.ndarray]:
         """Codes ``[F, C]`` of the pieces of record ``index``, in their order."""
-        pieces = []
+        pieces: list[np.ndarray] = []
         while (codes := self._codes.pop((index, len(pieces)), None)) is not None:
             pieces.append(codes)
         return pieces

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,12 +143,13 @@ def open_audio(record: Record) -> Path | BinaryIO:
     start, size = record.part
     try:
         with open(record.audio, "rb") as file:
+            missing = start + size - file.seek(0, os.SEEK_END)
+            if missing > 0:
+                raise DataError(f"{record.audio}: cut off: {missing} bytes of a member are missing")
             file.seek(start)
             content = file.read(size)
     except OSError as error:
         raise DataError(f"{record.audio}: not readable: {error.strerror}") from None
-    if len(content) < size:
-        raise DataError(f"{record.audio}: cut off: {size - len(content)} bytes of a member are missing")
     return io.BytesIO(content)
 
 

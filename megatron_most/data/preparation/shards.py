@@ -45,8 +45,9 @@ class Job:
 
     def to_dict(self) -> dict:
         return {
-            "source": self.source.to_dict() | {"licenses": self.collected.licenses},
+            "source": self.source.to_dict() | self.collected.origin(),
             "records_sha256": self.collected.sha256,
+            "audio_sha256": self.collected.audio_sha256,
             "codec": self.codec.to_dict(),
             "limits": asdict(self.limits),
             "device": self.device,

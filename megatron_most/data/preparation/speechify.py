@@ -28,16 +28,13 @@ from pathlib import Path
 
 import soundfile
 
-from megatron_most.data.preparation.chat_files import Chat, Message, read_chats
+from megatron_most.data.preparation.chat_files import MAX_FAILED, Chat, Message, read_chats
 from megatron_most.data.preparation.keyed_choice import choose
 from megatron_most.errors import ConfigError, DataError
 from megatron_most.files import replacing, require_writable
 
 TIMEOUT = 300
 """Seconds one turn may take."""
-
-MAX_FAILED = 0.05
-"""Share of turns that may fail; more is taken for a broken synthesizer."""
 
 _UNSPEAKABLE = ("```", "|---")
 """Code and tables, which nobody reads aloud."""
@@ -62,6 +59,7 @@ def speak_chats(
     voices: Sequence[str] = (),
     max_characters: int = 600,
     workers: int | None = None,
+    max_failed: float = MAX_FAILED,
 ) -> Counter[str]:
     """Speak the turns of ``roles`` and write ``<output>/{audio/,manifest.jsonl,chats.jsonl,failed.jsonl}``.
 
@@ -78,7 +76,7 @@ def speak_chats(
 
     Raises:
         ConfigError: no such command.
-        DataError: a broken chat file, or more than :data:`MAX_FAILED` of the turns failed.
+        DataError: a broken chat file, or a larger share of the turns failed than ``max_failed``.
     """
     output = Path(output)
     command = _check_command(synthesizer, voices)
@@ -94,7 +92,7 @@ def speak_chats(
                     path = output / "audio" / name.hexdigest()[:2] / f"{name.hexdigest()}.wav"
                     yield _Job(f"{chat.id}#{place}", message, voice, path)
 
-    failed = _speak_all(jobs(read_chats(chat_file)), command, workers or len(os.sched_getaffinity(0)))
+    failed = _speak_all(jobs(read_chats(chat_file)), command, workers or len(os.sched_getaffinity(0)), max_failed)
     spoken_of = ((chat, {job.id: job for job in jobs([chat]) if _is_sound(job.path)}) for chat in read_chats(chat_file))
     return _write_results(output, spoken_of, failed)
 
@@ -160,7 +158,7 @@ def _check_command(synthesizer: str, voices: Sequence[str]) -> list[str]:
     return command
 
 
-def _speak_all(jobs: Iterable[_Job], command: list[str], workers: int) -> dict[str, str]:
+def _speak_all(jobs: Iterable[_Job], command: list[str], workers: int, max_failed: float) -> dict[str, str]:
     """Speak what is not there yet; the reason of each turn that failed, by its id."""
     failed: dict[str, str] = {}
     seen: set[Path] = set()
@@ -172,13 +170,16 @@ def _speak_all(jobs: Iterable[_Job], command: list[str], workers: int) -> dict[s
     def collect(finished: Iterable[Future[None]]) -> None:
         for future in finished:
             job = running.pop(future)
-            if reason := future.exception():
-                if not isinstance(reason, DataError):
-                    raise reason
-                failed[job.id] = str(reason)
-        if len(failed) > max(MAX_FAILED * total, 1) and (total >= 100 or not running):
+            if error := future.exception():
+                if not isinstance(error, DataError):
+                    raise error
+                failed[job.id] = str(error)
+        if len(failed) > max_failed * total and (total >= 100 or not running):
             identity, reason = next(iter(failed.items()))
-            raise DataError(f"speechify: {len(failed)} of {total} turns failed; the first, {identity}: {reason}")
+            raise DataError(
+                f"speechify: {len(failed)} of {total} turns failed, more than {max_failed:.2%} (--max-failed);"
+                f" the first, {identity}: {reason}"
+            )
 
     with ThreadPoolExecutor(workers) as executor:
         try:
@@ -255,6 +256,7 @@ class _Servers:
             process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             self._local.process = process
             self._processes.append(process)
+        assert process.stdin is not None and process.stdout is not None, "both are pipes"
         request = {
             "text": job.message.content, "output": str(path), "role": job.message.role, "voice": job.voice,
         }  # fmt: skip
@@ -276,6 +278,7 @@ class _Servers:
 
     def close(self) -> None:
         for process in self._processes:
+            assert process.stdin is not None and process.stdout is not None, "both are pipes"
             process.stdin.close()
             process.stdout.close()
             try:

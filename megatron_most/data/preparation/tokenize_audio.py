@@ -77,15 +77,15 @@ def tokenize_audio(
     output.parent.mkdir(parents=True, exist_ok=True)
     with one_line_when_the_disk_is_full(output), _tidied(lock, parts):
         with locked(lock, shared=True):  # beside the job's other tasks
-            job, loaded = _prepare(source, codec, output, parts, limits, _device(device))
-            if loaded is not None:
+            prepared = _prepare(source, codec, output, parts, limits, _device(device))
+            if prepared is not None:
+                job, loaded = prepared
                 shards = _shards(parts, job.collected.num_records)
-                mine = shards[task[0] :: task[1]]
-                encode_all(mine, loaded, job, workers or len(os.sched_getaffinity(0)))
-        if not finished.is_file() and not all(shard.is_done for shard in shards):
+                encode_all(shards[task[0] :: task[1]], loaded, job, workers or len(os.sched_getaffinity(0)))
+        if prepared is not None and not finished.is_file() and not all(shard.is_done for shard in shards):
             return None
         with locked(lock):  # alone
-            if not finished.is_file():
+            if prepared is not None and not finished.is_file():
                 merge_shards(shards, job, parts, output, max_quarantine, command)
             shutil.rmtree(parts, ignore_errors=True)
     return CodesDataset(output)
@@ -118,8 +118,8 @@ def _device(name: str) -> str:
 
 def _prepare(
     source: SourceSpec, codec: str | Path, output: Path, parts: Path, limits: Limits, device: str
-) -> tuple[Job, AudioCodec | None]:
-    """The job, and the codec unless the output is already there; refuses what another job has begun or finished."""
+) -> tuple[Job, AudioCodec] | None:
+    """The job and its codec, None when the output is already there; refuses what another job has begun or finished."""
     own = parts / f"collecting.{hostname_and_pid()}"
     records, rejected = own / "records.jsonl", own / "rejected.jsonl"
     try:
@@ -130,7 +130,7 @@ def _prepare(
             file = codec_file(codec)
             fingerprint = file_fingerprint(file) if file else load_codec(codec).fingerprint
             _require_same_job(finished, collected, fingerprint, limits, device)
-            return None, None
+            return None
         loaded = load_codec(codec)
         job = Job(source, collected, CodecIdentity.of(loaded), limits, device)
         if (parts / "job.json").is_file():
@@ -152,6 +152,9 @@ def _require_same_job(path: Path, collected: Collected, fingerprint: str, limits
     if found.get("records_sha256") != collected.sha256:
         root = (found.get("source") or {}).get("root")
         raise DataError(f"{path}: was made from {root} in another state; {advice}")
+    # Jobs of version 0.1 do not say.
+    if found.get("audio_sha256", collected.audio_sha256) != collected.audio_sha256:
+        raise DataError(f"{path}: audio files were edited since (another size or time); {advice}")
     for name, value in (("limits", asdict(limits)), ("device", device)):
         if found.get(name) != value:
             raise DataError(f"{path}: was made with {name} {found.get(name)}, not {value}; {advice}")

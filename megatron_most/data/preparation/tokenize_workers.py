@@ -70,6 +70,7 @@ def _end_with_parent(parent: int) -> None:
 def _encode(shard: Shard, wait_for_others: bool) -> bool:
     """Whether the shard is done; False when another task is at it and we do not wait."""
     worker = _worker
+    assert worker is not None, "_start_worker has run in this process"
     while not worker.stop.is_set():
         with (
             one_line_when_the_disk_is_full(shard.prefix),
@@ -94,8 +95,8 @@ def encode_all(shards: list[Shard], codec: AudioCodec, job: Job, workers: int) -
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     context = multiprocessing.get_context("fork")
-    counters = [context.Value("q", 0) for _ in range(4)]
-    shared = _Worker(codec, job, *counters, context.Event(), job.source.open().roots)
+    number, files, samples, rejected = (context.Value("q", 0) for _ in range(4))
+    shared = _Worker(codec, job, number, files, samples, rejected, context.Event(), job.source.open().roots)
     executor = ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker, (shared,))
     try:
         waiting = {executor.submit(_encode, shard, False): shard for shard in todo}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,12 +18,15 @@ from megatron_most.errors import ConfigError, DataError
 WRITTEN_BESIDE = (".quarantine.jsonl", ".provenance.json")
 """What ``most prepare`` itself writes beside a manifest; a folder of manifests may hold it, and it is no data."""
 
+_HELD_OUT = {"dev", "eval", "evaluation", "heldout", "test", "val", "valid", "validation"}
+
 
 @dataclass(frozen=True)
 class SourceOptions:
     """What a user may say of any source.
 
-    splits: only these parts; empty takes all.
+    splits: only these parts; empty takes all but those that are held out (:func:`is_held_out`).
+    lower_case: whether texts without any lower-case letter become lower case.
     language, license: of every record that does not name its own.
     text_field: which of several texts is meant; None takes the source's first choice.
     needs_text: whether audio without a text is refused.
@@ -33,6 +37,7 @@ class SourceOptions:
     license: str | None = None
     text_field: str | None = None
     needs_text: bool = True
+    lower_case: bool = False
 
 
 class Source(ABC):
@@ -79,12 +84,10 @@ class Source(ABC):
             return [self.root]
         found = sorted({path for pattern in patterns for path in self.root.glob(pattern)})
         found = [path for path in found if not path.name.endswith(WRITTEN_BESIDE)]
-        if self.options.splits:
-            found = [path for path in found if self._split_of(path) in self.options.splits]
         if not found:
-            splits = f" of {', '.join(self.options.splits)}" if self.options.splits else ""
-            raise DataError(f"{self.root}: holds no {' or '.join(patterns)}{splits}")
-        return found
+            raise DataError(f"{self.root}: holds no {' or '.join(patterns)}")
+        splits = choose_splits(sorted({self._split_of(path) for path in found}), self.options.splits, self.root)
+        return [path for path in found if self._split_of(path) in splits]
 
     def real(self, path: Path) -> Path:
         """Where a file of the source really is: the one that a user named, or one that lies inside the roots."""
@@ -124,13 +127,21 @@ class Source(ABC):
         return path.name.split(".")[0]
 
 
+def is_held_out(split: str) -> bool:
+    """Whether a split's name says that nothing is to be trained on it: ``dev-clean``, ``test``, ``validation`` ..."""
+    return not _HELD_OUT.isdisjoint(re.split(r"[^a-z]+", split.lower()))
+
+
 def choose_splits(found: Sequence[str], wanted: Sequence[str], root: Path) -> list[str]:
-    """The wanted ones of the splits that were found, all of them where none is named.
+    """The wanted ones of the splits that were found; where none is named, all that may be trained on.
 
     Raises:
-        ConfigError: a split that is not there.
+        ConfigError: a split that is not there, or only held-out ones and none named.
     """
     for split in wanted:
         if split not in found:
             raise ConfigError(f"split {split}: {root} holds {', '.join(found) or 'no split'}")
-    return [split for split in found if not wanted or split in wanted]
+    chosen = [split for split in found if (split in wanted if wanted else not is_held_out(split))]
+    if found and not chosen:
+        raise ConfigError(f"{root}: holds only {', '.join(found)}, which are not for training; name them with --split")
+    return chosen

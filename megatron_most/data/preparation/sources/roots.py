@@ -27,6 +27,8 @@ class Roots:
         Raises:
             DataError: a place outside the folders, no file, or no regular one.
         """
+        if "\0" in str(path):
+            raise DataError(f"{str(path)!r}: must be a path")
         real = Path(os.path.realpath(self.folders[0] / path))
         if not any(real.is_relative_to(folder) for folder in self.folders):
             raise DataError(f"{path}: lies outside of {', '.join(map(str, self.folders))}")

@@ -23,7 +23,7 @@ class TextCorpus(Source):
     layout = "*.jsonl, *.jsonl.gz, *.parquet (field or column text) or *.txt (documents between empty lines)"
     has_audio = False
     default_field = "text"
-    patterns = ("**/*.jsonl", "**/*.jsonl.gz", "**/*.parquet", "**/*.txt", "**/*.txt.gz")
+    patterns: tuple[str, ...] = ("**/*.jsonl", "**/*.jsonl.gz", "**/*.parquet", "**/*.txt", "**/*.txt.gz")
 
     def records(self) -> Iterator[Record | Rejection]:
         for path in self.files(*self.patterns):
@@ -40,17 +40,18 @@ class TextCorpus(Source):
                     yield Rejection(where, str(error))
 
     def _record(self, entry: dict[str, Any], identity: str, path: Path, where: str) -> Record:
-        text = text_of(entry, self.options.text_field or self.default_field)
-        if not (text or "").strip():
+        text = (text_of(entry, self.options.text_field or self.default_field) or "").strip()
+        if not text:
             raise DataError(f"{self.options.text_field or self.default_field}: is missing or empty")
         return Record(
-            identity, text.strip(), None, None, None, language=text_of(entry, "language"), license=license_of(entry),
+            identity, text, None, None, None, language=text_of(entry, "language"), license=license_of(entry),
             split=self._split_of(path), where=where,
         )  # fmt: skip
 
     def _split_of(self, path: Path) -> str:
-        """``train`` for ``train-00000-of-00009.parquet``, the hub's way to name the parts of a split."""
-        return super()._split_of(path).split("-")[0]
+        """``train`` for ``train-00000-of-00009.parquet``, as the hub names the parts of a split, and for ``train/0.txt``."""
+        name = super()._split_of(path).split("-")[0]
+        return path.parent.name if name.isdigit() else name
 
     def _entries(self, path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
         """What to call each entry, and the entry, or why there is none."""
