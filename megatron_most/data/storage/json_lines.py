@@ -79,7 +79,7 @@ def seconds_of(entry: dict[str, Any], field: str) -> float | None:
         return None
     # The comparison fails for NaN, and takes whole numbers of any size.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_SECONDS:
-        raise DataError(f"{field}={str(value)[:20]}: must be a number of seconds, at most {MAX_SECONDS:g}")
+        raise DataError(f"{field}={repr(value)[:20]}: must be a number of seconds, at most {MAX_SECONDS:g}")
     return float(value)
 
 

@@ -49,7 +49,7 @@ class TextCorpus(Source):
         )  # fmt: skip
 
     def _split_of(self, path: Path) -> str:
-        """``train`` for ``train-00000-of-00009.parquet``, as the hub names the parts of a split, and for ``train/0.txt``."""
+        """``train`` for ``train-00000-of-00009.parquet``, as the hub names parts, and for ``train/0.txt``."""
         name = super()._split_of(path).split("-")[0]
         return path.parent.name if name.isdigit() else name
 
