@@ -222,7 +222,7 @@ def _ogg_links(file: BinaryIO, size: int, name: str) -> list[range]:
             at = at + skip if skip >= 0 else size
             continue
         if page[5:6] and page[5] & _OGG_FIRST_PAGE and not (starts and flags & _OGG_FIRST_PAGE):
-            if not starts or not flags & _OGG_LAST_PAGE:
+            if not flags & _OGG_LAST_PAGE:
                 break
             starts.append(at)
         segments = page[_OGG_HEADER : _OGG_HEADER + page[26]] if len(page) >= _OGG_HEADER else b""

@@ -151,8 +151,8 @@ def _decoded(
     if sound.seekable():
         sound.seek(start)  # also to 0: MP3 decodes to other last bits without
     else:
-        for _ in range(0, start, size):
-            sound.read(min(size, start - sound.tell()))
+        for passed in range(0, start, size):
+            sound.read(min(size, start - passed))
     count = 0
     while wanted is None or count < wanted:
         samples = sound.read(size if wanted is None else min(size, wanted - count), dtype="float32", always_2d=True)

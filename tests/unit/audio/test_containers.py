@@ -54,7 +54,9 @@ def test_mp3_without_a_length_is_read_to_its_last_frame(mode, rate, tag):
     samples_per_frame = 576 if rate == RATE else 1152
     assert len(found) == num_frames * samples_per_frame
     # The table also tells how much the encoder put before the sound.
-    delay = next(at for at in range(3000) if np.allclose(found[at : at + 2000], expected[:2000], atol=1e-4))
+    late = len(expected) // 2
+    loud = expected[late : late + 2000]
+    delay = next(at for at in range(3000) if np.allclose(found[late + at :][:2000], loud, atol=1e-4))
     np.testing.assert_allclose(found[delay : delay + len(expected)], expected, atol=1e-4)
 
 
@@ -141,7 +143,7 @@ def test_a_file_is_counted_again_after_it_was_edited(tmp_path):
 def test_gsm_which_cannot_seek_is_read(tmp_path, seconds):
     soundfile.write(tmp_path / "a.wav", speech(seconds, 8000), 8000, format="WAV", subtype="GSM610")
     whole = read_audio(tmp_path / "a.wav", 8000)
-    assert len(whole) == 8000 * seconds
+    assert 0 <= len(whole) - 8000 * seconds <= 320  # of whole blocks
     np.testing.assert_array_equal(read_audio(tmp_path / "a.wav", 8000, offset=0.5, duration=0.25), whole[4000:6000])
 
 

@@ -171,15 +171,17 @@ def test_what_is_held_out_from_training_is_left_out_unless_it_is_named(tmp_path)
     published.librispeech(tmp_path / "speech")
     assert {record.split for record in records("librispeech", tmp_path / "speech")} == {"train-clean-100"}
     assert {r.split for r in records("librispeech", tmp_path / "speech", splits=("dev-clean",))} == {"dev-clean"}
+    text = tmp_path / "text"
+    text.mkdir()
     for split in ("train", "dev", "test"):
-        (tmp_path / f"{split}-00000-of-00001.jsonl").write_text(json.dumps({"text": split}) + "\n")
-    assert [record.text for record in records("text", tmp_path)] == ["train"]
-    assert [record.text for record in records("text", tmp_path / "dev-00000-of-00001.jsonl")] == ["dev"]
-    (tmp_path / "train-00000-of-00001.jsonl").unlink()
+        (text / f"{split}-00000-of-00001.jsonl").write_text(json.dumps({"text": split}) + "\n")
+    assert [record.text for record in records("text", text)] == ["train"]
+    assert [record.text for record in records("text", text / "dev-00000-of-00001.jsonl")] == ["dev"]
+    (text / "train-00000-of-00001.jsonl").unlink()
     with pytest.raises(ConfigError, match="holds only dev, test, which are not for training; name them with --split"):
-        records("text", tmp_path)
+        records("text", text)
     with pytest.raises(ConfigError, match="split train: .* holds dev, test"):
-        records("text", tmp_path, splits=("train",))
+        records("text", text, splits=("train",))
 
 
 def test_tars_are_of_the_split_that_their_folder_or_name_tells(tmp_path):

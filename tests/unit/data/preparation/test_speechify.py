@@ -125,9 +125,8 @@ def test_a_turn_that_fails_stays_written_with_its_reason(tmp_path, program, outp
     ],
 )
 def test_a_synthesizer_that_does_not_work_is_an_error(tmp_path, program, reason):
-    with pytest.raises(
-        DataError, match=f"of 8 turns failed, more than 5.00% .*; the first, c/0#1: the synthesizer {reason}"
-    ):
+    rule = f"of 8 turns failed, more than 5.00% .*; the first, c/0#1: the synthesizer {reason}"
+    with pytest.raises(DataError, match=rule):
         speak_chats(write_chats(tmp_path, 4, "a"), tmp_path / "out", command(tmp_path, program, True), workers=1)
     assert not (tmp_path / "out/manifest.jsonl").exists()
 
