@@ -114,18 +114,16 @@ def tokenize(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--max-quarantine={arguments.max_quarantine}: must be in 0..1")
     require_writable(f"{arguments.output}.json")
     require("nemo", "soundfile", "soxr")
-    from megatron_most.data.preparation.shards import Limits
+    from megatron_most.data.preparation.shards import Execution, Limits
     from megatron_most.data.preparation.tokenize_audio import tokenize_audio
 
     codes = tokenize_audio(
         _spec(arguments),
         arguments.codec,
         arguments.output,
-        workers=arguments.workers,
-        task=_share(arguments.shard),
+        execution=Execution(arguments.workers, _share(arguments.shard), arguments.device),
         limits=Limits(arguments.max_seconds, arguments.chunk_transcribed),
         max_quarantine=arguments.max_quarantine,
-        device=arguments.device,
         command=shlex.join(sys.argv),
     )
     if codes is None:

@@ -19,7 +19,7 @@ from megatron_most.data.building.interleave import alternate, groups
 from megatron_most.data.building.length_limit import LengthLimit, sentences
 from megatron_most.data.building.recordings import Recordings
 from megatron_most.data.building.tasks import ChatTurn, make_chat, make_document, make_interleaved
-from megatron_most.data.preparation.chat_files import Chat, read_chats
+from megatron_most.data.preparation.chat_files import Chat, Message, read_chats
 from megatron_most.data.preparation.manifest import manifest_records
 from megatron_most.data.storage.codes import CodesDataset, Utterance
 from megatron_most.data.storage.documents import Document
@@ -206,13 +206,7 @@ class Examples:
             self.counts["unspoken"] += 1
             return []
         self.counts.update(modes)
-        exchanges = [
-            [
-                ChatTurn(message.role, message.content, recordings.codes_of(message.audio) if kind == "S" else None)
-                for message, kind in zip(pair, mode.split("-"), strict=True)
-            ]
-            for pair, mode in zip(chat.exchanges, modes, strict=True)
-        ]
+        exchanges = [_turns(pair, mode, recordings) for pair, mode in zip(chat.exchanges, modes, strict=True)]
         return self._split(exchanges, lambda parts: self._chat(chat, parts, where))
 
     def _chat(self, chat: Chat, exchanges: Iterable[list[ChatTurn]], where: str) -> Document:
@@ -236,3 +230,13 @@ class Examples:
         fitting = [document for document in documents if self._options.limit.fits(document)]
         self.counts["rejected"] += len(documents) - len(fitting)
         return fitting
+
+
+def _turns(pair: tuple[Message, Message], mode: str, recordings: Recordings) -> list[ChatTurn]:
+    """One exchange. ``mode`` says who speaks: ``S-T`` is a spoken question and a written answer."""
+    turns = []
+    for message, kind in zip(pair, mode.split("-"), strict=True):
+        turns.append(
+            ChatTurn(message.role, message.content, recordings.codes_of(message.audio) if kind == "S" else None)
+        )
+    return turns

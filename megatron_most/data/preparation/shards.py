@@ -34,6 +34,20 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Execution:
+    """How a job is run. Only the device can change what comes out.
+
+    workers: processes; None takes one per CPU core this process may use.
+    task: (i, n): every n-th shard from the i-th on, beside other tasks that encode the others.
+    device: ``cpu``, ``cuda``, or ``auto``: CUDA where there is one.
+    """
+
+    workers: int | None = None
+    task: tuple[int, int] = (0, 1)
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
 class Job:
     """Everything that decides what comes out."""
 

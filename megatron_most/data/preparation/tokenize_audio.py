@@ -17,7 +17,7 @@ import torch
 
 from megatron_most.audio import AudioCodec, codec_file, file_fingerprint, load_codec
 from megatron_most.data.preparation.collect import MAX_QUARANTINE, Collected, SourceSpec, collect
-from megatron_most.data.preparation.shards import Job, Limits, Shard
+from megatron_most.data.preparation.shards import Execution, Job, Limits, Shard
 from megatron_most.data.preparation.shared_folder import hostname_and_pid, locked, one_line_when_the_disk_is_full
 from megatron_most.data.preparation.tokenize_merge import merge_shards
 from megatron_most.data.preparation.tokenize_workers import encode_all
@@ -32,17 +32,14 @@ NUM_SHARDS = 64
 """How many shards to aim at between these sizes, so that all processes have work to the end."""
 
 
-# Nine arguments: what is encoded, with what, to where, by whom, and what may go wrong have no part in common.
 def tokenize_audio(
     source: SourceSpec | str | Path,
     codec: str | Path,
     output: str | Path,
     *,
-    workers: int | None = None,
-    task: tuple[int, int] = (0, 1),
+    execution: Execution | None = None,
     limits: Limits | None = None,
     max_quarantine: float = MAX_QUARANTINE,
-    device: str = "auto",
     command: str = "",
 ) -> CodesDataset | None:
     """Encode every record of ``source`` with ``codec`` into ``<output>.{codes.bin,codes.idx,jsonl,json}``.
@@ -54,9 +51,7 @@ def tokenize_audio(
     Args:
         source: what to read; a path is a NeMo manifest.
         codec: as :func:`~megatron_most.audio.load_codec` takes it.
-        workers: processes; None takes one per CPU core this process may use.
-        task: (i, n): do only every n-th shard from the i-th on, beside other tasks that do the others.
-        device: ``cpu``, ``cuda``, or ``auto``: CUDA where there is one.
+        max_quarantine: share of the source that may be unusable.
         command: the command line, kept in the sidecar.
 
     Returns:
@@ -66,7 +61,8 @@ def tokenize_audio(
         DataError: a source that cannot be read; more of it in quarantine than ``max_quarantine``; a full disk; or an
             output made from another source, with another codec or other limits.
     """
-    output, limits = Path(output), limits or Limits()
+    output, limits, execution = Path(output), limits or Limits(), execution or Execution()
+    task = execution.task
     if not isinstance(source, SourceSpec):
         source = SourceSpec("nemo", str(source))
     parts, lock, finished = (Path(f"{output}.{ending}") for ending in ("parts", "lock", "json"))
@@ -77,11 +73,11 @@ def tokenize_audio(
     output.parent.mkdir(parents=True, exist_ok=True)
     with one_line_when_the_disk_is_full(output), _tidied(lock, parts):
         with locked(lock, shared=True):  # beside the job's other tasks
-            prepared = _prepare(source, codec, output, parts, limits, _device(device))
+            prepared = _prepare(source, codec, output, parts, limits, _device(execution.device))
             if prepared is not None:
                 job, loaded = prepared
                 shards = _shards(parts, job.collected.num_records)
-                encode_all(shards[task[0] :: task[1]], loaded, job, workers or len(os.sched_getaffinity(0)))
+                encode_all(shards[task[0] :: task[1]], loaded, job, execution.workers or len(os.sched_getaffinity(0)))
         if prepared is not None and not finished.is_file() and not all(shard.is_done for shard in shards):
             return None
         with locked(lock):  # alone

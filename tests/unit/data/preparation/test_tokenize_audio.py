@@ -20,7 +20,7 @@ import pytest
 from megatron_most.audio import read_audio
 from megatron_most.data.preparation import tokenize_audio as module
 from megatron_most.data.preparation.collect import SourceSpec
-from megatron_most.data.preparation.shards import Limits
+from megatron_most.data.preparation.shards import Execution, Limits
 from megatron_most.data.preparation.sources import SourceOptions
 from megatron_most.data.preparation.tokenize_audio import tokenize_audio
 from megatron_most.data.storage.codes import CodesDataset
@@ -50,7 +50,8 @@ def write_manifest(folder: Path, num_files: int, seconds: float = 0.2) -> Path:
 
 
 def run(source: Path | SourceSpec, output: Path, workers: int = 2, **options) -> CodesDataset | None:
-    return tokenize_audio(source, "codec", output, workers=workers, **options)
+    execution = Execution(workers, **{name: options.pop(name) for name in ("task", "device") if name in options})
+    return tokenize_audio(source, "codec", output, execution=execution, **options)
 
 
 def files(folder: Path) -> dict[str, bytes]:
