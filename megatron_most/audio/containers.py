@@ -1,8 +1,8 @@
 """The streams that an audio file holds, with their true lengths.
 
-libsndfile believes the length in a header and stops there. But that length can be an estimate, unknown, that of the
-first of several joined files, or that of a file which was cut off later. So the ends are found here, and libsndfile is
-shown each stream with the right length in its header.
+libsndfile trusts the length in a header and stops there. That length can be unknown, an estimate, or that of the first
+of several joined files, and the file may have been cut off since. This module finds the real end of each stream and
+shows libsndfile the stream with the right length in its header.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from megatron_most.audio.mp3 import is_mp3, mp3_streams, tag_end
 from megatron_most.errors import DataError
 
 _MAX_PADDING = 4096
-"""Bytes that may follow the audio of a file and mean nothing."""
+"""Bytes that may follow the audio without being a chunk."""
 
 Pieces = tuple[bytes | range, ...]
-"""Bytes of their own and ranges of a file's, one after the other."""
+"""Consecutive content: literal bytes, and ranges of a file."""
 
 _OGG_HEADER = 27
 _OGG_FIRST_PAGE, _OGG_LAST_PAGE = 0x02, 0x04
@@ -31,15 +31,15 @@ _OGG_FIRST_PAGE, _OGG_LAST_PAGE = 0x02, 0x04
 
 @dataclass(frozen=True)
 class _Chunked:
-    """How a format writes chunks: a name, a length, and so many bytes.
+    """A container made of chunks: a name, a length, and that many bytes.
 
-    magic: first bytes of such a file.
-    first: where the first chunk starts.
-    name_size, length_size: bytes.
-    audio: how the name of the chunk of samples starts.
-    total: where the length of the whole file stands; None: nowhere.
-    counted: bytes of name and length that the length counts.
-    alignment: chunks start at multiples of it.
+    magic: first bytes of the file.
+    first: offset of the first chunk.
+    name_size, length_size: bytes of a chunk's name and length.
+    audio: how the name of the chunk with the samples starts.
+    total: offset of the length of the whole file; None if there is none.
+    counted: bytes of name and length that a chunk's length includes.
+    alignment: the size of a chunk is padded to a multiple of this.
     """
 
     magic: bytes
@@ -81,10 +81,10 @@ _CAF = _Chunked(b"caff", 8, 4, 8, "big", b"data", None, alignment=1)
 
 @dataclass(frozen=True)
 class Stream:
-    """One stream of a file, as libsndfile is to see it.
+    """One stream of a file, as libsndfile should see it.
 
-    is_exact: whether decoding gives exactly the samples that libsndfile tells of. MP3 decoders drop frames that refer
-        to bits before the beginning.
+    is_exact: whether the decoder returns exactly as many samples as the header says. MP3 decoders may drop frames that
+        refer to bits before the start.
     """
 
     pieces: Pieces
@@ -92,7 +92,7 @@ class Stream:
 
 
 def streams_of(file: BinaryIO, name: str) -> list[Stream]:
-    """The streams of an audio file that can seek, at least one; a file of a format unknown here is one.
+    """The streams of a seekable audio file. A file of a format unknown here is one stream.
 
     Raises:
         DataError: a file that was cut off or is damaged.
@@ -118,7 +118,7 @@ def streams_of(file: BinaryIO, name: str) -> list[Stream]:
 
 
 class StreamView(io.RawIOBase):
-    """A stream of a file as a file of its own, to read and to seek in."""
+    """A stream of a file as a file of its own."""
 
     def __init__(self, file: BinaryIO, stream: Stream) -> None:
         self._file = file
@@ -141,7 +141,7 @@ class StreamView(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Buffer) -> int:
-        """Fill the buffer, also from several pieces: libsndfile takes less for the end of the file."""
+        """Fill the whole buffer, from several pieces if needed: libsndfile takes a short read for the end."""
         target = memoryview(buffer).cast("B")
         count = 0
         index = bisect.bisect_right(self._starts, self._at) - 1
@@ -163,7 +163,7 @@ class StreamView(io.RawIOBase):
 
 
 def _chunks(file: BinaryIO, size: int, name: str, chunked: _Chunked) -> Pieces:
-    """The audio chunk has to be there to its last byte; after it comes nothing, padding, or a named chunk."""
+    """Find the chunk with the samples and check that it is complete and followed by nothing else than chunks."""
     file.seek(chunked.first)
     rf64_size = 0
     while len(head := file.read(chunked.name_size + chunked.length_size)) == chunked.name_size + chunked.length_size:
@@ -191,7 +191,7 @@ def _audio_chunk(file: BinaryIO, start: int, length: int, size: int, name: str, 
 
 
 def _au(start: bytes, size: int, name: str) -> Pieces:
-    """Sun's format: where the samples start, and how many bytes they are; all ones where nobody knows."""
+    """Sun's format: offset and length of the samples; a length of all ones means unknown."""
     offset, length = int.from_bytes(start[4:8], "big"), int.from_bytes(start[8:12], "big")
     if 0 < length < 0xFFFFFFFF:
         missing = offset + length - size

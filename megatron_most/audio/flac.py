@@ -1,7 +1,7 @@
-"""How many samples a FLAC stream holds (RFC 9639), from its last frame.
+"""The number of samples in a FLAC stream (RFC 9639), taken from its last frame.
 
-Encoders that write to a pipe leave the number in the header 0, and libFLAC then refuses to go to any place; a number
-that is too small ends the decoding there.
+Encoders that write to a pipe leave 0 in the header. libsndfile cannot seek in such a stream, and it stops too early if
+the number is too small.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _TOTAL = slice(18, 26)
 _TOTAL_MASK = (1 << 36) - 1
 _BLOCK = 1 << 20
 _LAST_FRAME = 1 << 18
-"""The last frame starts within so many bytes of the end."""
+"""The last frame starts within this many bytes of the end."""
 
 _ID3V1 = 128
 
 
 def flac_streams(file: BinaryIO, start: int, size: int, name: str) -> list[tuple[bytes | range, ...]]:
-    """What a decoder is to read of each stream between the bytes ``start`` and ``size``: with its true length.
+    """What the decoder should read for each stream from byte ``start`` to ``size``, with the true length in its header.
 
     Raises:
         DataError: a stream whose last frame is not complete, or that holds fewer samples than its header says.
@@ -52,7 +52,7 @@ def _pieces(file: BinaryIO, start: int, end: int, name: str) -> tuple[bytes | ra
     head = file.read(_TOTAL.stop)
     field = int.from_bytes(head[_TOTAL], "big")
     said = field & _TOTAL_MASK
-    block_size = int.from_bytes(head[8:10], "big")
+    block_size = int.from_bytes(head[10:12], "big")  # the largest: the last one may be smaller
     file.seek(max(start, end - _LAST_FRAME))
     total = _total(file.read(end - file.tell()), block_size, said)
     if total is None:
@@ -69,7 +69,7 @@ def _total(tail: bytes, block_size: int, said: int) -> int | None:
     Args:
         tail: the last bytes of the stream.
         block_size: samples of every frame but the last, where they are all of one size.
-        said: what the header says. A frame that ends there needs no further proof.
+        said: the total in the header. A frame that ends there is accepted without checking its CRC-16.
     """
     if tail[-_ID3V1:][:3] == b"TAG":
         tail = tail[:-_ID3V1]

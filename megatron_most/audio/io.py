@@ -25,16 +25,16 @@ if TYPE_CHECKING:
     import soundfile
 
 DURATION_TOLERANCE = 0.1
-"""Seconds by which a length may miss what is said of it: manifests round, resamplers trim, encoders pad."""
+"""Seconds by which audio may be longer or shorter than stated: manifests round, resamplers trim, encoders pad."""
 
 SAMPLE_RATES = (1000, 768000)
-"""Lowest and highest rate of a file that is believed."""
+"""Lowest and highest sample rate that is accepted."""
 
 MAX_AMPLITUDE = 16.0
-"""Lossy codecs overshoot -1..1 a little; far more is audio in another scale, such as 16-bit integers as floats."""
+"""Lossy codecs overshoot -1..1 a little. Far larger values mean another scale, such as 16-bit integers as floats."""
 
 _BLOCK = 1 << 20
-"""Samples of all channels that are decoded at once, whatever length a header claims."""
+"""Samples of all channels that are decoded at once."""
 
 
 def read_audio(
@@ -48,14 +48,14 @@ def read_audio(
     """Read audio as float32 ``[T]`` mono at ``sample_rate``.
 
     Args:
-        audio: a file, or an open one that can seek.
+        audio: a path, or a file object that can seek.
         offset: where to start, in seconds.
         duration: how much to read, in seconds; None reads to the end.
-        channel: the only channel to read; None averages all.
+        channel: the channel to read; None averages all channels.
 
     Raises:
-        DataError: the file is missing, unreadable, cut off, shorter than its header or than the segment asked for,
-            empty, or holds values that are not numbers or far outside -1..1.
+        DataError: the file is missing, unreadable, cut off, empty, shorter than its header says or than the requested
+            segment, or has samples that are not finite or far outside -1..1.
     """
     [waveform] = stream_audio(audio, sample_rate, offset=offset, duration=duration, channel=channel)
     return waveform
@@ -72,8 +72,8 @@ def stream_audio(
 ) -> Iterator[np.ndarray]:
     """As :func:`read_audio`, in pieces of ``chunk`` samples (at ``sample_rate``; the last one shorter).
 
-    Audio that fits one piece is one, equal to what :func:`read_audio` gives; longer audio is never held whole. What is
-    wrong with a file may show only at a later piece.
+    Audio that fits in one piece equals the result of :func:`read_audio`. Longer audio is never held in memory whole,
+    so an error in the file may be raised after some pieces.
     """
     import soundfile
 
@@ -101,7 +101,7 @@ def stream_audio(
 
 @functools.lru_cache(maxsize=16)
 def _streams_of_path(path: str, state: tuple[int, ...]) -> list[Stream]:
-    """Remembered as long as the file stays in its ``state``: many utterances are segments of one long recording."""
+    """Cached until the file's ``state`` changes: many utterances are segments of one long recording."""
     with open(path, "rb") as file:
         return streams_of(file, path)
 
@@ -113,9 +113,9 @@ def _state(stat: os.stat_result) -> tuple[int, ...]:
 def _blocks(
     file: BinaryIO, name: str, streams: list[Stream], offset: float, duration: float | None, channel: int | None
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Mono blocks of the segment, each with its samples per second: joined files may change it.
+    """Mono blocks of the segment, each with its sample rate, which may differ between joined files.
 
-    Checks that the file holds what it says and what is asked for.
+    Checks that the file contains what its header says and what was requested.
     """
     import soundfile
 
@@ -124,7 +124,7 @@ def _blocks(
         with soundfile.SoundFile(StreamView(file, stream)) as sound:
             rate = sound.samplerate
             if not SAMPLE_RATES[0] <= rate <= SAMPLE_RATES[1]:
-                raise DataError(f"{name}: a rate of {rate} Hz is not believable")
+                raise DataError(f"{name}: a rate of {rate} Hz is outside {SAMPLE_RATES[0]}..{SAMPLE_RATES[1]} Hz")
             if channel is not None and channel >= sound.channels:
                 raise DataError(f"{name}: has {sound.channels} channels, channel {channel} is asked for")
             start = max(0, round((offset - seconds) * rate))
@@ -175,7 +175,7 @@ def _decoded(
 def _converted(
     blocks: Iterator[tuple[int, np.ndarray]], name: str, sample_rate: int, chunk: int | None
 ) -> Iterator[np.ndarray]:
-    """The blocks at ``sample_rate``. What fits ``chunk`` is resampled at once, to the same as without a ``chunk``."""
+    """The blocks at ``sample_rate``. Audio that fits in a ``chunk`` is resampled at once, as without a ``chunk``."""
     for rate, group in itertools.groupby(blocks, key=lambda block: block[0]):
         samples = (block for _, block in group)
         # One chunk and a sample more tell whether there is a second chunk.

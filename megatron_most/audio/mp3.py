@@ -1,7 +1,7 @@
 """The frames of an MP3 file (MPEG audio, ISO 11172-3 and 13818-3), counted one by one.
 
-Encoders that write to a pipe leave the length out, and what a decoder then estimates from the bit rate of the first
-frame is wrong for variable rates. A length that is given is that of the first of several joined files.
+Encoders that write to a pipe leave out the length. A decoder then estimates it from the bit rate of the first frame,
+which is wrong for variable rates. In joined files, the length given is that of the first file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import BinaryIO
 from megatron_most.errors import DataError
 
 MOST_JUNK = 4096
-"""Bytes between or after frames that are neither frames nor tags, and are passed over."""
+"""Bytes between or after frames that may be neither frames nor tags; they are skipped."""
 
 _KBITS = {
     (1, 1): range(32, 449, 32),
@@ -37,7 +37,7 @@ _DECODER_DELAY = 529
 """Samples."""
 
 _PEEK = 64
-"""Bytes of a frame that hold its header and, where it has one, the head of its Xing or VBRI table."""
+"""Bytes of a frame that contain its header and the start of a Xing or VBRI table."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ class _Header:
 
 @dataclass
 class Mp3Stream:
-    """Consecutive frames of one encoder run.
+    """Consecutive frames that one decoder can read.
 
-    kind: of all frames.
-    first: bytes of the first frame, as many as :data:`_PEEK`.
-    table: range of the frame that tells the length (Xing, Info, VBRI); None without one.
-    promised: frames that the table tells of; None where it does not say.
-    frames: where the audio frames lie; neighbors are one range.
+    kind: as in :class:`_Header`, the same for all frames.
+    first: the first :data:`_PEEK` bytes of the first frame.
+    table: range of the frame that tells the decoder the length (Xing, Info); None without one.
+    promised: number of frames according to a table; None if it does not say.
+    frames: where the audio frames are; adjacent frames are one range.
     """
 
     kind: tuple[int, int, int, bool]
@@ -75,7 +75,7 @@ class Mp3Stream:
     num_frames: int = 0
 
     def pieces(self) -> tuple[bytes | range, ...]:
-        """What a decoder is to read: the frames after a table with their true number."""
+        """What the decoder should read: a table with the true number of frames, then the frames."""
         if self.table is not None and self.promised == self.num_frames:
             return (self.table, *self.frames)
         if self.kind[1] != 3:  # libmpg123 looks for tables in layer III only; the rate of the others is constant
@@ -84,10 +84,15 @@ class Mp3Stream:
 
 
 def is_mp3(file: BinaryIO) -> bool:
-    """Whether two MPEG audio frames follow each other at the beginning, or after an ID3 tag."""
-    start = tag_end(file, 0)
-    header = _header_at(file, start)
-    return header is not None and _header_at(file, start + header.size) is not None
+    """Whether two MPEG audio frames follow each other at the beginning, or not far behind ID3 tags."""
+    start = 0
+    while (end := tag_end(file, start)) > start:
+        start = end
+    for at in range(start, start + (MOST_JUNK if start else 1)):
+        header = _header_at(file, at)
+        if header is not None and _header_at(file, at + header.size) is not None:
+            return True
+    return False
 
 
 def mp3_streams(file: BinaryIO, name: str) -> list[Mp3Stream]:
@@ -104,10 +109,15 @@ def mp3_streams(file: BinaryIO, name: str) -> list[Mp3Stream]:
         frame = range(start, start + header.size)
         if table is not None or header.kind != kind:
             kind = header.kind
-            streams.append(Mp3Stream(kind, peek, frame if table else None, table[1] if table else None, []))
-            if table is not None:
+            if table is None:
+                streams.append(Mp3Stream(kind, peek, None, None, []))
+            else:
+                # libmpg123 does not read VBRI tables.
+                streams.append(Mp3Stream(kind, peek, None if table[0] == b"VBRI" else frame, table[1], []))
                 continue
         stream = streams[-1]
+        if not stream.num_frames:
+            stream.first = peek
         stream.num_frames += 1
         if stream.frames and stream.frames[-1].stop == start:
             stream.frames[-1] = range(stream.frames[-1].start, frame.stop)

@@ -22,11 +22,11 @@ from megatron_most.errors import DataError
 
 @dataclass(frozen=True)
 class Limits:
-    """What becomes of long audio.
+    """How long audio is handled.
 
     max_seconds: longest utterance.
-    chunk_transcribed: longer audio with a text is cut into chunks without one; else it is rejected. Audio without a
-        text is always cut into chunks.
+    chunk_transcribed: whether longer audio with text is cut into chunks without text; otherwise it is rejected. Audio
+        without text is always cut into chunks.
     """
 
     max_seconds: float = 60.0
@@ -49,7 +49,7 @@ class Execution:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that decides what comes out."""
+    """Everything that determines the output."""
 
     source: SourceSpec
     collected: Collected

@@ -1,4 +1,4 @@
-"""What processes that write into one folder need of each other: locks, names, and one line when the disk is full."""
+"""For processes that share an output folder: locks, unique names, and a one-line error for a full disk."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from megatron_most.errors import DataError
 
 @contextlib.contextmanager
 def locked(path: str | Path, *, shared: bool = False, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock of a file among all processes that see it; it ends with the process, however that ends.
+    """Hold a file lock among all processes that see the file. It is released when the process ends.
 
-    Yields False when another holds it and we do not ``wait``. Where the file system knows no locks, everyone gets it:
-    work may then be done twice, to the same result.
+    Yields False if another process holds it and ``wait`` is False. On a file system without locks every process gets
+    it; work may then be done twice, with the same result.
     """
     mode = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
     while True:
@@ -30,7 +30,7 @@ def locked(path: str | Path, *, shared: bool = False, wait: bool = True) -> Iter
             except OSError as error:
                 if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                     raise
-            # Whoever held it before us may have removed the file, and others now lock another one of that name.
+            # The previous holder may have removed the file, and others may lock a new file of that name.
             if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno())):
                 yield True
                 return
@@ -45,5 +45,5 @@ def one_line_when_the_disk_is_full(path: Path) -> Iterator[None]:
 
 
 def hostname_and_pid() -> str:
-    """What tells this process from all others that work in the same folder."""
+    """A name that no other process with access to the folder has."""
     return f"{os.uname().nodename}.{os.getpid()}"

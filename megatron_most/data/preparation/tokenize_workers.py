@@ -26,7 +26,7 @@ from megatron_most.errors import DataError
 
 @dataclass
 class _Worker:
-    """What a worker process is born with: the codec, and counters it shares with the parent."""
+    """What the parent hands to a worker process: the job, the codec and shared counters."""
 
     codec: AudioCodec
     job: Job
@@ -61,14 +61,14 @@ def _start_worker(worker: _Worker) -> None:
 
 
 def _end_with_parent(parent: int) -> None:
-    """A parent that was killed cannot stop its workers, and they would wait for its next shard for ever."""
+    """Exit when the parent is gone: a killed parent cannot stop its workers, and they would wait forever."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 
 
 def _encode(shard: Shard, wait_for_others: bool) -> bool:
-    """Whether the shard is done; False when another task is at it and we do not wait."""
+    """Whether the shard is done; False if another task encodes it and ``wait_for_others`` is False."""
     worker = _worker
     assert worker is not None, "_start_worker has run in this process"
     while not worker.stop.is_set():
@@ -90,7 +90,7 @@ def encode_all(shards: list[Shard], codec: AudioCodec, job: Job, workers: int) -
     progress = Progress(total, total - sum(shard.num_records for shard in todo))
     if not todo:
         return
-    # Forking hands every worker the loaded codec; importing NeMo anew would cost each 8 s. One thread each, also here:
+    # Forking gives every worker the loaded codec; importing NeMo again would take 8 s each. One thread each, also here:
     # a forked process must not inherit a thread pool, and sums must not depend on the number of threads.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -104,7 +104,7 @@ def encode_all(shards: list[Shard], codec: AudioCodec, job: Job, workers: int) -
             finished, _ = wait(waiting, timeout=progress.interval, return_when=FIRST_COMPLETED)
             for future in finished:
                 shard = waiting.pop(future)
-                if not future.result():  # another task is at it: come back when there is nothing else to do
+                if not future.result():  # another task encodes it: wait for it when there is nothing else to do
                     waiting[executor.submit(_encode, shard, True)] = shard
             seconds = shared.samples.value / codec.sample_rate
             progress.show(shared.files.value, seconds, shared.rejected.value, last=not waiting)

@@ -46,7 +46,7 @@ def read(content: bytes, rate: int = RATE, **options) -> np.ndarray:
 
 @pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
 @pytest.mark.parametrize("rate", [RATE, 44100])
-@pytest.mark.parametrize("tag", [b"", b"ID3\4\0\0\0\0\0\x05hello"])
+@pytest.mark.parametrize("tag", [b"", b"ID3\4\0\0\0\0\0\x05hello", b"ID3\4\0\0\0\0\0\0" * 2 + bytes(99)])
 def test_mp3_without_a_length_is_read_to_its_last_frame(mode, rate, tag):
     whole = mp3(mode, rate=rate)
     piped, num_frames = without_table(whole)
@@ -58,6 +58,20 @@ def test_mp3_without_a_length_is_read_to_its_last_frame(mode, rate, tag):
     loud = expected[late : late + 2000]
     delay = next(at for at in range(3000) if np.allclose(found[late + at :][:2000], loud, atol=1e-4))
     np.testing.assert_allclose(found[delay : delay + len(expected)], expected, atol=1e-4)
+
+
+def test_a_table_of_the_other_kind_counts_too():
+    """Fraunhofer's encoder writes VBRI tables, at one place whatever the channels."""
+    whole = mp3()
+    [stream] = mp3_streams(io.BytesIO(whole), "a")
+    table = bytearray(stream.table.stop - stream.table.start)
+    table[:4] = whole[stream.table.start :][:4]
+    table[36:54] = b"VBRI" + bytes(10) + stream.num_frames.to_bytes(4, "big")
+    piped, _ = without_table(whole)
+    np.testing.assert_array_equal(read(bytes(table) + piped), read(piped))
+    table[50:54] = (stream.num_frames + 2).to_bytes(4, "big")
+    with pytest.raises(DataError, match="cut off: holds"):
+        read(bytes(table) + piped)
 
 
 def test_mp3_that_ends_within_a_frame_or_lacks_some_is_refused():
