@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_most.data.preparation.chat_files import check_roles
 from megatron_most.data.preparation.manifest import Record, Rejection, parse_turns
 from megatron_most.data.preparation.sources.base import Source
 from megatron_most.data.storage.json_lines import Line, license_of, parse_json_object, text_of
 from megatron_most.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 _ROWS = 1024
 """Rows of a Parquet file that are held at once."""
@@ -70,7 +73,7 @@ class TextCorpus(Source):
                     except DataError as error:
                         yield number, str(error)
 
-    def _parquet(self, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _parquet(self, path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
         import pyarrow
         from pyarrow import parquet
 
@@ -80,11 +83,24 @@ class TextCorpus(Source):
                 columns = [name for name in file.schema_arrow.names if name in wanted]
                 number = 0
                 for batch in file.iter_batches(_ROWS, columns=columns):
-                    for row in batch.to_pylist():
+                    for row in _rows(batch):
                         number += 1
                         yield f"row {number}", row
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(f"{path}: not readable as Parquet: {str(error).splitlines()[0]}") from None
+
+
+def _rows(batch: pyarrow.RecordBatch) -> Iterator[dict[str, Any] | str]:
+    """Each row, or why it cannot be used; one that is not UTF-8 does not cost the others."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for place in range(batch.num_rows):
+            try:
+                [row] = batch.slice(place, 1).to_pylist()
+                yield row
+            except UnicodeDecodeError:
+                yield "not UTF-8"
 
 
 class Chat(TextCorpus):

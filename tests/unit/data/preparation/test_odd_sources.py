@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from megatron_most.data.preparation.collect import checked_records, collect
 from megatron_most.data.preparation.manifest import Record, Rejection, open_audio
@@ -80,6 +82,20 @@ def test_a_part_beyond_its_file_is_one_line(tmp_path, part):
     published.write_audio(tmp_path / "a.wav", published.sound(0))
     with pytest.raises(DataError, match="cut off: [0-9]+ bytes of a member are missing"):
         open_audio(Record("a", "t", tmp_path / "a.wav", None, None, part=part))
+
+
+def test_a_row_of_a_parquet_file_that_is_not_utf_8_is_set_aside_alone(tmp_path):
+    texts = pyarrow.array([b"one", b"\xff", b"three"], pyarrow.binary()).view(pyarrow.utf8())
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "train.parquet")
+    found = list(checked_records(spec("text", tmp_path)))
+    assert [item.text if isinstance(item, Record) else item.reason for item in found] == ["one", "not UTF-8", "three"]
+
+
+def test_a_transcript_without_an_id_is_told(tmp_path):
+    published.librispeech(tmp_path)
+    transcripts = tmp_path / "train-clean-100/103/1240/103-1240.trans.txt"
+    transcripts.write_text(" NO ID\n\n" + transcripts.read_text())
+    assert rejections("librispeech", tmp_path) == [f"{transcripts}, line 1: has no id before the transcript"]
 
 
 def cut(supervision: dict | None, start: float = 1.0, duration: float = 2.0, **more) -> dict:
