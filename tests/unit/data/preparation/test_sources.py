@@ -401,8 +401,8 @@ def test_files_of_a_source_are_read_inside_its_roots_only(tmp_path):
     published.common_voice(tmp_path / "b")
     published.webdataset(tmp_path / "c")
     inside = tmp_path / "inside"
-    (inside / "dev-clean/84/121123").mkdir(parents=True)
-    transcripts = "dev-clean/84/121123/84-121123.trans.txt"
+    (inside / "train-clean-100/103/1240").mkdir(parents=True)
+    transcripts = "train-clean-100/103/1240/103-1240.trans.txt"
     for name, folder in ((transcripts, "a"), ("train.tsv", "b"), ("000000.tar", "c")):
         (inside / name).symlink_to(tmp_path / folder / name)
     for name in ("librispeech", "common_voice", "webdataset"):
