@@ -44,7 +44,8 @@ UNKNOWN_TO_FFMPEG = {"aiff", "w64"}
 
 
 def sound(rate: int, channels: int) -> np.ndarray:
-    time = np.arange(round(1.3 * rate)) / rate
+    # A multiple of 4 samples: W64 pads its chunks to 8 bytes, which nothing tells from sound in a file from a pipe.
+    time = np.arange(round(1.3 * rate) // 4 * 4) / rate
     noise = np.random.default_rng(rate).uniform(-0.2, 0.2, (len(time), channels))
     return time[:, None] / 2 * (0.5 * np.sin(2 * np.pi * 300 * time)[:, None] + noise)
 
