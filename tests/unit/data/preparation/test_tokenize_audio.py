@@ -137,7 +137,8 @@ def test_utterances_keep_their_order_text_and_codes(manifest, tmp_path):
 @pytest.mark.parametrize("name", published.PUBLISHED)
 def test_every_source_becomes_codes(tmp_path, name):
     expected = {item.id: item for item in published.PUBLISHED[name](tmp_path / "data")}
-    dataset = run(SourceSpec(name, str(tmp_path / "data")), tmp_path / "codes", workers=1)
+    options = SourceOptions(**published.ALL_SPLITS.get(name, {}))
+    dataset = run(SourceSpec(name, str(tmp_path / "data"), options=options), tmp_path / "codes", workers=1)
     found = {utterance.id: utterance for utterance in dataset}
     assert found.keys() == expected.keys()
     for identity, item in expected.items():
