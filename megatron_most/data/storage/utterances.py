@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,14 +16,23 @@ import numpy as np
 from megatron_most.config import DataConfig
 from megatron_most.data.storage.codes import CodesDataset
 from megatron_most.errors import ConfigError, DataError
-from megatron_most.files import replacing
 
 
 def write_utterances(prefix: str | Path, codes: Iterable[CodesDataset]) -> None:
-    """Write the hashes of all utterances of ``codes`` beside the dataset ``prefix``."""
+    """Write the hashes of all utterances of ``codes`` beside the dataset ``prefix``.
+
+    An OSError is left to the :class:`~megatron_most.data.storage.token_dataset.DatasetWriter` around it.
+    """
     hashes = [_hashes(utterance.id, utterance.codes) for source in codes for utterance in source]
-    with replacing(_file(prefix)) as temporary, open(temporary, "wb") as file:
-        np.save(file, np.array(hashes, dtype=np.uint64).reshape(-1, 2))
+    content = io.BytesIO()
+    np.save(content, np.array(hashes, dtype=np.uint64).reshape(-1, 2))
+    path = _file(prefix)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content.getvalue())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def require_disjoint(data: DataConfig) -> None:
