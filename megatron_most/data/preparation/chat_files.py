@@ -20,7 +20,7 @@ MAX_FAILED = 0.05
 
 @dataclass(frozen=True)
 class Message:
-    """One turn as it is on disk; ``audio`` is the id of the utterance that speaks it."""
+    """One turn as stored on disk; ``audio`` is the id of its utterance."""
 
     role: str
     content: str
@@ -29,7 +29,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation; ``exchanges`` are pairs of a user's and an assistant's message, ``license`` is its text's."""
+    """A conversation. ``exchanges`` are pairs of a user's and an assistant's message; ``license`` is that of the text."""
 
     id: str
     system: Message | None

@@ -16,7 +16,7 @@ from megatron_most.errors import DataError
 from megatron_most.files import replacing
 
 MAX_QUARANTINE = 0.01
-"""Share of a source that may be unusable before tokenization calls that an error."""
+"""Default limit on the share of unusable records; tokenization fails above it."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Collected:
     num_repeated: of the rejected, conversations that an earlier record holds, too.
     sha256: of both, equal for a source in an equal state. It reads ``licence`` for ``license`` as version 0.1 wrote it,
         so that jobs begun then go on.
-    audio_sha256: of the size and the time of the last change of each record's file.
-    licenses, splits: number of records of each; ``unknown`` where nobody says.
+    audio_sha256: of the size and modification time of each record's audio file.
+    licenses, splits: number of records of each; ``unknown`` if not stated.
     """
 
     num_records: int
@@ -61,15 +61,15 @@ class Collected:
     splits: dict[str, int]
 
     def origin(self) -> dict[str, dict[str, int]]:
-        """What a sidecar says of the records beside their source."""
+        """What a sidecar states about the records, beside their source."""
         return {"licenses": self.licenses, "splits": self.splits}
 
 
 def collect(spec: SourceSpec, manifest: Path, quarantine: Path) -> Collected:
-    """Write every record of a source to ``manifest``, and what cannot be used to ``quarantine``, a JSON line each.
+    """Write the usable records of a source to ``manifest`` and the others to ``quarantine``, one JSON line each.
 
     Raises:
-        DataError: a source that cannot be read, or holds nothing.
+        DataError: the source cannot be read or is empty; no file is written.
     """
     digest, audio_digest = hashlib.sha256(), hashlib.sha256()
     counts: Counter[type] = Counter()
@@ -102,7 +102,7 @@ def collect(spec: SourceSpec, manifest: Path, quarantine: Path) -> Collected:
 
 
 class Repetition(Rejection):
-    """A conversation that an earlier record holds, too: some sets publish a whole beside its parts."""
+    """A conversation that an earlier record has too: some data sets publish the whole beside its parts."""
 
 
 def _state(path: Path) -> bytes:
@@ -115,7 +115,7 @@ def _state(path: Path) -> bytes:
 
 
 def checked_records(spec: SourceSpec) -> Iterator[Record | Rejection]:
-    """The records of a source with their defaults filled in; those without a place to be read from are rejected."""
+    """The records of a source with defaults filled in; those that cannot be used become rejections."""
     source, options = spec.open(), spec.options
     seen: set[bytes] = set()
     conversations: dict[bytes, str] = {}
@@ -151,7 +151,7 @@ def checked_records(spec: SourceSpec) -> Iterator[Record | Rejection]:
 
 
 def _line(item: Record | Rejection, license_key: str = "license") -> bytes:
-    """UnicodeEncodeError for a record that cannot be written; what is rejected is only to be read by people."""
+    """Raises UnicodeEncodeError for a record that is not Unicode; rejections, read by people only, are escaped."""
     if isinstance(item, Rejection):
         return json.dumps(item.to_entry(), ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
     entry = {license_key if name == "license" else name: value for name, value in item.to_entry().items()}

@@ -8,7 +8,7 @@ A synthesizer is a command line of one of two kinds:
   ``{"text", "output", "role", "voice"}`` and answers each, once the file is written, with a line ``{}``, or
   ``{"error": reason}``.
 
-Audio files are named after what they say and how, so a second run takes those that are there.
+Audio files are named after text, voice and command, so a second run reuses them.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ TIMEOUT = 300
 """Seconds one turn may take."""
 
 _UNSPEAKABLE = ("```", "|---")
-"""Code and tables, which nobody reads aloud."""
+"""Marks of code and tables, which are not read aloud."""
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One turn to speak; :attr:`path` tells the text, the voice and the synthesizer."""
+    """One turn to speak; :attr:`path` depends on text, voice and synthesizer."""
 
     id: str
     message: Message
@@ -159,7 +159,7 @@ def _check_command(synthesizer: str, voices: Sequence[str]) -> list[str]:
 
 
 def _speak_all(jobs: Iterable[_Job], command: list[str], workers: int, max_failed: float) -> dict[str, str]:
-    """Speak what is not there yet; the reason of each turn that failed, by its id."""
+    """Speak the turns that have no audio yet; returns the reason of each failure by the turn's id."""
     failed: dict[str, str] = {}
     seen: set[Path] = set()
     total = 0
@@ -200,7 +200,7 @@ def _speak_all(jobs: Iterable[_Job], command: list[str], workers: int, max_faile
 
 
 def _is_sound(path: Path) -> bool:
-    """Whether there is readable audio; what a crash or a full disk left of a file is spoken again."""
+    """Whether the file is readable audio. A file left incomplete by a crash or a full disk is not."""
     try:
         return path.is_file() and soundfile.info(path).frames > 0
     except soundfile.LibsndfileError:
@@ -208,7 +208,7 @@ def _is_sound(path: Path) -> bool:
 
 
 def _speak(speak, job: _Job) -> None:
-    """Speak one turn to a temporary name; it gets its own when it is readable audio."""
+    """Speak one turn to a temporary file; rename it once it is readable audio."""
     job.path.parent.mkdir(parents=True, exist_ok=True)
     temporary = job.path.with_name(f".{job.path.stem}.{os.getpid()}.wav")
     try:
@@ -243,7 +243,7 @@ def _run(command: list[str], job: _Job, path: Path) -> None:
 
 
 class _Servers:
-    """A synthesizer process for each thread that asks for one."""
+    """One synthesizer process per thread."""
 
     def __init__(self, command: list[str]) -> None:
         self._command = command
