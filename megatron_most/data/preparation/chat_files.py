@@ -29,7 +29,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation. ``exchanges`` are pairs of a user's and an assistant's message; ``license`` is that of the text."""
+    """A conversation. ``exchanges`` are pairs of a user's and an assistant's message; ``license`` covers the text."""
 
     id: str
     system: Message | None
