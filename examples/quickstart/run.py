@@ -58,7 +58,7 @@ def make_steps(run_dir: Path, overrides: list[str]) -> list[Step]:
     python, prepare = sys.executable, "tools/prepare_data.py"
     corpus, data = run_dir / "corpus", run_dir / "data"
     build = [python, prepare, "build", "--tokenizer", f"{data}/tokenizer.model"]
-    build += ["--text-vocab-size", str(vocab.text_vocab_size)]
+    build += ["--text-vocab-size", str(vocab.text_vocab_size), "--overwrite"]
     transcripts = [QUICKSTART / "corpus" / f"{split}.jsonl" for split in SPLITS]
 
     speak = [python, f"{QUICKSTART}/make_corpus.py", "--output", str(corpus)]

@@ -281,7 +281,9 @@ def _check_weights(model, path: Path) -> None:
     """NeMo's codec loads its state dict without insisting on every key; what is missing would stay random."""
     with tarfile.open(path) as archive:
         member = next(member for member in archive.getmembers() if member.name.endswith("model_weights.ckpt"))
-        stored = torch.load(archive.extractfile(member), map_location="cpu", weights_only=True)
+        weights = archive.extractfile(member)
+        assert weights is not None, "a file of the archive has content"
+        stored = torch.load(weights, map_location="cpu", weights_only=True)
     parts = ("audio_encoder.", "audio_decoder.", "vector_quantizer.")
     missing = [name for name in model.state_dict() if name.startswith(parts) and name not in stored]
     if missing:

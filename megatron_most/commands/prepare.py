@@ -24,6 +24,7 @@ from megatron_most import cli
 from megatron_most.commands import prepare_sources
 from megatron_most.data.building.chat_modes import MODES
 from megatron_most.data.building.document_builder import LOSSES
+from megatron_most.data.preparation.chat_files import MAX_FAILED
 from megatron_most.data.storage.documents import TASKS
 from megatron_most.errors import ConfigError
 from megatron_most.extras import require
@@ -96,6 +97,7 @@ def _add_build(sub: argparse.ArgumentParser) -> None:
         help="make text ids START to STOP - 1 a modality of their own (vocab.further_modalities); may be repeated",
     )
     sub.add_argument("--output", required=True, help="path prefix of the dataset to write")
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
 
 
 def _add_inspect(sub: argparse.ArgumentParser) -> None:
@@ -124,6 +126,12 @@ def _add_speechify(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--voices", nargs="+", default=[], help="values of {voice}; each role of a chat keeps one")
     sub.add_argument("--max-characters", type=int, default=600, help="longer turns stay written (default %(default)s)")
     sub.add_argument("--workers", type=int, help="number of processes (default: one per core)")
+    sub.add_argument(
+        "--max-failed",
+        type=float,
+        default=MAX_FAILED,
+        help="share of turns that may fail before it is an error (default %(default)g)",
+    )
     sub.add_argument("--output", required=True, help="folder to write: audio/, manifest.jsonl, chats.jsonl")
 
 
@@ -141,6 +149,8 @@ def train_tokenizer(arguments: argparse.Namespace) -> None:
 def build(arguments: argparse.Namespace) -> None:
     cli.require_positive(arguments, "text_vocab_size", "num_codebooks", "codebook_size", "max_length")
     require_writable(f"{arguments.output}.json")
+    if Path(f"{arguments.output}.json").exists() and not arguments.overwrite:
+        raise ConfigError(f"{arguments.output}.json: exists already; name another --output, or add --overwrite")
     from megatron_most.data.building.build import Inputs, build_dataset
     from megatron_most.data.building.examples import TemplateOptions
     from megatron_most.data.building.length_limit import LengthLimit
@@ -214,7 +224,11 @@ def _show_document(arguments: argparse.Namespace, dataset: TokenDataset) -> None
         raise ConfigError(f"--document={arguments.document}: must be in 0..{len(dataset) - 1}")
     document = dataset.document(arguments.document)
     if arguments.tokenizer:
-        shown = describe(document, dataset.vocab, load_tokenizer(arguments.tokenizer))
+        tokenizer, built_with = load_tokenizer(arguments.tokenizer), dataset.provenance["tokenizer"]
+        if built_with["fingerprint"] != tokenizer.fingerprint:
+            other = built_with["name"]
+            raise ConfigError(f"--tokenizer={arguments.tokenizer}: the dataset was built with another, {other}")
+        shown = describe(document, dataset.vocab, tokenizer)
         print(f"document {arguments.document}: {shown}")
     if bool(arguments.codec) != bool(arguments.wav):
         raise ConfigError("--codec and --wav: each needs the other")
@@ -235,6 +249,8 @@ def _show_document(arguments: argparse.Namespace, dataset: TokenDataset) -> None
 
 def speechify(arguments: argparse.Namespace) -> None:
     cli.require_positive(arguments, "workers", "max_characters")
+    if not 0 <= arguments.max_failed <= 1:
+        raise ConfigError(f"--max-failed={arguments.max_failed}: must be in 0..1")
     require("soundfile", "soxr")
     from megatron_most.data.preparation.speechify import speak_chats
 
@@ -246,6 +262,7 @@ def speechify(arguments: argparse.Namespace) -> None:
         voices=arguments.voices,
         max_characters=arguments.max_characters,
         workers=arguments.workers,
+        max_failed=arguments.max_failed,
     )
     print(f"{arguments.output}: {', '.join(f'{count} {what}' for what, count in counts.items())}")
 

@@ -12,7 +12,7 @@ from megatron_most.cli import require_positive
 from megatron_most.data.preparation.collect import MAX_QUARANTINE, SourceSpec, collect
 from megatron_most.data.preparation.sources import SOURCES, SourceOptions
 from megatron_most.data.storage.sidecar import write_sidecar
-from megatron_most.errors import ConfigError
+from megatron_most.errors import ConfigError, DataError
 from megatron_most.extras import require
 from megatron_most.files import require_writable
 
@@ -72,10 +72,11 @@ def _add_source(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--audio-root", action="append", default=[], help="another folder that audio may be in; may be repeated"
     )
-    sub.add_argument("--split", nargs="+", default=[], help="read only these splits (default: all)")
+    sub.add_argument("--split", nargs="+", default=[], help="read only these splits (default: all but held-out ones)")
     sub.add_argument("--language", help="language of records that do not name one")
     sub.add_argument("--license", "--licence", help="license of records that do not name one")
     sub.add_argument("--text-field", help="field with the text, if the data set has several")
+    sub.add_argument("--lower-case", action="store_true", help="fold texts that are all capitals (LibriSpeech)")
     sub.add_argument("--audio-only", action="store_true", help="also take audio that has no text")
 
 
@@ -88,6 +89,7 @@ def _spec(arguments: argparse.Namespace) -> SourceSpec:
         license=arguments.license,
         text_field=arguments.text_field,
         needs_text=not arguments.audio_only,
+        lower_case=arguments.lower_case,
     )
     root = arguments.root or arguments.manifest
     return SourceSpec(arguments.source or "nemo", root, tuple(arguments.audio_root), options)
@@ -99,13 +101,19 @@ def manifest(arguments: argparse.Namespace) -> None:
     base = output.with_suffix("") if output.suffix in (".jsonl", ".json") else output
     quarantine, sidecar = Path(f"{base}.quarantine.jsonl"), Path(f"{base}.provenance.json")
     collected = collect(spec, output, quarantine)
+    if not collected.num_records:
+        output.unlink()
+        raise DataError(f"{quarantine}: none of {collected.num_rejected} records can be used; the reasons are there")
     counts = {"records": collected.num_records, "quarantined": collected.num_rejected}
-    source = spec.to_dict() | {"licenses": collected.licenses}
+    source = spec.to_dict() | collected.origin()
     provenance = {"source": source, "counts": counts, "tool_version": __version__, "command": shlex.join(sys.argv)}
     write_sidecar(sidecar, provenance)
     print(f"{output}: {collected.num_records} records ({_join(collected.licenses)})")
+    print(f"  splits: {_join(collected.splits)}")
     if collected.num_rejected:
         print(f"{quarantine}: {collected.num_rejected} that cannot be used")
+    if collected.num_repeated:
+        print(f"warning: {collected.num_repeated} of them repeat a conversation")
 
 
 def tokenize(arguments: argparse.Namespace) -> None:
@@ -114,18 +122,16 @@ def tokenize(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--max-quarantine={arguments.max_quarantine}: must be in 0..1")
     require_writable(f"{arguments.output}.json")
     require("nemo", "soundfile", "soxr")
-    from megatron_most.data.preparation.shards import Limits
+    from megatron_most.data.preparation.shards import Execution, Limits
     from megatron_most.data.preparation.tokenize_audio import tokenize_audio
 
     codes = tokenize_audio(
         _spec(arguments),
         arguments.codec,
         arguments.output,
-        workers=arguments.workers,
-        task=_share(arguments.shard),
+        execution=Execution(arguments.workers, _share(arguments.shard), arguments.device),
         limits=Limits(arguments.max_seconds, arguments.chunk_transcribed),
         max_quarantine=arguments.max_quarantine,
-        device=arguments.device,
         command=shlex.join(sys.argv),
     )
     if codes is None:
@@ -136,6 +142,7 @@ def tokenize(arguments: argparse.Namespace) -> None:
         f"{arguments.output}: {len(codes)} utterances, {codes.seconds / 3600:.2f} h, codec {codes.codec.name};"
         f" {counts['records']} records = {counts['tokenized']} tokenized + {counts['quarantined']} in quarantine"
     )
+    print(f"  splits: {_join(codes.provenance['source'].get('splits', {}))}")
     if counts["chunked"]:
         print(f"  {counts['chunked']} recordings are longer than {arguments.max_seconds:g} s and became chunks")
 
@@ -147,5 +154,5 @@ def _share(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def _join(licenses: dict[str, int]) -> str:
-    return ", ".join(f"{count} {license}" for license, count in licenses.items()) or "none"
+def _join(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"

@@ -101,6 +101,9 @@ class HuggingFaceTokenizer:
             raise ConfigError(f"tokenizer {path}: not readable as a tokenizer.json: {first_line(error)}") from None
         # Text that spells a special token stays text: a transcript must not be able to end its own document.
         self._tokenizer.encode_special_tokens = True
+        # Settings of whoever saved the file, for batches of theirs.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         added = self._tokenizer.get_added_tokens_decoder().items()
         self._special_ids = {entry.content: token_id for token_id, entry in added if entry.special}

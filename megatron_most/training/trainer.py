@@ -22,6 +22,7 @@ from megatron_most.checkpointing import (
 from megatron_most.config import RunConfig
 from megatron_most.data.loading.batch import Batch
 from megatron_most.data.loading.loader import train_batches, validation_batches
+from megatron_most.data.storage.utterances import require_disjoint
 from megatron_most.errors import DataError
 from megatron_most.model import MoSTModel, check_libraries
 from megatron_most.model.fp8 import collect_fp8_padding
@@ -136,6 +137,7 @@ class Trainer:
         )
         validation_sets: dict[str, list[Batch]] = {}
         if config.training.eval_interval:
+            on_rank_zero(lambda: require_disjoint(config.data))
             read = together(lambda: validation_batches(config, dp_rank=dp_rank, dp_size=dp_size))
             validation_sets = {name: [self._stage(batch) for batch in batches] for name, batches in read.items()}
         tokenizer, codec = on_rank_zero(lambda: (Fingerprint.of_tokenizer(config), Fingerprint.of_codec(config)))

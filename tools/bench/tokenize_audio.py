@@ -29,7 +29,7 @@ from megatron_most.audio import load_codec
 from megatron_most.audio.nemo_codec import NemoCodec
 from megatron_most.data.preparation import tokenize_audio
 from megatron_most.data.preparation.encode_shard import encode_shard
-from megatron_most.data.preparation.shards import Limits, Shard
+from megatron_most.data.preparation.shards import Execution, Limits, Shard
 from megatron_most.data.preparation.sources import Roots
 from megatron_most.data.storage.codes import CodesDataset
 from tools.bench import paired
@@ -129,7 +129,9 @@ def whole_job(folder: Path, path: Path, codec: NemoCodec, workers: int) -> Codes
         mock.patch.multiple(tokenize_audio, load_codec=lambda _: codec, SHARD_SIZES=(4, 1024)),
         contextlib.redirect_stderr(io.StringIO()),
     ):
-        return tokenize_audio.tokenize_audio(folder / "m.jsonl", path, folder / "out" / "codes", workers=workers)
+        return tokenize_audio.tokenize_audio(
+            folder / "m.jsonl", path, folder / "out" / "codes", execution=Execution(workers)
+        )
 
 
 def require_equal(expected: list[np.ndarray], shard: Shard, codec: NemoCodec) -> None:

@@ -18,6 +18,7 @@ from megatron_most.data.building.vocab_options import VocabOptions
 from megatron_most.data.storage.codes import CodecIdentity, CodesDataset
 from megatron_most.data.storage.documents import TASKS, Document
 from megatron_most.data.storage.token_dataset import DatasetWriter, TokenDataset
+from megatron_most.data.storage.utterances import write_utterances
 from megatron_most.errors import ConfigError, DataError
 from megatron_most.text import load_tokenizer
 from megatron_most.vocab import VocabLayout
@@ -107,6 +108,7 @@ def build_dataset(
             writer.add(document)
         if not counts.documents:
             raise DataError(f"{output}: {_why_nothing(task, examples.counts, template)}")
+        write_utterances(output, codes)
         writer.commit(
             {
                 "tokenizer": {"name": Path(tokenizer).name, "fingerprint": text_tokenizer.fingerprint},

@@ -205,17 +205,7 @@ class Examples:
             self.counts["unspoken"] += 1
             return []
         self.counts.update(modes)
-
-        def turn(message: Message, kind: str) -> ChatTurn:
-            if kind == "T":
-                return ChatTurn(message.role, message.content)
-            assert message.audio is not None, "choose_modes allows S only with a recording"
-            return ChatTurn(message.role, message.content, recordings.codes_of(message.audio))
-
-        exchanges = [
-            [turn(message, kind) for message, kind in zip(exchange, mode.split("-"), strict=True)]
-            for exchange, mode in zip(chat.exchanges, modes, strict=True)
-        ]
+        exchanges = [_turns(pair, mode, recordings) for pair, mode in zip(chat.exchanges, modes, strict=True)]
         return self._split(exchanges, lambda parts: self._chat(chat, parts, where))
 
     def _chat(self, chat: Chat, exchanges: Iterable[list[ChatTurn]], where: str) -> Document:
@@ -240,3 +230,15 @@ class Examples:
         fitting = [document for document in documents if self._options.limit.fits(document)]
         self.counts["rejected"] += len(documents) - len(fitting)
         return fitting
+
+
+def _turns(pair: tuple[Message, Message], mode: str, recordings: Recordings) -> list[ChatTurn]:
+    """One exchange. ``mode`` says who speaks: ``S-T`` is a spoken question and a written answer."""
+    turns = []
+    for message, kind in zip(pair, mode.split("-"), strict=True):
+        codes = None
+        if kind == "S":
+            assert message.audio is not None, "choose_modes allows S only with a recording"
+            codes = recordings.codes_of(message.audio)
+        turns.append(ChatTurn(message.role, message.content, codes))
+    return turns

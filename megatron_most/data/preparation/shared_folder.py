@@ -19,5 +19,5 @@ def one_line_when_the_disk_is_full(path: Path) -> Iterator[None]:
 
 
 def hostname_and_pid() -> str:
-    """What tells this process from all others that work in the same folder."""
+    """A name that no other process with access to the folder has."""
     return f"{os.uname().nodename}.{os.getpid()}"

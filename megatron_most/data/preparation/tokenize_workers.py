@@ -27,7 +27,7 @@ from megatron_most.progress import Progress
 
 @dataclass
 class _Worker:
-    """What a worker process is born with: the codec, and counters it shares with the parent."""
+    """What the parent hands to a worker process: the job, the codec and shared counters."""
 
     codec: AudioCodec
     job: Job
@@ -62,15 +62,16 @@ def _start_worker(worker: _Worker) -> None:
 
 
 def _end_with_parent(parent: int) -> None:
-    """A parent that was killed cannot stop its workers, and they would wait for its next shard for ever."""
+    """Exit when the parent is gone: a killed parent cannot stop its workers, and they would wait forever."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 
 
 def _encode(shard: Shard, wait_for_others: bool) -> bool:
-    """Whether the shard is done; False when another task is at it and we do not wait."""
+    """Whether the shard is done; False if another task encodes it and ``wait_for_others`` is False."""
     worker = _worker
+    assert worker is not None, "_start_worker has run in this process"
     while not worker.stop.is_set():
         with (
             one_line_when_the_disk_is_full(shard.prefix),
@@ -90,26 +91,26 @@ def encode_all(shards: list[Shard], codec: AudioCodec, job: Job, workers: int) -
         return
     total = sum(shard.num_records for shard in shards)
     done = total - sum(shard.num_records for shard in todo)
-    # Forking hands every worker the loaded codec; importing NeMo anew would cost each 8 s. One thread each, also here:
+    # Forking gives every worker the loaded codec; importing NeMo again would take 8 s each. One thread each, also here:
     # a forked process must not inherit a thread pool, and sums must not depend on the number of threads.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     context = multiprocessing.get_context("fork")
-    counters = [context.Value("q", 0) for _ in range(4)]
-    shared = _Worker(codec, job, *counters, context.Event(), job.source.open().roots)
+    number, files, samples, rejected = (context.Value("q", 0) for _ in range(4))
+    shared = _Worker(codec, job, number, files, samples, rejected, context.Event(), job.source.open().roots)
     executor = ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker, (shared,))
     try:
         waiting = {executor.submit(_encode, shard, False): shard for shard in todo}
-        files, started = 0, time.monotonic()
+        shown, started = 0, time.monotonic()
         with Progress("tokenize", total, " files", initial=done) as progress:
             while waiting:
                 finished, _ = wait(waiting, timeout=progress.interval, return_when=FIRST_COMPLETED)
                 for future in finished:
                     shard = waiting.pop(future)
-                    if not future.result():  # another task is at it: come back when there is nothing else to do
+                    if not future.result():  # another task encodes it: wait for it when there is nothing else to do
                         waiting[executor.submit(_encode, shard, True)] = shard
-                files, before = shared.files.value, files
-                progress.add(files - before, _note(shared, codec.sample_rate, time.monotonic() - started))
+                before, shown = shown, shared.files.value
+                progress.add(shown - before, _note(shared, codec.sample_rate, time.monotonic() - started))
     except BrokenProcessPool:
         raise DataError("tokenize: a worker process was killed (out of memory?); finished shards are kept") from None
     finally:

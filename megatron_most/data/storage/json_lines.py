@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +14,9 @@ from megatron_most.errors import DataError
 
 MAX_LINE_BYTES = 16 << 20
 """Longer lines are refused and never read into memory as a whole."""
+
+MAX_SECONDS = 1e9
+"""More is no length of audio; 30 years."""
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -75,8 +77,9 @@ def seconds_of(entry: dict[str, Any], field: str) -> float | None:
     value = entry.get(field)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-        raise DataError(f"{field}={value!r}: must be a number of seconds, at least 0")
+    # The comparison fails for NaN, and takes whole numbers of any size.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_SECONDS:
+        raise DataError(f"{field}={repr(value)[:20]}: must be a number of seconds, at most {MAX_SECONDS:g}")
     return float(value)
 
 
