@@ -96,9 +96,10 @@ wheelhouse: $(STAMP) ## collect wheels in wheelhouse/ for machines without netwo
 quickstart: $(STAMP) ## train a tiny MoST on synthetic speech on this machine's CPU, and report on it
 	@$(VENV)/bin/python examples/quickstart/run.py
 
-lint: $(STAMP) ## ruff, codespell and shellcheck
+lint: $(STAMP) ## ruff, mypy, codespell and shellcheck
 	@$(VENV)/bin/ruff check --quiet .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 	$(VENV)/bin/codespell
 	find examples megatron_most tools tests -name '*.sh' -print0 -o -name '*.sbatch' -print0 | xargs -0 $(VENV)/bin/shellcheck .ci/run
 

@@ -78,7 +78,7 @@ def test_from_a_written_conversation_to_a_spoken_one(call, manifest, tmp_path):
     build = ("build", "--task", "chat", "--chat", spoken / "chats.jsonl", "--codes", tmp_path / "codes")
     build = (*build, "--tokenizer", tokenizer, "--output", data, "--modes", "S-S", "--layout", "flat_delay")
     status, _, err = call(*build)
-    assert status == 1 and "special token system: " in err and "give text_vocab_size of at least" in err
+    assert status == 1 and "special token system: " in err and "set text_vocab_size to at least" in err
     status, out, _ = call(*build, "--text-vocab-size", 400)
     assert status == 0 and "2 examples, 0 of them cut; 0 examples or parts rejected; 0 conversations without" in out
     assert "exchanges by mode: S-S 2" in out
