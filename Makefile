@@ -34,7 +34,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: help setup check-environment wheelhouse quickstart test test-slow test-gpu lint format docs clean
+.PHONY: help setup check-environment wheelhouse quickstart test test-slow mutants test-gpu lint format docs clean
 
 help: ## say what the targets do
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 19
@@ -112,6 +112,11 @@ test: lint ## lint, and every test that is not slow
 
 test-slow: $(STAMP) ## the slow tests
 	@$(PYTEST) -m "slow and not gpu" || test $$? -eq 5 # 5: no test is marked slow
+
+mutants: $(STAMP) ## change the code in small ways, one at a time, and list the changes that no test notices
+	@$(PIP_INSTALL) --quiet -c constraints.txt mutmut==3.8.1
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m mutmut run --max-children 2
+	$(VENV)/bin/python -m mutmut results
 
 test-gpu: $(STAMP) ## the tests that compare a GPU with the CPU; each says why where it is skipped
 	@$(PYTEST) -m gpu -rs tests/gpu
