@@ -267,7 +267,7 @@ def pool_output(config: RunConfig, tokens: torch.Tensor, probs: torch.Tensor) ->
     [
         ({"precision__fp8_backend": "auto"}, "needs a GPU with FP8 .* fp8_backend=emulate computes"),
         ({"precision__fp8_backend": "torch", "precision__dtype": "bf16"}, "needs a GPU with FP8"),
-        ({"precision__fp8_recipe": "mxfp8"}, "precision.fp8='hybrid': mxfp8"),
+        ({"precision__fp8_recipe": "mxfp8"}, "precision.fp8='hybrid': must be e4m3 with fp8_recipe=mxfp8"),
         ({"precision__bf16_expert_pools": "[sound]"}, "bf16_expert_pools='sound': must be one of text, audio"),
         ({"precision__num_layers_at_start_in_bf16": 3}, "leaves none of 4 layers"),
         (

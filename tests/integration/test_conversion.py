@@ -159,7 +159,7 @@ def test_a_trained_model_leaves_and_the_two_agree(trained):
         tool, "export", "--checkpoint", f"{trained}/run", "--format", "deepseek-v2", "--out", str(model)
     )
     assert status == 0, err
-    assert "beside the model in most_extension.json" in out
+    assert "kept in most_extension.json" in out
     report = trained / "report.json"
     verify = ["verify", "--hf", str(model), "--checkpoint", f"{trained}/run", "--report", str(report)]
     status, out, err = run(tool, *verify)
