@@ -47,7 +47,8 @@ class Endless:
 def model(request):
     vocab = layout(request.param)
     config = SimpleNamespace(vocab=vocab, data=SimpleNamespace(seq_length=CONTEXT))
-    return SimpleNamespace(generator=Endless(vocab), tokenizer=LetterTokenizer(), codec=LoudnessCodec(), config=config)
+    parts = {"generator": Endless(vocab), "tokenizer": LetterTokenizer(), "codec": LoudnessCodec(), "stop_ids": ()}
+    return SimpleNamespace(config=config, **parts)
 
 
 def asr_prompt_length(model, num_frames: int) -> int:
