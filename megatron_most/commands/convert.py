@@ -1,7 +1,7 @@
 """Checkpoints from and to Hugging Face formats: convert, compare, look into them.
 
     most convert import --hf base --out most --experts expand --audio-vocab frame:4x4032
-    most convert export --checkpoint runs/most --format deepseek-v2 --out model
+    most convert export --checkpoint runs/most --format hf --out model
     most convert verify --hf model --checkpoint runs/most
     most convert inspect runs/most
 
@@ -28,7 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands_of = parser.add_subparsers(dest="command", required=True)
 
     sub = commands_of.add_parser("import", help="Hugging Face model -> native checkpoint")
-    sub.add_argument("--hf", required=True, help="folder of a DeepSeek-V2, MoST or Llama model")
+    sub.add_argument("--hf", required=True, help="folder of an exported, DeepSeek-V2, MoST or Llama model")
     sub.add_argument("--out", required=True, help="checkpoint directory to make")
     sub.add_argument("--experts", choices=("partition", "expand", "upcycle"), help="where the expert groups come from")
     sub.add_argument("--audio-vocab", help="LAYOUT:CODEBOOKSxSIZE, as frame:4x4032")
@@ -41,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     sub = commands_of.add_parser("export", help="native checkpoint -> Hugging Face model")
     sub.add_argument("--checkpoint", required=True, help="checkpoint directory, or a run directory for its newest")
-    sub.add_argument("--format", required=True, choices=("deepseek-v2", "most", "llama"))
+    sub.add_argument("--format", required=True, choices=("hf", "deepseek-v2", "most", "llama"))
     sub.add_argument("--out", required=True, help="folder to make")
     sub.add_argument("--dtype", choices=("bf16", "fp32"), help="default: as stored")
     sub.add_argument("--max-shard-size", default="5GB", help="default %(default)s")

@@ -13,6 +13,7 @@ from megatron_most.checkpointing import CheckpointMetadata, read_metadata, resol
 from megatron_most.checkpointing.region_io import STATE, Region, StateReader, TensorForm
 from megatron_most.config import RunConfig
 from megatron_most.config.load import build_config
+from megatron_most.conversion import hf_format
 from megatron_most.conversion.architectures import BY_NAME, Architecture, ForeignModel
 from megatron_most.conversion.extension import Extension, shape_config
 from megatron_most.conversion.hugging_face import is_finite, read_json
@@ -116,6 +117,9 @@ def plan_export(
         foreign, both = _as_most(config)
     elif name == "llama":
         foreign, both = _as_llama(config)
+    elif name == hf_format.NAME:
+        foreign = dataclasses.replace(_foreign(config, config.model.moe.num_experts, 1, 1, 1), has_audio_ids=True)
+        both = hf_format.correspondence(config)
     elif experts == "all":
         record = _import_record(directory, config)
         foreign, both = _as_whole_base(config, record)
@@ -135,7 +139,7 @@ def plan_export(
     for tensor, blocks in by_name.items():
         shape = (max(block.row + block.rows for block in blocks), *blocks[0].shape[1:])
         stored = forms[blocks[0].region.key].dtype
-        exported[tensor] = TensorForm(shape, stored if dtype is None else DTYPES[dtype])
+        exported[tensor] = TensorForm(shape, _written_dtype(blocks[0].region, stored, dtype))
     covered = [block.region for blocks in by_name.values() for block in blocks]
     rest = [piece for region in open_regions(shapes, covered) for piece in cut(region)]
     regions = {_region_name(region): region for region in rest}
@@ -153,7 +157,7 @@ def plan_export(
         forms=exported,
         extension=extension,
         extension_forms={
-            name: TensorForm(region.sizes, _extension_dtype(region, forms[region.key].dtype, dtype))
+            name: TensorForm(region.sizes, _written_dtype(region, forms[region.key].dtype, dtype))
             for name, region in (regions if extension is not None else {}).items()
         },
         same_text=same_text,
@@ -169,8 +173,8 @@ def _import_record(directory: Path, config: RunConfig) -> dict[str, Any] | None:
     return None if found is None else read_json(found)
 
 
-def _extension_dtype(region: Region, stored: torch.dtype, wanted: str | None) -> torch.dtype:
-    """As in the model's files, for parts of one tensor must agree; the biases that steer choices stay as they are."""
+def _written_dtype(region: Region, stored: torch.dtype, wanted: str | None) -> torch.dtype:
+    """The wanted one, alike for the parts of a tensor; the biases that steer the choice of experts stay as they are."""
     is_bias = region.key.endswith(EXPERT_BIAS.rpartition("{layer}")[2])
     return stored if wanted is None or is_bias else DTYPES[wanted]
 

@@ -16,8 +16,10 @@ from megatron_most import parallel, platform
 from megatron_most.checkpointing import directory as directories
 from megatron_most.checkpointing.region_io import TensorForm
 from megatron_most.config import ParallelConfig
+from megatron_most.conversion import hf_format
 from megatron_most.conversion.export_plan import ExportPlan, plan_export
 from megatron_most.conversion.extension import EXTENSION, EXTENSION_TENSORS
+from megatron_most.conversion.hf_folder import write_companions
 from megatron_most.conversion.hugging_face import CONFIG, MODEL, TOKENIZER_FILES, HuggingFaceModel
 from megatron_most.conversion.importing import CHECKED_BYTES, TOKENIZER, require_space
 from megatron_most.conversion.progress import Progress
@@ -123,7 +125,10 @@ def _finish(plan: ExportPlan, made: Path, out: Path, max_size: int) -> None:
         index = index_of(plan_shards(forms, stem, max_size), forms)
         if index is not None:
             write_text(made / f"{stem}.safetensors.index.json", index)
-    write_text(made / CONFIG, json.dumps(_config(plan, made), indent=2) + "\n")
+    values = _config(plan, made)
+    if plan.architecture.name == hf_format.NAME:
+        values = write_companions(plan.config, values, plan.checkpoint, made)
+    write_text(made / CONFIG, json.dumps(values, indent=2) + "\n")
     if plan.extension is not None:
         write_text(made / EXTENSION, json.dumps(plan.extension.to_dict(), indent=1) + "\n")
     if plan.note:

@@ -13,6 +13,7 @@ import yaml
 from megatron_most.checkpointing.metadata import first_difference
 from megatron_most.config import RunConfig
 from megatron_most.config.load import build_config, check_shape
+from megatron_most.conversion import hf_format
 from megatron_most.conversion.architectures import Architecture, ForeignModel
 from megatron_most.conversion.experts import default_groups, most_groups
 from megatron_most.conversion.hugging_face import HuggingFaceModel
@@ -50,12 +51,14 @@ class ImportOptions:
 
 
 def import_mode(architecture: Architecture, has_extension: bool, options: ImportOptions) -> str:
-    valid = {"deepseek-v2": ("partition", "expand"), "llama": ("upcycle",), "most": ()}[architecture.name]
+    valid = {"deepseek-v2": ("partition", "expand"), "llama": ("upcycle",)}.get(architecture.name, ())
     if has_extension:
         if options.config is not None or options.audio_vocab is not None:
             raise ConfigError("--config, --audio-vocab: the extension beside the model says what it is; give --experts"
                               " to take the model without it")  # fmt: skip
         return "extension"
+    if architecture.name == hf_format.NAME and (options.config is not None or options.audio_vocab is not None):
+        raise ConfigError("--config, --audio-vocab: config.json says what the model is, in its run_config")
     if options.experts is None:
         if valid:
             raise ConfigError(f"--experts: a {architecture.name} model needs one of {', '.join(valid)}")

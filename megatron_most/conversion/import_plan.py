@@ -10,6 +10,7 @@ import torch
 from megatron_most.checkpointing.region_io import Region, TensorForm
 from megatron_most.config import RunConfig
 from megatron_most.config.load import build_config
+from megatron_most.conversion import hf_format
 from megatron_most.conversion.architectures import Architecture, ForeignModel, read_foreign
 from megatron_most.conversion.experts import origins, read_usage
 from megatron_most.conversion.extension import EXTENSION, Extension
@@ -116,6 +117,9 @@ def plan_import(directory: str | Path, options: ImportOptions) -> ImportPlan:
         config = build_config(f"{source.directory}: extension", extension.config, options.overrides)
         extension.check(config)
         both = extension.both
+    elif architecture.name == hf_format.NAME:
+        config = hf_format.run_config(source, options.overrides)
+        both = hf_format.correspondence(config)
     else:
         config = import_config(source, architecture, foreign, mode, options)
         both = _correspondence(mode, config, foreign, options)

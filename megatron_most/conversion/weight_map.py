@@ -31,9 +31,11 @@ class Rule:
         native: key, with ``{layer}``.
         foreign: names, with ``{layer}`` and, where an expert is a tensor of its own, ``{expert}``. Several are stacked
             by rows.
-        layers: the layers it is about: ``all``, ``dense``, ``moe``, or ``none`` for a tensor outside of layers.
+        layers: the layers it is about: ``all``, ``dense``, ``moe``, or ``none`` for a tensor outside of layers;
+            ``codebooks`` for one of each codebook, with ``{codebook}`` in the names.
         along: what the native tensor is indexed by: ``rows`` (as the foreign one), ``experts`` (an expert for each
-            index of its first axis), ``expert_rows`` (a row for each expert) or ``ids``.
+            index of its first axis), ``expert_rows`` (a row for each expert), ``matrices`` (where it has three axes,
+            the foreign one has its matrices one below the other) or ``ids``.
         rounds: how often the stacking goes round: each foreign tensor is cut into that many equal parts, and the parts
             alternate (queries, keys and values of one query group after another).
         parts: rows that each foreign tensor gives to a round; equal parts of all rows by default.
@@ -110,6 +112,7 @@ def all_blocks(rules: Sequence[Rule], config: RunConfig, both: Correspondence) -
         "all": range(config.model.num_layers),
         "dense": range(dense),
         "moe": range(dense, config.model.num_layers),
+        "codebooks": range(config.vocab.num_codebooks if config.vocab.codec_layout.uses_side_codes else 0),
     }
     blocks = [
         block
@@ -151,13 +154,18 @@ def open_regions(shapes: Shapes, regions: Iterable[Region]) -> list[Region]:
 def _rule_blocks(
     rule: Rule, config: RunConfig, shapes: Shapes, both: Correspondence, layer: int | None
 ) -> Iterator[Block]:
-    key = rule.native.format(layer=layer)
+    key = rule.native.format(layer=layer, codebook=layer)
     shape, scale = shapes[key], rule.scale(config)
-    names = [name.replace("{layer}", str(layer)) for name in rule.foreign]
+    names = [name.replace("{layer}", str(layer)).replace("{codebook}", str(layer)) for name in rule.foreign]
     origins = () if rule.layers != "moe" else both.experts[layer - config.model.first_k_dense_replace]
     if rule.along == "ids":
         for run in both.ids:
             yield Block(_rows(key, (), run.native, run.count, shape), names[0], run.foreign, scale)
+    elif rule.along == "matrices":
+        rows = shape[_row_axis(shape)]
+        for lead in range(shape[0]) if len(shape) == 3 else [None]:
+            place = () if lead is None else (lead,)
+            yield Block(_rows(key, place, 0, rows, shape), names[0], (lead or 0) * rows, scale)
     elif rule.along == "expert_rows":
         for lead in range(shape[0]) if len(shape) == 3 else [None]:
             place = () if lead is None else (lead,)

@@ -1,0 +1,239 @@
+"""What stands beside the weights of the format ``hf``: code, settings of generation and processor, and a model card."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections import Counter
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from megatron_most import __version__
+from megatron_most.checkpointing import CheckpointMetadata, read_metadata
+from megatron_most.config import RunConfig
+from megatron_most.data.building.instructions import INSTRUCTIONS
+from megatron_most.data.building.special_tokens import ROLE_MARKERS, special_tokens
+from megatron_most.data.storage.sidecar import read_sidecar, with_current_keys
+from megatron_most.errors import CheckpointError, ConfigError, DataError
+from megatron_most.files import write_json, write_text
+from megatron_most.moe import ExpertGroups
+from megatron_most.text import TextTokenizer, load_tokenizer
+from megatron_most.text.tokenizer import SentencePieceTokenizer
+
+_CODE = "megatron_most.huggingface"
+_AUTO_MAP = {
+    "AutoConfig": "configuration_most.MoSTConfig",
+    "AutoModel": "modeling_most.MoSTModel",
+    "AutoModelForCausalLM": "modeling_most.MoSTForConditionalGeneration",
+    "AutoProcessor": "processing_most.MoSTProcessor",
+}
+_PROBES = ("Transcribe:", "Say: one two  three", "naïve 12,5 € ¿qué? 漢字\nnew line", "</s> <|user|> spelled out")
+"""Texts on which the tokenizer of transformers must agree with this project's."""
+
+
+def write_companions(config: RunConfig, values: dict[str, Any], checkpoint: Path, made: Path) -> dict[str, Any]:
+    """Write the files into ``made``, where the tokenizer's are already, and return the complete ``config.json``.
+
+    Raises:
+        CheckpointError: transformers' reading of the tokenizer gives other ids.
+    """
+    metadata = read_metadata(checkpoint)
+    for file in resources.files(_CODE).iterdir():
+        if file.name.endswith("_most.py"):
+            write_text(made / file.name, file.read_text(encoding="utf-8"))
+    codec = None if metadata.codec is None else {"name": metadata.codec.name, "fingerprint": metadata.codec.fingerprint}
+    values = {**values, "auto_map": _AUTO_MAP, "codec": codec}
+    if any((made / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        tokenizer = load_tokenizer(made)
+        values |= {"num_text_ids": tokenizer.vocab_size, "pad_token_id": tokenizer.pad_id}
+        _write_tokenizer_settings(tokenizer, made)
+        _write_processor(config, tokenizer, made)
+        _write_generation(tokenizer, made)
+        print(f"checked tokenizer: {_check_tokenizer(tokenizer, made)}", flush=True)
+    write_text(made / "README.md", model_card(config, metadata, checkpoint))
+    return values
+
+
+def _write_tokenizer_settings(tokenizer: TextTokenizer, made: Path) -> None:
+    """What transformers has to know of a SentencePiece model that stands alone."""
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        return
+    roles = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+    path = made / "tokenizer_config.json"
+    given = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": False,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        **{role: tokenizer.piece(id_) for role, id_ in roles.items()},
+    }
+    write_json(path, {**settings, **given})
+
+
+def _write_processor(config: RunConfig, tokenizer: TextTokenizer, made: Path) -> None:
+    vocab = config.vocab
+    try:
+        table = special_tokens(vocab, tokenizer, roles=True)
+        role_ids = {role: table[role] for role in ROLE_MARKERS}
+    except ConfigError:  # the vocabulary has no room for them: the model was not trained to chat
+        role_ids = None
+    settings = {
+        "processor_class": "MoSTProcessor",
+        "auto_map": {"AutoProcessor": _AUTO_MAP["AutoProcessor"]},
+        "codec_layout": vocab.layout,
+        "text_vocab_size": vocab.text_vocab_size,
+        "num_codebooks": vocab.num_codebooks,
+        "codebook_size": vocab.codebook_size,
+        "instructions": {purpose: wordings[0] for purpose, wordings in INSTRUCTIONS.items()},
+        "role_ids": role_ids,
+    }
+    write_json(made / "processor_config.json", settings)
+
+
+def _write_generation(tokenizer: TextTokenizer, made: Path) -> None:
+    """Greedy; the markers that never stand inside text are never chosen."""
+    markers = sorted({tokenizer.bos_id, tokenizer.pad_id} - {tokenizer.eos_id})
+    settings = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+        "do_sample": False,
+        "suppress_tokens": markers or None,
+    }
+    write_json(made / "generation_config.json", settings)
+
+
+def _check_tokenizer(tokenizer: TextTokenizer, made: Path) -> str:
+    if importlib.util.find_spec("transformers") is None:
+        return "not compared, transformers is not installed"
+    from transformers import AutoTokenizer
+
+    from megatron_most.huggingface import MoSTConfig
+
+    theirs = AutoTokenizer.from_pretrained(made, config=MoSTConfig(), local_files_only=True)
+    for text in _PROBES:
+        found = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        if found != tokenizer.encode(text):
+            raise CheckpointError(
+                f"{made}: the tokenizer gives {text!r} the ids {tokenizer.encode(text)}, in transformers {found}"
+            )
+    return f"transformers gives {len(_PROBES)} texts the same ids"
+
+
+def model_card(config: RunConfig, metadata: CheckpointMetadata, checkpoint: Path) -> str:
+    """``README.md``: what the model is, what it was trained on and for how long, and how it was measured."""
+    licenses, rows = _data(metadata)
+    vocab, moe = config.vocab, config.model.moe
+    groups = ExpertGroups.from_config(moe)
+    codec = metadata.codec.name if metadata.codec else "unknown"
+    front = ["---", "library_name: transformers", "pipeline_tag: any-to-any", "tags: [speech, moe, most]", "---"]
+    lines = [
+        *front,
+        "",
+        "# MoST: speech and text with experts for each modality",
+        "",
+        f"Trained with megatron_most {metadata.versions.get('megatron_most', __version__)}; exported by {__version__}.",
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoProcessor",
+        "",
+        'folder = "."  # this folder, or its name on the hub',
+        "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)",
+        "processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)",
+        'codes = model.speak(processor, ["Hello."])[0]  # [frames, codebooks]; the codec makes sound of them',
+        "text = model.transcribe(processor, [codes])[0]",
+        "```",
+        "",
+        "## Model",
+        "",
+        *_table(
+            ("", "value"),
+            [
+                ("layers", f"{config.model.num_layers}, of which {config.model.first_k_dense_replace} dense"),
+                ("width", config.model.hidden_size),
+                ("attention", config.model.attention.type),
+                ("positions", config.data.seq_length),
+                ("text ids", vocab.text_vocab_size),
+                (
+                    "codec",
+                    f"{codec}, {vocab.num_codebooks} codebooks of {vocab.codebook_size}, layout `{vocab.layout}`",
+                ),
+                ("experts", f"{moe.num_experts} of width {moe.moe_ffn_hidden_size}"),
+                ("shared experts", f"width {moe.moe_shared_expert_intermediate_size}"),
+                ("router", f"{moe.moe_router_score_function} scores, score rule `{moe.score_rule}`"),
+            ],
+        ),
+        "",
+        *_table(
+            ("modality", "experts to choose from", "top-k"),
+            [
+                (group.modality, len(choice), group.moe_router_topk)
+                for group, choice in zip(moe.groups, groups.choices, strict=True)
+            ],
+        ),
+        "",
+        "## Training",
+        "",
+        f"{metadata.step} steps, {metadata.consumed_tokens} tokens.",
+        "",
+        *(
+            _table(("dataset", "task", "documents", "licenses"), rows)
+            if rows
+            else ["The checkpoint names no datasets."]
+        ),
+        "",
+        f"Licenses of the data: {', '.join(licenses) or 'unknown'}. Read them before you publish this model.",
+        "",
+        "## Evaluation",
+        "",
+        *(_table(("suite", "set", "WER", "utterances", "normalizer"), _evaluation(checkpoint)) or ["None recorded."]),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _data(metadata: CheckpointMetadata) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """Licenses, the most frequent first, and a row for each training dataset."""
+    totals: Counter[str] = Counter()
+    rows: list[tuple[Any, ...]] = []
+    for dataset in metadata.datasets:
+        name = Path(dataset.name).name
+        try:
+            sidecar = with_current_keys(read_sidecar(f"{dataset.name}.json", name))
+        except DataError:
+            rows.append((name, "?", "?", "unknown: its description is gone"))
+            continue
+        provenance = sidecar["provenance"]
+        found: Counter[str] = Counter()
+        for counts in provenance.get("licenses", {}).values():
+            found.update(counts or {"unknown": 1})
+        totals += found
+        documents = provenance.get("counts", {}).get("documents", "?")
+        rows.append((name, sidecar.get("task", "?"), documents, ", ".join(sorted(found)) or "unknown"))
+    return [name for name, _ in totals.most_common()], rows
+
+
+def _evaluation(checkpoint: Path) -> list[tuple[Any, ...]]:
+    """Results of ``most evaluate`` in the run's ``evaluation`` folder."""
+    folders = (parent / "evaluation" for parent in list(checkpoint.resolve().parents)[:2])
+    paths: Iterable[Path] = next((sorted(folder.glob("*.json")) for folder in folders if folder.is_dir()), [])
+    rows: list[tuple[Any, ...]] = []
+    for path in paths:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(result, dict) and {"suite", "set", "wer", "num_utterances", "normalizer"} <= result.keys():
+            wer = f"{result['wer']:.2%}"
+            rows.append((result["suite"], result["set"], wer, result["num_utterances"], result["normalizer"]))
+    return rows
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:
+    """Lines of a Markdown table; none without rows."""
+    if not rows:
+        return []
+    lines = [head, ("---",) * len(head), *rows]
+    return [f"| {' | '.join(str(cell).replace('|', '/') for cell in line)} |" for line in lines]
