@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterable
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,38 @@ from megatron_most.moe import ExpertGroups
 from megatron_most.text import TextTokenizer, load_tokenizer
 from megatron_most.text.tokenizer import SentencePieceTokenizer
 
-_CODE = "megatron_most.huggingface"
+_CODE = Path(__file__).parents[1] / "huggingface"
 _AUTO_MAP = {
     "AutoConfig": "configuration_most.MoSTConfig",
     "AutoModel": "modeling_most.MoSTModel",
     "AutoModelForCausalLM": "modeling_most.MoSTForConditionalGeneration",
     "AutoProcessor": "processing_most.MoSTProcessor",
 }
+_CARD_HEAD = """\
+---
+library_name: transformers
+pipeline_tag: any-to-any
+tags: [speech, moe, most]
+---
+
+# MoST: speech and text with experts for each modality
+
+Trained with megatron_most {trained_by}, exported by {exported_by}.
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+folder = "."  # this folder, or its name on the hub
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+[codes] = model.speak(processor, ["Hello."], max_frames=200)  # [frames, codebooks]; the codec makes sound of them
+[text] = model.transcribe(processor, [codes])
+```
+
+## Model
+"""
 _PROBES = ("Transcribe:", "Say: one two  three", "naïve 12,5 € ¿qué? 漢字\nnew line", "</s> <|user|> spelled out")
 """Texts on which the tokenizer of transformers must agree with this project's."""
 
@@ -40,9 +65,8 @@ def write_companions(config: RunConfig, values: dict[str, Any], checkpoint: Path
         CheckpointError: transformers' reading of the tokenizer gives other ids.
     """
     metadata = read_metadata(checkpoint)
-    for file in resources.files(_CODE).iterdir():
-        if file.name.endswith("_most.py"):
-            write_text(made / file.name, file.read_text(encoding="utf-8"))
+    for path in sorted(_CODE.glob("*_most.py")):
+        shutil.copyfile(path, made / path.name)
     codec = None if metadata.codec is None else {"name": metadata.codec.name, "fingerprint": metadata.codec.fingerprint}
     values = {**values, "auto_map": _AUTO_MAP, "codec": codec}
     if any((made / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
@@ -125,76 +149,51 @@ def _check_tokenizer(tokenizer: TextTokenizer, made: Path) -> str:
 
 def model_card(config: RunConfig, metadata: CheckpointMetadata, checkpoint: Path) -> str:
     """``README.md``: what the model is, what it was trained on and for how long, and how it was measured."""
-    licenses, rows = _data(metadata)
-    vocab, moe = config.vocab, config.model.moe
-    groups = ExpertGroups.from_config(moe)
+    licenses, datasets = _data(metadata)
+    trained_by = metadata.versions.get("megatron_most", __version__)
+    return "\n".join(
+        [
+            _CARD_HEAD.format(trained_by=trained_by, exported_by=__version__),
+            *_model_tables(config, metadata),
+            "",
+            "## Training",
+            "",
+            f"{metadata.step} steps, {metadata.consumed_tokens} tokens.",
+            "",
+            *(_table(("dataset", "task", "documents", "licenses"), datasets) or ["The checkpoint names no datasets."]),
+            "",
+            f"Licenses of the data: {', '.join(licenses) or 'unknown'}. Read them before you publish this model.",
+            "",
+            "## Evaluation",
+            "",
+            *(
+                _table(("suite", "set", "WER", "utterances", "normalizer"), _evaluation(checkpoint))
+                or ["None recorded."]
+            ),
+            "",
+        ]
+    )
+
+
+def _model_tables(config: RunConfig, metadata: CheckpointMetadata) -> list[str]:
+    model, vocab, moe = config.model, config.vocab, config.model.moe
     codec = metadata.codec.name if metadata.codec else "unknown"
-    front = ["---", "library_name: transformers", "pipeline_tag: any-to-any", "tags: [speech, moe, most]", "---"]
-    lines = [
-        *front,
-        "",
-        "# MoST: speech and text with experts for each modality",
-        "",
-        f"Trained with megatron_most {metadata.versions.get('megatron_most', __version__)}; exported by {__version__}.",
-        "",
-        "## Use",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoProcessor",
-        "",
-        'folder = "."  # this folder, or its name on the hub',
-        "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)",
-        "processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)",
-        'codes = model.speak(processor, ["Hello."])[0]  # [frames, codebooks]; the codec makes sound of them',
-        "text = model.transcribe(processor, [codes])[0]",
-        "```",
-        "",
-        "## Model",
-        "",
-        *_table(
-            ("", "value"),
-            [
-                ("layers", f"{config.model.num_layers}, of which {config.model.first_k_dense_replace} dense"),
-                ("width", config.model.hidden_size),
-                ("attention", config.model.attention.type),
-                ("positions", config.data.seq_length),
-                ("text ids", vocab.text_vocab_size),
-                (
-                    "codec",
-                    f"{codec}, {vocab.num_codebooks} codebooks of {vocab.codebook_size}, layout `{vocab.layout}`",
-                ),
-                ("experts", f"{moe.num_experts} of width {moe.moe_ffn_hidden_size}"),
-                ("shared experts", f"width {moe.moe_shared_expert_intermediate_size}"),
-                ("router", f"{moe.moe_router_score_function} scores, score rule `{moe.score_rule}`"),
-            ],
-        ),
-        "",
-        *_table(
-            ("modality", "experts to choose from", "top-k"),
-            [
-                (group.modality, len(choice), group.moe_router_topk)
-                for group, choice in zip(moe.groups, groups.choices, strict=True)
-            ],
-        ),
-        "",
-        "## Training",
-        "",
-        f"{metadata.step} steps, {metadata.consumed_tokens} tokens.",
-        "",
-        *(
-            _table(("dataset", "task", "documents", "licenses"), rows)
-            if rows
-            else ["The checkpoint names no datasets."]
-        ),
-        "",
-        f"Licenses of the data: {', '.join(licenses) or 'unknown'}. Read them before you publish this model.",
-        "",
-        "## Evaluation",
-        "",
-        *(_table(("suite", "set", "WER", "utterances", "normalizer"), _evaluation(checkpoint)) or ["None recorded."]),
-        "",
+    facts: list[tuple[Any, ...]] = [
+        ("layers", f"{model.num_layers}, of which {model.first_k_dense_replace} dense"),
+        ("width", model.hidden_size),
+        ("attention", model.attention.type),
+        ("positions", config.data.seq_length),
+        ("text ids", vocab.text_vocab_size),
+        ("codec", f"{codec}, {vocab.num_codebooks} codebooks of {vocab.codebook_size}, layout `{vocab.layout}`"),
+        ("experts", f"{moe.num_experts} of width {moe.moe_ffn_hidden_size}"),
+        ("shared experts", f"width {moe.moe_shared_expert_intermediate_size}"),
+        ("router", f"{moe.moe_router_score_function} scores, score rule `{moe.score_rule}`"),
     ]
-    return "\n".join(lines)
+    groups: list[tuple[Any, ...]] = [
+        (group.modality, len(choice), group.moe_router_topk)
+        for group, choice in zip(moe.groups, ExpertGroups.from_config(moe).choices, strict=True)
+    ]
+    return [*_table(("", "value"), facts), "", *_table(("modality", "experts to choose from", "top-k"), groups)]
 
 
 def _data(metadata: CheckpointMetadata) -> tuple[list[str], list[tuple[Any, ...]]]:

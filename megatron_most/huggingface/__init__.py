@@ -17,3 +17,9 @@ AutoConfig.register(MoSTConfig.model_type, MoSTConfig)
 AutoModel.register(MoSTConfig, MoSTModel)
 AutoModelForCausalLM.register(MoSTConfig, MoSTForConditionalGeneration)
 AutoProcessor.register(MoSTConfig, MoSTProcessor)
+
+# What these classes save has their code beside it, as an export has.
+MoSTConfig.register_for_auto_class()
+MoSTModel.register_for_auto_class("AutoModel")
+MoSTForConditionalGeneration.register_for_auto_class("AutoModelForCausalLM")
+MoSTProcessor.register_for_auto_class("AutoProcessor")

@@ -55,6 +55,8 @@ def test_bf16_weights_come_back_and_biases_stay_fp32(tmp_path):
 def test_what_transformers_saves_again_is_imported(tmp_path):
     checkpoint, _ = exported("per_modality_bias")
     exported_model("per_modality_bias").save_pretrained(tmp_path / "saved")
+    code = {path.name for path in (tmp_path / "saved").glob("*.py")}
+    assert code == {path.name for path in exported("per_modality_bias")[1].glob("*.py")}
     assert_same_weights(checkpoint, import_model(tmp_path / "saved", tmp_path / "again", ImportOptions()))
 
 
@@ -82,42 +84,6 @@ def test_a_configuration_that_contradicts_itself_is_refused(tmp_path):
 def test_inspect_describes_it():
     facts = describe(exported("frame")[1])
     assert (facts["format"], facts["attention"], facts["extension"]) == ("hf", "mla", "none")
-
-
-CLEAN = """
-import sys, torch
-from transformers import AutoModel, AutoModelForCausalLM
-ids, codes, expected = torch.load("case.pt")
-model = AutoModelForCausalLM.from_pretrained("hf", trust_remote_code=True, dtype=torch.float32).eval()
-with torch.no_grad():
-    found = model(ids, codes).logits
-    hidden = AutoModel.from_pretrained("hf", trust_remote_code=True, dtype=torch.float32).eval()(ids, codes)
-    assert (model.lm_head(hidden.last_hidden_state) - found).abs().max() < 1e-5 * expected.abs().max()
-assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
-model.save_pretrained("saved")
-again = AutoModelForCausalLM.from_pretrained("saved", trust_remote_code=True, dtype=torch.float32).eval()
-with torch.no_grad():
-    assert torch.equal(again(ids, codes).logits, found)
-assert not [name for name in sys.modules if name.split(".")[0] in ("megatron", "megatron_most")]
-print(type(model).__module__)
-"""
-
-
-@pytest.mark.parametrize("case", ["frame", "flat_delay", "per_modality_bias"])
-@torch.no_grad()
-def test_it_loads_where_this_package_is_not_installed(case, tmp_path):
-    batch = tiny_batch(config_of(case), seed=8)
-    expected = exported_model(case)(batch.ids, batch.codes).logits
-    torch.save((batch.ids, batch.codes, expected), tmp_path / "case.pt")
-    shutil.copytree(exported(case)[1], tmp_path / "hf")
-    # -S leaves out site's editable installs; the packages themselves are named.
-    packages = str(Path(torch.__file__).parents[1])
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": packages, "HF_HOME": str(tmp_path / "cache")}
-    result = subprocess.run(
-        [sys.executable, "-S", "-c", CLEAN], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.strip().startswith("transformers_modules.")
 
 
 def test_the_code_imports_torch_transformers_numpy_and_itself_alone():
@@ -153,6 +119,50 @@ def trained(tmp_path_factory) -> Path:
         datasets=[Fingerprint(str(folder / "asr"), "1"), Fingerprint(str(folder / "gone"), "2")],
     )
     return export_model(checkpoint, folder / "hf", "hf")
+
+
+CLEAN = """
+import sys, numpy, torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
+torch.set_grad_enabled(False)
+
+def load(kind, folder):
+    return kind.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+
+for case, (ids, codes, expected) in torch.load("cases.pt").items():
+    model = load(AutoModelForCausalLM, case)
+    found = model(ids, codes).logits
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+    hidden = load(AutoModel, case)(ids, codes).last_hidden_state
+    assert (model.lm_head(hidden) - found).abs().max() <= 1e-6 * expected.abs().max()
+    model.save_pretrained("saved")
+    assert torch.equal(load(AutoModelForCausalLM, "saved")(ids, codes).logits, found)
+model = load(AutoModelForCausalLM, "trained")
+processor = AutoProcessor.from_pretrained("trained", trust_remote_code=True)
+codes = model.speak(processor, ["old cats"], max_frames=3)
+assert len(codes[0]) in (1, 2, 3) and isinstance(model.transcribe(processor, codes, max_new_tokens=4)[0], str)
+assert not [name for name in sys.modules if name.split(".")[0] in ("megatron", "megatron_most")]
+print(type(model).__module__)
+"""
+
+
+@torch.no_grad()
+def test_it_loads_where_this_package_is_not_installed(trained, tmp_path):
+    cases = {}
+    for case in ("frame", "flat_delay", "per_modality_bias"):
+        batch = tiny_batch(config_of(case), seed=8)
+        cases[case] = (batch.ids, batch.codes, exported_model(case)(batch.ids, batch.codes).logits)
+        shutil.copytree(exported(case)[1], tmp_path / case)
+    shutil.copytree(trained, tmp_path / "trained")
+    torch.save(cases, tmp_path / "cases.pt")
+    # -S leaves out what site adds, editable installs among it; the folder of the packages is named.
+    packages = str(Path(torch.__file__).parents[1])
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": packages, "HF_HOME": str(tmp_path / "cache")}
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", CLEAN], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.strip().startswith("transformers_modules.")
 
 
 def test_the_card_says_what_it_is_made_of(trained):
