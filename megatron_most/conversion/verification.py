@@ -198,7 +198,7 @@ def _foreign_outputs(
     return _run(model.eval(), model.model.layers, lambda: model(tokens).logits.flatten(0, 1)[:, ids])
 
 
-def _transformers_model(source: HuggingFaceModel) -> torch.nn.Module:
+def _transformers_model(source: HuggingFaceModel) -> Any:
     """The model of a folder in fp32; what code a folder brings along is not run."""
     import transformers
 

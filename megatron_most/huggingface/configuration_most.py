@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -52,7 +53,7 @@ class MoSTConfig(PreTrainedConfig):
     codebook_size: int = 64
     codebook_vocab_size: int = 128
     codec_layout: str = "frame"
-    further_modalities: list[dict[str, Any]] | None = None
+    further_modalities: list[dict[str, Any]] = field(default_factory=list)
     hidden_size: int = 64
     intermediate_size: int = 128
     num_hidden_layers: int = 2
@@ -66,14 +67,19 @@ class MoSTConfig(PreTrainedConfig):
     qk_nope_head_dim: int = 16
     qk_rope_head_dim: int = 8
     v_head_dim: int = 16
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    rope_parameters: dict[str, Any] | None = None
+    num_key_value_heads: int = 4
+    head_dim: int = 16
+    rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
     first_k_dense_replace: int = 0
     n_routed_experts: int = 8
     moe_intermediate_size: int = 32
     shared_expert_intermediate_size: int = 32
-    expert_groups: list[dict[str, Any]] | None = None
+    expert_groups: list[dict[str, Any]] = field(
+        default_factory=lambda: [
+            {"modality": "text", "experts": [0, 1, 2, 3], "num_experts_per_tok": 2},
+            {"modality": "audio", "experts": [4, 5, 6, 7], "num_experts_per_tok": 2},
+        ]
+    )
     scoring_func: str = "softmax"
     score_rule: str = "group"
     norm_topk_prob: bool = False
@@ -81,7 +87,7 @@ class MoSTConfig(PreTrainedConfig):
     router_weights: str = "shared"
     use_expert_bias: bool = False
     text_loss_weight: float = 1.0
-    codebook_loss_weights: list[float] | None = None
+    codebook_loss_weights: list[float] = field(default_factory=list)
     codec: dict[str, Any] | None = None
     run_config: dict[str, Any] | None = None
     use_cache: bool = True
@@ -89,17 +95,6 @@ class MoSTConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        if self.rope_parameters is None:
-            self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
-        if self.expert_groups is None:
-            half = self.n_routed_experts // 2
-            self.expert_groups = [
-                {"modality": "text", "experts": list(range(half)), "num_experts_per_tok": 2},
-                {"modality": "audio", "experts": list(range(half, self.n_routed_experts)), "num_experts_per_tok": 2},
-            ]
-        super().__post_init__(**kwargs)
 
     @property
     def begin_of_audio_id(self) -> int:
@@ -122,6 +117,6 @@ class MoSTConfig(PreTrainedConfig):
     def modality_of(self, ids: Any) -> Any:
         """Index in ``expert_groups`` of each id's modality. For NumPy arrays and torch tensors alike."""
         modality = (ids >= self.text_vocab_size) * 1
-        for index, entry in enumerate(self.further_modalities or [], start=2):
+        for index, entry in enumerate(self.further_modalities, start=2):
             modality = modality + ((ids >= entry["start"]) & (ids < entry["stop"])) * index
         return modality

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from .codec_layout_most import NO_CODE, CodecLayout
 from .configuration_most import MoSTConfig
@@ -53,10 +53,9 @@ class SpeechState:
         if self._ending is not None:
             return [self._ids_at(self._ending)]
         grows = self._ids_at(self._growing)
-        if self.num_frames == 0:
+        if self.num_frames == 0 or grows != self.layout.ids_of(0):
             return [grows]
-        ends = self._ids_at(self.layout.symbols(self.num_frames))
-        return [grows] if grows == ends else [grows, ends]
+        return [grows, self._ids_at(self.layout.symbols(self.num_frames))]
 
     def advance(self, id_: int) -> np.ndarray:
         """Take ``id_``, one of those allowed; returns ``[C]`` bool, the codebooks that have a side code beside it."""
@@ -108,22 +107,23 @@ class Sampler:
         return chosen.view(probs.shape[:-1])
 
 
-class SpeechGenerationMixin:
-    """Text and speech from prompts, for a model with ``config`` and transformers' ``generate``."""
+class SpeechGeneration(PreTrainedModel, GenerationMixin):
+    """Text and speech from prompts, for a model whose ``forward`` takes codes and returns logits of both."""
 
     config: MoSTConfig
-    device: torch.device
 
     def generate(
         self,
         inputs: torch.Tensor | None = None,
         generation_config: Any = None,
         logits_processor: LogitsProcessorList | None = None,
+        *args: Any,
         **kwargs: Any,
     ) -> Any:
         """transformers' ``generate``, for text: no other id is ever chosen. Prompts may hold ``codes [b, s, C]``."""
         processors = LogitsProcessorList([TextLogitsProcessor(self.config), *(logits_processor or [])])
-        return super().generate(inputs, generation_config, processors, **kwargs)  # type: ignore[misc]  # GenerationMixin's
+        # transformers declares self to be of a class that no model is of.
+        return super().generate(inputs, generation_config, processors, *args, **kwargs)  # type: ignore[misc]
 
     @torch.no_grad()
     def generate_speech(
@@ -149,9 +149,7 @@ class SpeechGenerationMixin:
         side_codes: list[list[np.ndarray]] = [[] for _ in states]
         cache = DynamicCache(config=config)
         while not all(state.is_done for state in states):
-            outputs = self(  # type: ignore[operator]  # a mixin of nn.Module
-                input_ids, codes, mask, past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
+            outputs = self(input_ids, codes, mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
             choice = sampler(self._masked(outputs.logits[:, -1], states)).tolist()
             has_code = np.stack([state.advance(id_) for state, id_ in zip(states, choice, strict=True)])
             input_ids = torch.tensor(choice, device=mask.device)[:, None]
@@ -159,11 +157,12 @@ class SpeechGenerationMixin:
                 chosen = sampler(outputs.code_logits[:, -1, :, : config.codebook_size])
                 is_absent = torch.from_numpy(~has_code).to(mask.device)
                 codes = chosen.masked_fill(is_absent, NO_CODE)[:, None]
-            new_codes = [None] * len(states) if codes is None else codes[:, -1].cpu().numpy()
+            new_codes = None if codes is None else codes[:, -1].cpu().numpy()
             for row, state in enumerate(states):
                 if not state.is_done:
                     ids[row].append(choice[row])
-                    side_codes[row].append(new_codes[row])
+                    if new_codes is not None:
+                        side_codes[row].append(new_codes[row])
             is_going_on = torch.tensor([not state.is_done for state in states], device=mask.device)
             mask = torch.cat([mask, is_going_on[:, None].to(mask.dtype)], dim=1)
         return [
