@@ -201,7 +201,8 @@ class SpeechGeneration(PreTrainedModel, GenerationMixin):
 
     def _texts(self, processor: MoSTProcessor, inputs: Any, **generation: Any) -> list[str]:
         generated = self.generate(**inputs, **generation)[:, inputs["input_ids"].shape[1] :]
-        return [text.strip() for text in processor.batch_decode(generated, skip_special_tokens=True)]
+        texts = processor.batch_decode(generated, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return [text.strip() for text in texts]
 
     def _masked(self, logits: torch.Tensor, states: Sequence[SpeechState]) -> torch.Tensor:
         """``logits [b, V]`` with -inf at every id that may not come next."""

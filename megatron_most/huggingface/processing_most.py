@@ -37,8 +37,6 @@ class MoSTProcessor(ProcessorMixin):
         role_ids: the id that begins a turn of each role; None for a model that knows no chat.
     """
 
-    tokenizer_class = "AutoTokenizer"
-
     def __init__(
         self,
         tokenizer: Any = None,

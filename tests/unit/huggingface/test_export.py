@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file
 
@@ -21,8 +22,9 @@ from megatron_most.checkpointing.region_io import STATE, StateReader
 from megatron_most.conversion import ImportOptions, describe, export_model, import_model
 from megatron_most.data.storage.sidecar import write_sidecar
 from megatron_most.errors import CheckpointError, ConfigError
-from megatron_most.huggingface import MoSTForConditionalGeneration
+from megatron_most.huggingface import MoSTForConditionalGeneration, MoSTProcessor
 from megatron_most.text import train_sentencepiece
+from megatron_most.text.tokenizer import SentencePieceTokenizer
 from tests.distributed.tiny import tiny_batch
 from tests.unit.huggingface.exports import config_of, exported, exported_model, write_native
 
@@ -194,6 +196,31 @@ def test_the_card_says_what_it_is_made_of(trained):
 def test_the_tokenizer_keeps_its_fingerprint(trained, tmp_path):
     again = import_model(trained, tmp_path / "again", ImportOptions())
     assert read_metadata(again).tokenizer.fingerprint == read_metadata(trained.parent / "run").tokenizer.fingerprint
+
+
+def test_a_tokenizer_that_transformers_reads_differently_is_refused(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(SentencePieceTokenizer, "encode", lambda self, text: [5])
+    with pytest.raises(CheckpointError, match=r"the tokenizer gives 'Transcribe:' the ids \[5\], in transformers \["):
+        export_model(trained.parent / "run", tmp_path / "hf", "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("kind", [{}, {"tokenizer_class": "PreTrainedTokenizerFast"}])
+def test_a_tokenizer_in_json_goes_along(kind, tmp_path):
+    words = ["<s>", "</s>", "?", "<|user|>", "the", "old", "cats", "say", ":"]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: id_ for id_, word in enumerate(words)}, "?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<s>", "</s>", "<|user|>"])
+    (tmp_path / "text").mkdir()
+    tokenizer.save(str(tmp_path / "text" / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", **kind}
+    (tmp_path / "text" / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = config_of("frame")
+    config.tokenizer = str(tmp_path / "text")
+    folder = export_model(write_native(config, tmp_path / "native"), tmp_path / "hf", "hf")
+    processor = MoSTProcessor.from_pretrained(folder)
+    assert processor(["the old </s>"])["input_ids"].tolist() == [[0, 4, 5, 2, 2, 2]]
+    assert processor.role_ids == {"system": 39, "user": 3, "assistant": 38}
 
 
 def test_a_model_without_training_loads(tmp_path):
