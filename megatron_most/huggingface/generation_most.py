@@ -40,7 +40,9 @@ class SpeechState:
     """
 
     def __init__(self, layout: CodecLayout, end_id: int, max_frames: int) -> None:
-        self.layout, self.end_id, self.max_frames = layout, end_id, max_frames
+        if max_frames < 1:
+            raise ValueError(f"max_frames={max_frames}: must be at least 1")
+        self.layout, self.end_id = layout, end_id
         self.position = self.num_frames = 0
         self.is_done = False
         self._growing = layout.symbols(max_frames)

@@ -101,7 +101,9 @@ class MoSTExperts(nn.Module):
         gate, up = rows.chunk(2, dim=-1)
         rows = (F.silu(gate) * up * gates[token, place, None]).to(hidden.dtype)
         rows = _grouped_linear(rows, self.down_proj, counts)
-        return torch.zeros_like(hidden).index_add(0, token, rows)
+        # A token's rows are summed in fp32, as training sums them.
+        total = torch.zeros_like(hidden, dtype=torch.float32).index_add(0, token, rows.float())
+        return total.to(hidden.dtype)
 
 
 def _grouped_linear(rows: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -221,7 +223,7 @@ class MoSTModel(MoSTPreTrainedModel):
         """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        batch_size, length = input_ids.shape
+        length = input_ids.shape[1]
         hidden = self._embed(input_ids, codes)
         is_padding = None
         if attention_mask is not None and attention_mask.ndim == 2:
@@ -239,7 +241,7 @@ class MoSTModel(MoSTPreTrainedModel):
             position_ids=position_ids,
         )
         rotations = self.rotary_emb(position_ids)
-        states = [hidden]
+        states = [hidden] if output_hidden_states else []
         for layer in self.layers:
             hidden = layer(
                 hidden,
@@ -249,7 +251,8 @@ class MoSTModel(MoSTPreTrainedModel):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-            states.append(hidden)
+            if output_hidden_states:
+                states.append(hidden)
         return MoSTModelOutput(
             last_hidden_state=self.norm(hidden),
             past_key_values=past_key_values,
@@ -344,7 +347,8 @@ class MoSTForConditionalGeneration(MoSTPreTrainedModel, SpeechGeneration):
         is_target = labels[:, 1:] != -100
         labels = labels[:, 1:][is_target]
         losses = F.cross_entropy(logits[:, :-1][is_target].float(), labels, reduction="none")
-        weights = torch.tensor(config.codebook_loss_weights or [1.0] * config.num_codebooks, device=logits.device)
+        of_codebooks = config.codebook_loss_weights or [1.0] * config.num_codebooks
+        weights = torch.tensor(of_codebooks, dtype=torch.float32, device=logits.device)
         if code_logits is None:
             codebook = torch.div(labels - config.frame_id - 1, config.codebook_size, rounding_mode="floor")
             is_code = (codebook >= 0) & (codebook < config.num_codebooks)
