@@ -92,6 +92,8 @@ CASES: dict[str, dict[str, Any]] = {
 }
 """Name -> overrides of the tiny configuration."""
 
+_MADE = tempfile.TemporaryDirectory(prefix="most-exports-")  # deleted when the process ends
+
 
 def config_of(case: str, **overrides: Any) -> RunConfig:
     return tiny_config(**{**CASES[case], "data__seq_length": 64, **overrides})
@@ -139,7 +141,8 @@ def write_native(config: RunConfig, out: Path, **metadata: Any) -> Path:
 @functools.cache
 def exported(case: str) -> tuple[Path, Path]:
     """The native checkpoint and the exported folder of a case, made once; the export has compared logits already."""
-    folder = Path(tempfile.mkdtemp(prefix=f"most-{case}-"))
+    folder = Path(_MADE.name) / case
+    folder.mkdir()
     checkpoint = write_native(config_of(case), folder / "native")
     return checkpoint, export_model(checkpoint, folder / "hf", "hf")
 
