@@ -34,7 +34,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: help setup check-environment wheelhouse quickstart test test-slow test-gpu lint format docs clean
+.PHONY: help setup check-environment wheelhouse quickstart test test-slow mutants test-gpu lint format docs clean
 
 help: ## say what the targets do
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 19
@@ -96,9 +96,10 @@ wheelhouse: $(STAMP) ## collect wheels in wheelhouse/ for machines without netwo
 quickstart: $(STAMP) ## train a tiny MoST on synthetic speech on this machine's CPU, and report on it
 	@$(VENV)/bin/python examples/quickstart/run.py
 
-lint: $(STAMP) ## ruff, codespell and shellcheck
+lint: $(STAMP) ## ruff, mypy, codespell and shellcheck
 	@$(VENV)/bin/ruff check --quiet .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 	$(VENV)/bin/codespell
 	find examples megatron_most tools tests -name '*.sh' -print0 -o -name '*.sbatch' -print0 | xargs -0 $(VENV)/bin/shellcheck .ci/run
 
@@ -111,6 +112,11 @@ test: lint ## lint, and every test that is not slow
 
 test-slow: $(STAMP) ## the slow tests
 	@$(PYTEST) -m "slow and not gpu" || test $$? -eq 5 # 5: no test is marked slow
+
+mutants: $(STAMP) ## change the code in small ways, one at a time, and list the changes that no test notices
+	@$(PIP_INSTALL) --quiet -c constraints.txt mutmut==3.8.1
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m mutmut run --max-children 2
+	$(VENV)/bin/python -m mutmut results
 
 test-gpu: $(STAMP) ## the tests that compare a GPU with the CPU; each says why where it is skipped
 	@$(PYTEST) -m gpu -rs tests/gpu

@@ -9,8 +9,8 @@ try:
 except metadata.PackageNotFoundError:  # a checkout on PYTHONPATH
     __version__ = "0+not.installed"
 
-# What Megatron-Core 0.19.2 warns of whatever its user does, and ``most doctor`` says better. Set here because Megatron
-# warns while it is imported.
+# Warnings of Megatron-Core 0.19.2 that a user cannot avoid; ``most doctor`` reports what matters. The filters are set
+# here because Megatron warns when it is imported.
 for _message in (
     r"(Transformer Engine and )?Apex (is|are) not installed",
     r"MimoModelConfig is experimental",
@@ -22,7 +22,7 @@ for _message in (
 ):
     warnings.filterwarnings("ignore", message=r"\s*" + _message)
 
-# That a checkpoint of an earlier Megatron has a common.pt, and that a compiler for CUDA is there where no GPU is.
+# Messages about common.pt in checkpoints of earlier Megatron versions, and about a CUDA compiler without a GPU.
 for _name in (
     "megatron.core.dist_checkpointing.strategies.common",
     "torch.utils.cpp_extension",

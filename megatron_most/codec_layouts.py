@@ -115,6 +115,7 @@ class FrameLayout(CodecLayout):
         wrong = np.flatnonzero(ids != self.frame)
         if wrong.size:
             raise DataError(f"audio position {wrong[0]} holds id {ids[wrong[0]]}, not frame ({self.frame})")
+        assert side_codes is not None, "a layout with side codes gets them"
         return np.array(side_codes)
 
     def num_positions(self, num_frames: int) -> int:
@@ -162,6 +163,7 @@ class FrameDelayLayout(FrameLayout):
         if wrong.size:
             name = "frame" if expected[wrong[0]] == self.frame else "tail"
             raise DataError(f"audio position {wrong[0]} holds id {ids[wrong[0]]}, not {name} ({expected[wrong[0]]})")
+        assert side_codes is not None, "a layout with side codes gets them"
         frame, codebook = np.ogrid[:num_frames, : self.num_codebooks]
         return side_codes[frame + codebook, codebook]
 

@@ -15,3 +15,12 @@ class DataError(MostError):
 
 class CheckpointError(MostError):
     """A checkpoint that is missing, incomplete, corrupt or belongs to another model or run."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error of a library or the system, to quote in a message; its type's name if it is empty."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:  # without the number
+        text = error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
+    lines = text.strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Optional packages: which extra of the installation brings each, and what to say where one is missing."""
+"""Optional packages: the extra that installs each, and the error for a missing one."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ EXTRAS = {
     "muon": ("emerging_optimizers",),
     "gpu": ("transformer_engine",),
 }
-"""Extra -> the modules that the project imports of what it brings; pyproject.toml names the packages."""
+"""Extra -> modules of its packages that this project imports; pyproject.toml lists the packages."""
 
 
 class MissingExtra(ConfigError):
     """The module of an optional package is not installed."""
 
     def __init__(self, module: str, command: str = "") -> None:
-        self.name = module  # as that of a ModuleNotFoundError
+        self.name = module  # as in ModuleNotFoundError
         extra = _extra_of(module, command)
         brings = f"the extra {extra!r} brings it: pip install 'megatron-most[{extra}]'"
         super().__init__(f"{f'{command}: ' if command else ''}needs {module}, which is not installed; {brings}")
@@ -32,7 +32,7 @@ class MissingExtra(ConfigError):
 def require(*modules: str) -> None:
     """Raise :class:`MissingExtra` for the first of these modules of :data:`EXTRAS` that is not installed.
 
-    None of them is imported.
+    Nothing is imported.
     """
     for module in modules:
         assert is_optional(module), f"{module} is in no extra"
@@ -40,13 +40,13 @@ def require(*modules: str) -> None:
             raise MissingExtra(module)
 
 
-def is_optional(module: str | None) -> bool:
-    """Whether an extra brings this module."""
+def is_optional(module: str) -> bool:
+    """Whether this module belongs to an extra."""
     return any(module in modules for modules in EXTRAS.values())
 
 
 def _extra_of(module: str, command: str) -> str:
-    """The extra called as the command (``most report``), where it has the module; else the first that has it."""
+    """The extra with the name of the command (``most report``) if it has the module, or the first that has it."""
     extras = [extra for extra, modules in EXTRAS.items() if module in modules]
     wanted = command.rpartition(" ")[2]
     return wanted if wanted in extras else extras[0]

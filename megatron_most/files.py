@@ -1,48 +1,77 @@
-"""Small files that are either absent, old or complete, whenever a command is interrupted."""
+"""Small files: written whole or not at all, and one-line errors for those that cannot be read or written."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from megatron_most.errors import ConfigError
+from megatron_most.errors import ConfigError, MostError, first_line
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary name in ``path``'s folder to write to; it becomes ``path`` at the end, and vanishes on an error.
+def replacing(path: str | Path, raises: type[MostError] = ConfigError, *, durable: bool = False) -> Iterator[Path]:
+    """A temporary name beside ``path`` to write to. It becomes ``path`` at the end and is removed on an error.
 
-    The folder is created where it is missing. Raises :class:`ConfigError` when the system refuses a part of this.
+    The folder is created if it is missing.
+
+    Args:
+        raises: the error for a file that the system refuses to write.
+        durable: wait until the file and its name are on disk, so that a power failure takes neither.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        if durable:
+            _sync(temporary)
         os.replace(temporary, path)
+        if durable:
+            sync_folder(path.parent)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from None
+        raise raises(f"{path}: cannot be written: {error.strerror or error}") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file whole or not at all."""
-    with replacing(path) as temporary:
+def write_text(path: str | Path, text: str, raises: type[MostError] = ConfigError) -> None:
+    """Write a UTF-8 text file whole or not at all; it is on disk when this returns."""
+    with replacing(path, raises, durable=True) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: str | Path, content: object) -> None:
-    """Write a JSON file whole or not at all."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+def write_json(path: str | Path, content: object, raises: type[MostError] = ConfigError) -> None:
+    """Write a JSON file as :func:`write_text` does."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n", raises)
+
+
+def read_json(path: str | Path, raises: type[MostError] = ConfigError) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        raises: the file is missing, is not UTF-8 or not JSON (with the place), or holds anything but an object.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise raises(f"{path}: no such file") from None
+    except OSError as error:
+        raise raises(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise raises(f"{path}: not readable as JSON: {first_line(error)}") from None
+    if not isinstance(content, dict):
+        raise raises(f"{path}: must hold a JSON object")
+    return content
 
 
 def require_writable(path: str | Path) -> None:
-    """Create ``path``'s folder and see that a file can be put there, before work whose result it is to hold.
+    """Create ``path``'s folder and check that a file can be written there, before the work whose result it holds.
 
     Raises:
         ConfigError: ``path`` is a folder, or its folder cannot be created or written.
@@ -56,3 +85,20 @@ def require_writable(path: str | Path) -> None:
         raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from None
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise ConfigError(f"{path}: cannot be written: no permission for its folder")
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in ``folder`` are on disk: before that, a power failure can undo a rename."""
+    try:
+        _sync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot sync a folder
+            raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Configuration keys: dataclass fields that say what they mean, and a walk over the keys of a configuration."""
+"""Configuration keys: dataclass fields with their meaning, and a walk over the keys of a configuration."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def key(default: Any, meaning: str, flag: str = "", *, training_only: bool = Fal
     Args:
         default: the value, a function that makes one (``list``, a section's class), or :data:`REQUIRED`.
         meaning: what the key does, for docs/configuration.md.
-        flag: Megatron-LM's command-line flag for the same thing, if it has one.
-        training_only: of a key in ``model``: whether given weights compute the same whatever its value. A checkpoint
-            may then be loaded with another one.
+        flag: the Megatron-LM command-line flag for the same thing, if there is one.
+        training_only: of a key in ``model``: it does not change what given weights compute, so that a checkpoint may
+            be loaded with another value.
     """
     metadata = {"meaning": meaning, "flag": flag, "training_only": training_only}
     if callable(default) and default is not REQUIRED:
@@ -28,9 +28,9 @@ def key(default: Any, meaning: str, flag: str = "", *, training_only: bool = Fal
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """A key with its dotted path, in which ``[]`` stands for every place of a list.
+    """A key with its dotted path, in which ``[]`` stands for every index of a list.
 
-    ``section`` is the dataclass below the key, None where the key holds a value or a list of values.
+    ``section`` is the dataclass below the key; None for a key that holds a value or a list of values.
     """
 
     path: str
@@ -40,14 +40,14 @@ class Key:
 
 
 def keys_of(section: type, path: str = "") -> Iterator[Key]:
-    """The keys of a section and then, one after another, of the sections below it."""
+    """The keys of a section, followed by those of each section below it."""
     hints = typing.get_type_hints(section)
     below = []
     for field in dataclasses.fields(section):
         hint, name = hints[field.name], f"{path}.{field.name}" if path else field.name
         is_list = typing.get_origin(hint) is list
         inner = typing.get_args(hint)[0] if is_list else hint
-        nested = inner if dataclasses.is_dataclass(inner) else None
+        nested = inner if isinstance(inner, type) and dataclasses.is_dataclass(inner) else None
         yield Key(name, hint, field, nested)
         if nested is not None:
             below.append((nested, f"{name}[]" if is_list else name))
@@ -56,5 +56,5 @@ def keys_of(section: type, path: str = "") -> Iterator[Key]:
 
 
 def training_only(section: type) -> frozenset[str]:
-    """Paths of the keys that are marked so."""
+    """Paths of the keys marked as training only."""
     return frozenset(found.path for found in keys_of(section) if found.field.metadata.get("training_only"))

@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first asked for."""
+"""Names of a package that are imported at their first use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def lazy_names(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]
 
     Args:
         package: ``__name__`` there.
-        modules: name -> module of the package that defines it.
+        modules: name -> module of the package that defines the name.
     """
 
     def get(name: str) -> Any:

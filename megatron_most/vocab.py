@@ -29,7 +29,7 @@ class Modality(IntEnum):
 
 
 _RESERVED_NAMES = ("common", "rest")
-"""Pools and parts of the model that are no modality."""
+"""Names of pools and parts of the model, which no modality may have."""
 
 _NUM_SPECIAL = 3  # begin_of_audio, end_of_audio, frame
 
@@ -49,7 +49,7 @@ def check_codes(codes: np.ndarray, num_codebooks: int, codebook_size: int, where
 
 @dataclasses.dataclass
 class ModalityRange:
-    """A further modality: a range of text ids (image or code tokens, for example)."""
+    """A further modality: a range of text ids, such as image tokens."""
 
     name: str = key(REQUIRED, "name of the modality")
     start: int = key(REQUIRED, "its first id")
@@ -60,13 +60,11 @@ class ModalityRange:
 class VocabLayout:
     """The id space of a model and its data; stored with every dataset and checkpoint."""
 
-    text_vocab_size: int = key(REQUIRED, "ids of the text tokenizer, from 0")
-    num_codebooks: int = key(
-        REQUIRED, "codes of a codec frame that the model knows: the first of a codec that has more"
-    )
-    codebook_size: int = key(REQUIRED, "values a code can take, the same for every codebook")
+    text_vocab_size: int = key(REQUIRED, "number of text ids, which start at 0")
+    num_codebooks: int = key(REQUIRED, "codebooks of the model: the first ones of a codec that has more")
+    codebook_size: int = key(REQUIRED, "codes in a codebook, the same for all codebooks")
     layout: str = key(
-        "frame", "one position for each codec frame (`frame`, `frame_delay`) or for each code (`flat`, `flat_delay`)"
+        "frame", "one position per codec frame (`frame`, `frame_delay`) or per code (`flat`, `flat_delay`)"
     )
     further_modalities: list[ModalityRange] = key(list, "ranges of text ids that are modalities of their own")
 
@@ -79,7 +77,9 @@ class VocabLayout:
                 raise ConfigError(f"vocab.{field}={getattr(self, field)}: must be at least 1")
         if self.layout not in CODEC_LAYOUTS:
             raise ConfigError(f"vocab.layout={self.layout!r}: must be one of {', '.join(CODEC_LAYOUTS)}")
-        CODEC_LAYOUTS[self.layout](0, self.num_codebooks, self.codebook_size)  # refuses codebooks that do not suit it
+        CODEC_LAYOUTS[self.layout](
+            0, self.num_codebooks, self.codebook_size
+        )  # raises for codebooks that do not fit the layout
         end = 0
         for entry in sorted(self.further_modalities, key=lambda entry: entry.start):
             where = f"vocab.further_modalities[{entry.name}]={entry.start}..{entry.stop}"
@@ -120,7 +120,7 @@ class VocabLayout:
 
     @property
     def modality_names(self) -> tuple[str, ...]:
-        """Name of each modality; the place in this tuple is the modality's index everywhere."""
+        """Name of each modality, in the order of their indices."""
         return ("text", "audio", *(entry.name for entry in self.further_modalities))
 
     def modality_of(self, ids):
@@ -135,7 +135,7 @@ class VocabLayout:
         return ids >= self.text_vocab_size
 
     def audio_segments(self, ids: np.ndarray) -> list[tuple[int, int]]:
-        """First position and end of each run of codec positions in ``ids [n]``, without their begin and end marks."""
+        """Start and stop of each run of codec positions in ``ids [n]``, without the ids that begin and end audio."""
         is_codec = np.concatenate(([False], ids >= self.frame, [False]))
         edges = np.flatnonzero(is_codec[1:] != is_codec[:-1]).tolist()
         return list(zip(edges[::2], edges[1::2], strict=True))

@@ -1,10 +1,10 @@
-"""Install what a list names and this Python lacks; what is there stays as it is, whatever its version.
+"""Install the packages of a list that this Python lacks. Installed packages stay, whatever their version.
 
     python tools/install_missing.py docker/requirements-training.txt [LIST ...] [option of pip install ...]
 
-For containers and clusters, whose torch, Transformer Engine and Apex are compiled for each other: pip is run without
-dependencies, with the names that are missing alone, in the versions of constraints.txt. Ask tools/doctor.py --check
-afterwards whether what was there already is new enough. Needs nothing but Python and pip.
+For containers and clusters whose torch, Transformer Engine and Apex are compiled for each other. Runs pip for the
+missing packages only, without dependencies, in the versions of constraints.txt. Afterwards, tools/doctor.py --check
+tells whether the installed packages are new enough. Needs only Python and pip.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("lists", nargs="+", type=Path, metavar="LIST", help="file with a name a line")
+    parser.add_argument("lists", nargs="+", type=Path, metavar="LIST", help="file with one name per line")
     words = sys.argv[1:]
     first_option = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))
     if {"-h", "--help"} & set(words):
@@ -34,7 +34,7 @@ def main() -> int:
             parser.error(f"{path}: {error.strerror}")
         names |= dict.fromkeys(name for line in lines if (name := line.partition("#")[0].strip()))
     missing = [name for name in names if not is_installed(name)]
-    print(f"{len(names) - len(missing)} of {len(names)} packages are there and stay; installing {len(missing)}")
+    print(f"{len(names) - len(missing)} of {len(names)} packages are installed and stay; installing {len(missing)}")
     if not missing:
         return 0
     command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-c", str(CONSTRAINTS)]

@@ -49,7 +49,7 @@ def drawn(chart: RoutingMap, color: str) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("run_dir", type=Path, help="run directory with routing.jsonl")
     view = routing_view(read_run(parser.parse_args().run_dir))
     assert view is not None, "the run has no routing.jsonl"
     y, parts = 0.0, []

@@ -2,10 +2,10 @@
 
 The library and its data come from the PyPI package ``espeakng-loader``; this module drives them through ctypes.
 
-espeak-ng keeps hidden state from one utterance and one voice to the next (oscillator phase, flutter, voice data), which
-no call of its interface resets: the same sentence comes out a little different the second time. So that a sentence
-always gives the same samples, every utterance is spoken by a forked child of a process whose engine has never spoken;
-that costs a few milliseconds.
+espeak-ng carries hidden state from one utterance to the next (oscillator phase, flutter, voice data), and its interface
+cannot reset it: the same sentence sounds a little different the second time. Here every utterance is spoken by a forked
+child of a process whose engine has never spoken, so a sentence always gives the same samples. The fork takes a few
+milliseconds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CHARS_UTF8 = 1
 PARAMETER_RATE, PARAMETER_PITCH = 1, 3
 EE_OK = 0
 
-UNKNOWN_VOICE = 3  # exit status of a child that was asked for one
+UNKNOWN_VOICE = 3  # exit status of the child
 
 _SynthCallback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 
@@ -38,7 +38,7 @@ class Espeak:
         sample_rate: samples per second of what :meth:`synthesize` returns (22050 for every English voice).
 
     Raises:
-        ConfigError: the package ``espeakng-loader`` is missing, or its library does not load or start.
+        ConfigError: the package ``espeakng-loader`` is missing, or its library cannot be loaded or initialized.
     """
 
     def __init__(self) -> None:
@@ -48,20 +48,20 @@ class Espeak:
         try:
             self._library = ctypes.CDLL(espeakng_loader.get_library_path())
         except OSError as error:
-            raise ConfigError(f"{INSTALL_HINT} (its library does not load here: {error})") from error
+            raise ConfigError(f"{INSTALL_HINT} (its library cannot be loaded: {error})") from error
 
         data_path = espeakng_loader.get_data_path().encode()
         self.sample_rate = self._library.espeak_Initialize(AUDIO_OUTPUT_SYNCHRONOUS, 0, data_path, 0)
         if self.sample_rate <= 0:
-            raise ConfigError(f"espeak-ng does not start with the data at {data_path.decode()}")
+            raise ConfigError(f"espeak-ng cannot be initialized with the data at {data_path.decode()}")
         self._chunks: list[bytes] = []
-        self._callback = _SynthCallback(self._collect)  # kept alive here: the library only holds its address
+        self._callback = _SynthCallback(self._collect)  # keeps the object alive; the library holds only its address
         self._library.espeak_SetSynthCallback(self._callback)
 
     def _collect(self, samples, num_samples: int, _events) -> int:
         if num_samples > 0:
             self._chunks.append(ctypes.string_at(samples, num_samples * ctypes.sizeof(ctypes.c_short)))
-        return 0  # 0 lets the synthesis go on
+        return 0  # 0 continues the synthesis
 
     def synthesize(self, text: str, *, voice: str = "en-us", speed: int = 175, pitch: int = 50) -> np.ndarray:
         """Speak ``text``: float32 ``[num_samples]`` in [-1, 1] at :attr:`sample_rate`.
@@ -71,15 +71,15 @@ class Espeak:
         Args:
             voice: an espeak-ng voice, with an optional variant: ``en-us``, ``en-gb-x-rp+f2``.
             speed: words per minute, 80 to 450.
-            pitch: 0 to 99, 50 is the voice's own.
+            pitch: 0 to 99; 50 is the voice's default.
 
         Raises:
             ConfigError: espeak-ng has no such voice.
-            DataError: espeak-ng refuses the text or says nothing.
+            DataError: espeak-ng produces no sound for the text.
         """
         read_end, write_end = os.pipe()
         child = os.fork()
-        if child == 0:  # leaves by os._exit: nothing of the parent's is flushed or cleaned up twice
+        if child == 0:  # os._exit: buffers and exit handlers of the parent must not run twice
             try:
                 os.close(read_end)
                 if self._library.espeak_SetVoiceByName(voice.encode()) != EE_OK:
@@ -99,7 +99,7 @@ class Espeak:
         return samples.astype(np.float32) / 32768.0
 
     def _speak(self, text: str, speed: int, pitch: int) -> bytes:
-        """Speak with this process's engine: native int16 samples, empty when espeak-ng refuses."""
+        """Speak with this process's engine: native int16 samples, empty if espeak-ng refuses."""
         self._library.espeak_SetParameter(PARAMETER_RATE, speed, 0)
         self._library.espeak_SetParameter(PARAMETER_PITCH, pitch, 0)
         self._chunks = []

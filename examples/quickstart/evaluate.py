@@ -2,9 +2,9 @@
 
     python examples/quickstart/evaluate.py --run-dir runs/quickstart --corpus runs/quickstart/corpus
 
-Sets: ``heldout_s`` (unseen sentences of word pairs that occur in training) and ``heldout_p`` (word pairs never seen).
-Speech is judged by pocketsphinx with the corpus's closed vocabulary and a bigram model that favors no held-out pair,
-beside the originals and the codec's round trip.
+Sets: ``heldout_s`` (new sentences of word pairs that occur in training) and ``heldout_p`` (word pairs that do not).
+Pocketsphinx reads the model's speech, the originals and the codec's round trip. It has the corpus's closed vocabulary
+and a bigram model in which all word pairs are equal.
 """
 
 from __future__ import annotations
@@ -18,14 +18,20 @@ from typing import Any
 from sentences import balanced_sentences
 
 from megatron_most import cli
-from megatron_most.data.preparation.manifest import Record, read_manifest
+from megatron_most.data.preparation.manifest import read_manifest
 from megatron_most.evaluation.recognizer import PocketsphinxRecognizer
-from megatron_most.evaluation.suites import encode_records, evaluate_asr, evaluate_reference_audio, evaluate_tts
-from megatron_most.files import write_json
+from megatron_most.evaluation.suites import (
+    EvaluationSet,
+    encode_records,
+    evaluate_asr,
+    evaluate_reference_audio,
+    evaluate_tts,
+)
+from megatron_most.files import read_json, write_json
 from megatron_most.inference import LoadedModel, load_for_generation
 from megatron_most.model import count_parameters
 
-NORMALIZER = "basic"  # Whisper's makes one number of "two nine", two words of the corpus
+NORMALIZER = "basic"  # Whisper's turns "two nine", two words of the corpus, into one number
 SETS = {"heldout_s": "heldout", "heldout_p": "heldout_hard"}
 NUM_SAMPLES = 4
 MAX_SECONDS = 4.0
@@ -35,47 +41,33 @@ MAX_NEW_TEXT = 16  # twice a sentence's ids: an untrained model never ends one
 def evaluate(arguments: argparse.Namespace) -> None:
     cli.require_positive(arguments, "limit")
     run_dir, corpus = arguments.run_dir, arguments.corpus
-    samples = run_dir / "samples"
-    manifests = {name: read_manifest(corpus / f"{name}.jsonl") for name in SETS}
     recognizer = PocketsphinxRecognizer(balanced_sentences())
+    sets = {
+        name: EvaluationSet(
+            name,
+            read_manifest(corpus / f"{name}.jsonl")[: arguments.limit],
+            NORMALIZER,
+            run_dir / "samples",
+            NUM_SAMPLES,
+        )
+        for name in SETS
+    }
     untrained = load_for_generation(run_dir, random_weights=True)
-    codes = {name: encode_records(untrained.codec, manifests[name][: arguments.limit]) for name in SETS}
+    codes = {name: encode_records(untrained.codec, one.records) for name, one in sets.items()}
 
     summary: dict[str, Any] = {}
     first = next(iter(SETS))
-    result = _timed(
-        "ASR of the untrained model",
-        evaluate_asr,
-        untrained,
-        first,
-        _of(manifests, codes, first),
-        codes[first],
-        MAX_NEW_TEXT,
-        NORMALIZER,
-    )
+    result = _timed("ASR of the untrained model", evaluate_asr, untrained, sets[first], codes[first], MAX_NEW_TEXT)
     summary["asr_wer_untrained"] = result["wer"]
     model = load_for_generation(run_dir)
     for name, key in SETS.items():
-        records = _of(manifests, codes, name)
-        sound = {"samples": samples, "num_samples": NUM_SAMPLES, "normalizer": NORMALIZER}
+        one, known = sets[name], codes[name]
+        judged = model.codec, one, recognizer
         results = {
-            "original": _timed(
-                f"original audio of {name}", evaluate_reference_audio, model.codec, name, records, recognizer, **sound
-            ),
-            "roundtrip": _timed(
-                f"codec round trip of {name}",
-                evaluate_reference_audio,
-                model.codec,
-                name,
-                records,
-                recognizer,
-                codes[name],
-                **sound,
-            ),
-            "asr": _timed(f"ASR of {name}", evaluate_asr, model, name, records, codes[name], MAX_NEW_TEXT, NORMALIZER),
-            "tts": _timed(
-                f"TTS of {name}", evaluate_tts, model, name, records, recognizer, max_seconds=MAX_SECONDS, **sound
-            ),
+            "original": _timed(f"original audio of {name}", evaluate_reference_audio, *judged),
+            "roundtrip": _timed(f"codec round trip of {name}", evaluate_reference_audio, *judged, known),
+            "asr": _timed(f"ASR of {name}", evaluate_asr, model, one, known, MAX_NEW_TEXT),
+            "tts": _timed(f"TTS of {name}", evaluate_tts, model, one, recognizer, max_seconds=MAX_SECONDS),
         }
         for kind in ("original", "roundtrip"):
             for item, source in zip(results["tts"]["items"], results[kind]["items"], strict=True):
@@ -92,10 +84,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _training_summary(run_dir: Path, model: LoadedModel) -> dict[str, Any]:
-    """What the run's own files say about training."""
+    """Numbers about training, from the files of the run."""
     metrics = [entry for entry in _json_lines(run_dir / "metrics.jsonl") if "loss" in entry]
     routing = _json_lines(run_dir / "routing.jsonl")
-    environment = json.loads((run_dir / "environment.json").read_text())
+    environment = read_json(run_dir / "environment.json")
     steps = [entry["step"] for entry in metrics]
     intervals = [after - before for before, after in zip([0, *steps[:-1]], steps, strict=True)]
     seconds = sum(entry["step_seconds"] * count for entry, count in zip(metrics, intervals, strict=True))
@@ -115,10 +107,6 @@ def _training_summary(run_dir: Path, model: LoadedModel) -> dict[str, Any]:
     }
 
 
-def _of(manifests: dict[str, list[Record]], codes: dict[str, list], name: str) -> list[Record]:
-    return manifests[name][: len(codes[name])]
-
-
 def _timed(label: str, function: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     start = time.monotonic()
     result = function(*args, **kwargs)
@@ -134,5 +122,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="evaluate the quickstart model on its held-out sentences")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--corpus", type=Path, default=Path("runs/quickstart/corpus"))
-    parser.add_argument("--limit", type=int, default=100, help="utterances of each set (default 100)")
+    parser.add_argument("--limit", type=int, default=100, help="utterances of each set (default %(default)s)")
     cli.run(parser, evaluate)

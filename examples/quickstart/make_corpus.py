@@ -3,8 +3,8 @@
     python examples/quickstart/make_corpus.py --output runs/quickstart/corpus
 
 Writes ``<output>/<split>/<id>.flac`` (16 kHz, mono, 16 bit) and ``<output>/<split>.jsonl`` with ``audio_filepath``
-(absolute), ``duration`` (seconds), ``text`` and ``id`` per line. The same rows give the same bytes. Can be stopped and
-started again: a file under its final name is complete, a manifest is written when all its files are there.
+(absolute), ``duration`` (seconds), ``text`` and ``id`` per line. The same rows give the same bytes. An interrupted run
+resumes: a file with its final name is complete, and a manifest is written after all its files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import soxr
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from examples.quickstart.espeak import Espeak  # noqa: E402
@@ -28,12 +27,13 @@ from examples.quickstart.sentences import CORPUS_DIR, SPLIT_SIZES  # noqa: E402
 from megatron_most.cli import require_positive, run  # noqa: E402
 from megatron_most.errors import DataError  # noqa: E402
 from megatron_most.files import replacing, write_text  # noqa: E402
+from megatron_most.progress import Progress  # noqa: E402
 
 SAMPLE_RATE = 16000
 PEAK = 0.7
 SILENCE_THRESHOLD = 0.005
-LEAD_SAMPLES, TAIL_SAMPLES = 400, 800  # 25 and 50 ms of silence around the speech, beside the row's own offset
-RENDER_VERSION = 1  # raise it when the same row would give other audio: old files are then spoken again
+LEAD_SAMPLES, TAIL_SAMPLES = 400, 800  # 25 and 50 ms of silence around the speech, in addition to the row's offset
+RENDER_VERSION = 1  # raise it when the same row would give different audio: old files are then synthesized again
 
 _engine: Espeak | None = None  # one per worker process
 
@@ -52,7 +52,7 @@ def render(engine: Espeak, row: dict) -> np.ndarray:
 
 
 def read_rows(split: str) -> list[dict]:
-    """The rows of ``corpus/<split>.jsonl``; DataError when the file is missing or broken."""
+    """The rows of ``corpus/<split>.jsonl``; raises DataError if the file is missing or broken."""
     path = CORPUS_DIR / f"{split}.jsonl"
     try:
         return [json.loads(line) for line in path.read_text().splitlines()]
@@ -61,7 +61,7 @@ def read_rows(split: str) -> list[dict]:
 
 
 def fingerprint(rows: list[dict]) -> str:
-    """Identifies what the audio files of a split were made from."""
+    """A hash of everything that the audio files of a split are made from."""
     return hashlib.sha256(json.dumps([RENDER_VERSION, rows]).encode()).hexdigest()
 
 
@@ -75,10 +75,10 @@ def _write_audio(job: tuple[dict, Path]) -> None:
 
 
 def make_split(split: str, output: Path, workers: int, limit: int | None = None) -> Path:
-    """Speak one split into ``output`` and write its manifest; what is already there is kept.
+    """Speak one split into ``output`` and write its manifest. Existing files are kept.
 
     Args:
-        limit: only the first so many sentences (the splits are in random order).
+        limit: the number of sentences, from the first on (splits are in random order).
 
     Returns:
         The path of the manifest.
@@ -97,17 +97,12 @@ def make_split(split: str, output: Path, workers: int, limit: int | None = None)
     paths = [audio_dir / f"{row['id']}.flac" for row in rows]
     jobs = [(row, path) for row, path in zip(rows, paths, strict=True) if not path.exists()]
     if jobs:
-        with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            spoken = pool.imap_unordered(_write_audio, jobs, chunksize=16)
-            for _ in tqdm(
-                spoken,
-                total=len(rows),
-                initial=len(rows) - len(jobs),
-                desc=split,
-                unit="sentence",
-                mininterval=1 if sys.stderr.isatty() else 5,
-            ):
-                pass
+        with (
+            multiprocessing.get_context("spawn").Pool(workers) as pool,
+            Progress(split, len(rows), " sentences", initial=len(rows) - len(jobs)) as progress,
+        ):
+            for _ in pool.imap_unordered(_write_audio, jobs, chunksize=16):
+                progress.add(1)
 
     lines = []
     for row, path in zip(rows, paths, strict=True):

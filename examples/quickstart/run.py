@@ -1,10 +1,10 @@
-"""The whole of megatron_most on one small machine: speak a corpus, tokenize it, train, evaluate, speak, report.
+"""All of megatron_most on one small machine: synthesize a corpus, tokenize it, train, evaluate, speak, report.
 
     make quickstart                # or: python examples/quickstart/run.py [--run-dir DIR] [key=value ...]
 
-Each step is the command a user would type; it is printed before it runs. A complete step is skipped, so that Ctrl-C and
-run again continues where it was. A step runs again when its command or one of the files it names has changed;
-training does not go on from the checkpoints of another configuration or other data, but says so.
+Each step is a command that a user could type, printed before it runs. Complete steps are skipped, so an interrupted
+quickstart resumes when it is run again. A step is repeated if its command or one of its input files has changed.
+Checkpoints of another configuration or other data are an error.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ SPEECH_DATASETS = (("train", "asr"), ("train", "tts"), ("heldout_s", "asr"), ("h
 
 @dataclass
 class Step:
-    """One command and the files it depends on beside earlier steps.
+    """One command and the files it depends on in addition to earlier steps.
 
-    continues: folder of unfinished work that the command goes on with; none where it starts afresh.
-    training_steps: what training has to reach there; asked to stop earlier, it leaves with status 0.
+    Args:
+        continues: folder of unfinished work that the command resumes; None if it starts from the beginning.
+        training_steps: the step that training has to reach; training that is asked to stop exits earlier with status 0.
     """
 
     name: str
@@ -51,17 +52,17 @@ class Step:
 
 
 def make_steps(run_dir: Path, overrides: list[str]) -> list[Step]:
-    """The commands in order; each builds on those before it."""
+    """The commands in order. Each depends on those before it."""
     config = load_config(ROOT / CONFIG, [f"run_dir={run_dir}", *overrides])
     vocab = config.vocab
     python, prepare = sys.executable, "tools/prepare_data.py"
     corpus, data = run_dir / "corpus", run_dir / "data"
     build = [python, prepare, "build", "--tokenizer", f"{data}/tokenizer.model"]
-    build += ["--text-vocab-size", str(vocab.text_vocab_size)]
+    build += ["--text-vocab-size", str(vocab.text_vocab_size), "--overwrite"]
     transcripts = [QUICKSTART / "corpus" / f"{split}.jsonl" for split in SPLITS]
 
     speak = [python, f"{QUICKSTART}/make_corpus.py", "--output", str(corpus)]
-    steps = [Step("corpus", "speak 4,400 sentences with espeak-ng", speak, transcripts)]
+    steps = [Step("corpus", "synthesize 4,400 sentences with espeak-ng", speak, transcripts)]
     learn = [python, prepare, "tokenizer", "--manifest", f"{corpus}/train.jsonl"]
     learn += ["--vocab-size", str(vocab.text_vocab_size), "--output", f"{data}/tokenizer.model"]
     steps.append(Step("tokenizer", "learn a text tokenizer from the transcripts", learn))
@@ -88,10 +89,10 @@ def make_steps(run_dir: Path, overrides: list[str]) -> list[Step]:
 
 
 def run_steps(steps: list[Step], run_dir: Path) -> None:
-    """Run what is not done yet.
+    """Run the steps that are not complete.
 
     Raises:
-        MostError: a step failed (what it printed stands above), or would go on with work that others began.
+        MostError: a step failed, or would resume the work of another configuration.
     """
     stamps = run_dir / "steps"
     stamps.mkdir(parents=True, exist_ok=True)
@@ -109,15 +110,15 @@ def run_steps(steps: list[Step], run_dir: Path) -> None:
         start = time.monotonic()
         status = subprocess.run(step.command, cwd=ROOT, env=_environment(), check=False).returncode
         if status:
-            raise MostError(f"step {step.name} failed with status {status}; mend what it says above and run again")
-        if step.training_steps is not None:
-            _require_trained(step)
+            raise MostError(f"step {step.name} failed with status {status}; fix the error above and run again")
+        if step.training_steps is not None and step.continues is not None:
+            _require_trained(step.name, ROOT / step.continues.parent, step.training_steps)
         write_text(stamp, identity)
         print(f"{label}: {time.monotonic() - start:.0f} s", flush=True)
 
 
 def _claim(folder: Path, started: Path, identity: str) -> None:
-    """Note who works in ``folder``; refuse when it holds the work of a step of another identity."""
+    """Record whose work ``folder`` holds; raise MostError if it is that of a step with another identity."""
     folder = ROOT / folder
     if started.is_file() and started.read_text() != identity and folder.is_dir() and any(folder.iterdir()):
         raise MostError(
@@ -126,14 +127,14 @@ def _claim(folder: Path, started: Path, identity: str) -> None:
     write_text(started, identity)
 
 
-def _require_trained(step: Step) -> None:
-    reached = read_metadata(ROOT / step.continues.parent).step
-    if reached < step.training_steps:
-        raise MostError(f"{step.name} was stopped after step {reached} of {step.training_steps}; run again to go on")
+def _require_trained(name: str, run_dir: Path, steps: int) -> None:
+    reached = read_metadata(run_dir).step
+    if reached < steps:
+        raise MostError(f"{name} was stopped after step {reached} of {steps}; run again to continue")
 
 
 def _identity(previous: str, step: Step) -> str:
-    """Changes when this step's command or files, or those of a step before it, have changed."""
+    """A hash of the commands and files of this step and of all steps before it."""
     parts = [previous, *step.command, *(file_fingerprint(ROOT / path) for path in step.inputs)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -143,7 +144,7 @@ def _shown(part: str) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """Our modules for scripts, and no oversubscription: ranks and workers set their own threads."""
+    """Makes the package importable, and limits threads: ranks and workers set their own."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
 

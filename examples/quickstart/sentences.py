@@ -1,14 +1,14 @@
 """The template language of the quickstart corpus, and which of its sentences are held out.
 
 Every sentence is ``the ADJ NOUN VERB NUM ADJ NOUNS`` with six words per slot: 46,656 sentences. Three neighboring
-slot pairs (adjective-noun, verb-number, adjective-noun) are *guarded*: a sixth of their word pairs, those whose word
-indices i and j satisfy ``(i + j) % 6 == 0``, never occurs in training. That gives two held-out sets:
+slot pairs (adjective-noun, verb-number, adjective-noun) are *guarded*: a sixth of their word pairs, those with word
+indices i and j where ``(i + j) % 6 == 0``, never occurs in training. This gives two held-out sets:
 
-* ``heldout_s`` (seen pairs): sentences that training has not, made of word pairs that it has. Measures reading.
-* ``heldout_p`` (unseen pairs): both adjective-noun pairs never occur in training. Measures composition: a model that
-  memorized pairs instead of words fails here.
+* ``heldout_s`` (seen pairs): sentences that are not in training, made of word pairs that are. Measures reading.
+* ``heldout_p`` (unseen pairs): neither adjective-noun pair occurs in training. Measures composition: a model that
+  memorized pairs instead of words fails.
 
-Run as a script it rewrites ``corpus/*.jsonl``; those files are the corpus, this is only how they came about.
+Run as a script, it rewrites the corpus, ``corpus/*.jsonl``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def text_of(choice: Choice) -> str:
 
 
 def choice_of(text: str) -> Choice:
-    """The word indices of a sentence; ValueError when it is not one of the language."""
+    """The word indices of a sentence; raises ValueError if it does not follow the template."""
     article, *words = text.split()
     if article != "the" or len(words) != len(SLOTS):
         raise ValueError(f"not a sentence of the template: {text!r}")
@@ -58,7 +58,7 @@ def held_out_pairs(choice: Choice) -> tuple[bool, ...]:
 
 
 def draw_splits() -> dict[str, list[Choice]]:
-    """The three splits, in random order, without a sentence in two of them."""
+    """The three splits, each in random order; no sentence is in two of them."""
     rng = random.Random(SEED)
     drawn: set[Choice] = set()
     splits: dict[str, list[Choice]] = {}
@@ -78,9 +78,9 @@ def draw_splits() -> dict[str, list[Choice]]:
 
 
 def balanced_sentences(repeats: int = 100) -> list[str]:
-    """Sentences in which every pair of neighboring words of the language is equally frequent, held-out ones included.
+    """Sentences in which all pairs of neighboring words are equally frequent, held-out pairs included.
 
-    For a recognizer's language model: it then prefers no split over another, and nothing outside the template.
+    A recognizer's language model trained on them prefers no split.
     """
     choices = [(first, second) * (len(SLOTS) // 2) for first in range(6) for second in range(6)]
     return [text_of(choice) for choice in choices] * repeats

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What toy_initialization.yaml starts from: a text model with eight experts, trained on the quickstart's sentences, as a
-# DeepSeek-V2 model, and the MoST checkpoints that conversion makes of it. A few minutes; make quickstart comes first.
+# What toy_initialization.yaml starts from: a DeepSeek-V2 text model with eight experts, trained on the quickstart's
+# sentences, and the MoST checkpoints converted from it. It takes a few minutes, after make quickstart.
 #
 #   examples/sweeps/make_toy_base_model.sh [DIRECTORY]
 set -euo pipefail

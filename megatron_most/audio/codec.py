@@ -1,4 +1,4 @@
-"""What the rest of the project asks of an audio codec.
+"""The interface of an audio codec.
 
 Shape letters: T samples, C codebooks, F codec frames. Codes are ``[F, C]``, frame after frame.
 """
@@ -19,15 +19,15 @@ class AudioCodec(Protocol):
     """A neural codec: waveform <-> one code per codebook and frame."""
 
     name: str
-    """What a user calls the codec: a pretrained model's name, or a file's stem."""
+    """The name of a pretrained model, or the stem of a file."""
 
     fingerprint: str
-    """SHA-256 of the weights file: codes of two codecs mix only when it is equal."""
+    """SHA-256 of the weights file; codes of codecs with different fingerprints cannot be mixed."""
 
     num_codebooks: int
     codebook_size: int
     sample_rate: int
-    """Samples per second, of what is encoded and of what is decoded."""
+    """Samples per second of the waveforms that are encoded and decoded."""
 
     samples_per_frame: int
 
@@ -39,14 +39,14 @@ class AudioCodec(Protocol):
     def encode(self, waveform: np.ndarray) -> np.ndarray:
         """Waveform ``[T]`` float32 in -1..1 at ``sample_rate`` -> codes ``[F, C]`` int64.
 
-        F is T / ``samples_per_frame``, rounded up; DataError when the codec gives another number. The same waveform
-        gives the same codes whatever was encoded before.
+        F is T / ``samples_per_frame``, rounded up; DataError if the codec returns another number. The codes depend on
+        the waveform only.
         """
         ...
 
     @property
     def min_samples(self) -> int:
-        """Shortest waveform that codes are worth having of: one frame, or more where the codec needs more."""
+        """Samples of the shortest waveform that is encoded: one frame, or more if the codec needs more."""
         ...
 
     def batch_shape(self, num_samples: int) -> tuple[int, int]:
@@ -54,28 +54,28 @@ class AudioCodec(Protocol):
         ...
 
     def encode_batch(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """:meth:`encode` of each, to the bit, in one go. They share a :meth:`batch_shape` and fit its rows."""
+        """The same codes as :meth:`encode` of each. All share a :meth:`batch_shape`, and there are at most its rows."""
         ...
 
     def to(self, device: str) -> None:
-        """Compute on ``cpu``, ``cuda`` or ``cuda:N`` from now on. Another device may round codes otherwise."""
+        """Move to ``cpu``, ``cuda`` or ``cuda:N``. Codes may differ between devices where rounding does."""
         ...
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Codes ``[F, C]`` -> waveform ``[F * samples_per_frame]`` float32.
 
-        Codes of the first codebooks only are decoded as well as these alone can be.
+        C may be less than ``num_codebooks``: the first codebooks alone are decoded, at lower quality.
 
-        Raises DataError for codes outside their codebook, and when the codec gives too few samples.
+        Raises DataError for codes outside their codebook, and if the codec returns too few samples.
         """
         ...
 
 
 def codec_file(name_or_path: str | Path) -> Path | None:
-    """The file that is meant by what a user gives as a codec; None when it is the name of a pretrained model.
+    """The path of a ``.nemo`` file; None for the name of a pretrained model.
 
     Raises:
-        ConfigError: a file is meant, but there is none.
+        ConfigError: the file does not exist.
     """
     text = str(name_or_path)
     if not text.endswith(".nemo"):

@@ -7,14 +7,17 @@ command can print its help, without them.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from megatron_most.audio.containers import check_is_whole
+from megatron_most.audio.containers import Stream, StreamView, streams_of
 from megatron_most.errors import DataError
 from megatron_most.files import replacing
 
@@ -22,16 +25,16 @@ if TYPE_CHECKING:
     import soundfile
 
 DURATION_TOLERANCE = 0.1
-"""Seconds by which a length may miss what is said of it: manifests round, resamplers trim, encoders pad."""
+"""Seconds by which audio may be longer or shorter than stated: manifests round, resamplers trim, encoders pad."""
 
 SAMPLE_RATES = (1000, 768000)
-"""Lowest and highest rate of a file that is believed."""
+"""Lowest and highest sample rate that is accepted."""
 
 MAX_AMPLITUDE = 16.0
-"""Lossy codecs overshoot -1..1 a little; far more is audio in another scale, such as 16-bit integers as floats."""
+"""Lossy codecs overshoot -1..1 a little. Far larger values mean another scale, such as 16-bit integers as floats."""
 
 _BLOCK = 1 << 20
-"""Samples of all channels that are decoded at once, whatever length a header claims."""
+"""Samples of all channels that are decoded at once."""
 
 
 def read_audio(
@@ -45,14 +48,14 @@ def read_audio(
     """Read audio as float32 ``[T]`` mono at ``sample_rate``.
 
     Args:
-        audio: a file, or an open one that can seek.
+        audio: a path, or a file object that can seek.
         offset: where to start, in seconds.
         duration: how much to read, in seconds; None reads to the end.
-        channel: the only channel to read; None averages all.
+        channel: the channel to read; None averages all channels.
 
     Raises:
-        DataError: the file is missing, unreadable, cut off, shorter than its header or than the segment asked for,
-            empty, or holds values that are not numbers or far outside -1..1.
+        DataError: the file is missing, unreadable, cut off, empty, shorter than its header says or than the requested
+            segment, or has samples that are not finite or far outside -1..1.
     """
     [waveform] = stream_audio(audio, sample_rate, offset=offset, duration=duration, channel=channel)
     return waveform
@@ -69,8 +72,8 @@ def stream_audio(
 ) -> Iterator[np.ndarray]:
     """As :func:`read_audio`, in pieces of ``chunk`` samples (at ``sample_rate``; the last one shorter).
 
-    Audio that fits one piece is one, equal to what :func:`read_audio` gives; longer audio is never held whole. What is
-    wrong with a file may show only at a later piece.
+    Audio that fits in one piece equals the result of :func:`read_audio`. Longer audio is never held in memory whole,
+    so an error in the file may be raised after some pieces.
     """
     import soundfile
 
@@ -79,59 +82,80 @@ def stream_audio(
         reason = "not a regular file" if Path(audio).exists() else "no such audio file"
         raise DataError(f"{name}: {reason}")
     try:
-        check_is_whole(audio, name)
-        with soundfile.SoundFile(audio) as file:
-            yield from _pieces(file, name, sample_rate, offset, duration, channel, chunk)
+        with open(audio, "rb") if isinstance(audio, (str, Path)) else contextlib.nullcontext(audio) as file:
+            is_named = isinstance(audio, (str, Path))
+            streams = _streams_of_path(name, _state(os.fstat(file.fileno()))) if is_named else streams_of(file, name)
+            blocks = _blocks(file, name, streams, offset, duration, channel)
+            pieces = _converted(blocks, name, sample_rate, chunk)
+            first, second = next(pieces), next(pieces, None)
+            if second is None:
+                yield first
+            else:
+                yield from _rechunked(itertools.chain([first, second], pieces), chunk)
     except soundfile.LibsndfileError as error:
         reason = error.error_string.strip() or "broken or cut off"  # libsndfile does not always know
         raise DataError(f"{name}: not readable as audio: {reason}") from None
-    except (TypeError, ValueError) as error:  # soundfile's answer to names that end in .raw
-        raise DataError(f"{name}: not readable as audio: {error}") from None
     except OSError as error:
         raise DataError(f"{name}: not readable: {error.strerror}") from None
 
 
-def _pieces(
-    file: soundfile.SoundFile,
-    name: str,
-    sample_rate: int,
-    offset: float,
-    duration: float | None,
-    channel: int | None,
-    chunk: int | None,
-) -> Iterator[np.ndarray]:
-    rate = file.samplerate
-    if not SAMPLE_RATES[0] <= rate <= SAMPLE_RATES[1]:
-        raise DataError(f"{name}: a rate of {rate} Hz is not believable")
-    if channel is not None and channel >= file.channels:
-        raise DataError(f"{name}: has {file.channels} channels, channel {channel} is asked for")
-    start = round(offset * rate)
-    if start >= file.frames:
-        if file.frames == 0:
-            raise DataError(f"{name}: holds no audio samples")
-        raise DataError(f"{name}: holds {file.frames / rate:.2f} s, nothing at offset {offset:.2f} s")
-    file.seek(start)  # also to 0: MP3 decodes to other last bits without
-    wanted = None if duration is None else round(duration * rate)
-    blocks = _blocks(file, name, channel, file.frames - start, wanted, offset)
-    # One chunk and a sample more tell whether there is a second chunk.
-    first, rest = _take(blocks, None if chunk is None else -(-chunk * rate // sample_rate) + 1)
-    if rest is None:
-        waveform = first if rate == sample_rate else resample(first, rate, sample_rate)
-        if not len(waveform):
-            raise DataError(f"{name}: too short to resample to {sample_rate} Hz")
-        yield np.ascontiguousarray(waveform, dtype=np.float32)
-    else:
-        yield from _rechunked(_resampled(itertools.chain([first, rest], blocks), rate, sample_rate), chunk)
+@functools.lru_cache(maxsize=16)
+def _streams_of_path(path: str, state: tuple[int, ...]) -> list[Stream]:
+    """Cached until the file's ``state`` changes: many utterances are segments of one long recording."""
+    with open(path, "rb") as file:
+        return streams_of(file, path)
+
+
+def _state(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _blocks(
-    file: soundfile.SoundFile, name: str, channel: int | None, promised: int, wanted: int | None, offset: float
+    file: BinaryIO, name: str, streams: list[Stream], offset: float, duration: float | None, channel: int | None
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Mono blocks of the segment, each with its sample rate, which may differ between joined files.
+
+    Checks that the file contains what its header says and what was requested.
+    """
+    import soundfile
+
+    seconds = given = 0.0
+    for stream in streams:
+        with soundfile.SoundFile(StreamView(file, stream)) as sound:
+            rate = sound.samplerate
+            if not SAMPLE_RATES[0] <= rate <= SAMPLE_RATES[1]:
+                raise DataError(f"{name}: a rate of {rate} Hz is outside {SAMPLE_RATES[0]}..{SAMPLE_RATES[1]} Hz")
+            if channel is not None and channel >= sound.channels:
+                raise DataError(f"{name}: has {sound.channels} channels, channel {channel} is asked for")
+            start = max(0, round((offset - seconds) * rate))
+            seconds += sound.frames / rate
+            wanted = None if duration is None else round((duration - given) * rate)
+            if start >= sound.frames or wanted == 0:
+                continue
+            for samples in _decoded(sound, name, start, wanted, stream.is_exact):
+                given += len(samples) / rate
+                yield rate, samples[:, channel] if channel is not None else samples.mean(axis=1)
+    if not seconds:
+        raise DataError(f"{name}: holds no audio samples")
+    if not given:
+        raise DataError(f"{name}: holds {seconds:.2f} s, nothing at offset {offset:.2f} s")
+    if duration is not None and given < duration - DURATION_TOLERANCE:
+        raise DataError(f"{name}: holds {given:.2f} s from {offset:.2f} s on, {duration:.2f} s are expected")
+
+
+def _decoded(
+    sound: soundfile.SoundFile, name: str, start: int, wanted: int | None, is_exact: bool
 ) -> Iterator[np.ndarray]:
-    """Mono blocks up to the end, or up to ``wanted`` samples; checks that the file holds what it says."""
-    size = max(1, _BLOCK // file.channels)
+    """Samples ``[T, channels]`` of one stream from ``start`` to its end, or ``wanted`` of them."""
+    size = max(1, _BLOCK // sound.channels)
+    if sound.seekable():
+        sound.seek(start)  # also to 0: MP3 decodes to other last bits without
+    else:
+        for passed in range(0, start, size):
+            sound.read(min(size, start - passed))
     count = 0
     while wanted is None or count < wanted:
-        samples = file.read(size if wanted is None else min(size, wanted - count), dtype="float32", always_2d=True)
+        samples = sound.read(size if wanted is None else min(size, wanted - count), dtype="float32", always_2d=True)
         if not len(samples):
             break
         count += len(samples)
@@ -140,16 +164,29 @@ def _blocks(
             raise DataError(f"{name}: holds samples that are not finite numbers")
         if peak > MAX_AMPLITUDE:
             raise DataError(f"{name}: holds samples up to {peak:g}; they must be in -1..1")
-        yield samples[:, channel] if channel is not None else samples.mean(axis=1)
-    rate = file.samplerate
-    if wanted is not None and count / rate < wanted / rate - DURATION_TOLERANCE:
+        yield samples
+    tolerance = 0 if is_exact else round(DURATION_TOLERANCE * sound.samplerate)
+    if wanted is None and count < sound.frames - start - tolerance:
         raise DataError(
-            f"{name}: holds {count / rate:.2f} s from {offset:.2f} s on, {wanted / rate:.2f} s are expected"
+            f"{name}: cut off: holds {count} samples of the {sound.frames - start} that its header promises"
         )
-    if wanted is None and count < promised:
-        raise DataError(f"{name}: cut off: holds {count} samples of the {promised} that its header promises")
-    if not count:
-        raise DataError(f"{name}: holds no audio samples")
+
+
+def _converted(
+    blocks: Iterator[tuple[int, np.ndarray]], name: str, sample_rate: int, chunk: int | None
+) -> Iterator[np.ndarray]:
+    """The blocks at ``sample_rate``. Audio that fits in a ``chunk`` is resampled at once, as without a ``chunk``."""
+    for rate, group in itertools.groupby(blocks, key=lambda block: block[0]):
+        samples = (block for _, block in group)
+        # One chunk and a sample more tell whether there is a second chunk.
+        first, rest = _take(samples, None if chunk is None else -(-chunk * rate // sample_rate) + 1)
+        if rest is None:
+            waveform = first if rate == sample_rate else resample(first, rate, sample_rate)
+            if not len(waveform):
+                raise DataError(f"{name}: too short to resample to {sample_rate} Hz")
+            yield np.ascontiguousarray(waveform, dtype=np.float32)
+        else:
+            yield from _resampled(itertools.chain([first, rest], samples), rate, sample_rate)
 
 
 def _take(blocks: Iterator[np.ndarray], count: int | None) -> tuple[np.ndarray, np.ndarray | None]:
@@ -184,12 +221,12 @@ def resample(waveform: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
     return soxr.resample(waveform, rate, sample_rate)
 
 
-def _rechunked(blocks: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """The same samples in pieces of ``size``."""
+def _rechunked(blocks: Iterator[np.ndarray], size: int | None) -> Iterator[np.ndarray]:
+    """The same samples in pieces of ``size``; None makes one piece of them."""
     buffer = np.zeros(0, dtype=np.float32)
-    for block in blocks:
+    for block in [np.concatenate(list(blocks))] if size is None else blocks:
         buffer = np.concatenate([buffer, block])
-        while len(buffer) >= size:
+        while size is not None and len(buffer) >= size:
             yield np.ascontiguousarray(buffer[:size], dtype=np.float32)
             buffer = buffer[size:]
     if len(buffer):

@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 
 from megatron_most.audio.codec import AudioCodec, codec_file, file_fingerprint
 from megatron_most.audio.io import resample
-from megatron_most.errors import ConfigError, DataError
+from megatron_most.errors import ConfigError, DataError, first_line
 from megatron_most.extras import require
 from megatron_most.vocab import check_codes
 
@@ -58,7 +58,7 @@ def load_codec(name_or_path: str | Path) -> AudioCodec:
         try:
             model = model_class.restore_from(str(path), map_location="cpu")
         except Exception as error:  # NeMo raises whatever its configuration and unpickling happen to trip over
-            raise DataError(f"codec {path}: NeMo cannot restore it: {_one_line(error)}") from error
+            raise DataError(f"codec {path}: NeMo cannot restore it: {first_line(error)}") from error
         _check_weights(model, path)
         _fold_weight_norm(model)
     name = file.stem if file else str(name_or_path)
@@ -220,7 +220,7 @@ def _import_nemo():
     try:
         from nemo.collections.tts.models import AudioCodecModel
     except ImportError as error:
-        raise ConfigError(f"NeMo is installed and cannot be imported: {_one_line(error)}") from None
+        raise ConfigError(f"NeMo is installed and cannot be imported: {first_line(error)}") from None
     return AudioCodecModel
 
 
@@ -229,7 +229,7 @@ def _download(model_class, name: str) -> Path:
         return Path(model_class.from_pretrained(name, return_model_file=True))
     except Exception as error:  # network, hub and name errors have no common base class
         raise ConfigError(
-            f"codec {name}: neither a .nemo file nor a pretrained model within reach: {_one_line(error)}"
+            f"codec {name}: neither a .nemo file nor a pretrained model within reach: {first_line(error)}"
         ) from error
 
 
@@ -256,7 +256,7 @@ def _check_archive(path: Path) -> None:
     except KeyError:
         raise DataError(f"codec {path}: has no model_config.yaml, so it is no NeMo model") from None
     except (tarfile.TarError, EOFError, OSError, yaml.YAMLError) as error:
-        raise DataError(f"codec {path}: not readable as a .nemo archive: {_one_line(error)}") from None
+        raise DataError(f"codec {path}: not readable as a .nemo archive: {first_line(error)}") from None
     target = config.get("target", "") if isinstance(config, dict) else ""
     if not target.endswith(".AudioCodecModel"):
         raise DataError(f"codec {path}: holds {target or 'an unknown model'}, not an AudioCodecModel")
@@ -281,7 +281,9 @@ def _check_weights(model, path: Path) -> None:
     """NeMo's codec loads its state dict without insisting on every key; what is missing would stay random."""
     with tarfile.open(path) as archive:
         member = next(member for member in archive.getmembers() if member.name.endswith("model_weights.ckpt"))
-        stored = torch.load(archive.extractfile(member), map_location="cpu", weights_only=True)
+        weights = archive.extractfile(member)
+        assert weights is not None, "a file of the archive has content"
+        stored = torch.load(weights, map_location="cpu", weights_only=True)
     parts = ("audio_encoder.", "audio_decoder.", "vector_quantizer.")
     missing = [name for name in model.state_dict() if name.startswith(parts) and name not in stored]
     if missing:
@@ -294,7 +296,3 @@ def _fold_weight_norm(model) -> None:
         if parametrize.is_parametrized(module):
             for parameter in list(module.parametrizations):
                 parametrize.remove_parametrizations(module, parameter)
-
-
-def _one_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Native sharded checkpoints: commit, verify, find, reshard."""
+"""Native sharded checkpoints: save, verify, find, load in any parallel layout."""
 
 from megatron_most.checkpointing.directory import complete_checkpoints, remove_leftovers, resolve
 from megatron_most.checkpointing.metadata import (

@@ -1,14 +1,13 @@
 """Checkpoint directories: names, manifests, commit, search, retention.
 
-``RUN_DIR/checkpoints/step_00000100/`` holds ``checkpoint.json`` (what it is), ``state/`` (Megatron's sharded tensors)
-and ``manifest.json`` (size and CRC32 of every file). It is written under a ``.tmp-`` name and renamed when whole, so
-that a directory with a ``step_`` name is complete unless the storage lost something, which the manifest shows.
+``RUN_DIR/checkpoints/step_00000100/`` holds ``checkpoint.json`` (metadata), ``state/`` (Megatron's sharded tensors) and
+``manifest.json`` (size and CRC32 of every file). It is written under a ``.tmp-`` name and renamed when complete, so a
+directory named ``step_`` is complete unless the storage lost data, which the manifest reveals.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 from isal import isal_zlib
 
 from megatron_most.errors import CheckpointError
+from megatron_most.files import read_json, sync_folder, write_json
 
 STATE = "state"
 """Folder of the sharded tensors in a checkpoint."""
@@ -45,7 +45,7 @@ def step_directory(run_dir: str | Path, step: int) -> Path:
 
 
 def step_of(directory: Path) -> int | None:
-    """The step in a checkpoint directory's name, None for any other name."""
+    """The step in the name of a checkpoint directory, None for any other name."""
     match = _STEP_NAME.fullmatch(directory.name)
     return int(match.group(1)) if match else None
 
@@ -55,32 +55,36 @@ def temporary_directory(directory: Path) -> Path:
 
 
 def list_files(directory: Path) -> list[str]:
-    """Every file below ``directory`` but the manifest, as sorted relative POSIX paths."""
+    """Every file below ``directory`` except the manifest, as sorted relative POSIX paths."""
     paths = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
     return sorted(path for path in paths if path != MANIFEST)
 
 
 def checksum(directory: Path, files: Iterable[str]) -> dict[str, FileEntry]:
-    """Read ``files`` (relative to ``directory``) and return their sizes and checksums."""
+    """Read ``files``, relative to ``directory``. Returns their sizes and checksums."""
     return {name: _entry(directory / name) for name in files}
 
 
 def write_manifest(directory: Path, entries: dict[str, FileEntry]) -> None:
     """Write the manifest that makes ``directory`` complete."""
-    write_json(directory / MANIFEST, {name: dataclasses.asdict(entries[name]) for name in sorted(entries)})
+    content = {name: dataclasses.asdict(entries[name]) for name in sorted(entries)}
+    write_json(directory / MANIFEST, content, CheckpointError)
 
 
 def read_manifest(directory: Path) -> dict[str, FileEntry]:
-    """The manifest of ``directory``; raises :class:`CheckpointError` when it is missing or unreadable."""
-    values = read_json(directory / MANIFEST)
+    """The manifest of ``directory``. Raises :class:`CheckpointError` if it is missing or unreadable."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{directory}: incomplete: {MANIFEST} is missing")
+    values = read_json(path, CheckpointError)
     try:
         return {name: FileEntry(**entry) for name, entry in values.items()}
     except (AttributeError, TypeError):
-        raise CheckpointError(f"{directory / MANIFEST}: not a checkpoint manifest") from None
+        raise CheckpointError(f"{path}: not a checkpoint manifest") from None
 
 
 def verify_sizes(directory: Path) -> None:
-    """Raise :class:`CheckpointError` unless every file of the manifest is there with its size. Reads no content."""
+    """Raise :class:`CheckpointError` unless every file of the manifest exists with its size. Does not read contents."""
     for name, entry in read_manifest(directory).items():
         try:
             size = (directory / name).stat().st_size
@@ -90,27 +94,27 @@ def verify_sizes(directory: Path) -> None:
             raise CheckpointError(f"{directory}: torn: {name} has {size} bytes, the manifest says {entry.size}")
 
 
-def verify_checksums(directory: Path, share: int = 0, num_shares: int = 1) -> None:
-    """Raise :class:`CheckpointError` when a file's content is not what was written.
+def verify_checksums(directory: Path, rank: int = 0, num_ranks: int = 1) -> None:
+    """Raise :class:`CheckpointError` if the content of a file is not what was written.
 
-    With ``num_shares`` ranks, rank ``share`` reads every ``num_shares``-th file, so that together they read each once.
+    Each of ``num_ranks`` ranks reads every ``num_ranks``-th file, so that together they read each file once.
     """
     entries = read_manifest(directory)
-    for name in sorted(entries)[share::num_shares]:
+    for name in sorted(entries)[rank::num_ranks]:
         if _entry(directory / name) != entries[name]:
             raise CheckpointError(f"{directory}: corrupt: the content of {name} does not match its checksum")
 
 
 def commit(temporary: Path, directory: Path) -> None:
-    """Give a finished checkpoint its name; a directory of that name (torn, or it would have been used) goes first."""
+    """Rename a complete checkpoint to its final name. A torn checkpoint of that name is deleted first."""
     if directory.exists():
         _discard(directory)
     os.replace(temporary, directory)
-    _sync(directory.parent)
+    sync_folder(directory.parent)
 
 
 def complete_checkpoints(run_dir: str | Path) -> tuple[list[Path], list[str]]:
-    """Checkpoints of a run whose files are there in full, oldest first, and one line for each that is not."""
+    """The complete checkpoints of a run, oldest first, and one line for each incomplete one."""
     parent = checkpoints_directory(run_dir)
     candidates = [path for path in parent.iterdir() if step_of(path) is not None] if parent.is_dir() else []
     complete, problems = [], []
@@ -124,10 +128,10 @@ def complete_checkpoints(run_dir: str | Path) -> tuple[list[Path], list[str]]:
 
 
 def resolve(path: str | Path) -> Path:
-    """A checkpoint directory from its own path, or the newest complete one of a run directory.
+    """The checkpoint at ``path``, or the newest complete one if ``path`` is a run directory.
 
     Raises:
-        CheckpointError: there is none; incomplete ones are named.
+        CheckpointError: there is no complete checkpoint; incomplete ones are named.
     """
     path = Path(path)
     if not path.is_dir():
@@ -151,12 +155,13 @@ def remove_leftovers(run_dir: str | Path) -> None:
 
 
 def retain(run_dir: str | Path, keep_last: int, keep_every: int = 0) -> None:
-    """Delete complete checkpoints, but for the ``keep_last`` newest and those of steps divisible by ``keep_every``.
+    """Delete complete checkpoints, except the ``keep_last`` newest and those of steps divisible by ``keep_every``.
 
-    ``keep_every`` 0 keeps none for its step. One that is being written or is torn is neither counted nor deleted.
+    With ``keep_every`` 0, only the newest are kept. Checkpoints that are torn or being written are neither counted nor
+    deleted.
 
     Raises:
-        CheckpointError: the storage refused.
+        CheckpointError: the storage refuses to delete one.
     """
     complete, _ = complete_checkpoints(run_dir)
     for path in complete[:-keep_last]:
@@ -166,29 +171,6 @@ def retain(run_dir: str | Path, keep_last: int, keep_every: int = 0) -> None:
             _discard(path)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be deleted: {error.strerror}") from error
-
-
-def write_json(path: Path, values: object) -> None:
-    """Write JSON to ``path`` so that it is there whole or not at all."""
-    temporary = path.with_name(TEMPORARY_PREFIX + path.name)
-    with open(temporary, "w", encoding="utf-8") as stream:
-        json.dump(values, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-
-
-def read_json(path: Path) -> dict:
-    """Read a JSON object of a checkpoint; raises :class:`CheckpointError` naming the file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: incomplete: {path.name} is missing") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: unreadable: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object")
-    return values
 
 
 def _entry(path: Path) -> FileEntry:
@@ -203,17 +185,9 @@ def _entry(path: Path) -> FileEntry:
 
 
 def _discard(directory: Path) -> None:
-    """Take a checkpoint out of the search at once, then delete it: a kill between the two leaves no half of it."""
+    """Rename a checkpoint, so that no search finds it half deleted after a kill, and then delete it."""
     doomed = directory.with_name(f"{TEMPORARY_PREFIX}old-{directory.name}")
     if doomed.exists():
         shutil.rmtree(doomed)
     os.replace(directory, doomed)
     shutil.rmtree(doomed)
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

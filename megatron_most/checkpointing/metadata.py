@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, and whether it fits a configuration."""
+"""Metadata of a checkpoint, and whether the checkpoint fits a configuration."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from pathlib import Path
 from typing import Any
 
 from megatron_most.audio import codec_file, file_fingerprint
-from megatron_most.checkpointing.directory import read_json, resolve
+from megatron_most.checkpointing.directory import resolve
 from megatron_most.config import RunConfig, number_experts, with_new_names
 from megatron_most.data.storage.sidecar import read_sidecar
 from megatron_most.errors import CheckpointError
+from megatron_most.files import read_json
 from megatron_most.keys import training_only
 from megatron_most.text import load_tokenizer
 from megatron_most.vocab import VocabLayout
 
 METADATA = "checkpoint.json"
 FORMAT = 2
-"""What the tensors of a checkpoint mean. 2: routers and experts in logical order; 1 had them in the writer's order."""
+"""Version of the format. In 2, routers and experts are in logical order; in 1 they were in the writer's order."""
 
 TRAINING_ONLY = training_only(RunConfig)
-"""Keys of the model section that do not change what given weights compute."""
+"""Keys of the ``model`` section that do not change what given weights compute."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:
-    """Which tokenizer, codec or dataset: its name as configured, and its content's fingerprint.
+    """Identifies a tokenizer, codec or dataset: its configured name, and the fingerprint of its content.
 
-    None stands for what is not known: a codec of a pretrained name.
+    The fingerprint is None if it is unknown, as for a codec that is given by the name of a pretrained model.
     """
 
     name: str
@@ -40,12 +41,12 @@ class Fingerprint:
 
     @classmethod
     def of_tokenizer(cls, config: RunConfig) -> Fingerprint | None:
-        """Of the run's tokenizer, None when it names none; raises what :func:`load_tokenizer` raises."""
+        """Of the run's tokenizer, None if it has none. Raises the errors of :func:`load_tokenizer`."""
         return None if config.tokenizer is None else cls(config.tokenizer, load_tokenizer(config.tokenizer).fingerprint)
 
     @classmethod
     def of_codec(cls, config: RunConfig) -> Fingerprint | None:
-        """Of the run's codec, None when it names none."""
+        """Of the run's codec, None if it has none."""
         if config.codec is None:
             return None
         path = codec_file(config.codec)
@@ -53,12 +54,12 @@ class Fingerprint:
 
     @classmethod
     def of_dataset(cls, path: str) -> Fingerprint:
-        """Of a built dataset, from its sidecar and the sizes of its files: cheap, and blind to a bit that flipped.
+        """Of a built dataset, from its sidecar and the sizes of its files. Cheap, but does not detect a flipped bit.
 
-        The command and the version of the tool that built it do not count: the same data may be built again.
+        The command and the tool version that built it are left out: the same data may be built again.
 
         Raises:
-            DataError: it is missing or unreadable.
+            DataError: the dataset is missing or unreadable.
         """
         sidecar = read_sidecar(f"{path}.json", f"dataset {path}")
         built = {key: value for key, value in sidecar["provenance"].items() if key not in ("command", "tool_version")}
@@ -76,14 +77,14 @@ class CheckpointMetadata:
         step: steps taken.
         consumed_samples: rows read from the training blend; gives the data position.
         consumed_tokens: positions trained on, padding left out.
-        config: the run configuration as nested dicts, its keys by their names of today.
-        tokenizer, codec: fingerprints, where the run names them.
-        world_size: ranks that wrote it.
-        pending: metrics gathered since the last logged line, so that a resumed run logs what an undisturbed one does.
-        versions: packages that wrote it.
+        config: the run configuration as nested dicts, with the current names of its keys.
+        tokenizer, codec: fingerprints, None if the run has none.
+        world_size: number of ranks that wrote it.
+        pending: metrics gathered since the last logged line, so that a resumed run logs what an uninterrupted one does.
+        versions: versions of the packages that wrote it.
         datasets: fingerprints of the training datasets.
-        skipped_steps: those of ``step`` that did not update the weights, because their gradients were too large.
-        format: :data:`FORMAT` of the writer.
+        skipped_steps: how many of ``step`` did not update the weights, because their gradients were too large.
+        format: :data:`FORMAT` of the version that wrote it.
     """
 
     step: int
@@ -101,7 +102,7 @@ class CheckpointMetadata:
 
     @property
     def num_updates(self) -> int:
-        """Steps that updated the weights: what AdamW and the learning-rate schedule have counted."""
+        """Steps that updated the weights, as counted by AdamW and the learning-rate schedule."""
         return self.step - self.skipped_steps
 
     @property
@@ -125,10 +126,10 @@ def read_metadata(path: str | Path) -> CheckpointMetadata:
     """Metadata of a checkpoint directory, or of the newest complete one of a run directory.
 
     Raises:
-        CheckpointError: there is none, it cannot be read, or it has another format.
+        CheckpointError: there is no checkpoint, it cannot be read, or it has another format.
     """
     directory = resolve(path)
-    values = read_json(directory / METADATA)
+    values = read_json(directory / METADATA, CheckpointError)
     written = values.get("format", 1)
     if written != FORMAT:
         raise CheckpointError(
@@ -141,38 +142,43 @@ def read_metadata(path: str | Path) -> CheckpointMetadata:
 
 
 def check_same_model(directory: Path, metadata: CheckpointMetadata, config: RunConfig) -> None:
-    """Raise :class:`CheckpointError` naming the first field in which the checkpoint is not of ``config``'s model."""
-    theirs, mine = _with_numbered_experts(metadata.config), _with_numbered_experts(dataclasses.asdict(config))
+    """Raise :class:`CheckpointError` if the checkpoint is of another model than ``config``'s; names the first field.
+
+    The tokenizer and the codec must have the same content, as far as it is known.
+    """
+    stored, wanted = _with_numbered_experts(metadata.config), _with_numbered_experts(dataclasses.asdict(config))
     for section in ("vocab", "model"):
-        difference = first_difference(theirs.get(section), mine[section], section, ignore=TRAINING_ONLY)
+        difference = first_difference(stored.get(section), wanted[section], section, ignore=TRAINING_ONLY)
         if difference:
-            field, theirs, ours = difference
+            field, theirs, mine = difference
             raise CheckpointError(
                 f"{directory}: belongs to another model: {field} is {theirs!r} in the checkpoint,"
-                f" {ours!r} in the config"
+                f" {mine!r} in the config"
             )
-    # How fast biases move is a matter of training; whether there are any is not.
+    # The update rate of expert biases may change during training, but not whether the model has biases.
     their_rate = metadata.config["model"]["moe"]["moe_router_bias_update_rate"]
     my_rate = config.model.moe.moe_router_bias_update_rate
     if (their_rate > 0) != (my_rate > 0):
         raise CheckpointError(
             f"{directory}: belongs to another model: model.moe.moe_router_bias_update_rate is {their_rate!r} in the"
-            f" checkpoint, {my_rate!r} in the config, and expert biases are there only above 0"
+            f" checkpoint, {my_rate!r} in the config, and only a rate above 0 gives a model expert biases"
         )
-    for what, theirs, ours in (
-        ("tokenizer", metadata.tokenizer, Fingerprint.of_tokenizer(config)),
-        ("codec", metadata.codec, Fingerprint.of_codec(config)),
-    ):
-        known = theirs and ours and theirs.fingerprint and ours.fingerprint
-        if known and theirs.fingerprint != ours.fingerprint:
-            raise CheckpointError(
-                f"{directory}: belongs to another {what}: {theirs.name} ({theirs.fingerprint[:12]}) in the checkpoint,"
-                f" {ours.name} ({ours.fingerprint[:12]}) in the config"
-            )
+    _check_same(directory, "tokenizer", metadata.tokenizer, Fingerprint.of_tokenizer(config))
+    _check_same(directory, "codec", metadata.codec, Fingerprint.of_codec(config))
+
+
+def _check_same(directory: Path, what: str, theirs: Fingerprint | None, mine: Fingerprint | None) -> None:
+    if theirs is None or mine is None or theirs.fingerprint is None or mine.fingerprint is None:
+        return
+    if theirs.fingerprint != mine.fingerprint:
+        raise CheckpointError(
+            f"{directory}: belongs to another {what}: {theirs.name} ({theirs.fingerprint[:12]}) in the checkpoint,"
+            f" {mine.name} ({mine.fingerprint[:12]}) in the config"
+        )
 
 
 def _with_numbered_experts(config: dict[str, Any]) -> dict[str, Any]:
-    """A copy in which every pool has the list of its experts: one that is given by its size may be the same."""
+    """A copy in which every pool lists its experts, so that a pool given by its size equals one given by a list."""
     config = copy.deepcopy(config)
     moe = config["model"]["moe"]
     pools = [*moe["groups"], moe["common"]]
@@ -182,26 +188,26 @@ def _with_numbered_experts(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_same_data(directory: Path, metadata: CheckpointMetadata, datasets: list[Fingerprint]) -> None:
-    """Raise :class:`CheckpointError` naming the first dataset that is not what the checkpoint was trained on.
+    """Raise :class:`CheckpointError` for the first dataset whose content changed since the checkpoint.
 
-    Datasets are compared by name: which ones a run takes is a matter of its configuration.
+    Datasets are compared by name. A run may use other datasets than the checkpoint's.
     """
     theirs = {dataset.name: dataset.fingerprint for dataset in metadata.datasets}
     for dataset in datasets:
         if theirs.get(dataset.name, dataset.fingerprint) != dataset.fingerprint:
             raise CheckpointError(
-                f"{directory}: dataset {dataset.name} was built anew, with other content, since this checkpoint was"
-                " trained on it; bring the old one back, or choose another run_dir"
+                f"{directory}: dataset {dataset.name} was rebuilt with other content since this checkpoint was trained"
+                " on it; restore the old dataset, or choose another run_dir"
             )
 
 
 def first_difference(
     theirs: object, mine: object, field: str, ignore: Iterable[str] = ()
 ) -> tuple[str, object, object] | None:
-    """``(dotted field, their value, my value)`` of the first difference of two nested structures, in my order.
+    """``(dotted field, their value, my value)`` of the first difference between two nested structures, in my order.
 
     Args:
-        ignore: fields that may differ; ``[]`` in their names stands for every place of a list.
+        ignore: fields that may differ; ``[]`` in a name stands for every index of a list.
     """
     if re.sub(r"\[\d+\]", "[]", field) in ignore:
         return None
@@ -209,7 +215,7 @@ def first_difference(
         keys = [*mine, *(key for key in theirs if key not in mine)]
         entries = [(theirs.get(key), mine.get(key), f"{field}.{key}") for key in keys]
     elif isinstance(theirs, list) and isinstance(mine, list) and len(theirs) == len(mine):
-        entries = [(*pair, f"{field}[{place}]") for place, pair in enumerate(zip(theirs, mine, strict=True))]
+        entries = [(*pair, f"{field}[{index}]") for index, pair in enumerate(zip(theirs, mine, strict=True))]
     else:
         return None if theirs == mine else (field, theirs, mine)
     differences = (first_difference(*entry, ignore) for entry in entries)

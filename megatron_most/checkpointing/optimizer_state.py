@@ -1,11 +1,12 @@
-"""The optimizer's states as sharded tensors in the shape of the parameters they belong to.
+"""The optimizer's state as sharded tensors, each in the shape of the parameter it belongs to.
 
-Keys name parameters (``optimizer.state.exp_avg.<parameter>``), whether the state is split over data-parallel ranks or
-not, so that any parallel layout and either kind of optimizer finds its own. Each expert has keys of its own
+Keys name parameters (``optimizer.state.exp_avg.<parameter>``), whether or not the state is sharded over data-parallel
+ranks, so that any parallel layout and either kind of optimizer can load it. Each expert has its own keys
 (``<parameter>.<logical expert>``), because frozen experts have no state and a tensor in a checkpoint has no holes.
-Megatron's own ``fully_reshardable`` format
-has the same aim; in 0.19.2 it mixes up parameters as soon as a gradient buffer has several buckets with padding
-between them (optimizer/distrib_optimizer.py:1790 cuts a buffer without padding at positions of one that has it).
+
+Megatron's ``fully_reshardable`` format has the same goal, but in 0.19.2 it mixes up parameters if a gradient buffer has
+several buckets with padding between them: optimizer/distrib_optimizer.py:1790 cuts a buffer without padding at the
+positions of one with padding.
 
 Shape letters: n elements of a bucket, d data-parallel ranks.
 """
@@ -24,27 +25,28 @@ from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_te
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-Sharded = ShardedTensor | ShardedTensorFactory
+type Sharded = ShardedTensor | ShardedTensorFactory
+_SHARDED = (ShardedTensor, ShardedTensorFactory)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _MASTER = "fp32_param"
 _EXPERTS = ".mlp.experts."
 
 
 class OptimizerState:
-    """The states of an optimizer to save, or to load and then :meth:`apply`.
+    """The state of an optimizer, to save it, or to load it and then :meth:`apply` it.
 
     Args:
         model_state: the sharded state dict of the model whose parameters are optimized.
-        loading: name what is wanted. The state is allocated where it does not exist, as before the first update.
+        loading: make tensors to load into. State that does not exist yet, before the first update, is allocated.
     """
 
     def __init__(self, optimizer: MegatronOptimizer, model_state: dict[str, Any], loading: bool) -> None:
-        # Dense and expert parameters have an optimizer each when experts are spread over ranks, else share one.
+        # With expert parallelism, dense and expert parameters have an optimizer each; otherwise they share one.
         self.parts = [part for part in optimizer.chained_optimizers if part.optimizer is not None]
         self.tensors: dict[str, Sharded] = {}
         self._destinations: dict[str, tuple[torch.Tensor, slice]] = {}
         model_state = _expert_by_expert(model_state)
-        metadata = {sharded.data: sharded for sharded in nested_values(model_state) if isinstance(sharded, Sharded)}
+        metadata = {sharded.data: sharded for sharded in nested_values(model_state) if isinstance(sharded, _SHARDED)}
         for index, part in enumerate(self.parts):
             if not part.optimizer.state:
                 part.init_state_fn(part.optimizer, part.config)
@@ -54,12 +56,12 @@ class OptimizerState:
             else:
                 items = _whole_state(part, model_state, loading)
             for place, (sharded, destination) in enumerate(items):
-                # Keys of sharded tensors are no names: the experts of a layer share one.
+                # The key of a sharded tensor is not unique: the experts of a layer share one.
                 self.tensors[f"{index}/{place}"] = sharded
                 self._destinations[f"{index}/{place}"] = destination
 
     def leave_out_all_but(self, stored: Collection[str]) -> None:
-        """Want only what is ``stored`` (keys of a checkpoint); the rest stays as before the first step."""
+        """Load only ``stored`` keys. The rest of the state stays as it is before the first step."""
         for name, sharded in list(self.tensors.items()):
             pieces = sharded.build() if isinstance(sharded, ShardedTensorFactory) else [sharded]
             if any(piece.key not in stored for piece in pieces):
@@ -67,7 +69,7 @@ class OptimizerState:
 
     @torch.no_grad()
     def apply(self, loaded: dict[str, torch.Tensor], num_updates: int) -> None:
-        """Copy loaded tensors, named as in :attr:`tensors`, into the optimizer and go on after ``num_updates``."""
+        """Copy loaded tensors, named as in :attr:`tensors`, into the optimizer and set its step to ``num_updates``."""
         for name, (destination, part_of_parameter) in self._destinations.items():
             destination.view(-1).copy_(loaded[name].reshape(-1)[part_of_parameter])
         for part in self.parts:
@@ -75,7 +77,7 @@ class OptimizerState:
 
 
 def _expert_by_expert(model_state: dict[str, Any]) -> dict[str, Any]:
-    """The state with a tensor for each expert where it had one for all experts of a layer."""
+    """The state with one tensor per expert instead of one for all experts of a layer."""
 
     def own(tensor: ShardedTensor) -> ShardedTensor:
         axis = tensor.prepend_axis_num - 1
@@ -101,7 +103,7 @@ def _expert_by_expert(model_state: dict[str, Any]) -> dict[str, Any]:
     def change(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: change(inner) for key, inner in value.items()}
-        if isinstance(value, Sharded) and _EXPERTS in value.key:
+        if isinstance(value, _SHARDED) and _EXPERTS in value.key:
             return own(value) if isinstance(value, ShardedTensor) else own_pieces(value)
         return value
 
@@ -109,10 +111,11 @@ def _expert_by_expert(model_state: dict[str, Any]) -> dict[str, Any]:
 
 
 Item = tuple[Sharded, tuple[torch.Tensor, slice]]
+"""A sharded tensor, and where it is applied: a tensor of the optimizer and the elements of the parameter in it."""
 
 
 def _split_state(part: DistributedOptimizer, metadata: dict[torch.Tensor, Sharded], loading: bool) -> Iterator[Item]:
-    """States of which this rank holds a slice of each bucket; the slices are gathered to save them."""
+    """State of which this rank holds a slice of each bucket. To save it, the slices are gathered."""
     for buffer, ranges in zip(part.buffers, part.gbuf_ranges, strict=True):
         (bucket_ranges,) = ranges.values()
         for bucket, bucket_range in zip(buffer.buckets, bucket_ranges, strict=True):
@@ -138,7 +141,7 @@ def _split_state(part: DistributedOptimizer, metadata: dict[torch.Tensor, Sharde
 
 
 def _own_state(part: DistributedOptimizer, param: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-    """This rank's slices: the moments, and the fp32 copy (of an fp32 parameter it is a view of the parameter)."""
+    """This rank's slices: the moments, and the fp32 copy (for an fp32 parameter, a view of the parameter)."""
     group, place = part.model_param_group_index_map[param]
     main = part.optimizer.param_groups[group]["params"][place]
     return {**{key: part.optimizer.state[main][key] for key in _MOMENTS}, _MASTER: main}
@@ -147,7 +150,7 @@ def _own_state(part: DistributedOptimizer, param: torch.nn.Parameter) -> dict[st
 def _gather(
     part: DistributedOptimizer, bucket: Any, param_ranges: dict, slices: dict[torch.nn.Parameter, torch.Tensor]
 ) -> torch.Tensor:
-    """``[n]`` on the CPU: a bucket's state from the ``[n / d]`` that each data-parallel rank holds."""
+    """``[n]`` on the CPU: a bucket's state, gathered from the ``[n / d]`` of each data-parallel rank."""
     group = part.data_parallel_group
     size = bucket.grad_data.numel()
     local = torch.zeros(size // group.size(), dtype=torch.float32, device=bucket.grad_data.device)
@@ -160,23 +163,23 @@ def _gather(
 
 
 def _whole_state(part: MegatronOptimizer, model_state: dict[str, Any], loading: bool) -> Iterator[Item]:
-    """States that every data-parallel rank holds in full."""
+    """State that every data-parallel rank holds in full."""
     for sharded in nested_values(part.sharded_state_dict(model_state)):
-        if isinstance(sharded, Sharded):
+        if isinstance(sharded, _SHARDED):
             destination = (sharded.data, slice(None))
             if loading:
-                # Not into the optimizer's own tensors, which are set from the weights before what was read is applied.
+                # Not the optimizer's own tensors: they are set from the weights before the loaded state is applied.
                 sharded = dataclasses.replace(sharded, data=torch.empty_like(sharded.data))
             yield sharded, destination
 
 
 def _set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """torch counts the steps of each parameter, in a tensor of its own; the fused optimizers per group; Muon none."""
+    """Set the step count. torch has one per parameter, in a tensor; fused optimizers one per group; Muon has none."""
     for group in optimizer.param_groups:
-        if not isinstance(optimizer, torch.optim.Adam):  # AdamW is a kind of it
+        if not isinstance(optimizer, torch.optim.Adam):  # and not AdamW, its subclass
             group["step"] = step
             continue
         for parameter in group["params"]:
-            # torch's fused kernel reads the count on the device, the others on the host.
+            # torch's fused kernel reads the count on the device, other kernels on the host.
             device = parameter.device if group["fused"] else "cpu"
             optimizer.state[parameter]["step"] = torch.full((), float(step), device=device)

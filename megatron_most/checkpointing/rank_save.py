@@ -1,7 +1,7 @@
-"""What one rank writes of a checkpoint, planned by all ranks together and then written without any other rank.
+"""One rank's part of a checkpoint: all ranks plan it together, then each writes its own without the others.
 
-Megatron's own strategies for this start a manager process and fork writers, which costs seconds on small models and
-waits forever when one of them fails to start.
+Megatron's own strategies start a manager process and fork writers. That takes seconds even for small models, and hangs
+if one of them fails to start.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_most.checkpointing import directory as directories
-from megatron_most.errors import CheckpointError
+from megatron_most.errors import CheckpointError, first_line
 
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """What a rank has written: where each piece of a tensor lies, and the files by name."""
+    """What a rank wrote: where each piece of a tensor is, and the files by name."""
 
     results: list[WriteResult]
     entries: dict[str, directories.FileEntry]
 
 
 class RankSave:
-    """What this rank writes of ``state``. Making one is a collective call; its methods are not.
+    """The part of ``state`` that this rank writes. Creating one is a collective call; its methods are not.
 
     Args:
-        directory: for the files of all ranks; there and empty.
-        state: tensors and objects as torch's distributed checkpoints know them.
-        copy: hold a copy in host memory, of exactly the bytes this rank writes, so that ``state`` may change while
-            they are written.
+        directory: for the files of all ranks; an existing empty directory.
+        state: tensors and objects as in torch's distributed checkpoints.
+        copy: copy exactly the bytes that this rank writes to host memory, so that ``state`` may change meanwhile.
     """
 
     def __init__(self, directory: Path, state: dict[str, Any], copy: bool) -> None:
         self._directory = directory
-        # A copy is on the host already, and a thread that copies from a device would choose the first one.
-        self._writer = FileSystemWriter(str(directory), **({"per_thread_copy_ahead": 0} if copy else {}))
+        # A copy is already on the host, and a thread that copies ahead would use the first device.
+        options: dict[str, Any] = {"per_thread_copy_ahead": 0} if copy else {}
+        self._writer = FileSystemWriter(str(directory), **options)
         self._planner = _Planner(flatten_state_dict=False)
         rank, world_size = dist.get_rank(), dist.get_world_size()
         is_first = rank == 0
@@ -70,30 +70,30 @@ class RankSave:
             self._planner.hold_copies(self._plan)
 
     def write(self) -> Written:
-        """Write this rank's files and take their checksums.
+        """Write this rank's files and compute their checksums.
 
         Raises:
-            CheckpointError: the storage refused, or :meth:`abandon` was called.
+            CheckpointError: the storage cannot be written, or :meth:`abandon` was called.
         """
         try:
             results = self._writer.write_data(self._plan, self._planner).value()
         except (OSError, RuntimeError) as error:
-            line = " ".join(str(error).split())
-            raise CheckpointError(f"{self._directory}: cannot be written: {line} (rank {dist.get_rank()})") from error
+            reason = f"{first_line(error)} (rank {dist.get_rank()})"
+            raise CheckpointError(f"{self._directory}: cannot be written: {reason}") from error
         names = {result.storage_data.relative_path for result in results}
         return Written(results, directories.checksum(self._directory, names))
 
     def abandon(self) -> None:
-        """Make :meth:`write`, in another thread, end after the tensor it is at."""
+        """Make :meth:`write`, in another thread, stop after its current tensor."""
         self._planner.abandoned.set()
 
     def write_index(self, results: list[list[WriteResult]]) -> None:
-        """Add the index of what all ranks have written. Only on rank 0."""
+        """Write the index of what all ranks wrote. Only on rank 0."""
         self._writer.finish(self._index, results)
 
 
 class PlannedSave(TorchDistSaveShardedStrategy):
-    """What Megatron calls to write the sharded part of a checkpoint; it leaves the writing to :attr:`rank_save`."""
+    """The strategy that Megatron calls to write the sharded part of a checkpoint. It only plans :attr:`rank_save`."""
 
     def __init__(self, copy: bool) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class PlannedSave(TorchDistSaveShardedStrategy):
 
 
 class _Planner(MCoreSavePlanner):
-    """Megatron's plan; its tensors may be replaced by copies."""
+    """Megatron's plan, in which copies may replace the tensors."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -114,18 +114,19 @@ class _Planner(MCoreSavePlanner):
         self._copies: dict[MetadataIndex, torch.Tensor | io.BytesIO] | None = None
 
     def hold_copies(self, plan: SavePlan) -> None:
-        """Copy what ``plan`` writes and let go of all else: whole gathered states, copies of other ranks' shares."""
+        """Copy what ``plan`` writes and free the rest of the state, such as gathered tensors that other ranks write."""
         copies: dict[MetadataIndex, torch.Tensor | io.BytesIO] = {}
         for item in plan.items:
             data = self.resolve_data(item)
             if isinstance(data, torch.Tensor):
                 data = torch.empty(data.shape, dtype=data.dtype).copy_(data.detach())
             copies[item.index] = data
-        self._copies, self.state_dict = copies, {}
+        self._copies = copies
+        self.state_dict: dict[str, Any] = {}
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         if self.abandoned.is_set():
             raise RuntimeError("abandoned")
         if self._copies is None:
             return super().resolve_data(write_item)
-        return self._copies.pop(write_item.index)  # so that its memory is free when the file is written
+        return self._copies.pop(write_item.index)  # to free its memory once the file is written

@@ -1,8 +1,8 @@
-"""Saving a checkpoint: at once, or in the background while training goes on.
+"""Saves a checkpoint at once, or in the background while training continues.
 
-A save has two pieces of work that need no other rank: every rank writes its share, then rank 0 commits. In between, and
-at the end, all ranks meet. In the background each piece runs in a thread of its own and the training loop asks, with
-its sums of the step, whether all ranks are ready to meet: no thread ever communicates.
+A save has two stages that need no communication: every rank writes its part, then rank 0 commits. All ranks synchronize
+after each stage. In the background, a thread runs each stage, and the training loop learns from the sums that the ranks
+exchange in a step whether all of them are ready. Threads never communicate.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from megatron_most.checkpointing.metadata import METADATA, CheckpointMetadata
 from megatron_most.checkpointing.rank_save import RankSave, Written
 from megatron_most.checkpointing.state import plan_state
 from megatron_most.errors import CheckpointError
+from megatron_most.files import write_json
 from megatron_most.model import MoSTModel
 from megatron_most.parallel import on_rank_zero, together
 
@@ -35,7 +36,7 @@ def save_checkpoint(
     keep_last: int,
     keep_every: int = 0,
 ) -> Path:
-    """Write and commit the checkpoint of ``metadata.step``, then delete those that are not to be kept. Collective.
+    """Write and commit the checkpoint of ``metadata.step``, then delete old checkpoints. Collective.
 
     A kill at any moment leaves the earlier checkpoints and at most a ``.tmp-`` directory.
 
@@ -43,16 +44,16 @@ def save_checkpoint(
         keep_last, keep_every: see :func:`directories.retain`.
 
     Raises:
-        CheckpointError: the storage refused.
+        CheckpointError: the storage cannot be written.
     """
     return CheckpointSave(run_dir, metadata, model_chunks, optimizer, keep_last, keep_every, background=False).wait()
 
 
 class CheckpointSave:
-    """A checkpoint on its way to the disk. Arguments and errors are those of :func:`save_checkpoint`.
+    """A checkpoint that is being saved. Arguments and errors are those of :func:`save_checkpoint`.
 
-    With ``background``, each rank first copies what it writes to host memory, then writes while the model may change;
-    errors of the writing are raised where the ranks meet, in :meth:`advance`. Making one is a collective call.
+    With ``background``, each rank copies what it writes to host memory and then writes it while the model may change;
+    :meth:`advance` raises errors of the writing. Creating one is a collective call.
     """
 
     def __init__(
@@ -76,32 +77,32 @@ class CheckpointSave:
 
     @property
     def is_busy(self) -> bool:
-        """Whether this rank is at work; where the ranks meet before it is done, the others wait for it."""
+        """Whether this rank is still working on its stage. :meth:`advance` would make the other ranks wait for it."""
         return not self._work.done()
 
     def advance(self) -> bool:
-        """Meet the other ranks and go on to the next piece of work; True when there is none left. Collective.
+        """Synchronize with the other ranks and start the next stage. Returns True if none is left. Collective.
 
         Raises:
-            CheckpointError: on the lowest rank whose work failed; the others leave with status 1.
+            CheckpointError: on the lowest rank whose work failed; the other ranks exit with status 1.
         """
         result = together(self._work.result)
         if self._is_committing:
             return True
-        shares: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(result, shares)
+        of_ranks: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(result, of_ranks)
         self._is_committing = True
-        self._work = self._start(lambda: None if shares is None else self._commit(shares))
+        self._work = self._start(lambda: None if of_ranks is None else self._commit(of_ranks))
         return False
 
     def wait(self) -> Path:
-        """Go on to the end and return the checkpoint's directory. Collective; errors as in :meth:`advance`."""
+        """Finish the save. Returns the checkpoint's directory. Collective. Errors are those of :meth:`advance`."""
         while not self.advance():
             pass
         return self.directory
 
     def abandon(self) -> None:
-        """Stop writing, because the run ends for another reason. What was written so far is no checkpoint."""
+        """Stop writing because the run is ending. What is written so far does not become a checkpoint."""
         self._rank_save.abandon()
 
     def _prepare(self, metadata: CheckpointMetadata) -> None:
@@ -109,14 +110,14 @@ class CheckpointSave:
             if self._temporary.exists():
                 shutil.rmtree(self._temporary)
             (self._temporary / STATE).mkdir(parents=True)
-            directories.write_json(self._temporary / METADATA, metadata.to_dict())
+            write_json(self._temporary / METADATA, metadata.to_dict(), CheckpointError)
         except OSError as error:
             raise CheckpointError(f"{self._temporary}: cannot be written: {error.strerror}") from error
 
-    def _commit(self, shares: list[Written]) -> None:
-        entries = {f"{STATE}/{name}": entry for share in shares for name, entry in share.entries.items()}
+    def _commit(self, of_ranks: list[Written]) -> None:
+        entries = {f"{STATE}/{name}": entry for written in of_ranks for name, entry in written.entries.items()}
         try:
-            self._rank_save.write_index([share.results for share in shares])
+            self._rank_save.write_index([written.results for written in of_ranks])
             others = [name for name in directories.list_files(self._temporary) if name not in entries]
             directories.write_manifest(self._temporary, {**entries, **directories.checksum(self._temporary, others)})
             directories.commit(self._temporary, self.directory)
@@ -125,7 +126,7 @@ class CheckpointSave:
             raise CheckpointError(f"{self.directory}: cannot be committed: {error.strerror}") from error
 
     def _start(self, work: Callable[[], Any]) -> Future[Any]:
-        """Do ``work`` here and now, or let a thread do it."""
+        """Do ``work`` now, or in a thread."""
         done: Future[Any] = Future()
 
         def run() -> None:

@@ -1,4 +1,4 @@
-"""Finding and loading a training run's checkpoints, and loading weights alone."""
+"""Finds and loads the checkpoints of a run, whole or only their weights."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from megatron_most.parallel import on_rank_zero, together
 
 
 def find_checkpoint(path: str | Path, config: RunConfig) -> tuple[Path, CheckpointMetadata]:
-    """A checkpoint that is complete and of ``config``'s model; the content of its tensors is not read.
+    """A complete checkpoint of ``config``'s model. Its tensors are not read.
 
     Args:
-        path: a checkpoint directory, or a run directory for its newest complete one.
+        path: a checkpoint directory, or a run directory for its newest complete checkpoint.
 
     Raises:
         CheckpointError: missing, torn, or of another model.
@@ -35,11 +35,13 @@ def find_checkpoint(path: str | Path, config: RunConfig) -> tuple[Path, Checkpoi
 def load_checkpoint(
     path: str | Path, config: RunConfig, model_chunks: list[MoSTModel], optimizer: MegatronOptimizer
 ) -> CheckpointMetadata:
-    """Continue from a checkpoint: weights, optimizer state, step and, in the same layout, random states. Collective.
+    """Load weights, optimizer state, FP8 histories and step and, in the same layout, random states. Collective.
+
+    FP8 histories that the checkpoint does not have start empty, as in a new run.
 
     Args:
-        path: a checkpoint directory, or a run directory for its newest complete one.
-        optimizer: fresh, without a step taken.
+        path: a checkpoint directory, or a run directory for its newest complete checkpoint.
+        optimizer: a new optimizer that has not taken a step.
 
     Raises:
         CheckpointError: missing, torn, corrupt, or of another model.
@@ -54,7 +56,7 @@ def load_checkpoint(
 
 
 def load_model_weights(path: str | Path, config: RunConfig, model_chunks: list[MoSTModel]) -> CheckpointMetadata:
-    """Load only the weights, in whatever layout ``model_chunks`` were built. Arguments, errors as above. Collective."""
+    """Load only the weights, in any parallel layout. Arguments and errors as in :func:`load_checkpoint`. Collective."""
     directory, metadata = _verified(path, config)
     load_model_state(directory / STATE, model_chunks)
     return metadata
@@ -65,12 +67,12 @@ def _check_same_optimizer(directory: Path, metadata: CheckpointMetadata, config:
     if theirs != mine:
         raise CheckpointError(
             f"{directory}: holds the state of optimizer.optimizer={theirs!r}, not of {mine!r}; choose another run_dir"
-            " and take the weights alone with checkpoint.load"
+            " and load only the weights with checkpoint.load"
         )
 
 
 def _verified(path: str | Path, config: RunConfig) -> tuple[Path, CheckpointMetadata]:
-    """Find and check a checkpoint, the content of every file included, each read by one rank."""
+    """Find a checkpoint and verify the content of every file; each file is read by one rank."""
     directory, metadata = on_rank_zero(lambda: find_checkpoint(path, config))
     together(lambda: directories.verify_checksums(directory, dist.get_rank(), dist.get_world_size()))
     return directory, metadata

@@ -1,6 +1,6 @@
-"""The command line: a module for each command, which holds its parser and its function.
+"""The command line: one module per command, with its parser and its function.
 
 ``most NAME``, ``python -m megatron_most.commands.NAME`` and the scripts in ``tools/`` and ``examples/`` call the same
-function. A module imports torch, Megatron and whatever else takes time inside that function, so that ``--help`` and a
-wrong option are answered at once.
+function. A module imports torch, Megatron and other slow packages inside that function, so that ``--help`` and a wrong
+option are answered at once.
 """

@@ -1,4 +1,4 @@
-"""``most``: the console program, which hands over to the command it is given."""
+"""``most``: the console program, which calls the command that it is given."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from collections.abc import Sequence
 from megatron_most import __version__
 
 COMMANDS = {
-    "doctor": "what this machine can run, what is missing and how to get it",
-    "plan": "parallel layouts that fit a number of GPUs",
-    "prepare": "audio and text to indexed datasets",
-    "convert": "checkpoints from and to Hugging Face",
-    "train": "train on this process, or under torchrun on many",
-    "launch": "where the launch scripts for one node, several and SLURM are",
+    "doctor": "report what this machine can run and what is missing",
+    "plan": "list parallel layouts that fit a number of GPUs",
+    "prepare": "turn audio and text into indexed datasets",
+    "convert": "convert checkpoints from and to Hugging Face",
+    "train": "train in this process, or under torchrun in many",
+    "launch": "print the folder of the launch scripts (one node, several, SLURM, Kubernetes)",
     "generate": "transcribe audio or speak text",
-    "evaluate": "word error rates of a trained model",
-    "report": "one HTML page about a run",
-    "sweep": "an ablation: many runs, one table",
+    "evaluate": "measure word error rates of a trained model",
+    "report": "write an HTML page about a run",
+    "sweep": "run an ablation: many runs, one table",
 }
-"""Command, a module of this package -> what it is for."""
+"""Command, which is a module of this package -> its purpose."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -29,7 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="most",
         usage="most [-h] [--version] COMMAND ...",
         description="Pretraining of MoST, a speech-text mixture-of-experts language model.",
-        epilog=f"commands (most COMMAND --help says more):\n{listed}",
+        epilog=f"commands (details: most COMMAND --help):\n{listed}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"most {__version__}")

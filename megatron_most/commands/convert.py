@@ -1,11 +1,11 @@
-"""Checkpoints from and to Hugging Face formats: convert, compare, look into them.
+"""Convert checkpoints from and to Hugging Face formats, compare and inspect them.
 
     most convert import --hf base --out most --experts expand --audio-vocab frame:4x4032
     most convert export --checkpoint runs/most --format hf --out model
     most convert verify --hf model --checkpoint runs/most
     most convert inspect runs/most
 
-docs/conversion.md explains what is kept and what changes. import and export run under torchrun, too.
+docs/conversion.md explains what is kept and what changes. torchrun runs import and export on several processes.
 """
 
 from __future__ import annotations
@@ -26,42 +26,89 @@ from megatron_most.files import require_writable, write_json
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser("convert", __doc__)
     commands_of = parser.add_subparsers(dest="command", required=True)
-
-    sub = commands_of.add_parser("import", help="Hugging Face model -> native checkpoint")
-    sub.add_argument("--hf", required=True, help="folder of an exported, DeepSeek-V2, MoST or Llama model")
-    sub.add_argument("--out", required=True, help="checkpoint directory to make")
-    sub.add_argument("--experts", choices=("partition", "expand", "upcycle"), help="where the expert groups come from")
-    sub.add_argument("--audio-vocab", help="LAYOUT:CODEBOOKSxSIZE, as frame:4x4032")
-    sub.add_argument("--config", help="YAML file with sections of a run configuration")
-    sub.add_argument("--usage", help="JSON file: modality -> for each MoE layer how often each expert was chosen")
-    sub.add_argument("--noise", type=float, default=0.0, help="on copied experts, as a share of their size (default 0)")
-    sub.add_argument("--seed", type=int, default=1234, help="of new weights and noise (default %(default)s)")
-    sub.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin, weights only")
-    sub.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration")
-
-    sub = commands_of.add_parser("export", help="native checkpoint -> Hugging Face model")
-    sub.add_argument("--checkpoint", required=True, help="checkpoint directory, or a run directory for its newest")
-    sub.add_argument("--format", required=True, choices=("hf", "deepseek-v2", "most", "llama"))
-    sub.add_argument("--out", required=True, help="folder to make")
-    sub.add_argument("--dtype", choices=("bf16", "fp32"), help="default: as stored")
-    sub.add_argument("--max-shard-size", default="5GB", help="default %(default)s")
-    sub.add_argument("--experts", choices=("text", "all"), default="text", help="deepseek-v2: those text may choose")
-    sub.add_argument("--without-extension", action="store_true", help="give up what the format has no place for")
-
-    sub = commands_of.add_parser("verify", help="compare the logits of both on the same tokens")
-    sub.add_argument("--hf", required=True)
-    sub.add_argument("--checkpoint", required=True)
-    sub.add_argument("--tokens", help="file of JSON lists of ids, a line each (default: random ids)")
-    sub.add_argument("--tolerance", type=float, default=1e-4, help="of the largest logit (default %(default)s)")
-    sub.add_argument("--report", help="JSON file to write")
-    sub.add_argument("--allow-pickle", action="store_true")
-
-    sub = commands_of.add_parser("inspect", help="what a checkpoint or model is")
-    sub.add_argument("directory")
-    sub.add_argument("--json", action="store_true")
-    sub.add_argument("--checksums", action="store_true", help="read everything and compare with the checksums")
-    sub.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin, weights only")
+    _add_import(commands_of.add_parser("import", help="Hugging Face model -> MoST checkpoint"))
+    _add_export(commands_of.add_parser("export", help="MoST checkpoint -> Hugging Face model"))
+    _add_verify(commands_of.add_parser("verify", help="compare the logits of a Hugging Face model and a checkpoint"))
+    _add_inspect(commands_of.add_parser("inspect", help="describe a checkpoint or model"))
     return parser
+
+
+def _add_import(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--hf", required=True, help="folder of a DeepSeek-V2, MoST or Llama model, or of an exported one")
+    sub.add_argument("--out", required=True, help="checkpoint directory to write; must not exist")
+    sub.add_argument(
+        "--experts",
+        choices=("partition", "expand", "upcycle"),
+        help="how expert groups are made: split the base's experts, copy them for each modality, or copy its dense FFN",
+    )
+    sub.add_argument(
+        "--audio-vocab", metavar="LAYOUT:CODEBOOKSxSIZE", help="audio part of the vocabulary, such as frame:4x4032"
+    )
+    sub.add_argument("--config", help="YAML file with sections of the run configuration")
+    sub.add_argument("--usage", help="JSON file: modality -> for each MoE layer, how often each expert was chosen")
+    sub.add_argument(
+        "--noise",
+        type=float,
+        default=0.0,
+        help="noise on copied experts, relative to the size of their weights (default %(default)g)",
+    )
+    sub.add_argument("--seed", type=int, default=1234, help="seed of new weights and noise (default %(default)s)")
+    _add_allow_pickle(sub)
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the configuration")
+
+
+def _add_export(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--checkpoint", required=True, help="checkpoint directory, or run directory (its newest checkpoint)"
+    )
+    sub.add_argument(
+        "--format",
+        required=True,
+        choices=("hf", "deepseek-v2", "most", "llama"),
+        help="hf: the whole model, with code for transformers; the others: an architecture that transformers has",
+    )
+    sub.add_argument("--out", required=True, help="folder to write; must not exist")
+    sub.add_argument("--dtype", choices=("bf16", "fp32"), help="type of the weights (default: as stored)")
+    sub.add_argument("--max-shard-size", default="5GB", help="maximum size of a weights file (default %(default)s)")
+    sub.add_argument(
+        "--experts",
+        choices=("text", "all"),
+        default="text",
+        help="deepseek-v2: experts that text tokens may choose (default), or all",
+    )
+    sub.add_argument(
+        "--without-extension",
+        action="store_true",
+        help="drop what the format has no place for, instead of writing it beside the model",
+    )
+
+
+def _add_verify(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--hf", required=True, help="folder of the Hugging Face model")
+    sub.add_argument(
+        "--checkpoint", required=True, help="checkpoint directory, or run directory (its newest checkpoint)"
+    )
+    sub.add_argument("--tokens", help="file with a JSON list of token ids per line (default: random ids)")
+    sub.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-4,
+        help="maximum difference, relative to the largest logit (default %(default)s)",
+    )
+    sub.add_argument("--report", help="JSON file for the result")
+    _add_allow_pickle(sub)
+
+
+def _add_inspect(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("directory", help="MoST checkpoint, run directory, or folder of a Hugging Face model")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+    sub.add_argument("--checksums", action="store_true", help="read all files and compare them with their checksums")
+    _add_allow_pickle(sub)
+
+
+def _add_allow_pickle(sub: argparse.ArgumentParser) -> None:
+    text = "allow pytorch_model.bin; only weights are read, no code is run"
+    sub.add_argument("--allow-pickle", action="store_true", help=text)
 
 
 def import_command(arguments: argparse.Namespace) -> None:
@@ -98,15 +145,15 @@ def export_command(arguments: argparse.Namespace) -> None:
 
 
 def verify_command(arguments: argparse.Namespace) -> None:
-    """Compare logits; print a line, write the report, and fail above the tolerance."""
+    """Compare logits, print and write the result, and fail if they differ by more than the tolerance."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("verify: holds whole models in one process; start it without torchrun")
+        raise ConfigError("verify: runs in one process; start it without torchrun")
     cli.require_positive(arguments, "tolerance")
     require("safetensors", "transformers")
     from megatron_most import parallel, platform
     from megatron_most.checkpointing import directory as directories
     from megatron_most.checkpointing import read_metadata, resolve
-    from megatron_most.checkpointing.region_io import STATE
+    from megatron_most.checkpointing.directory import STATE
     from megatron_most.config import ParallelConfig
     from megatron_most.conversion import hugging_face, verification
     from megatron_most.conversion.architectures import read_foreign

@@ -1,11 +1,11 @@
-"""Say what this machine can run, what is missing, what each missing part would give and how to get it.
+"""Report what this machine can run, and what is missing: its use, and how to get it.
 
     most doctor
     most doctor --json
-    most doctor --check      one line for each thing that does not fit what is supported
+    most doctor --check      # one line per package that is missing or of an unsupported version
 
-Exit status 0 when everything is there that training on a CPU needs; with --check, when nothing is there that does not
-fit either.
+The exit status is 0 if everything that training on a CPU needs is present and, with --check, every other installed
+package works, too.
 """
 
 from __future__ import annotations
@@ -23,9 +23,14 @@ from megatron_most.errors import ConfigError
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser("doctor", __doc__)
     output = parser.add_mutually_exclusive_group()
-    output.add_argument("--json", action="store_true", help="print the findings as JSON")
-    output.add_argument("--check", action="store_true", help="print what does not fit, one line each")
-    parser.add_argument("--run-dir", type=Path, default=Path("runs"), help="where space is measured (default: runs)")
+    output.add_argument("--json", action="store_true", help="print JSON")
+    output.add_argument("--check", action="store_true", help="print only what does not fit, one line each")
+    parser.add_argument(
+        "--run-dir",
+        type=Path,
+        default=Path("runs"),
+        help="folder whose free disk space is checked (default: %(default)s)",
+    )
     return parser
 
 
@@ -33,7 +38,7 @@ def examine(arguments: argparse.Namespace) -> None:
     try:
         from megatron_most.platform import doctor
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{error.name}: not installed, and nothing runs without it; make setup installs it") from None
+        raise ConfigError(f"{error.name}: not installed, but required; make setup installs it") from None
     findings = doctor.examine(arguments.run_dir)
     if arguments.check:
         print(doctor.as_check(findings))

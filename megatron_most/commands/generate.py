@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,26 +15,40 @@ from megatron_most.files import require_writable, write_text
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser("generate", __doc__)
-    parser.add_argument("--checkpoint", required=True, help="checkpoint directory, or a run directory for its newest")
-    parser.add_argument("--task", required=True, choices=("asr", "tts"))
     parser.add_argument(
-        "--input", required=True, nargs="+", help="asr: audio files; tts: the text (or a .txt file) to say"
+        "--checkpoint", required=True, help="checkpoint directory, or run directory (its newest checkpoint)"
     )
-    parser.add_argument("--output", help="asr: text file (default: print); tts: WAV file (required)")
-    parser.add_argument("--tokenizer", help="tokenizer, if it is no longer where training found it")
-    parser.add_argument("--codec", help="codec, if it is no longer where training found it")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-new-tokens", type=int, default=32, help="asr: longest transcript (default 32)")
-    parser.add_argument("--max-seconds", type=float, default=6.0, help="tts: longest speech (default 6)")
+    parser.add_argument("--task", required=True, choices=("asr", "tts"), help="transcribe audio or speak text")
+    parser.add_argument(
+        "--input", required=True, nargs="+", help="asr: audio files; tts: the text to speak, or a .txt file with it"
+    )
+    parser.add_argument("--output", help="asr: text file (default: print the text); tts: WAV file (required)")
+    parser.add_argument("--tokenizer", help="text tokenizer, if it has moved since training")
+    parser.add_argument("--codec", help="codec, if it has moved since training")
+    parser.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; 0 (default) is greedy")
+    parser.add_argument(
+        "--top-k", type=int, default=0, help="sample from the k most probable ids; 0 (default): from all"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="sample from the most probable ids that sum to p (default %(default)g)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampling (default %(default)s)")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        help="asr: maximum length of a transcript in ids (default: what the model's context leaves)",
+    )
+    parser.add_argument(
+        "--max-seconds",
+        type=float,
+        help="tts: maximum length of the speech (default: what the model's context leaves)",
+    )
     return parser
 
 
 def generate(arguments: argparse.Namespace) -> None:
     if arguments.task == "tts" and not arguments.output:
-        raise ConfigError("--output: tts needs the WAV file to write")
+        raise ConfigError("--output: is required with --task tts: the WAV file to write")
     cli.require_positive(arguments, "max_new_tokens", "max_seconds")
     require("nemo", "soundfile", "soxr")
     from megatron_most.audio import read_audio, write_wav
@@ -46,14 +61,25 @@ def generate(arguments: argparse.Namespace) -> None:
     model = load_for_generation(arguments.checkpoint, arguments.tokenizer, arguments.codec)
     if arguments.task == "asr":
         codes = [model.codec.encode(read_audio(path, model.codec.sample_rate)) for path in arguments.input]
-        text = "\n".join(transcribe(model, codes, arguments.max_new_tokens, sampling))
+        at_limit: list[int] = []
+        text = "\n".join(transcribe(model, codes, arguments.max_new_tokens, sampling, on_limit=at_limit.append))
         if arguments.output:
             write_text(arguments.output, text + "\n")
         else:
             print(text)
+        for index in sorted(at_limit):
+            _warn_of_limit(arguments.input[index], "--max-new-tokens", arguments.max_new_tokens)
     else:
-        [codes] = speak(model, [text], arguments.max_seconds, sampling)
-        write_wav(arguments.output, model.codec.decode(codes), model.codec.sample_rate)
+        at_limit = []
+        [spoken] = speak(model, [text], arguments.max_seconds, sampling, on_limit=at_limit.append)
+        write_wav(arguments.output, model.codec.decode(spoken), model.codec.sample_rate)
+        if at_limit:
+            _warn_of_limit(arguments.output, "--max-seconds", arguments.max_seconds)
+
+
+def _warn_of_limit(name: str, option: str, value: float | None) -> None:
+    limit = "the model's context" if value is None else f"{option}={value:g}"
+    print(f"warning: {name}: the answer reached its limit ({limit}); its end may be missing", file=sys.stderr)
 
 
 def _text(words: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Print the folder of the launch scripts; each says at its top what it does and what may be set.
+"""Print the folder of the launch scripts. The head of each script describes its use and its settings.
 
 "$(most launch)/single_node.sh" --config FILE.yaml [key=value ...]
 PET_NNODES=8 PET_RDZV_ENDPOINT=node1:29400 "$(most launch)/multi_node.sh" --config FILE.yaml    # on every node

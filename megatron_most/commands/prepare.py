@@ -1,4 +1,4 @@
-"""Prepare training data: read data sets, train a text tokenizer, turn audio into codes, build datasets, inspect them.
+"""Prepare training data: read data sets, train a text tokenizer, encode audio, build and inspect datasets.
 
     most prepare tokenizer --manifest train.jsonl --vocab-size 512 --output tokenizer.model
     most prepare manifest --source librispeech --root LibriSpeech --output train.jsonl
@@ -24,6 +24,7 @@ from megatron_most import cli
 from megatron_most.commands import prepare_sources
 from megatron_most.data.building.chat_modes import MODES
 from megatron_most.data.building.document_builder import LOSSES
+from megatron_most.data.preparation.chat_files import MAX_FAILED
 from megatron_most.data.storage.documents import TASKS
 from megatron_most.errors import ConfigError
 from megatron_most.extras import require
@@ -37,66 +38,101 @@ if TYPE_CHECKING:
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser("prepare", __doc__)
     commands_of = parser.add_subparsers(dest="command", required=True)
-
-    sub = commands_of.add_parser("tokenizer", help="train a SentencePiece text tokenizer")
-    sub.add_argument("--manifest", nargs="+", required=True, help="JSON-lines manifests whose text is learned")
-    sub.add_argument("--vocab-size", type=int, required=True, help="ids at most; 256 are bytes, 4 special")
-    sub.add_argument("--output", required=True, help="the .model file to write")
-
+    _add_tokenizer(commands_of.add_parser("tokenizer", help="train a SentencePiece text tokenizer"))
     prepare_sources.add_parsers(commands_of)
+    _add_build(commands_of.add_parser("build", help="codes or text -> a dataset of one task"))
+    _add_inspect(commands_of.add_parser("inspect", help="show what a dataset holds"))
+    _add_speechify(commands_of.add_parser("speechify", help="turns of a chat file -> speech"))
+    return parser
 
-    sub = commands_of.add_parser("build", help="codes or text -> a dataset of one task")
-    sub.add_argument("--task", choices=TASKS, required=True)
-    sub.add_argument("--codes", nargs="+", default=[], help="prefixes of tokenized speech")
-    sub.add_argument("--text", nargs="+", default=[], help="manifests with text, for text_lm")
-    sub.add_argument("--chat", nargs="+", default=[], help="chat files, for chat; --codes holds their spoken turns")
+
+def _add_tokenizer(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--manifest", nargs="+", required=True, help="JSON-lines manifests with the text to train on")
     sub.add_argument(
-        "--modes", nargs="+", choices=MODES, default=MODES, help="user-assistant of chat, S spoken, T written (all)"
+        "--vocab-size", type=int, required=True, help="maximum number of ids; 256 are bytes, 4 are special"
     )
-    sub.add_argument("--wordings", type=int, default=1, help="wordings of each instruction (default: the first only)")
-    sub.add_argument("--loss", choices=LOSSES, default=LOSSES[0], help="default: %(default)s")
-    sub.add_argument("--max-length", type=int, help="input positions of a document at most: data.seq_length")
+    sub.add_argument("--output", required=True, help=".model file to write")
+
+
+def _add_build(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--task", choices=TASKS, required=True, help="what the dataset teaches")
+    sub.add_argument("--codes", nargs="+", default=[], help="path prefixes that most prepare tokenize wrote")
+    sub.add_argument("--text", nargs="+", default=[], help="text_lm: manifests with text")
+    sub.add_argument("--chat", nargs="+", default=[], help="chat: chat files; --codes holds their spoken turns")
+    sub.add_argument(
+        "--modes",
+        nargs="+",
+        choices=MODES,
+        default=MODES,
+        help="chat: user and assistant, each spoken (S) or written (T) (default: all)",
+    )
+    sub.add_argument(
+        "--wordings", type=int, default=1, help="wordings of each instruction to draw from (default %(default)s)"
+    )
+    sub.add_argument("--loss", choices=LOSSES, default=LOSSES[0], help="positions with a loss (default %(default)s)")
+    sub.add_argument(
+        "--max-length", type=int, help="maximum positions of a document; set it to data.seq_length (default: no limit)"
+    )
     sub.add_argument(
         "--over-length",
         choices=("reject", "chunk", "split"),
         default="reject",
-        help="longer documents: rejected, chunked anywhere, or split at sentences, turns or utterances (%(default)s)",
+        help="longer documents: leave out, cut anywhere, or split at sentences, turns or utterances"
+        " (default %(default)s)",
     )
     sub.add_argument("--tokenizer", required=True, help="SentencePiece .model or Hugging Face tokenizer.json")
-    sub.add_argument("--layout", choices=CODEC_LAYOUTS, default="frame", help="default: %(default)s")
-    sub.add_argument("--text-vocab-size", type=int, help="text ids of the model (default: the tokenizer's)")
-    sub.add_argument("--num-codebooks", type=int, help="the model's: the first n of the codec's (default: all)")
-    sub.add_argument("--codebook-size", type=int, help="of the model's codec, for text without codes")
+    sub.add_argument(
+        "--layout", choices=CODEC_LAYOUTS, default="frame", help="the model's vocab.layout (default %(default)s)"
+    )
+    sub.add_argument("--text-vocab-size", type=int, help="the model's vocab.text_vocab_size (default: the tokenizer's)")
+    sub.add_argument(
+        "--num-codebooks", type=int, help="the model's vocab.num_codebooks: the codec's first (default: all of them)"
+    )
+    sub.add_argument("--codebook-size", type=int, help="the model's vocab.codebook_size, for datasets without codes")
     sub.add_argument(
         "--modality",
         action="append",
         default=[],
         metavar="NAME=START:STOP",
-        help="text ids START to STOP - 1 are a modality of their own in the model; may be given several times",
+        help="make text ids START to STOP - 1 a modality of their own (vocab.further_modalities); may be repeated",
     )
-    sub.add_argument("--output", required=True, help="path prefix of the dataset")
+    sub.add_argument("--output", required=True, help="path prefix of the dataset to write")
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
 
-    sub = commands_of.add_parser("inspect", help="what a dataset holds")
+
+def _add_inspect(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--dataset", nargs="+", required=True, help="path prefixes of datasets")
-    sub.add_argument("--tokenizer", help="to show a document's text")
-    sub.add_argument("--document", type=int, help="which document to show")
-    sub.add_argument("--codec", help="to turn the document's codes into sound")
-    sub.add_argument("--wav", help="the WAV file to write")
+    sub.add_argument("--document", type=int, metavar="INDEX", help="show this document, counted from 0")
+    sub.add_argument("--tokenizer", help="with --document: print its text with this tokenizer")
+    sub.add_argument("--codec", help="with --document: decode its codes with this codec")
+    sub.add_argument("--wav", help="WAV file for the decoded codes")
 
-    sub = commands_of.add_parser("speechify", help="turns of a chat file -> speech")
+
+def _add_speechify(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--chat", required=True, help="chat file (JSON lines)")
     sub.add_argument(
         "--synthesizer",
         required=True,
-        help="command that reads text on its standard input and writes the audio file {output};"
-        " {role} and {voice} are filled in too",
+        help="command that reads text from standard input and writes the audio file {output};"
+        " {role} and {voice} are replaced, too",
     )
-    sub.add_argument("--roles", nargs="+", choices=("user", "assistant"), default=["user", "assistant"])
-    sub.add_argument("--voices", nargs="+", default=[], help="what {voice} may be; a side of a chat keeps its own")
-    sub.add_argument("--max-characters", type=int, default=600, help="longer turns stay written (%(default)s)")
-    sub.add_argument("--workers", type=int, help="processes (default: one per core)")
-    sub.add_argument("--output", required=True, help="folder for audio, manifest.jsonl and chats.jsonl")
-    return parser
+    sub.add_argument(
+        "--roles",
+        nargs="+",
+        choices=("user", "assistant"),
+        default=["user", "assistant"],
+        help="whose turns are spoken (default: both)",
+    )
+    sub.add_argument("--voices", nargs="+", default=[], help="values of {voice}; each role of a chat keeps one")
+    sub.add_argument("--max-characters", type=int, default=600, help="longer turns stay written (default %(default)s)")
+    sub.add_argument("--workers", type=int, help="number of processes (default: one per core)")
+    sub.add_argument(
+        "--max-failed",
+        type=float,
+        default=MAX_FAILED,
+        help="share of turns that may fail before it is an error (default %(default)g)",
+    )
+    sub.add_argument("--output", required=True, help="folder to write: audio/, manifest.jsonl, chats.jsonl")
 
 
 def train_tokenizer(arguments: argparse.Namespace) -> None:
@@ -113,6 +149,8 @@ def train_tokenizer(arguments: argparse.Namespace) -> None:
 def build(arguments: argparse.Namespace) -> None:
     cli.require_positive(arguments, "text_vocab_size", "num_codebooks", "codebook_size", "max_length")
     require_writable(f"{arguments.output}.json")
+    if Path(f"{arguments.output}.json").exists() and not arguments.overwrite:
+        raise ConfigError(f"{arguments.output}.json: exists already; name another --output, or add --overwrite")
     from megatron_most.data.building.build import Inputs, build_dataset
     from megatron_most.data.building.examples import TemplateOptions
     from megatron_most.data.building.length_limit import LengthLimit
@@ -186,7 +224,11 @@ def _show_document(arguments: argparse.Namespace, dataset: TokenDataset) -> None
         raise ConfigError(f"--document={arguments.document}: must be in 0..{len(dataset) - 1}")
     document = dataset.document(arguments.document)
     if arguments.tokenizer:
-        shown = describe(document, dataset.vocab, load_tokenizer(arguments.tokenizer))
+        tokenizer, built_with = load_tokenizer(arguments.tokenizer), dataset.provenance["tokenizer"]
+        if built_with["fingerprint"] != tokenizer.fingerprint:
+            other = built_with["name"]
+            raise ConfigError(f"--tokenizer={arguments.tokenizer}: the dataset was built with another, {other}")
+        shown = describe(document, dataset.vocab, tokenizer)
         print(f"document {arguments.document}: {shown}")
     if bool(arguments.codec) != bool(arguments.wav):
         raise ConfigError("--codec and --wav: each needs the other")
@@ -207,6 +249,8 @@ def _show_document(arguments: argparse.Namespace, dataset: TokenDataset) -> None
 
 def speechify(arguments: argparse.Namespace) -> None:
     cli.require_positive(arguments, "workers", "max_characters")
+    if not 0 <= arguments.max_failed <= 1:
+        raise ConfigError(f"--max-failed={arguments.max_failed}: must be in 0..1")
     require("soundfile", "soxr")
     from megatron_most.data.preparation.speechify import speak_chats
 
@@ -218,6 +262,7 @@ def speechify(arguments: argparse.Namespace) -> None:
         voices=arguments.voices,
         max_characters=arguments.max_characters,
         workers=arguments.workers,
+        max_failed=arguments.max_failed,
     )
     print(f"{arguments.output}: {', '.join(f'{count} {what}' for what, count in counts.items())}")
 

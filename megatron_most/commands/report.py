@@ -1,7 +1,8 @@
-"""Write the report of a run: one HTML page that needs nothing else.
+"""Write the report of a run, or compare several runs, as one self-contained HTML page.
 
 most report runs/quickstart
 most report runs/quickstart --output quickstart.html
+most report runs/seed1 runs/seed2 --output seeds.html
 """
 
 from __future__ import annotations
@@ -16,16 +17,23 @@ from megatron_most.extras import require
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser("report", __doc__)
-    parser.add_argument("run_dir", type=Path, help="the run directory")
-    parser.add_argument("--output", type=Path, help="the HTML file to write (default: RUN_DIR/report.html)")
+    parser.add_argument("run_dir", type=Path, nargs="+", help="run directory; several are compared")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="HTML file to write (default: RUN_DIR/report.html, or ./comparison.html for several runs)",
+    )
     return parser
 
 
 def report(arguments: argparse.Namespace) -> None:
     require("jinja2", "jiwer")
-    from megatron_most.report import write_report
+    from megatron_most.report import write_comparison, write_report
 
-    print(write_report(arguments.run_dir, arguments.output))
+    if len(arguments.run_dir) == 1:
+        print(write_report(arguments.run_dir[0], arguments.output))
+    else:
+        print(write_comparison(arguments.run_dir, arguments.output or Path("comparison.html")))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,11 +1,11 @@
-"""Run an ablation sweep: one YAML file, many runs, one table and one page.
+"""Run an ablation sweep: one YAML file -> many runs -> one table and one page.
 
     most sweep --spec examples/sweeps/toy_routing.yaml --dry-run
     most sweep --spec examples/sweeps/toy_routing.yaml --executor local
     most sweep --spec examples/sweeps/16b_routing.yaml --executor slurm    # again with --resume to collect
 
 Every configuration is checked before the first run starts. Results: results.csv, results.parquet and sweep.html in the
-sweep's output folder. docs/ablations.md says what the file holds.
+sweep's output folder. docs/ablations.md describes the file.
 """
 
 from __future__ import annotations
@@ -23,11 +23,15 @@ from megatron_most.extras import require
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser("sweep", __doc__)
     parser.add_argument("--spec", required=True, metavar="FILE", help="YAML file of the sweep")
-    parser.add_argument("--executor", choices=("local", "slurm"), default="local", help="default %(default)s")
-    parser.add_argument("--resume", action="store_true", help="go on with a sweep that was begun; finished runs stay")
+    parser.add_argument(
+        "--executor", choices=("local", "slurm"), default="local", help="where the runs start (default %(default)s)"
+    )
+    parser.add_argument("--resume", action="store_true", help="continue a sweep; finished runs are kept")
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--dry-run", action="store_true", help="list the runs and what they cost, and leave")
-    instead.add_argument("--collect", action="store_true", help="start nothing; write tables and page of what there is")
+    instead.add_argument("--dry-run", action="store_true", help="list the runs and their cost, and exit")
+    instead.add_argument(
+        "--collect", action="store_true", help="start no runs; write tables and page from the results so far"
+    )
     return parser
 
 

@@ -2,9 +2,9 @@
 
     most train --config FILE.yaml [key=value ...]
     torchrun --nproc-per-node 8 -m megatron_most.commands.train --config FILE.yaml [key=value ...]
-    most train --config FILE.yaml --dry-run --world-size 64
+    most train --config FILE.yaml --dry-run --world-size 64 --no-check-files
 
-Run it again with the same run_dir to continue from the newest checkpoint.
+Start it again with the same run_dir to continue from the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_most import cli
-from megatron_most.errors import MostError
+from megatron_most.errors import ConfigError, MostError
 
 if TYPE_CHECKING:
     from megatron_most.config import RunConfig
@@ -25,20 +25,38 @@ if TYPE_CHECKING:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser("train", __doc__)
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration")
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run configuration")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. training.train_iters=100"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="overrides of the configuration, such as training.train_iters=100",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print what would be trained and leave")
-    parser.add_argument("--world-size", type=int, metavar="N", help="ranks that --dry-run assumes")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check the configuration, print sizes and estimates, and exit"
+    )
+    parser.add_argument(
+        "--world-size",
+        type=int,
+        metavar="N",
+        help="with --dry-run: number of ranks to assume (default: WORLD_SIZE, or the fewest that fit)",
+    )
+    parser.add_argument(
+        "--no-check-files",
+        action="store_true",
+        help="--dry-run without the datasets, the tokenizer and the checkpoint to start from",
+    )
     return parser
 
 
 def train(arguments: argparse.Namespace) -> None:
+    cli.require_positive(arguments, "world_size")
     if arguments.dry_run:
         if _rank() == 0:
             describe(arguments)
         return
+    if arguments.world_size is not None:
+        raise ConfigError(f"--world-size={arguments.world_size}: needs --dry-run; torchrun starts the ranks of a run")
     config = read_config(arguments)
     # After the checks: Megatron takes seconds to import.
     from megatron_most.training import Trainer
@@ -48,15 +66,17 @@ def train(arguments: argparse.Namespace) -> None:
 
 def describe(arguments: argparse.Namespace) -> None:
     from megatron_most.config import load_config
-    from megatron_most.planning import describe_run, smallest_world_size
+    from megatron_most.planning import check_files, describe_run, smallest_world_size
 
     config = load_config(arguments.config, arguments.overrides)
+    if not arguments.no_check_files:
+        check_files(config)
     started = os.environ.get("WORLD_SIZE")
     print(describe_run(config, arguments.world_size or int(started or smallest_world_size(config.parallel))))
 
 
 def read_config(arguments: argparse.Namespace) -> RunConfig:
-    """Load the configuration and check it against the ranks that were started."""
+    """Load the configuration and check that it fits the number of ranks."""
     from megatron_most.config import load_config
 
     try:
@@ -64,7 +84,7 @@ def read_config(arguments: argparse.Namespace) -> RunConfig:
         config.num_microbatches(config.parallel.data_parallel_size(int(os.environ.get("WORLD_SIZE", "1"))))
         return config
     except MostError:
-        # Every rank finds the same mistake and rank 0 tells it; torchrun ends all ranks as soon as one is gone.
+        # All ranks find the same error and rank 0 reports it. The others wait: torchrun kills all ranks once one exits.
         if _rank() != 0:
             time.sleep(3)
             sys.exit(1)

@@ -1,7 +1,7 @@
 """YAML + dotted overrides -> :class:`RunConfig`, with one-line errors.
 
-OmegaConf merges, interpolates and converts; the shape of what goes in is checked here first, because only here the
-full path of a wrong key or value is known, inside lists too.
+OmegaConf merges, interpolates and converts. Keys and types are checked before that, because only then the full path of
+a wrong key or value is known, inside lists too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -21,10 +22,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_most.config.renamed import RENAMED, with_new_names
 from megatron_most.config.run import RunConfig
-from megatron_most.errors import ConfigError
+from megatron_most.errors import ConfigError, first_line
 
 CONFIG = "config.yaml"
 """The file in which a run, an import or a sweep records its whole configuration."""
+
+_RECORDED = frozenset(field.name for field in dataclasses.fields(RunConfig)) - {"precision"}
+"""Top-level keys of every recorded configuration; the first versions had no ``precision``."""
 
 _SCALARS: dict[type, tuple[str, tuple[type, ...]]] = {
     bool: ("true or false", (bool,)),
@@ -32,42 +36,55 @@ _SCALARS: dict[type, tuple[str, tuple[type, ...]]] = {
     float: ("a number", (int, float)),
     str: ("text", (str, int, float)),
 }
-"""Type of a field: how an error calls it, and what YAML may hold for it (a path may look like a number)."""
+"""Type of a field: its name in an error, and the types that YAML may hold for it (a path may look like a number)."""
+
+_INTERPOLATION = re.compile(r"\$\{\s*(\.*)([\w.\[\]]+)\s*\}")
+"""``${section.key}``; each leading dot of ``${.key}`` goes up one level."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, apply ``section.key=value`` overrides and check everything.
 
-    An entry of a list is named by its index: ``model.moe.groups.0.size=8``. A file named ``config.yaml`` may have been
-    written by an earlier version: its keys may have their old names.
+    An entry of a list is named by its index: ``model.moe.groups.0.size=8``. The ``config.yaml`` that a run, an import
+    or a sweep of an earlier version recorded is read with its old key names.
 
     Raises:
         ConfigError: unreadable file, unknown key (with the nearest valid name), a key's old name (with the new one),
             wrong type, or a broken rule.
     """
-    path = Path(path)
+    values = read_yaml(path)
+    if Path(path).name == CONFIG and values.keys() >= _RECORDED:  # a hand-written file leaves out what has a default
+        values = with_new_names(values)
+    return build_config(str(path), values, overrides)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping; interpolations (``${section.key}``) are not resolved.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML (with the place), names a key twice, or holds no mapping.
+    """
     try:
-        loaded = OmegaConf.load(path)
+        content: Any = OmegaConf.to_container(OmegaConf.load(path))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file") from None
+        raise ConfigError(f"{path}: no such file") from None
     except (yaml.YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {_one_line(error)}") from None
-    if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{path}: must hold a mapping of config sections")
-    if path.name == CONFIG:
-        return build_config(str(path), with_new_names(OmegaConf.to_container(loaded)), overrides)
-    return build_config(str(path), loaded, overrides)
+        raise ConfigError(f"{path}: not readable as YAML: {_reason(error)}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must hold a mapping of keys to values")
+    return content
 
 
-def build_config(source: str, values: DictConfig | dict, overrides: Sequence[str] = ()) -> RunConfig:
-    """Turn ``values`` and dotted overrides into a checked :class:`RunConfig`; ``source`` names them in errors."""
-    plain = OmegaConf.to_container(values) if isinstance(values, DictConfig) else copy.deepcopy(values)
+def build_config(source: str, values: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """Turn nested ``values`` and dotted overrides into a checked :class:`RunConfig`; errors name ``source``."""
+    plain = copy.deepcopy(dict(values))
     section = plain.get("precision")
     if isinstance(section, dict) and "fp8" in section:
         section["fp8"] = _off(section["fp8"])
     check_shape(plain, RunConfig, "", source)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(RunConfig), plain)
+        assert isinstance(merged, DictConfig)
         for override in overrides:
             _apply_override(merged, override)
         OmegaConf.resolve(merged)
@@ -77,7 +94,7 @@ def build_config(source: str, values: DictConfig | dict, overrides: Sequence[str
         return typing.cast(RunConfig, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         where = f"{source}: {error.full_key}" if error.full_key else source
-        raise ConfigError(f"{where}: {_one_line(error)}") from None
+        raise ConfigError(f"{where}: {first_line(error)}") from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -91,11 +108,12 @@ def _apply_override(config: DictConfig, override: str) -> None:
     if not key or not equals:
         raise ConfigError(f"{source}: must have the form key=value")
     try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"] if text else None
+        parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{source}: the value is not readable as YAML: {_one_line(error)}") from None
+        raise ConfigError(f"{source}: the value is not readable as YAML: {_reason(error)}") from None
+    value = parsed["value"] if text else None
 
-    hint: typing.Any = RunConfig
+    hint: Any = RunConfig
     path = ""
     for part in key.split("."):
         if dataclasses.is_dataclass(hint):
@@ -117,7 +135,7 @@ def _apply_override(config: DictConfig, override: str) -> None:
     OmegaConf.update(config, path, value, merge=True)
 
 
-def check_shape(value: typing.Any, hint: typing.Any, path: str, source: str) -> None:
+def check_shape(value: Any, hint: Any, path: str, source: str) -> None:
     """Raise :class:`ConfigError` unless ``value``, plain data from YAML, has the keys and types of ``hint``.
 
     Args:
@@ -130,7 +148,9 @@ def check_shape(value: typing.Any, hint: typing.Any, path: str, source: str) -> 
             return
         hint = next(option for option in typing.get_args(hint) if option is not type(None))
     if isinstance(value, str) and (value == "???" or "${" in value):
-        return  # OmegaConf's marks for a missing value and for an interpolation, which it resolves and checks
+        # OmegaConf's marks of a missing value and of an interpolation, which it resolves and checks.
+        _check_interpolated_names(value, path, source)
+        return
 
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
@@ -148,19 +168,35 @@ def check_shape(value: typing.Any, hint: typing.Any, path: str, source: str) -> 
             raise ConfigError(f"{source}: {path}={value!r}: must be {name}")
 
 
-def _off(value: typing.Any) -> typing.Any:
+def _check_interpolated_names(value: str, path: str, source: str) -> None:
+    """Answer a key's old name in an interpolation with the new one; OmegaConf only says that the key is not there."""
+    for dots, name in _INTERPOLATION.findall(value):
+        # An index is an entry of its own in OmegaConf's paths: the dots of ${..lr} in a.b[0] lead to a.
+        above = re.sub(r"\[(\d+)\]", r".\1", path).split(".")[: -len(dots)] if dots else []
+        full = re.sub(r"\[(\d+)\]|\.(\d+)\b", r"[\1\2]", ".".join([*above, name]))
+        if new := _new_name(full):
+            raise ConfigError(f"{source}: {path}={value!r}: {full} is now {new}")
+
+
+def _new_name(path: str) -> str | None:
+    """The full path of today for a key's old path; None for any other key."""
+    new = RENAMED.get(re.sub(r"\[\d+\]", "[]", path))
+    return None if new is None else _join(path.rpartition(".")[0], new.rpartition(".")[2])
+
+
+def _off(value: Any) -> Any:
     """The word that YAML reads as false."""
     return "off" if value is False else value
 
 
-def _field_types(section: type, key: str, path: str, source: str) -> dict[str, typing.Any]:
+def _field_types(section: Any, key: str, path: str, source: str) -> dict[str, Any]:
     """Types of a section's fields, of which ``key`` must be one."""
     hints = typing.get_type_hints(section)
     valid = [field.name for field in dataclasses.fields(section)]
     if key not in valid:
         full = _join(path, key)
-        if new := RENAMED.get(re.sub(r"\[\d+\]", "[]", full)):
-            raise ConfigError(f"{source}: {full}: is now {_join(path, new.rpartition('.')[2])}")
+        if new := _new_name(full):
+            raise ConfigError(f"{source}: {full}: is now {new}")
         near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(valid)}"
         raise ConfigError(f"{source}: {full}: unknown key; {hint}")
@@ -173,8 +209,8 @@ def _join(path: str, part: str | int) -> str:
     return f"{path}.{part}" if path else part
 
 
-def _one_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         mark = error.problem_mark
         return f"{error.problem} (line {mark.line + 1}, column {mark.column + 1})"
-    return str(error).splitlines()[0]
+    return first_line(error)

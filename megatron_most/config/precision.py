@@ -15,15 +15,18 @@ class PrecisionConfig:
     Routers, embeddings, heads and the attention's scores are never in FP8.
     """
 
-    dtype: str = key("bf16", "of weights and activations: `fp32` or `bf16`", "--bf16")
+    dtype: str = key("bf16", "type of weights and activations: `fp32` or `bf16`", "--bf16")
     fp8: str = key("off", "`off`, `e4m3` (everywhere) or `hybrid` (e4m3 forward, e5m2 for gradients)", "--fp8-format")
-    fp8_recipe: str = key("tensorwise", "`delayed`, `tensorwise`, `blockwise` or `mxfp8`", "--fp8-recipe")
-    fp8_backend: str = key("auto", "who computes: `transformer_engine`, `torch`, `emulate`, or `auto`")
-    fp8_amax_history_len: int = key(
-        16, "`delayed`: steps over which the largest value counts", "--fp8-amax-history-len"
+    fp8_recipe: str = key("tensorwise", "scaling: `delayed`, `tensorwise`, `blockwise` or `mxfp8`", "--fp8-recipe")
+    fp8_backend: str = key(
+        "auto",
+        "implementation of the products: `transformer_engine`, `torch`, `emulate` (on any device, slow), or `auto`",
     )
-    num_layers_at_start_in_bf16: int = key(1, "first layers that stay in `dtype`", "--num-layers-at-start-in-bf16")
-    num_layers_at_end_in_bf16: int = key(1, "last layers that stay in `dtype`", "--num-layers-at-end-in-bf16")
+    fp8_amax_history_len: int = key(16, "`delayed`: steps in the history of largest values", "--fp8-amax-history-len")
+    num_layers_at_start_in_bf16: int = key(
+        1, "number of first layers that stay in `dtype`", "--num-layers-at-start-in-bf16"
+    )
+    num_layers_at_end_in_bf16: int = key(1, "number of last layers that stay in `dtype`", "--num-layers-at-end-in-bf16")
     bf16_expert_pools: list[str] = key(list, "expert pools that stay in `dtype`: modalities, or `common`")
 
     def __post_init__(self) -> None:
@@ -43,13 +46,13 @@ class PrecisionConfig:
             self.fp8_recipe != "mxfp8" or self.fp8 == "e4m3",
             "precision.fp8",
             self.fp8,
-            "mxfp8 scales blocks of 32, for which e4m3 has range enough: take e4m3",
+            "must be e4m3 with fp8_recipe=mxfp8: in its blocks of 32, e4m3 has range enough for gradients",
         )
         require(
             self.dtype == "bf16" or self.fp8_backend == "emulate",
             "precision.dtype",
             self.dtype,
-            "FP8 products are of bf16 tensors; only fp8_backend=emulate takes fp32",
+            "FP8 needs bf16 weights and activations; only fp8_backend=emulate takes fp32",
         )
 
     @property
@@ -58,5 +61,5 @@ class PrecisionConfig:
 
     @property
     def alignment(self) -> int:
-        """What the sizes of an FP8 product must be divisible by: rows of 16 bytes, and mxfp8's blocks of 32."""
+        """The sizes of an FP8 product must be multiples of this: rows of 16 bytes, or mxfp8's blocks of 32."""
         return 32 if self.fp8_recipe == "mxfp8" else 16

@@ -1,4 +1,4 @@
-"""Keys that had another name. Files written with the old names are still read; a user is told the new ones."""
+"""Keys that had another name. Files that earlier versions recorded are still read; a user is told the new name."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ RENAMED = {
     "checkpoint.keep_every": "checkpoint.save_retain_interval",
     "logging.interval": "logging.log_interval",
 }
-"""Old path -> new path, which differ in the last word alone; ``[]`` stands for every place of a list."""
+"""Old path -> new path, which differ only in the last word; ``[]`` stands for every index of a list."""
 
 
 def with_new_names(config: Any) -> Any:
-    """A copy of a configuration, as nested dicts, in which every key has its name of today."""
+    """A copy of a configuration, as nested dicts, with the current name of every key."""
     return _renamed(config, RENAMED, "")
 
 
 def with_old_names(config: Any) -> Any:
-    """The reverse, for hashes that were made of configurations."""
+    """A copy with the old names, for hashes of configurations."""
     return _renamed(config, {new: old for old, new in RENAMED.items()}, "")
 
 

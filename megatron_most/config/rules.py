@@ -1,4 +1,4 @@
-"""The checks that configuration sections share; each failure names field, value and rule."""
+"""Checks shared by the configuration sections; a failure names field, value and rule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints from and to Hugging Face formats: declarative weight maps, verification."""
+"""Converts checkpoints from and to Hugging Face formats, and verifies the result."""
 
 from megatron_most.conversion.exporting import export_model
 from megatron_most.conversion.import_config import ImportOptions

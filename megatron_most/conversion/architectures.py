@@ -1,43 +1,44 @@
-"""What ``config.json`` of each foreign format says, in this project's words, and back."""
+"""Translates ``config.json`` of each foreign format into a run configuration, and back."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeGuard
 
-from megatron_most.config import RopeConfig, RunConfig
+import torch
+
+from megatron_most.config import RunConfig
 from megatron_most.conversion import hf_format
+from megatron_most.conversion.config_json import Config, Values, max_positions, read_rope, write_rope
 from megatron_most.conversion.tables import DEEPSEEK_V2, HEAD_RULE, LLAMA, TIED_HEAD_RULE
 from megatron_most.conversion.weight_map import Rule
 from megatron_most.errors import CheckpointError
 
-Values = dict[str, Any]
-
 _NOT_WEIGHTS = re.compile(r".*\.rotary_emb\.inv_freq")
 _LATENT_NORM_EPSILON = 1e-6
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class ForeignModel:
-    """A foreign model's shape.
+    """The shape of a foreign model.
 
     Args:
         model: the ``model`` section of a run configuration, without expert groups.
-        vocab_size: ids of the embedding.
-        precision: ``fp32`` or ``bf16``, whichever its weights are nearer to.
-        tied: the output head is the embedding.
-        num_experts: of each MoE layer; 0 in a dense model.
-        top_k, n_group, topk_group: of its routing.
-        choices: for MoST, the experts that text and audio may choose.
-        has_audio_ids: its ids are this project's, audio included.
+        vocab_size: number of rows of the embedding.
+        dtype: the element type that ``config.json`` gives for the weights.
+        tied: whether the output head is the embedding.
+        num_experts: experts in each MoE layer; 0 in a dense model.
+        top_k, n_group, topk_group: routing of the format, by its names.
+        choices: the experts that text and audio may choose, for the MoST format only.
+        has_audio_ids: whether its ids are those of this project, audio included.
     """
 
     model: Values
     vocab_size: int
-    precision: str
+    dtype: torch.dtype
     tied: bool
     num_experts: int = 0
     top_k: int = 1
@@ -49,7 +50,7 @@ class ForeignModel:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A foreign format: its name for the command line, its table of weights and its configuration."""
+    """A foreign format: its name on the command line, its weight table, and how to read and write ``config.json``."""
 
     name: str
     model_types: tuple[str, ...]
@@ -61,55 +62,22 @@ class Architecture:
         return (*self.rules, TIED_HEAD_RULE if tied else HEAD_RULE)
 
     def reason_unused(self, name: str, tied: bool) -> str | None:
-        """Why a tensor that the table does not name may be left aside; None where it may not."""
+        """Why a tensor that the table does not name may be ignored; None if it may not."""
         if _NOT_WEIGHTS.fullmatch(name):
             return "follows from the configuration"
-        if tied and name == "lm_head.weight":
+        if tied and name in HEAD_RULE.foreign:
             return "tied to model.embed_tokens.weight"
         return None
 
 
-@dataclass
-class Config:
-    """``config.json`` with errors that name its fields."""
-
-    values: Values
-    source: str
-    known: set[str] = field(default_factory=set)
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise CheckpointError(f"{self.source}: {name}={value!r}: must be a whole number, not negative")
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise CheckpointError(f"{self.source}: {name}={value!r}: must be a finite number")
-        return float(value)
-
-    def require(self, name: str, *allowed: object) -> None:
-        """Raise unless a field is absent or has a value that this project's model has too."""
-        value = self.values.get(name, allowed[0])
-        if value not in allowed:
-            text = " or ".join(map(repr, allowed))
-            raise CheckpointError(f"{self.source}: {name}={value!r}: only {text} can be converted")
-
-    def _value(self, name: str, default: object) -> Any:
-        value = self.values.get(name)
-        if value is None:
-            value = default
-        if value is None:
-            raise CheckpointError(f"{self.source}: {name} is missing")
-        return value
-
-
 def read_foreign(values: Values, source: str) -> tuple[Architecture, ForeignModel]:
-    """The format and shape of a model from its ``config.json``.
+    """The format and shape of a model, from the ``values`` of its ``config.json``.
+
+    Args:
+        source: the file's name in error messages.
 
     Raises:
-        CheckpointError: an unknown format, or a field whose value has no counterpart here.
+        CheckpointError: the format is unknown, or a field has a value that cannot be converted.
     """
     kind = values.get("model_type")
     found = next((entry for entry in ARCHITECTURES if kind in entry.model_types), None)
@@ -133,7 +101,7 @@ def _read_common(config: Config, attention: Values, moe: Values, **model: Any) -
         "init_method_std": config.number("initializer_range", 0.02),
         "attention": {
             "num_attention_heads": config.integer("num_attention_heads"),
-            "rope": _read_rope(config),
+            "rope": read_rope(config),
             **attention,
         },
         "moe": moe,
@@ -142,10 +110,11 @@ def _read_common(config: Config, attention: Values, moe: Values, **model: Any) -
 
 
 def _shared(config: Config) -> Values:
-    dtype = config.values.get("dtype", config.values.get("torch_dtype"))
+    config.require("tie_word_embeddings", False, True, None)
+    dtype = str(config.values.get("dtype", config.values.get("torch_dtype"))).removeprefix("torch.")
     return {
         "vocab_size": config.integer("vocab_size"),
-        "precision": "fp32" if dtype == "float32" else "bf16",
+        "dtype": _DTYPES.get(dtype, torch.bfloat16),
         "tied": bool(config.values.get("tie_word_embeddings", False)),
     }
 
@@ -156,7 +125,7 @@ def _read_deepseek(config: Config) -> ForeignModel:
     config.require("topk_method", "greedy", "group_limited_greedy", None)
     config.require("rms_norm_eps", _LATENT_NORM_EPSILON)
     limited = config.values.get("topk_method") == "group_limited_greedy"
-    # Implementations disagree on what it does, alone and with a scaling factor; no published model has it.
+    # Implementations disagree on its meaning, alone and with a scaling factor; no published model sets it.
     config.require("norm_topk_prob", False, None)
     width = config.integer("moe_intermediate_size")
     rank = config.values.get("q_lora_rank")
@@ -223,16 +192,20 @@ def _read_most(config: Config) -> ForeignModel:
     choices = []
     for name in ("text_expert_indices", "audio_expert_indices"):
         experts = config.values.get(name)
-        valid = isinstance(experts, list) and experts and all(type(expert) is int for expert in experts)
-        if not valid or len(set(experts)) < len(experts) or not set(experts) <= set(range(base.num_experts)):
+        if not _are_different_ids(experts, base.num_experts):
             raise CheckpointError(
-                f"{config.source}: {name} must list different experts of 0..{base.num_experts - 1}, got {experts!r}"
+                f"{config.source}: {name}={experts!r}: must list different experts from 0 to {base.num_experts - 1}"
             )
         choices.append(tuple(experts))
     model = {**base.model, "moe": {**base.model["moe"], "score_rule": "all"}}
-    return ForeignModel(
-        model, base.vocab_size, base.precision, base.tied, base.num_experts, base.top_k, choices=tuple(choices)
-    )
+    return replace(base, model=model, choices=tuple(choices))
+
+
+def _are_different_ids(values: Any, count: int) -> TypeGuard[list[int]]:
+    """Whether ``values`` is a list of different ids below ``count``, at least one."""
+    if not isinstance(values, list) or not values or any(type(value) is not int for value in values):
+        return False
+    return len(set(values)) == len(values) and set(values) <= set(range(count))
 
 
 def _write_most(config: RunConfig, foreign: ForeignModel) -> Values:
@@ -293,79 +266,15 @@ def _write_common(config: RunConfig, foreign: ForeignModel) -> Values:
         "intermediate_size": model.ffn_hidden_size,
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.attention.num_attention_heads,
-        "max_position_embeddings": _max_position(config),
+        "max_position_embeddings": max_positions(config),
         "rms_norm_eps": model.layernorm_epsilon,
         "initializer_range": model.init_method_std,
         "hidden_act": "silu",
         "attention_bias": False,
         "tie_word_embeddings": False,
-        "torch_dtype": {"fp32": "float32", "bf16": "bfloat16"}[foreign.precision],
-        **_write_rope(config.model.attention.rope),
+        "torch_dtype": str(foreign.dtype).removeprefix("torch."),
+        **write_rope(config.model.attention.rope),
     }
-
-
-def _max_position(config: RunConfig) -> int:
-    """Positions that the model is said to take. Some readers take its quotient by the original number for the factor
-    of stretched frequencies, whatever the factor beside it says."""
-    rope = config.model.attention.rope
-    if rope.rope_type == "rope":
-        return config.data.seq_length
-    return round(rope.original_max_position_embeddings * rope.rotary_scaling_factor)
-
-
-def _read_rope(config: Config) -> Values:
-    """Both spellings: ``rope_theta`` and ``rope_scaling``, and the newer ``rope_parameters`` that joins them."""
-    joined = config.values.get("rope_parameters") or config.values.get("rope_scaling") or {}
-    if not isinstance(joined, dict):
-        raise CheckpointError(f"{config.source}: rope_scaling={joined!r}: must be a JSON object or null")
-    rope = Config({**joined}, f"{config.source}: rope_scaling")
-    base = rope.number("rope_theta", config.number("rope_theta", 10000.0))
-    kind = joined.get("rope_type", joined.get("type", "default"))
-    if kind in ("default", None):
-        return {"rope_type": "rope", "rotary_base": base}
-    if kind not in ("yarn", "llama3"):
-        raise CheckpointError(f"{rope.source}: type={kind!r}: only 'default', 'yarn' or 'llama3' can be converted")
-    values = {
-        "rope_type": kind,
-        "rotary_base": base,
-        "rotary_scaling_factor": rope.number("factor"),
-        "original_max_position_embeddings": rope.integer("original_max_position_embeddings"),
-    }
-    if kind == "llama3":
-        rope.require("low_freq_factor", 1, 1.0)
-        rope.require("high_freq_factor", 4, 4.0)
-        return values
-    rope.require("attention_factor", None)
-    rope.require("truncate", True)
-    mscale, all_dim = joined.get("mscale"), joined.get("mscale_all_dim")
-    if bool(mscale) != bool(all_dim):
-        raise CheckpointError(f"{rope.source}: mscale={mscale!r} and mscale_all_dim={all_dim!r}: give both or neither")
-    return {
-        **values,
-        "beta_fast": rope.number("beta_fast", 32.0),
-        "beta_slow": rope.number("beta_slow", 1.0),
-        # Without the two, YaRN's own temperature.
-        "mscale": rope.number("mscale") if mscale else 1.0,
-        "mscale_all_dim": rope.number("mscale_all_dim") if all_dim else 0.0,
-    }
-
-
-def _write_rope(rope: RopeConfig) -> Values:
-    if rope.rope_type == "rope":
-        return {"rope_theta": rope.rotary_base, "rope_scaling": None}
-    scaling: Values = {
-        "type": rope.rope_type,
-        "rope_type": rope.rope_type,
-        "factor": rope.rotary_scaling_factor,
-        "original_max_position_embeddings": rope.original_max_position_embeddings,
-    }
-    if rope.rope_type == "llama3":
-        scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    else:
-        scaling |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
-        if rope.mscale_all_dim:
-            scaling |= {"mscale": rope.mscale, "mscale_all_dim": rope.mscale_all_dim}
-    return {"rope_theta": rope.rotary_base, "rope_scaling": scaling}
 
 
 ARCHITECTURES = (

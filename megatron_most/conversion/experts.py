@@ -1,8 +1,8 @@
-"""Where the experts of a MoST model come from: partition, expand, upcycle, and what they do to a base model's function.
+"""The modes of an import: where the experts come from, and what that changes.
 
-- ``partition``: the base's experts are split between the modalities. Text loses those that become audio's.
-- ``expand``: text keeps all of the base's experts, every other pool starts with copies. Text computes what it did.
-- ``upcycle``: every expert, and the shared one, starts as the dense MLP. Every token computes what it did.
+- ``partition``: the base's experts are divided between the modalities. Text loses the experts of the others.
+- ``expand``: text keeps all experts of the base, and every other pool gets copies. Text logits do not change.
+- ``upcycle``: every expert, and the shared one, starts as the dense MLP. No logits change.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 from megatron_most.config import RunConfig
 from megatron_most.conversion.architectures import ForeignModel
-from megatron_most.conversion.hugging_face import read_json
 from megatron_most.conversion.weight_map import Origin
 from megatron_most.errors import CheckpointError, ConfigError
+from megatron_most.files import read_json
 from megatron_most.moe import ExpertGroups
 
 MODES = ("partition", "expand", "upcycle")
@@ -24,14 +24,14 @@ MODES = ("partition", "expand", "upcycle")
 _UPCYCLED_EXPERTS, _UPCYCLED_TOP_K = 8, 2
 
 Usage = dict[str, list[list[float]]]
-"""For each modality, how often each base expert was chosen, by MoE layer."""
+"""Modality -> for each MoE layer, how often each expert of the base was chosen."""
 LayerOrigins = tuple[Origin | None, ...]
 
 
 def default_groups(
     mode: str, foreign: ForeignModel, modalities: Sequence[str], has_usage: bool
 ) -> list[dict[str, Any]]:
-    """The ``model.moe.groups`` section for a mode, where the configuration gives none."""
+    """The default of ``model.moe.groups`` for a mode."""
     num, top_k = foreign.num_experts, foreign.top_k
     if mode == "upcycle":
         return [
@@ -49,7 +49,7 @@ def default_groups(
 
 
 def most_groups(foreign: ForeignModel) -> dict[str, Any]:
-    """The groups of a model in the MoST format; experts that both modalities list are common ones."""
+    """The expert groups of a model in the MoST format. Experts that both modalities list are common ones."""
     text, audio = foreign.choices
     both = [expert for expert in text if expert in audio]
     pools = [[expert for expert in own if expert not in both] for own in (text, audio)]
@@ -63,7 +63,7 @@ def most_groups(foreign: ForeignModel) -> dict[str, Any]:
 
 
 def origins(mode: str, config: RunConfig, foreign: ForeignModel, usage: Usage | None) -> tuple[LayerOrigins, ...]:
-    """For each MoE layer and logical expert, the base's expert that it starts as.
+    """For each MoE layer and logical expert, the expert of the base that it starts as.
 
     Raises:
         ConfigError: the groups do not fit the mode and the base.
@@ -74,46 +74,44 @@ def origins(mode: str, config: RunConfig, foreign: ForeignModel, usage: Usage | 
 
 
 def read_usage(path: str | Path, foreign: ForeignModel, num_moe_layers: int, modalities: Sequence[str]) -> Usage:
-    """Usage counts: JSON, modality -> a list for each MoE layer of a number for each of the base's experts.
+    """Read usage counts: JSON, modality -> one list per MoE layer, with one number per expert of the base.
 
     Raises:
-        CheckpointError: unreadable, or of another model.
+        CheckpointError: the file is unreadable, or does not fit the model.
     """
-    usage = read_json(Path(path))
+    usage = read_json(path, CheckpointError)
     for modality, layers in usage.items():
         where = f"{path}: {modality}"
         if modality not in modalities:
-            raise CheckpointError(f"{where}: is no modality of the vocabulary; those are {', '.join(modalities)}")
+            raise CheckpointError(f"{where}: is not a modality of the vocabulary; it has {', '.join(modalities)}")
         if not isinstance(layers, list) or len(layers) != num_moe_layers:
-            raise CheckpointError(f"{where}: must hold a list for each of the {num_moe_layers} MoE layers")
+            raise CheckpointError(f"{where}: must hold one list per MoE layer, {num_moe_layers}")
         for layer, counts in enumerate(layers):
             valid = isinstance(counts, list) and len(counts) == foreign.num_experts
             if not valid or not all(type(count) in (int, float) and 0 <= count < math.inf for count in counts):
                 raise CheckpointError(
-                    f"{where}[{layer}]: must hold a finite number, not negative, for each of"
+                    f"{where}[{layer}]: must hold one finite number, at least 0, for each of the"
                     f" {foreign.num_experts} experts"
                 )
     if "text" not in usage:
-        raise CheckpointError(f"{path}: needs counts for text")
+        raise CheckpointError(f"{path}: has no counts for text")
     return usage
 
 
 def _of_layer(usage: Usage, layer: int) -> dict[str, list[float]]:
-    """Each modality's counts of one layer as shares of its total."""
+    """Each modality's counts of one layer as fractions of its total."""
     return {name: [count / (sum(layers[layer]) or 1) for count in layers[layer]] for name, layers in usage.items()}
 
 
 def _partition(config: RunConfig, foreign: ForeignModel, usage: dict[str, list[float]] | None) -> LayerOrigins:
     moe, num = config.model.moe, foreign.num_experts
     if moe.num_experts != num:
-        raise ConfigError(
-            f"model.moe.groups: partition shares out the base's {num} experts, the groups have {moe.num_experts}"
-        )
+        raise ConfigError(f"model.moe.groups: have {moe.num_experts} experts, partition divides the base's {num}")
     if usage is None:
         return tuple(Origin(expert) for expert in range(num))
     if any(group.experts for group in moe.groups):
-        raise ConfigError("model.moe.groups: give sizes, not lists of experts, where usage counts choose the experts")
-    # The pools take their share in turn, each what it uses most beyond what the others use; the last takes the rest.
+        raise ConfigError("model.moe.groups: must have sizes, not lists of experts, if --usage chooses the experts")
+    # Each pool in turn takes the experts that it uses most compared to the others; the last pool takes the rest.
     left, taken = list(range(num)), []
     for name, pool in ExpertGroups.from_config(moe).pools.items():
         own = usage.get(name, [0.0] * num)
@@ -130,7 +128,7 @@ def _expand(config: RunConfig, foreign: ForeignModel, usage: dict[str, list[floa
     groups = ExpertGroups.from_config(moe)
     text = moe.groups[0]
     if len(groups.choices[0]) != num:
-        raise ConfigError(f"model.moe.groups[text].size={text.size}: expand gives text all of the base's {num} experts")
+        raise ConfigError(f"model.moe.groups[text].size={text.size}: expand gives text all {num} experts of the base")
     for name, value in (
         ("moe_router_topk", foreign.top_k),
         ("moe_router_num_groups", foreign.n_group),
@@ -139,7 +137,7 @@ def _expand(config: RunConfig, foreign: ForeignModel, usage: dict[str, list[floa
         if getattr(text, name) != value:
             raise ConfigError(f"model.moe.groups[text].{name}={getattr(text, name)}: the base has {value}")
     if moe.score_rule == "all" and not moe.norm_topk_prob:
-        raise ConfigError("model.moe.score_rule='all': would change text's scores; expand needs 'group'")
+        raise ConfigError("model.moe.score_rule='all': would change text's scores; must be 'group' for expand")
     found: list[Origin | None] = [None] * moe.num_experts
     for place, expert in enumerate(groups.choices[0]):
         found[expert] = Origin(place)
@@ -151,15 +149,15 @@ def _expand(config: RunConfig, foreign: ForeignModel, usage: dict[str, list[floa
 
 
 def _most_used(name: str, count: int, num: int, usage: dict[str, list[float]] | None) -> list[int]:
-    """The ``count`` experts of which a pool gets copies."""
+    """The ``count`` experts of the base that are copied into a pool."""
     if count > num:
-        raise ConfigError(f"model.moe.groups[{name}].size={count}: the base has {num} experts to copy")
+        raise ConfigError(f"model.moe.groups[{name}].size={count}: the base has only {num} experts to copy")
     if count in (0, num):
         return list(range(count))
     if usage is None:
         raise ConfigError(
-            f"model.moe.groups[{name}].size={count}: copies of some of the base's {num} experts are of those most"
-            " used; give counts with --usage"
+            f"model.moe.groups[{name}].size={count}: the most used of the base's {num} experts are copied; give their"
+            " counts with --usage"
         )
     counts = usage.get(name, usage["text"])
     return sorted(sorted(range(num), key=lambda expert: (-counts[expert], expert))[:count])
@@ -169,11 +167,11 @@ def _upcycle(config: RunConfig, foreign: ForeignModel, usage: dict[str, list[flo
     moe = config.model.moe
     if not moe.norm_topk_prob or moe.moe_router_topk_scaling_factor != 1:
         raise ConfigError(
-            "model.moe: upcycling keeps the function with norm_topk_prob=true and moe_router_topk_scaling_factor=1 only"
+            "model.moe: upcycling needs norm_topk_prob=true and moe_router_topk_scaling_factor=1: gates must sum to 1"
         )
     if moe.moe_shared_expert_intermediate_size not in (0, moe.moe_ffn_hidden_size):
         raise ConfigError(
-            f"model.moe.moe_shared_expert_intermediate_size={moe.moe_shared_expert_intermediate_size}: the shared"
-            f" expert starts as the dense MLP too, of width {moe.moe_ffn_hidden_size}; 0 for none"
+            f"model.moe.moe_shared_expert_intermediate_size={moe.moe_shared_expert_intermediate_size}: must be"
+            f" {moe.moe_ffn_hidden_size}, the width of the dense MLP that it starts as, or 0 for no shared expert"
         )
     return (Origin(0),) * moe.num_experts

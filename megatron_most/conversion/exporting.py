@@ -1,8 +1,7 @@
-"""Native checkpoint -> Hugging Face folder, streamed."""
+"""Exports a native checkpoint to a Hugging Face folder, one tensor at a time."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -14,20 +13,21 @@ import torch.distributed as dist
 
 from megatron_most import parallel, platform
 from megatron_most.checkpointing import directory as directories
-from megatron_most.checkpointing.region_io import TensorForm
+from megatron_most.checkpointing.regions import TensorForm
 from megatron_most.config import ParallelConfig
 from megatron_most.conversion import hf_format
-from megatron_most.conversion.export_plan import ExportPlan, plan_export
+from megatron_most.conversion.export_plan import DTYPES, ExportPlan, plan_export
 from megatron_most.conversion.extension import EXTENSION, EXTENSION_TENSORS
 from megatron_most.conversion.hf_folder import write_companions
 from megatron_most.conversion.hugging_face import CONFIG, MODEL, TOKENIZER_FILES, HuggingFaceModel
-from megatron_most.conversion.importing import CHECKED_BYTES, TOKENIZER, require_space
-from megatron_most.conversion.progress import Progress
+from megatron_most.conversion.importing import CHECKED_BYTES, SPECIAL_IDS, TOKENIZER, require_space
 from megatron_most.conversion.safetensors_files import index_of, parse_size, plan_shards, size_of, write_file
 from megatron_most.conversion.verification import check_logits, is_small
 from megatron_most.errors import CheckpointError
-from megatron_most.files import write_text
+from megatron_most.files import read_json, write_json
+from megatron_most.progress import Progress
 from megatron_most.text import load_tokenizer
+from megatron_most.text.stop_ids import GENERATION_CONFIG
 
 
 def export_model(
@@ -39,10 +39,14 @@ def export_model(
     experts: str = "text",
     with_extension: bool = True,
 ) -> Path:
-    """Convert a native checkpoint into the folder ``out``. Collective under ``torchrun``: ranks share out the files.
+    """Convert a native checkpoint into the folder ``out``. Collective under ``torchrun``: each rank writes some files.
+
+    Args:
+        checkpoint, name, dtype, experts, with_extension: see :func:`plan_export`.
+        max_shard_size: largest size of a file, for example ``5GB``.
 
     Raises:
-        ConfigError, CheckpointError: one line; ``out`` is not there then.
+        ConfigError, CheckpointError: one line; then ``out`` does not exist.
     """
     out = Path(out)
     max_size = parse_size(max_shard_size)
@@ -70,7 +74,7 @@ def _plan(
     checkpoint: str | Path, out: Path, name: str, dtype: str | None, experts: str, with_extension: bool
 ) -> ExportPlan:
     if out.exists():
-        raise CheckpointError(f"{out}: exists already; name a directory that does not")
+        raise CheckpointError(f"{out}: exists already; name a new directory")
     plan = plan_export(checkpoint, name, dtype, experts, with_extension)
     require_space(out, sum(map(size_of, [*plan.forms.values(), *plan.extension_forms.values()])))
     return plan
@@ -85,11 +89,13 @@ def _prepare(made: Path) -> None:
         raise CheckpointError(f"{made}: cannot be written: {error.strerror}") from error
 
 
-Group = tuple[str, dict[str, TensorForm], Callable[[str], torch.Tensor]]
+Forms = dict[str, TensorForm]
+Produce = Callable[[str], torch.Tensor]
+Group = tuple[str, Forms, Produce]
 
 
 def _groups(plan: ExportPlan) -> list[Group]:
-    """Stem of the files, what goes into them, and how it is made."""
+    """For the model and its extension: stem of the file names, tensors, and the function that makes them."""
     groups: list[Group] = [(MODEL, plan.forms, plan.produce)]
     if plan.extension is not None:
         groups.append((EXTENSION_TENSORS, plan.extension_forms, plan.produce_extension))
@@ -97,7 +103,7 @@ def _groups(plan: ExportPlan) -> list[Group]:
 
 
 def _write_tensors(plan: ExportPlan, made: Path, max_size: int) -> None:
-    """This rank's share of the files."""
+    """Write this rank's files."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     files = [
         (file, {name: forms[name] for name in names}, produce)
@@ -105,67 +111,83 @@ def _write_tensors(plan: ExportPlan, made: Path, max_size: int) -> None:
         for file, names in plan_shards(forms, stem, max_size).items()
     ][rank::world_size]
     total = sum(size_of(form) for _, forms, _ in files for form in forms.values())
-    progress = Progress("export", total, rank == 0)
-    for file, forms, produce in files:
+    with Progress("export", total, "B", enabled=rank == 0) as progress:
+        for file, forms, produce in files:
 
-        def counted(name: str, forms: dict = forms, produce: Callable = produce) -> torch.Tensor:
-            progress.add(size_of(forms[name]))
-            return produce(name)
+            def counted(name: str, forms: Forms = forms, produce: Produce = produce) -> torch.Tensor:
+                progress.add(size_of(forms[name]))
+                return produce(name)
 
-        try:
-            write_file(made / file, forms, counted, {"format": "pt"})
-        except OSError as error:
-            raise CheckpointError(f"{made / file}: cannot be written: {error.strerror or error}") from error
-    progress.done()
+            try:
+                write_file(made / file, forms, counted, {"format": "pt"})
+            except OSError as error:
+                raise CheckpointError(f"{made / file}: cannot be written: {error.strerror or error}") from error
 
 
 def _finish(plan: ExportPlan, made: Path, out: Path, max_size: int) -> None:
-    """What stands beside the tensors, the checks, and the name that says it is whole; on rank 0."""
+    """Write the files beside the tensors, check the result and give it its name. Only on rank 0."""
     for stem, forms, _ in _groups(plan):
         index = index_of(plan_shards(forms, stem, max_size), forms)
         if index is not None:
-            write_text(made / f"{stem}.safetensors.index.json", index)
+            write_json(made / f"{stem}.safetensors.index.json", index, CheckpointError)
     values = _config(plan, made)
     if plan.architecture.name == hf_format.NAME:
         values = write_companions(plan.config, values, plan.checkpoint, made)
-    write_text(made / CONFIG, json.dumps(values, indent=2) + "\n")
+    write_json(made / CONFIG, values, CheckpointError)
     if plan.extension is not None:
-        write_text(made / EXTENSION, json.dumps(plan.extension.to_dict(), indent=1) + "\n")
+        write_json(made / EXTENSION, plan.extension.to_dict(), CheckpointError)
     if plan.note:
         print(plan.note, flush=True)
     print(f"checked tensors: {_check_tensors(plan, made)}", flush=True)
     print(f"checked logits: {_check_logits(plan, made)['said']}", flush=True)
-    kept = f"{len(plan.extension_forms)} tensors are beside the model in {EXTENSION}" if plan.extension else "none"
-    left = f"; left out: {len(plan.left_out)} ({', '.join(list(plan.left_out)[:3])} ...)" if plan.left_out else ""
-    print(f"what {plan.architecture.name} has no place for: {kept if not left else 'given up'}{left}", flush=True)
+    print(f"without a place in {plan.architecture.name}: {_said_of_the_rest(plan)}", flush=True)
     os.replace(made, out)
 
 
+def _said_of_the_rest(plan: ExportPlan) -> str:
+    if plan.left_out:
+        return f"{len(plan.left_out)} tensors, left out ({', '.join(plan.left_out[:3])} ...)"
+    return f"{len(plan.extension_forms)} tensors, kept in {EXTENSION}" if plan.extension else "nothing"
+
+
 def _config(plan: ExportPlan, made: Path) -> dict[str, Any]:
-    """``config.json``; the tokenizer's files are copied, and give the special ids."""
+    """The content of ``config.json``. Also copies the tokenizer's files and ``generation_config.json``: they give the
+    ids of special tokens."""
     values = plan.architecture.write(plan.config, plan.foreign)
     folder = _tokenizer_folder(plan)
-    if folder is None:
-        print("no tokenizer is known to the checkpoint; put its files beside the model", flush=True)
-        return values
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, made / name)
-    tokenizer = load_tokenizer(made)
-    return {**values, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    if folder is not None:
+        for name in TOKENIZER_FILES:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, made / name)
+    if _has_tokenizer(made):
+        tokenizer = load_tokenizer(made)
+        values |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    else:
+        print("the checkpoint names no tokenizer; put its files beside the model", flush=True)
+    if (made / GENERATION_CONFIG).is_file():
+        generation = read_json(made / GENERATION_CONFIG, CheckpointError)
+        values |= {name: generation[name] for name in SPECIAL_IDS if generation.get(name) is not None}
+    return values
 
 
 def _tokenizer_folder(plan: ExportPlan) -> Path | None:
+    """Where the tokenizer is, or else what an import without one kept: the ids of special tokens."""
     candidates = [plan.checkpoint / TOKENIZER]
     if plan.config.tokenizer is not None:
         named = Path(plan.config.tokenizer)
         candidates.append(named if named.is_dir() else named.parent)
-    known = (folder for folder in candidates if any((folder / name).is_file() for name in TOKENIZER_FILES[:2]))
-    return next(known, None)
+    if plan.config.checkpoint.load:
+        candidates.append(Path(plan.config.checkpoint.load) / TOKENIZER)
+    known = [folder for folder in candidates if (folder / GENERATION_CONFIG).is_file()]
+    return next(filter(_has_tokenizer, candidates), known[0] if known else None)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES[:2])
 
 
 def _check_tensors(plan: ExportPlan, made: Path) -> str:
-    """Open the folder as any reader would, and compare tensors of every kind with the checkpoint, bit for bit."""
+    """Read tensors of every kind back as any reader would, and compare them with the checkpoint, bit for bit."""
     models = {MODEL: HuggingFaceModel(made)}
     if plan.extension is not None:
         models[EXTENSION_TENSORS] = HuggingFaceModel(made, stem=EXTENSION_TENSORS)
@@ -173,10 +195,10 @@ def _check_tensors(plan: ExportPlan, made: Path) -> str:
     for stem, forms, produce in _groups(plan):
         found = {name: TensorForm(entry.shape, entry.dtype) for name, entry in models[stem].tensors.items()}
         if found != forms:
-            raise CheckpointError(f"{made}: the tensors read back are not those that were written")
+            raise CheckpointError(f"{made}: the tensors read back are not the ones that were written")
         total += len(forms)
         kinds: dict[str, str] = {}
-        for name in forms:  # the last of a kind stands farthest from where a mistake in counting starts
+        for name in forms:  # the last of each kind: a wrong offset shows most there
             kinds[".".join(part for part in name.split("[")[0].split(".") if not part.isdecimal())] = name
         budget = CHECKED_BYTES
         for name in kinds.values():
@@ -184,18 +206,17 @@ def _check_tensors(plan: ExportPlan, made: Path) -> str:
             if budget < 0:
                 continue
             if not torch.equal(models[stem].read(name), produce(name)):
-                raise CheckpointError(f"{made}: tensor {name} is not what was written")
+                raise CheckpointError(f"{made}: tensor {name} differs from what was written")
             checked += 1
     return f"{total} tensors; {checked} of them, of every kind, read back equal bit for bit"
 
 
 def _check_logits(plan: ExportPlan, made: Path) -> dict[str, Any]:
     if dist.get_world_size() > 1:
-        return {"said": "not compared under torchrun; most convert verify does"}
+        return {"said": "not compared under torchrun; run most convert verify"}
     if not is_small(plan.config):
-        return {"said": "not compared, the model is not small; most convert verify does"}
-    stored = plan.reader.forms
-    rounded = any(form.dtype.itemsize < stored[plan.blocks[name][0].region.key].dtype.itemsize
-                  for name, form in plan.forms.items())  # fmt: skip
+        return {"said": "not compared, the model is large; run most convert verify"}
+    stored = (plan.reader.forms[blocks[0].region.key].dtype for blocks in plan.blocks.values())
+    rounded = plan.dtype is not None and any(DTYPES[plan.dtype].itemsize < dtype.itemsize for dtype in stored)
     tolerance = 1e-4 if plan.same_text and not rounded else None
     return check_logits(HuggingFaceModel(made), plan.config, plan.state, tolerance)

@@ -1,9 +1,10 @@
-"""What a foreign format has no place for, beside it: ``most_extension.json`` and ``most_extension*.safetensors``.
+"""The extension of an exported model: what its format has no place for, in two kinds of files beside it.
 
-The JSON file holds ``format`` (1), ``config`` (the sections ``vocab`` and ``model`` of the run configuration, and what
-else building it needs), ``experts`` (for each MoE layer and logical expert the foreign expert, or null), ``ids`` (runs
-``[native, foreign, count]`` of ids) and ``tensors`` (name -> ``key``, ``offsets`` and ``sizes`` of the native region it
-holds). Other software ignores both files; import reads them back, so that export followed by import is the identity.
+``most_extension.json`` holds ``format`` (1), ``config`` (the sections ``vocab`` and ``model`` of the run configuration,
+and what else is needed to build it), ``experts`` (for each MoE layer and logical expert, the foreign expert or null),
+``ids`` (ranges ``[native, foreign, count]``) and ``tensors`` (name -> ``key``, ``offsets`` and ``sizes`` of the native
+region it holds). The tensors are in ``most_extension*.safetensors``. Other software ignores these files. Import reads
+them, so that export followed by import changes nothing.
 """
 
 from __future__ import annotations
@@ -12,29 +13,30 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_most.checkpointing.region_io import Region
+from megatron_most.checkpointing.regions import Region
 from megatron_most.config import RunConfig, with_new_names
-from megatron_most.conversion.hugging_face import HuggingFaceModel, read_json
+from megatron_most.conversion.hugging_face import HuggingFaceModel
 from megatron_most.conversion.native import EMBEDDING, native_shapes
 from megatron_most.conversion.weight_map import Correspondence, IdRun, Origin
 from megatron_most.errors import CheckpointError
+from megatron_most.files import read_json
 
 EXTENSION = "most_extension.json"
 EXTENSION_TENSORS = "most_extension"
-"""Stem of the safetensors files."""
+"""Stem of the names of the safetensors files."""
 
 _FORMAT = 1
 
 
 @dataclass(frozen=True)
 class Extension:
-    """What is written beside a model.
+    """The content of an extension.
 
     Args:
-        config: nested values of a run configuration.
-        both: experts and ids of the foreign model beside it.
+        config: a run configuration as nested dicts.
+        both: which experts and ids correspond to those of the model beside it.
         regions: name of a tensor -> the native region it holds.
-        source: where the tensors are; None while the extension is being made.
+        source: the files with the tensors; None for an extension that is not written yet.
     """
 
     config: dict[str, Any]
@@ -44,11 +46,11 @@ class Extension:
 
     @classmethod
     def read(cls, model: HuggingFaceModel) -> Extension | None:
-        """The extension beside a model, None where there is none. Raises :class:`CheckpointError` when broken."""
+        """The extension beside a model, None if there is none. Raises :class:`CheckpointError` if it is broken."""
         path = model.path_of(EXTENSION)
         if not path.is_file():
             return None
-        values = read_json(path)
+        values = read_json(path, CheckpointError)
         if values.get("format") != _FORMAT:
             raise CheckpointError(f"{path}: has format {values.get('format')!r}, this version reads {_FORMAT}")
         try:
@@ -63,34 +65,36 @@ class Extension:
                 for name, entry in values["tensors"].items()
             }
             config = with_new_names(values["config"])
-            extension = cls(config, both, regions, HuggingFaceModel(model.directory, stem=EXTENSION_TENSORS))
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path}: not the description of an extension: {error}") from None
-        if extension.source.tensors.keys() != regions.keys():
-            name = sorted(extension.source.tensors.keys() ^ regions.keys())[0]
-            raise CheckpointError(f"{path}: tensor {name} is in the description or in the files, not in both")
+        source = HuggingFaceModel(model.directory, stem=EXTENSION_TENSORS)
+        if source.tensors.keys() != regions.keys():
+            name = sorted(source.tensors.keys() ^ regions.keys())[0]
+            raise CheckpointError(f"{path}: tensor {name} must be both in this file and in the safetensors files")
         for name, region in regions.items():
-            if extension.source.tensors[name].shape != region.sizes:
-                raise CheckpointError(f"{path}: tensor {name} has another shape than its region")
-        return extension
+            if source.tensors[name].shape != region.sizes:
+                found = list(source.tensors[name].shape)
+                raise CheckpointError(f"{path}: tensor {name} has shape {found}, its region {list(region.sizes)}")
+        return cls(config, both, regions, source)
 
     def check(self, config: RunConfig) -> None:
-        """Raise :class:`CheckpointError` unless everything named is a part of the model of ``config``."""
+        """Raise :class:`CheckpointError` unless everything that the extension names is in the model of ``config``."""
         shapes, model = native_shapes(config), config.model
-        where = f"{self.source.directory / EXTENSION}"
+        assert self.source is not None
+        where = self.source.directory / EXTENSION
         layers = [len(layer) for layer in self.both.experts]
         if layers != [model.moe.num_experts] * (model.num_layers - model.first_k_dense_replace):
-            raise CheckpointError(f"{where}: experts must name {model.moe.num_experts} for each MoE layer")
+            raise CheckpointError(f"{where}: experts must list {model.moe.num_experts} for each MoE layer")
         for run in self.both.ids:
             if min(dataclasses.astuple(run)) < 0 or run.native + run.count > shapes[EMBEDDING][0]:
-                raise CheckpointError(f"{where}: ids {list(dataclasses.astuple(run))} are outside of the vocabulary")
+                raise CheckpointError(f"{where}: ids {list(dataclasses.astuple(run))} are outside the vocabulary")
         for name, region in self.regions.items():
             shape = shapes.get(region.key, ())
             if not len(shape) == len(region.offsets) == len(region.sizes) or any(
                 not 0 <= offset < offset + size <= most
                 for offset, size, most in zip(region.offsets, region.sizes, shape, strict=True)
             ):
-                raise CheckpointError(f"{where}: {name} is no region of a tensor of the model")
+                raise CheckpointError(f"{where}: {name} is not a region of a tensor of the model")
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -103,7 +107,7 @@ class Extension:
 
 
 def shape_config(config: RunConfig) -> dict[str, Any]:
-    """The parts of a run configuration that say what its model is."""
+    """The parts of a run configuration that define its model."""
     return {
         "vocab": dataclasses.asdict(config.vocab),
         "model": dataclasses.asdict(config.model),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable
@@ -13,13 +12,15 @@ from typing import Any
 from megatron_most import __version__
 from megatron_most.checkpointing import CheckpointMetadata, read_metadata
 from megatron_most.config import RunConfig
+from megatron_most.conversion.importing import SPECIAL_IDS
 from megatron_most.data.building.instructions import INSTRUCTIONS
 from megatron_most.data.building.special_tokens import ROLE_MARKERS, special_tokens
 from megatron_most.data.storage.sidecar import read_sidecar, with_current_keys
 from megatron_most.errors import CheckpointError, ConfigError, DataError
-from megatron_most.files import write_json, write_text
+from megatron_most.files import read_json, write_json, write_text
 from megatron_most.moe import ExpertGroups
 from megatron_most.text import TextTokenizer, load_tokenizer
+from megatron_most.text.stop_ids import GENERATION_CONFIG, stop_ids
 from megatron_most.text.tokenizer import SentencePieceTokenizer
 
 _CODE = Path(__file__).parents[1] / "huggingface"
@@ -71,12 +72,12 @@ def write_companions(config: RunConfig, values: dict[str, Any], checkpoint: Path
     values = {**values, "auto_map": _AUTO_MAP, "codec": codec}
     if any((made / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         tokenizer = load_tokenizer(made)
-        values |= {"num_text_ids": tokenizer.vocab_size, "pad_token_id": tokenizer.pad_id}
+        generation = _complete_generation_config(tokenizer, made)
+        values |= {"num_text_ids": tokenizer.vocab_size, **{name: generation[name] for name in SPECIAL_IDS}}
         _write_tokenizer_settings(tokenizer, made)
         _write_processor(config, tokenizer, made)
-        _write_generation(tokenizer, made)
         print(f"checked tokenizer: {_check_tokenizer(tokenizer, made)}", flush=True)
-    write_text(made / "README.md", model_card(config, metadata, checkpoint))
+    write_text(made / "README.md", model_card(config, metadata, checkpoint), CheckpointError)
     return values
 
 
@@ -86,7 +87,7 @@ def _write_tokenizer_settings(tokenizer: TextTokenizer, made: Path) -> None:
         return
     roles = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
     path = made / "tokenizer_config.json"
-    given = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    given = read_json(path, CheckpointError) if path.is_file() else {}
     settings = {
         "tokenizer_class": "LlamaTokenizer",
         "legacy": False,
@@ -94,7 +95,7 @@ def _write_tokenizer_settings(tokenizer: TextTokenizer, made: Path) -> None:
         "add_eos_token": False,
         **{role: tokenizer.piece(id_) for role, id_ in roles.items()},
     }
-    write_json(path, {**settings, **given})
+    write_json(path, {**settings, **given}, CheckpointError)
 
 
 def _write_processor(config: RunConfig, tokenizer: TextTokenizer, made: Path) -> None:
@@ -114,20 +115,26 @@ def _write_processor(config: RunConfig, tokenizer: TextTokenizer, made: Path) ->
         "instructions": {purpose: wordings[0] for purpose, wordings in INSTRUCTIONS.items()},
         "role_ids": role_ids,
     }
-    write_json(made / "processor_config.json", settings)
+    write_json(made / "processor_config.json", settings, CheckpointError)
 
 
-def _write_generation(tokenizer: TextTokenizer, made: Path) -> None:
-    """Greedy; the markers that never stand inside text are never chosen."""
-    markers = sorted({tokenizer.bos_id, tokenizer.pad_id} - {tokenizer.eos_id})
+def _complete_generation_config(tokenizer: TextTokenizer, made: Path) -> dict[str, Any]:
+    """Add to ``generation_config.json``, if the checkpoint has one, what generation of this package does by itself.
+
+    It stops at every id of :func:`stop_ids`, and never generates the beginning of sequence or padding.
+    """
+    path = made / GENERATION_CONFIG
+    given = read_json(path, CheckpointError) if path.is_file() else {}
+    ends = [tokenizer.eos_id, *stop_ids(made, tokenizer)]
     settings = {
         "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
         "pad_token_id": tokenizer.pad_id,
-        "do_sample": False,
-        "suppress_tokens": markers or None,
+        "suppress_tokens": sorted({tokenizer.bos_id, tokenizer.pad_id} - set(ends)) or None,
+        **given,
+        "eos_token_id": ends if len(ends) > 1 else ends[0],
     }
-    write_json(made / "generation_config.json", settings)
+    write_json(path, settings, CheckpointError)
+    return settings
 
 
 def _check_tokenizer(tokenizer: TextTokenizer, made: Path) -> str:
@@ -223,8 +230,8 @@ def _evaluation(checkpoint: Path) -> list[tuple[Any, ...]]:
     paths: Iterable[Path] = next((sorted(folder.glob("*.json")) for folder in folders if folder.is_dir()), [])
     rows: list[tuple[Any, ...]] = []
     for path in paths:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(result, dict) and {"suite", "set", "wer", "num_utterances", "normalizer"} <= result.keys():
+        result = read_json(path, CheckpointError)
+        if {"suite", "set", "wer", "num_utterances", "normalizer"} <= result.keys():
             wer = f"{result['wer']:.2%}"
             rows.append((result["suite"], result["set"], wer, result["num_utterances"], result["normalizer"]))
     return rows

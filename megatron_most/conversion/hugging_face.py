@@ -1,40 +1,46 @@
-"""A model in Hugging Face's folder layout, read lazily: configuration, and tensors out of mapped files.
+"""Reads a Hugging Face model folder lazily: its configuration, and single tensors from mapped files.
 
-A folder comes from elsewhere and is not trusted: every file it names must lie in it, the index must say what the files
-hold, and nothing is unpickled unless it is asked for.
+A downloaded folder is not trusted: every file it names must be inside it, its index must match its files, and pickles
+are read only on request.
 """
 
 from __future__ import annotations
 
-import json
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from megatron_most.errors import CheckpointError
+from megatron_most.errors import CheckpointError, first_line
+from megatron_most.files import read_json
+from megatron_most.text.stop_ids import GENERATION_CONFIG
 
 CONFIG = "config.json"
 MODEL = "model"
-"""Stem of the files with weights."""
+"""Stem of the names of weight files."""
 TOKENIZER_FILES = (
+    # The first two are tokenizers; the others go with them.
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "vocab.json",
     "merges.txt",
+    GENERATION_CONFIG,
 )
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""Element types that weights may have, by their name in safetensors."""
+"""Element types that weights may have, by their names in safetensors."""
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor is and what it looks like."""
+    """The file, shape and element type of a tensor."""
 
     file: str
     shape: tuple[int, ...]
@@ -54,27 +60,22 @@ class _File(Protocol):
 
 
 class HuggingFaceModel:
-    """The tensors of a folder, each read when it is asked for.
+    """The tensors of a folder, read on demand.
 
     Args:
         directory: holds ``config.json`` and the weights.
-        stem: of the files' names; ``model`` is the model itself.
-        allow_pickle: read ``pytorch_model.bin`` files where there are no safetensors; weights only, no code.
+        stem: start of the names of the weight files; ``model`` for the model itself.
+        allow_pickle: read ``pytorch_model.bin`` files if there are no safetensors; weights only, no code.
     """
 
     def __init__(self, directory: str | Path, allow_pickle: bool = False, stem: str = MODEL) -> None:
-        """Raises :class:`CheckpointError` for whatever is missing, broken or contradicts itself."""
+        """Raises :class:`CheckpointError` if a file is missing or broken, or if two files contradict each other."""
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise CheckpointError(f"{directory}: no such directory")
-        self.config = read_json(self.path_of(CONFIG))
-        index, opener, files = self._find_weights(allow_pickle, stem)
-        self._files: dict[str, _File] = {}
-        for name in files:
-            path = self.path_of(name)
-            if not path.is_file():
-                raise CheckpointError(f"{self.directory}: {name} is missing")
-            self._files[name] = opener(path, name)
+        self.config = read_json(self.path_of(CONFIG), CheckpointError)
+        opener, files, index = self._find_weights(allow_pickle, stem)
+        self._files = {name: opener(self.path_of(name), name) for name in files}
         self.tensors: dict[str, TensorEntry] = {}
         for file in self._files.values():
             for name, entry in file.entries.items():
@@ -87,7 +88,7 @@ class HuggingFaceModel:
             self._check_index(index)
 
     def read(self, name: str, start: int = 0, rows: int | None = None) -> torch.Tensor:
-        """``rows`` rows of a tensor from ``start`` on, all by default; a view of the file as long as nobody writes.
+        """``rows`` rows of a tensor from row ``start``, by default all. May be a view of the mapped file: do not write.
 
         Raises:
             CheckpointError: a value is not finite.
@@ -100,44 +101,75 @@ class HuggingFaceModel:
         return tensor
 
     def path_of(self, name: str) -> Path:
-        """A file of the folder. Links may lead within the folder, and from a hub cache's snapshot to its blobs."""
+        """Path of a file in the folder. A link must stay in it, or lead from a hub cache's snapshot to a blob.
+
+        Raises:
+            CheckpointError: the name is a path, or a link that leads elsewhere.
+        """
         path = self.directory / name
         if Path(name).name != name:
-            raise CheckpointError(f"{self.directory}: {name!r} is no file name")
+            raise CheckpointError(f"{self.directory}: {name!r} is not a file name")
         home = self.directory.resolve()
         allowed = [home]
         if home.parent.name == "snapshots":
             allowed.append(home.parent.parent / "blobs")
         if path.is_symlink() and not any(path.resolve().is_relative_to(folder) for folder in allowed):
-            raise CheckpointError(f"{path}: links to {path.resolve()}, outside of the directory")
+            raise CheckpointError(f"{path}: links to {path.resolve()}, outside the directory")
         return path
 
     @property
     def num_bytes(self) -> int:
         return sum(entry.num_bytes for entry in self.tensors.values())
 
-    def _find_weights(self, allow_pickle: bool, stem: str) -> tuple[dict[str, str] | None, type, list[str]]:
-        """The index, if any, the reader of the files, and their names."""
-        kinds = [(f"{stem}.safetensors", _Safetensors)]
+    def _find_weights(
+        self, allow_pickle: bool, stem: str
+    ) -> tuple[Callable[[Path, str], _File], list[str], dict[str, str] | None]:
+        """The reader of the weight files, their names, and the index (tensor -> file) if there is one."""
+        kinds: list[tuple[str, Callable[[Path, str], _File]]] = [(f"{stem}.safetensors", _Safetensors)]
         if stem == MODEL:
             kinds.append(("pytorch_model.bin", _Pickle))
         for single, opener in kinds:
-            index = f"{single}.index.json"
-            found = next((name for name in (index, single) if (self.directory / name).exists()), None)
+            index_name = f"{single}.index.json"
+            found = next((name for name in (index_name, single) if (self.directory / name).exists()), None)
             if found is None:
                 continue
             if opener is _Pickle and not allow_pickle:
                 raise CheckpointError(
-                    f"{self.directory / found}: is a pickle, which can hold code; take safetensors, or give"
-                    " --allow-pickle to read its weights alone"
+                    f"{self.directory / found}: is a pickle, which can hold code; use safetensors, or pass"
+                    " --allow-pickle to read only its weights"
                 )
-            if found == single:
-                return None, opener, [single]
-            weight_map = read_json(self.path_of(index)).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-                raise CheckpointError(f"{self.directory / index}: holds no weight_map of names to files")
-            return weight_map, opener, sorted(set(weight_map.values()))
+            index = self._read_index(index_name) if found == index_name else None
+            files = [single] if index is None else sorted(set(index.values()))
+            self._check_files(single, found, files)
+            return opener, files, index
         raise CheckpointError(f"{self.directory}: holds neither {kinds[0][0]} nor {kinds[0][0]}.index.json")
+
+    def _read_index(self, name: str) -> dict[str, str]:
+        weight_map = read_json(self.path_of(name), CheckpointError).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise CheckpointError(f"{self.directory / name}: holds no weight_map of names to files")
+        return weight_map
+
+    def _check_files(self, single: str, found: str, files: list[str]) -> None:
+        """Raise unless the weight files of the folder are exactly ``files``.
+
+        An index left over from an earlier download or save names other files than those that hold the model now.
+
+        Args:
+            single: name of the file that holds a model whole.
+            found: that file, or the index, whichever says what ``files`` are.
+        """
+        missing = [name for name in files if not self.path_of(name).is_file()]
+        stem, suffix = map(re.escape, single.rsplit(".", 1))
+        pattern = re.compile(rf"{stem}(-\d+-of-\d+)?\.{suffix}")
+        present = [path.name for path in self.directory.iterdir() if pattern.fullmatch(path.name)]
+        extra = sorted(set(present) - set(files))
+        if extra and found == single:
+            raise CheckpointError(f"{self.directory}: holds both {single} and {extra[0]}; remove the one that is old")
+        if extra:
+            raise CheckpointError(f"{self.directory}: {found} does not name {extra[0]}; remove the one that is old")
+        if missing:
+            raise CheckpointError(f"{self.directory}: {missing[0]} is missing, which {found} names")
 
     def _check_index(self, index: dict[str, str]) -> None:
         for name, file in index.items():
@@ -155,7 +187,7 @@ class HuggingFaceModel:
 
 
 class _Safetensors:
-    """A safetensors file, mapped."""
+    """A mapped safetensors file."""
 
     def __init__(self, path: Path, name: str) -> None:
         import safetensors
@@ -164,7 +196,7 @@ class _Safetensors:
             self._file = safetensors.safe_open(path, framework="pt")
             slices = {key: self._file.get_slice(key) for key in self._file.keys()}  # noqa: SIM118 (no dictionary)
         except (OSError, safetensors.SafetensorError) as error:
-            raise CheckpointError(f"{path}: unreadable: {_one_line(error)}") from None
+            raise CheckpointError(f"{path}: unreadable: {first_line(error)}") from None
         self.entries = {}
         for key, view in slices.items():
             if view.get_dtype() not in DTYPES:
@@ -178,13 +210,14 @@ class _Safetensors:
 
 
 class _Pickle:
-    """A file of ``torch.save``, mapped and read without running what it may hold."""
+    """A mapped file of ``torch.save``, read without running code that it may hold."""
 
     def __init__(self, path: Path, name: str) -> None:
         try:
             content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # whatever broken bytes raise
-            raise CheckpointError(f"{path}: unreadable as weights alone: {_one_line(error).split('. ')[0]}") from None
+        except Exception as error:  # broken bytes can raise anything
+            reason = first_line(error).partition(". ")[0]
+            raise CheckpointError(f"{path}: unreadable as weights only: {reason}") from None
         if not isinstance(content, dict) or not all(torch.is_tensor(value) for value in content.values()):
             raise CheckpointError(f"{path}: must hold a dictionary of tensors")
         wrong = [key for key, value in content.items() if value.dtype not in DTYPES.values()]
@@ -200,23 +233,6 @@ class _Pickle:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all values are; twenty times as fast as ``isfinite``, as a NaN is both extremes of its company."""
+    """Whether all values are finite. ``aminmax`` returns any NaN, and is twenty times as fast as ``isfinite``."""
     low, high = torch.aminmax(tensor)
     return bool(torch.isfinite(low) and torch.isfinite(high))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises :class:`CheckpointError` naming the file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: {path.name} is missing") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: unreadable: {_one_line(error)}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object")
-    return values
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

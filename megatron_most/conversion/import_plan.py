@@ -1,13 +1,13 @@
-"""What an import will write, and out of what: settled and checked before a byte is written."""
+"""Plans an import: what is written and from what, settled and checked before the first byte."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megatron_most.checkpointing.region_io import Region, TensorForm
+from megatron_most.checkpointing.regions import Region, TensorForm
 from megatron_most.config import RunConfig
 from megatron_most.config.load import build_config
 from megatron_most.conversion import hf_format
@@ -15,6 +15,7 @@ from megatron_most.conversion.architectures import Architecture, ForeignModel, r
 from megatron_most.conversion.experts import origins, read_usage
 from megatron_most.conversion.extension import EXTENSION, Extension
 from megatron_most.conversion.hugging_face import CONFIG, HuggingFaceModel
+from megatron_most.conversion.import_checks import check_counts, check_tensors, check_tied_head
 from megatron_most.conversion.import_config import ImportOptions, import_config, import_mode
 from megatron_most.conversion.native import EMBEDDING, EXPERT_BIAS, HEAD, native_shapes
 from megatron_most.conversion.new_weights import NewWeights, RowDistribution, generator
@@ -32,34 +33,34 @@ from megatron_most.errors import CheckpointError, ConfigError
 from megatron_most.vocab import VocabLayout
 
 RECORD = "conversion.json"
-"""What an import did, in the checkpoint."""
+"""The record of an import, in its checkpoint."""
+
+Sources = dict[Region, Block | str | None]
+"""Every native region to write -> the block it equals, the name of an extension's tensor, or None for new weights."""
 
 
 @dataclass
 class ImportPlan:
-    """Everything about one import.
+    """Everything that one import needs.
 
     Args:
-        config: of the model that is made.
-        both: experts and ids that correspond.
+        config: configuration of the imported model.
+        both: which experts and ids correspond.
         forms: every native tensor.
-        sources: every region to write, and what it is made of: a block, a tensor of the extension, or new weights.
-        unused: what of the source is left aside, and why.
+        unused: part of the source that is not imported -> the reason.
     """
 
     source: HuggingFaceModel
     architecture: Architecture
-    foreign: ForeignModel
+    options: ImportOptions
     mode: str
     config: RunConfig
     both: Correspondence
     forms: dict[str, TensorForm]
-    sources: dict[Region, Block | str | None]
-    fresh: NewWeights
+    sources: Sources
+    new_weights: NewWeights
     extension: Extension | None
-    noise: float
-    seed: int
-    unused: dict[str, str] = field(default_factory=dict)
+    unused: dict[str, str]
 
     @property
     def regions(self) -> list[Region]:
@@ -67,7 +68,7 @@ class ImportPlan:
 
     @property
     def drawn(self) -> list[str]:
-        """Keys of which some weights are new."""
+        """Keys of the tensors that have new weights."""
         return list(dict.fromkeys(region.key for region, made_of in self.sources.items() if made_of is None))
 
     @property
@@ -75,19 +76,20 @@ class ImportPlan:
         return sum(num_bytes(region, self.forms) for region in self.sources)
 
     def produce(self, region: Region) -> torch.Tensor:
-        """The tensor of a region."""
+        """The tensor of a region. Raises :class:`CheckpointError` if the source has values that are not finite."""
         made_of, dtype = self.sources[region], self.forms[region.key].dtype
         if made_of is None:
-            return self.fresh.draw(region, dtype)
+            return self.new_weights.draw(region, dtype)
         if isinstance(made_of, str):
+            assert self.extension is not None and self.extension.source is not None
             return self.extension.source.read(made_of)
         tensor = self.source.read(made_of.name, made_of.row, made_of.rows)
         if made_of.scale != 1:
-            tensor = tensor * made_of.scale
-        if made_of.copy and self.noise:
-            noise = torch.randn(tensor.shape, generator=generator(self.seed, region))
+            tensor = tensor.to(dtype) * made_of.scale
+        if made_of.copy and self.options.noise:
+            noise = torch.randn(tensor.shape, generator=generator(self.options.seed, region))
             values = tensor.float()
-            tensor = (values + noise * (self.noise * values.square().mean().sqrt())).to(dtype)
+            tensor = (values + noise * (self.options.noise * values.square().mean().sqrt())).to(dtype)
         return tensor.reshape(region.sizes)
 
 
@@ -96,23 +98,17 @@ def num_bytes(region: Region, forms: dict[str, TensorForm]) -> int:
 
 
 def plan_import(directory: str | Path, options: ImportOptions) -> ImportPlan:
-    """Read the source's configuration and headers and settle everything.
+    """Read the configuration and the file headers of the model in ``directory`` and plan its import.
 
     Raises:
-        ConfigError: the wish makes no sense for this source.
-        CheckpointError: the source is broken or cannot be converted.
+        ConfigError: an option does not fit the model.
+        CheckpointError: the model is broken or cannot be converted.
     """
     source = HuggingFaceModel(directory, options.allow_pickle)
     architecture, foreign = read_foreign(source.config, str(source.path_of(CONFIG)))
-    _check_counts(source, foreign)
+    check_counts(source, foreign)
     extension = Extension.read(source) if options.experts is None else None
     mode = import_mode(architecture, extension is not None, options)
-    if not 0 <= options.noise <= 1:
-        raise ConfigError(f"--noise={options.noise}: must be a share of the weights' size, from 0 to 1")
-    if options.noise and mode != "expand":
-        raise ConfigError(f"--noise={options.noise}: is for --experts expand, which makes copies")
-    if options.usage is not None and mode not in ("partition", "expand"):
-        raise ConfigError("--usage: is for --experts partition and expand")
     if extension is not None:
         config = build_config(f"{source.directory}: extension", extension.config, options.overrides)
         extension.check(config)
@@ -123,51 +119,73 @@ def plan_import(directory: str | Path, options: ImportOptions) -> ImportPlan:
     else:
         config = import_config(source, architecture, foreign, mode, options)
         both = _correspondence(mode, config, foreign, options)
-    rules = architecture.rules_for(foreign.tied)
-    # What an export did not read, because it may differ from what is in the model, is in the extension.
-    whole = [block for block in all_blocks(rules, config, both) if extension is None or not block.copy]
-    unused = _check_tensors(source, architecture, foreign, whole)
-    blocks = [piece for block in whole for piece in cut_block(block)]
-    shapes = native_shapes(config)
+    blocks = all_blocks(architecture.rules_for(foreign.tied), config, both)
+    if extension is not None:
+        # Export did not read the copies, which may have changed since: they are in the extension.
+        blocks = [block for block in blocks if not block.copy]
+    unused = check_tensors(source, architecture, foreign, blocks)
+    if foreign.tied:
+        check_tied_head(source)
     if extension is None and source.path_of(EXTENSION).is_file():
         unused[EXTENSION] = "--experts is given"
-    kept = {} if extension is None else extension.regions
-    sources: dict[Region, Block | str | None] = {block.region: block for block in blocks}
-    sources |= {region: name for name, region in kept.items()}
-    try:
-        rest = open_regions(shapes, [*(block.region for block in blocks), *kept.values()])
-    except ValueError as error:
-        raise CheckpointError(f"{source.directory}: {error}") from None
-    forms = _forms(source, shapes, blocks, config, extension)
-    # New rows are drawn from the distribution of the base's text ids.
-    num_text_ids = min(config.vocab.text_vocab_size, foreign.vocab_size)
-    heads = next(block.name for block in blocks if block.region.key == HEAD)
-    embedding, head = (
-        RowDistribution.of(lambda start, rows, name=name: source.read(name, start, rows), num_text_ids)
-        for name in (next(block.name for block in blocks if block.region.key == EMBEDDING), heads)
-    )
-    fresh = NewWeights(config, options.seed, embedding, head)
-    for region in rest:
-        if not fresh.covers(region):
-            raise CheckpointError(f"{source.directory}: holds nothing for {region.key}")
-        sources |= dict.fromkeys(cut(region))
-    place = {key: index for index, key in enumerate(shapes)}
-    sources = dict(sorted(sources.items(), key=lambda item: (place[item[0].key], item[0].offsets)))
+    new_weights = _new_weights(source, foreign, config, blocks, options.seed)
     return ImportPlan(
         source=source,
         architecture=architecture,
-        foreign=foreign,
+        options=options,
         mode=mode,
         config=config,
         both=both,
-        forms=forms,
-        sources=sources,
-        fresh=fresh,
+        forms=_forms(source, config, blocks, extension),
+        sources=_sources(source, config, blocks, extension, new_weights),
+        new_weights=new_weights,
         extension=extension,
-        noise=options.noise,
-        seed=options.seed,
         unused=unused,
     )
+
+
+def _new_weights(
+    source: HuggingFaceModel, foreign: ForeignModel, config: RunConfig, blocks: list[Block], seed: int
+) -> NewWeights:
+    """New rows are drawn from the distributions of the source's text ids."""
+    num_text_ids = min(config.vocab.text_vocab_size, foreign.vocab_size)
+
+    def distribution(key: str) -> RowDistribution:
+        name = next(block.name for block in blocks if block.region.key == key)
+        return RowDistribution.of(lambda start, rows: source.read(name, start, rows), num_text_ids)
+
+    return NewWeights(config, seed, distribution(EMBEDDING), distribution(HEAD))
+
+
+def _sources(
+    source: HuggingFaceModel,
+    config: RunConfig,
+    blocks: list[Block],
+    extension: Extension | None,
+    new_weights: NewWeights,
+) -> Sources:
+    """What every native region is made of, each row once, in the order of the forward pass.
+
+    Raises:
+        CheckpointError: two blocks hold the same row, or none holds a row that cannot be new.
+    """
+    shapes = native_shapes(config)
+    sources: Sources = {piece.region: piece for block in blocks for piece in cut_block(block)}
+    if extension is not None:
+        sources |= {region: name for name, region in extension.regions.items()}
+        filled = [*(block.region for block in blocks), *extension.regions.values()]
+    else:
+        filled = [block.region for block in blocks]
+    try:
+        rest = open_regions(shapes, filled)
+    except ValueError as error:
+        raise CheckpointError(f"{source.directory}: {error}") from None
+    for region in rest:
+        if not new_weights.covers(region):
+            raise CheckpointError(f"{source.directory}: holds nothing for {region.key}")
+        sources |= dict.fromkeys(cut(region))
+    place = {key: index for index, key in enumerate(shapes)}
+    return dict(sorted(sources.items(), key=lambda item: (place[item[0].key], item[0].offsets)))
 
 
 def _correspondence(mode: str, config: RunConfig, foreign: ForeignModel, options: ImportOptions) -> Correspondence:
@@ -182,88 +200,49 @@ def _correspondence(mode: str, config: RunConfig, foreign: ForeignModel, options
 
 
 def most_ids(vocab: VocabLayout, vocab_size: int) -> tuple[IdRun, ...]:
-    """The MoST format puts units before begin and end of audio; the ``frame`` id takes a padding row behind them.
+    """The ids that correspond in the MoST format, which puts audio units before begin and end of audio.
+
+    The ``frame`` id gets a padding row after them, if there is one.
 
     Raises:
-        ConfigError: the layout does not fit the ids there are.
+        ConfigError: the vocabulary layout needs more ids than ``vocab_size``.
     """
     text, num_units = vocab.text_vocab_size, vocab.codec_layout.num_ids
-    behind = text + num_units
-    if behind + 2 > vocab_size:
+    begin = text + num_units
+    if begin + 2 > vocab_size:
         raise ConfigError(
-            f"vocab: {text} text ids, {num_units} units and 2 more need {behind + 2} ids, the model has {vocab_size}"
+            f"vocab: {text} text ids, {num_units} units and 2 more need {begin + 2} ids, the model has {vocab_size}"
         )
-    runs = [IdRun(0, 0, text), IdRun(vocab.begin_of_audio, behind, 2)]
+    runs = [IdRun(0, 0, text), IdRun(vocab.begin_of_audio, begin, 2)]
     if num_units:
         runs.append(IdRun(vocab.frame + 1, text, num_units))
-    if behind + 2 < vocab_size:
-        runs.append(IdRun(vocab.frame, behind + 2, 1))
+    if begin + 2 < vocab_size:
+        runs.append(IdRun(vocab.frame, begin + 2, 1))
     return tuple(runs)
 
 
-def _check_counts(source: HuggingFaceModel, foreign: ForeignModel) -> None:
-    """Raise where the configuration counts what the files cannot hold: laying out a billion layers would never end."""
-    sizes = [size for entry in source.tensors.values() for size in entry.shape]
-    counts = {
-        "num_hidden_layers": (foreign.model["num_layers"], len(source.tensors)),
-        "n_routed_experts": (foreign.num_experts, len(source.tensors)),
-        "num_key_value_heads": (foreign.model["attention"].get("num_query_groups", 0), max(sizes, default=0)),
-    }
-    for name, (count, most) in counts.items():
-        if count > most:
-            raise CheckpointError(f"{source.path_of(CONFIG)}: {name}={count}: the files hold no more than {most}")
-
-
-def _check_tensors(
-    source: HuggingFaceModel, architecture: Architecture, foreign: ForeignModel, blocks: list[Block]
-) -> dict[str, str]:
-    """Every tensor of the source is needed, or known to be left aside; all have the shapes the configuration says."""
-    rows: dict[str, int] = {}
-    for block in blocks:
-        rows[block.name] = max(rows.get(block.name, 0), block.row + block.rows)
-    unused = {}
-    for block in {block.name: block for block in blocks}.values():
-        entry = source.tensors.get(block.name)
-        if entry is None:
-            raise CheckpointError(f"{source.directory}: tensor {block.name} is missing")
-        along_ids = block.region.key in (EMBEDDING, HEAD)
-        shape = (foreign.vocab_size if along_ids else rows[block.name], *block.shape[1:])
-        if entry.shape != shape:
-            raise CheckpointError(
-                f"{source.directory}: tensor {block.name} has shape {list(entry.shape)}, the configuration says"
-                f" {list(shape)}"
-            )
-        if rows[block.name] < shape[0]:
-            unused[f"{block.name}[{rows[block.name]}:{shape[0]}]"] = "ids that the vocabulary layout leaves out"
-    for name in sorted(source.tensors.keys() - rows.keys()):
-        reason = architecture.reason_unused(name, foreign.tied)
-        if reason is None:
-            raise CheckpointError(
-                f"{source.directory / source.tensors[name].file}: tensor {name} has no place in a"
-                f" {architecture.name} model"
-            )
-        unused[name] = reason
-    return unused
-
-
 def _forms(
-    source: HuggingFaceModel,
-    shapes: dict[str, tuple[int, ...]],
-    blocks: list[Block],
-    config: RunConfig,
-    extension: Extension | None,
+    source: HuggingFaceModel, config: RunConfig, blocks: list[Block], extension: Extension | None
 ) -> dict[str, TensorForm]:
-    """Each tensor keeps its type; those that are new take the embedding's."""
-    made_of = [(block.region.key, block.name, source.tensors[block.name].dtype) for block in blocks]
+    """The shape and type of every native tensor: the type of the source, for new tensors that of the embedding."""
+    made_of = [(block.region.key, block.name, _stored_type(source, block)) for block in blocks]
     if extension is not None:
+        assert extension.source is not None
         tensors = extension.source.tensors
         made_of += [(region.key, name, tensors[name].dtype) for name, region in extension.regions.items()]
     dtypes: dict[str, torch.dtype] = {}
     for key, name, dtype in made_of:
         if dtypes.setdefault(key, dtype) != dtype:
             raise CheckpointError(
-                f"{source.directory}: tensor {name} is {dtype}, others that go into {key} are {dtypes[key]}"
+                f"{source.directory}: tensor {name} is {dtype}, but others that go into {key} are {dtypes[key]}"
             )
     for layer in range(config.model.first_k_dense_replace, config.model.num_layers):
         dtypes.setdefault(EXPERT_BIAS.format(layer=layer), torch.float32)
+    shapes = native_shapes(config)
     return {key: TensorForm(shape, dtypes.get(key, dtypes[EMBEDDING])) for key, shape in shapes.items()}
+
+
+def _stored_type(source: HuggingFaceModel, block: Block) -> torch.dtype:
+    """The type that holds a block exactly. Half of a small fp16 number may not be an fp16 number."""
+    dtype = source.tensors[block.name].dtype
+    return torch.float32 if block.scale != 1 and dtype == torch.float16 else dtype

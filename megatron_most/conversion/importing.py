@@ -1,9 +1,8 @@
-"""Hugging Face -> native checkpoint, streamed."""
+"""Imports a Hugging Face model into a native checkpoint, one region at a time."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,57 +13,69 @@ import torch.distributed as dist
 
 from megatron_most import parallel, platform
 from megatron_most.checkpointing import CheckpointMetadata, Fingerprint
-from megatron_most.checkpointing.region_io import STATE, Region, StateReader, TensorForm, write_checkpoint
+from megatron_most.checkpointing.directory import STATE
+from megatron_most.checkpointing.region_writer import write_checkpoint
+from megatron_most.checkpointing.regions import Region, StateReader, TensorForm
 from megatron_most.config import CONFIG, ParallelConfig, dump_config
+from megatron_most.conversion.hugging_face import CONFIG as MODEL_CONFIG
 from megatron_most.conversion.hugging_face import TOKENIZER_FILES, HuggingFaceModel
 from megatron_most.conversion.import_config import ImportOptions
 from megatron_most.conversion.import_plan import RECORD, ImportPlan, num_bytes, plan_import
-from megatron_most.conversion.progress import Progress
 from megatron_most.conversion.verification import check_logits, is_small
 from megatron_most.errors import CheckpointError, ConfigError
-from megatron_most.files import write_text
+from megatron_most.files import read_json, write_json, write_text
+from megatron_most.progress import Progress
 from megatron_most.text import load_tokenizer
+from megatron_most.text.stop_ids import GENERATION_CONFIG, eos_ids
 from megatron_most.training.run_directory import versions
 
 TOKENIZER = "tokenizer"
+"""Folder of the tokenizer in an imported checkpoint."""
+
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Fields that ``config.json`` and ``generation_config.json`` both have; the second decides."""
 
 CHECKED_BYTES = 1 << 28
+"""How much of a result is read back and compared, at most."""
 
 
 def import_model(directory: str | Path, out: str | Path, options: ImportOptions) -> Path:
     """Convert the model in ``directory`` into the native checkpoint ``out``. Collective under ``torchrun``.
 
-    Every rank reads and writes its share; ``out`` must be on storage that all see.
+    Every rank reads and writes a part of the regions, so all ranks must see the storage of ``out``.
 
     Raises:
-        ConfigError, CheckpointError: one line; ``out`` is not there then.
+        ConfigError, CheckpointError: one line; then ``out`` does not exist.
     """
     out = Path(out)
     platform.install()
     parallel.initialize(ParallelConfig(), options.seed)
     try:
         plan = parallel.together(lambda: _plan(directory, out, options))
-        mine = share_of(plan.regions, plan.forms, dist.get_rank(), dist.get_world_size())
+        mine = regions_of_rank(plan.regions, plan.forms, dist.get_rank(), dist.get_world_size())
         num_mine = sum(num_bytes(region, plan.forms) for region in mine)
-        progress = Progress("import", num_mine, dist.get_rank() == 0)
+        metadata = _metadata(plan, out)
+        progress = Progress("import", num_mine, "B", enabled=dist.get_rank() == 0)
 
         def produce(region: Region) -> torch.Tensor:
             progress.add(num_bytes(region, plan.forms))
             return plan.produce(region)
 
         def finish(made: Path) -> None:
-            progress.done()
+            progress.close()
             _finish(plan, metadata, made, out)
 
-        metadata = _metadata(plan, out)
-        write_checkpoint(out, metadata, plan.forms, mine, produce, finish)
+        with progress:
+            write_checkpoint(out, metadata, plan.forms, mine, produce, finish)
     finally:
         parallel.destroy()
     return out
 
 
-def share_of(regions: Sequence[Region], forms: dict[str, TensorForm], rank: int, world_size: int) -> list[Region]:
-    """The run of regions that a rank writes: as many bytes for each, and files read from front to end."""
+def regions_of_rank(
+    regions: Sequence[Region], forms: dict[str, TensorForm], rank: int, world_size: int
+) -> list[Region]:
+    """The consecutive regions that a rank writes. Each rank gets about as many bytes, and reads files in order."""
     total = sum(num_bytes(region, forms) for region in regions)
     mine, before = [], 0
     for region in regions:
@@ -76,12 +87,13 @@ def share_of(regions: Sequence[Region], forms: dict[str, TensorForm], rank: int,
 
 def _plan(directory: str | Path, out: Path, options: ImportOptions) -> ImportPlan:
     if out.exists():
-        raise CheckpointError(f"{out}: exists already; name a directory that does not")
+        raise CheckpointError(f"{out}: exists already; name a new directory")
     plan = plan_import(directory, options)
     require_space(out, plan.num_bytes)
-    present = [name for name in TOKENIZER_FILES if plan.source.path_of(name).is_file()]
-    if {"tokenizer.json", "tokenizer.model"} & {*present}:
-        # A tokenizer that cannot be read would only be found when training starts.
+    # What is copied later is checked now: links, stop ids and the tokenizer, without which training would not start.
+    present = {name for name in TOKENIZER_FILES if plan.source.path_of(name).is_file()}
+    _generation_config(plan.source)
+    if present.intersection(TOKENIZER_FILES[:2]):
         size = load_tokenizer(plan.source.directory).vocab_size
         if size > plan.config.vocab.text_vocab_size:
             raise ConfigError(
@@ -93,11 +105,11 @@ def _plan(directory: str | Path, out: Path, options: ImportOptions) -> ImportPla
 
 
 def require_space(out: Path, needed: int) -> None:
-    """Raise :class:`CheckpointError` unless the storage of ``out`` has room for ``needed`` bytes."""
+    """Raise :class:`CheckpointError` unless the storage of ``out`` has ``needed`` bytes free."""
     folder = next(parent for parent in out.absolute().parents if parent.is_dir())
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise CheckpointError(f"{out}: needs {needed / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB left")
+        raise CheckpointError(f"{out}: needs {needed / 1e9:.1f} GB, {folder} has only {free / 1e9:.1f} GB free")
 
 
 def _metadata(plan: ImportPlan, out: Path) -> CheckpointMetadata:
@@ -119,36 +131,54 @@ def _metadata(plan: ImportPlan, out: Path) -> CheckpointMetadata:
 
 
 def _finish(plan: ImportPlan, metadata: CheckpointMetadata, made: Path, out: Path) -> None:
-    """What stands beside the tensors, and whether they are right; on rank 0."""
-    if plan.config.tokenizer is not None:
-        copy_tokenizer(plan.source, made / TOKENIZER)
+    """Write the files beside the tensors and check the result. Only on rank 0."""
+    _copy_tokenizer(plan.source, made / TOKENIZER)
     config = dataclasses.replace(plan.config, checkpoint=dataclasses.replace(plan.config.checkpoint, load=str(out)))
-    write_text(made / CONFIG, dump_config(config))
+    write_text(made / CONFIG, dump_config(config), CheckpointError)
     checks = {"tensors": _check_tensors(plan, made), "logits": _check_logits(plan, made)}
     for what, result in checks.items():
         print(f"checked {what}: {result['said']}", flush=True)
-    write_text(made / RECORD, json.dumps(_record(plan, checks), indent=1) + "\n")
+    write_json(made / RECORD, _record(plan, checks), CheckpointError)
 
 
-def copy_tokenizer(source: HuggingFaceModel, folder: Path) -> None:
-    """Carry the tokenizer's files along."""
+def _copy_tokenizer(source: HuggingFaceModel, folder: Path) -> None:
+    """Copy the tokenizer's files and ``generation_config.json``, or write the latter from ``config.json``."""
     folder.mkdir()
     for name in TOKENIZER_FILES:
         path = source.path_of(name)
         if path.is_file():
             shutil.copyfile(path, folder / name)
+    values = _generation_config(source)
+    if values and not (folder / GENERATION_CONFIG).exists():
+        write_json(folder / GENERATION_CONFIG, values, CheckpointError)
+
+
+def _generation_config(source: HuggingFaceModel) -> dict[str, Any]:
+    """The content of ``generation_config.json``, which a model without that file has in ``config.json``.
+
+    Raises:
+        CheckpointError, ConfigError: it is unreadable, or its ``eos_token_id`` is not an id or a list of ids.
+    """
+    path = source.path_of(GENERATION_CONFIG)
+    if path.is_file():
+        values = read_json(path, CheckpointError)
+    else:
+        path = source.path_of(MODEL_CONFIG)
+        values = {name: source.config[name] for name in SPECIAL_IDS if source.config.get(name) is not None}
+    eos_ids(values, str(path))
+    return values
 
 
 def _check_tensors(plan: ImportPlan, made: Path) -> dict[str, Any]:
-    """Read regions of every kind of tensor back and compare them, bit for bit, with the source."""
+    """Read regions of every kind of tensor back and compare them with the source, bit for bit."""
     reader = StateReader(made / STATE)
     if reader.forms != plan.forms:
-        raise CheckpointError(f"{made}: the tensors read back are not those that were written")
+        raise CheckpointError(f"{made}: the tensors read back are not the ones that were written")
     sample = sample_regions(plan.regions, plan.forms)
     for region in sample:
         if not torch.equal(reader.read(region), plan.produce(region)):
-            raise CheckpointError(f"{made}: {region.key} at {list(region.offsets)} is not what was written")
-    left = f", {len(plan.unused)} left aside" if plan.unused else ""
+            raise CheckpointError(f"{made}: {region.key} at {list(region.offsets)} differs from what was written")
+    left = f", {len(plan.unused)} not used" if plan.unused else ""
     new = f", {len(plan.drawn)} with new weights" if plan.drawn else ""
     return {
         "regions": len(sample),
@@ -158,13 +188,13 @@ def _check_tensors(plan: ImportPlan, made: Path) -> dict[str, Any]:
 
 
 def sample_regions(regions: Sequence[Region], forms: dict[str, TensorForm]) -> list[Region]:
-    """Regions of every kind of tensor, first and last layer among them, up to a bounded number of bytes."""
+    """Regions of every kind of tensor, from the first and the last layer too, of at most :data:`CHECKED_BYTES`."""
     kinds: dict[str, list[Region]] = {}
     for region in regions:
         kind = ".".join(part for part in region.key.split(".") if not part.isdecimal())
         kinds.setdefault(kind, []).append(region)
     sample, budget = [], CHECKED_BYTES
-    # The last of each kind first: it is the farthest from where a mistake in counting starts.
+    # The last of each kind first: a wrong offset shows most there.
     order = [entry for place in range(8) for found in kinds.values() for entry in _nth(found, place)]
     for region in order:
         if budget >= num_bytes(region, forms):
@@ -174,18 +204,18 @@ def sample_regions(regions: Sequence[Region], forms: dict[str, TensorForm]) -> l
 
 
 def _nth(regions: list[Region], place: int) -> list[Region]:
-    """One of eight places spread over the list, from its end."""
+    """The region at one of eight places spread over the list, counted from its end; none if the list is shorter."""
     spread = sorted({len(regions) - 1 - step * (len(regions) - 1) // 7 for step in range(8)}, reverse=True)
     return [regions[spread[place]]] if place < len(spread) else []
 
 
 def _check_logits(plan: ImportPlan, made: Path) -> dict[str, Any]:
     if dist.get_world_size() > 1:
-        return {"said": "not compared under torchrun; most convert verify does"}
+        return {"said": "not compared under torchrun; run most convert verify"}
     if not is_small(plan.config):
-        return {"said": "not compared, the model is not small; most convert verify does"}
-    # Text loses experts when they are shared out: how much is worth knowing, and no mistake.
-    tolerance = None if plan.mode == "partition" or plan.noise else 1e-4
+        return {"said": "not compared, the model is large; run most convert verify"}
+    # A partition takes experts away from text: its logits change, and the difference is only reported.
+    tolerance = None if plan.mode == "partition" or plan.options.noise else 1e-4
     return check_logits(plan.source, plan.config, made / STATE, tolerance)
 
 
@@ -199,8 +229,8 @@ def _record(plan: ImportPlan, checks: dict[str, Any]) -> dict[str, Any]:
             [None if origin is None else [origin.expert, origin.copy] for origin in layer]
             for layer in plan.both.experts
         ],
-        "noise": plan.noise,
-        "seed": plan.seed,
+        "noise": plan.options.noise,
+        "seed": plan.options.seed,
         "left_aside": plan.unused,
         "new": plan.drawn,
         "checks": checks,

@@ -1,4 +1,4 @@
-"""What a directory is: a native checkpoint or a Hugging Face model, its parts and whether they are there."""
+"""Describes a directory: a native checkpoint or a Hugging Face model, its parts, and whether it is complete."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from typing import Any
 
 from megatron_most.checkpointing import directory as directories
 from megatron_most.checkpointing import read_metadata, resolve
-from megatron_most.checkpointing.region_io import STATE, StateReader
+from megatron_most.checkpointing.directory import STATE
+from megatron_most.checkpointing.regions import StateReader
 from megatron_most.conversion.architectures import read_foreign
 from megatron_most.conversion.export_plan import stored_config
 from megatron_most.conversion.extension import EXTENSION, Extension
-from megatron_most.conversion.hugging_face import CONFIG, HuggingFaceModel, read_json
+from megatron_most.conversion.hugging_face import CONFIG, HuggingFaceModel
 from megatron_most.conversion.import_plan import RECORD
 from megatron_most.conversion.native import native_shapes
 from megatron_most.conversion.safetensors_files import size_of
 from megatron_most.errors import CheckpointError
+from megatron_most.files import read_json
 from megatron_most.moe import ExpertGroups
 from megatron_most.vocab import VocabLayout
 
@@ -23,15 +25,15 @@ Facts = dict[str, Any]
 
 
 def describe(path: Path, checksums: bool = False, allow_pickle: bool = False) -> Facts:
-    """What there is to say about ``path``, a line for each entry.
+    """Facts about ``path``: name -> text of one line.
 
     Args:
         path: a native checkpoint, a run directory (for its newest checkpoint), or a Hugging Face folder.
-        checksums: read a native checkpoint whole and compare it with its checksums.
-        allow_pickle: read the weights of a Hugging Face folder that has pickles alone.
+        checksums: read all files of a native checkpoint and compare them with its checksums.
+        allow_pickle: read ``pytorch_model.bin`` of a Hugging Face folder without safetensors; weights only.
 
     Raises:
-        CheckpointError: it is neither, or broken.
+        CheckpointError: it is neither, or it is broken.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory")
@@ -63,7 +65,7 @@ def _hugging_face(path: Path, allow_pickle: bool) -> Facts:
         "tensors": f"{len(model.tensors)} in {len({entry.file for entry in model.tensors.values()})} files",
         "size": f"{model.num_bytes / 1e9:.3f} GB, {', '.join(types)}",
         "extension": "none" if extension is None else f"{len(extension.regions)} tensors, {EXTENSION}",
-        "integrity": "index and headers agree with the files; the format has no checksums",
+        "integrity": "index and headers match the files; the format has no checksums",
     }
     return facts
 
@@ -84,10 +86,10 @@ def _native(path: Path, checksums: bool) -> Facts:
     groups = ExpertGroups.from_config(moe)
     pools = ", ".join(f"{name} {_short(experts)}" for name, experts in groups.pools.items())
     layout = {name: value for name, value in metadata.config["parallel"].items() if value not in (1, None)}
-    record = read_json(path / RECORD) if (path / RECORD).is_file() else None
+    record = read_json(path / RECORD, CheckpointError) if (path / RECORD).is_file() else None
     origin = f"{record['source']['architecture']}, {record['experts']}" if record else "training"
     types = sorted({str(forms[key].dtype).removeprefix("torch.") for key in shapes})
-    sums = "files complete, checksums right" if checksums else "files complete; --checksums reads them"
+    sums = "files complete, checksums right" if checksums else "files complete; --checksums verifies their content"
     return {
         "kind": "native checkpoint",
         "directory": str(path),
@@ -97,7 +99,7 @@ def _native(path: Path, checksums: bool) -> Facts:
         "attention": model.attention.type,
         "experts": f"{moe.num_experts} in logical order: {pools}",
         "top-k": ", ".join(f"{group.modality} {group.moe_router_topk}" for group in moe.groups),
-        "expert order": f"{moe.expert_order} (of a job; the checkpoint's is logical)",
+        "expert order": f"{moe.expert_order} (of the run; the checkpoint is in logical order)",
         "vocabulary": f"{vocab.text_vocab_size} text ids, layout {vocab.layout}, {vocab.num_codebooks} codebooks of"
         f" {vocab.codebook_size}, {vocab.size} ids in all",
         "saved by": f"{metadata.world_size} ranks, {layout or 'not split'}",
@@ -109,7 +111,7 @@ def _native(path: Path, checksums: bool) -> Facts:
 
 
 def _short(experts: tuple[int, ...]) -> str:
-    """A run as ``0..31``, anything else in full."""
+    """Consecutive experts as ``0..31``, others as a list."""
     if experts == tuple(range(experts[0], experts[0] + len(experts))):
         return f"{experts[0]}..{experts[-1]}"
     return str(list(experts))

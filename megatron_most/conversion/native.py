@@ -1,4 +1,4 @@
-"""The tensors of a native checkpoint, from its configuration alone: no model is built to know them.
+"""The tensors of a native checkpoint and their shapes, derived from the configuration without building a model.
 
 Shape letters: h hidden size, f width of an expert, E experts, M modalities, V ids (padded), K codes (padded).
 """
@@ -24,7 +24,7 @@ def native_shapes(config: RunConfig) -> Shapes:
     table = (padded(vocab.size), hidden)
     codebooks = range(vocab.num_codebooks if vocab.codec_layout.uses_side_codes else 0)
     codes = (padded(vocab.codebook_size), hidden)
-    shapes = {EMBEDDING: table}
+    shapes: Shapes = {EMBEDDING: table}
     shapes |= {CODEBOOK_EMBEDDING.format(codebook=codebook): codes for codebook in codebooks}
     for layer in range(config.model.num_layers):
         shapes |= {f"decoder.layers.{layer}.{name}": shape for name, shape in _layer_shapes(config, layer).items()}
@@ -35,7 +35,8 @@ def native_shapes(config: RunConfig) -> Shapes:
 
 def _layer_shapes(config: RunConfig, layer: int) -> Shapes:
     model, moe, hidden = config.model, config.model.moe, config.model.hidden_size
-    shapes = {"input_layernorm.weight": (hidden,), **_attention_shapes(config), "pre_mlp_layernorm.weight": (hidden,)}
+    norm = (hidden,)
+    shapes: Shapes = {"input_layernorm.weight": norm, **_attention_shapes(config), "pre_mlp_layernorm.weight": norm}
     if layer < model.first_k_dense_replace:
         return {**shapes, **_mlp_shapes("mlp", model.ffn_hidden_size, hidden)}
     router = (moe.num_experts, hidden)
@@ -55,6 +56,7 @@ def _mlp_shapes(name: str, width: int, hidden: int) -> Shapes:
 def _attention_shapes(config: RunConfig) -> Shapes:
     attention, hidden = config.model.attention, config.model.hidden_size
     heads = attention.num_attention_heads
+    shapes: Shapes
     if attention.type == "gqa":
         shapes = {
             "linear_qkv.weight": ((heads + 2 * attention.num_query_groups) * attention.kv_channels, hidden),

@@ -1,8 +1,8 @@
-"""Weights that a base model has no counterpart of: audio ids, codebooks, routers of an upcycled model.
+"""Weights without a counterpart in the base model: audio ids, codebooks, routers of an upcycled model.
 
-New rows are drawn from the normal distribution fitted, dimension by dimension, to the base's own rows, so that they
-enter the network at the scale it is used to: a frame's C codebook embeddings add up to what one text embedding is, and
-a new id's logit is that of any id. Padding rows are no exception.
+New rows, padding included, are drawn from a normal distribution fitted per dimension to the base's own rows. So they
+have the scale that the network knows: the sum of a frame's C codebook embeddings that of one text embedding, and the
+logit of a new id that of any other id.
 
 Shape letters: h hidden size, C codebooks.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_most.checkpointing.region_io import Region
+from megatron_most.checkpointing.regions import Region
 from megatron_most.config import RunConfig
 from megatron_most.conversion.native import CODEBOOK_EMBEDDING, CODEBOOK_HEAD, EMBEDDING, EXPERT_BIAS, HEAD, ROUTER
 
@@ -33,7 +33,7 @@ class RowDistribution:
 
     @classmethod
     def of(cls, rows: Callable[[int, int], torch.Tensor], count: int) -> RowDistribution:
-        """From at most 4096 of ``count`` rows in 16 evenly spaced runs; ``rows(start, n)`` reads some."""
+        """Fit to at most 4096 of ``count`` rows, in 16 evenly spaced blocks; ``rows(start, n)`` reads a block."""
         length = min(count, _SAMPLED_ROWS) // 16
         if length == 0:
             sample = rows(0, count)
@@ -45,38 +45,38 @@ class RowDistribution:
 
 
 class NewWeights:
-    """Draws the weights of a region; the same seed gives the same, on any rank and in any order."""
+    """Draws the weights of regions. They depend only on the seed, not on the rank or the order."""
 
     def __init__(self, config: RunConfig, seed: int, embedding: RowDistribution, head: RowDistribution) -> None:
         self._seed = seed
         num = config.vocab.num_codebooks
         zero = torch.zeros_like(embedding.mean)
         router = RowDistribution(zero, torch.full_like(zero, config.model.init_method_std))
-        self._distributions = {
+        self._distributions: dict[str, RowDistribution | None] = {
             EMBEDDING: embedding,
             HEAD: head,
             CODEBOOK_EMBEDDING: RowDistribution(embedding.mean / num, embedding.std / math.sqrt(num)),
-            # A softmax of its own does not see what all its logits have in common.
+            # Each codebook has its own softmax, which a mean of all its logits does not change.
             CODEBOOK_HEAD: RowDistribution(zero, head.std),
             ROUTER: router,
             EXPERT_BIAS: None,
         }
 
     def covers(self, region: Region) -> bool:
-        """Whether these weights may be new at all."""
+        """Whether the weights of a region may be new."""
         return _kind(region.key) in self._distributions
 
     def draw(self, region: Region, dtype: torch.dtype) -> torch.Tensor:
         distribution = self._distributions[_kind(region.key)]
         if distribution is None:
             return torch.zeros(region.sizes, dtype=dtype)
-        # In place: on a large region the time goes into memory that is touched for the first time.
+        # In place: most of the time of a large region is spent on the first access to new memory.
         noise = torch.randn(region.sizes, generator=generator(self._seed, region))
         return noise.mul_(distribution.std).add_(distribution.mean).to(dtype)
 
 
 def generator(seed: int, region: Region) -> torch.Generator:
-    """Random numbers of one region."""
+    """The random generator of one region."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {region.key} {region.offsets}".encode()))
 
 

@@ -1,4 +1,4 @@
-"""Safetensors files written a tensor at a time: the library writes only what is in memory whole.
+"""Writes safetensors files one tensor at a time; the library needs all tensors in memory.
 
 The format: eight bytes with the length of the header (little endian), the header as JSON (name -> dtype, shape and
 offsets into what follows), and the tensors' bytes one after another.
@@ -10,10 +10,12 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from megatron_most.checkpointing.region_io import WRITTEN_AT_ONCE, TensorForm
+from megatron_most.checkpointing.region_writer import WRITTEN_AT_ONCE
+from megatron_most.checkpointing.regions import TensorForm
 from megatron_most.conversion.hugging_face import DTYPES
 from megatron_most.errors import ConfigError
 
@@ -27,7 +29,7 @@ def size_of(form: TensorForm) -> int:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of ``5GB`` or ``500MB``; raises :class:`ConfigError`."""
+    """The bytes that ``5GB`` or ``500MB`` stands for. Raises :class:`ConfigError` for other text."""
     number, unit = text[:-2], text[-2:].upper()
     if unit not in _UNITS or not number.strip().isdecimal() or int(number) == 0:
         raise ConfigError(f"--max-shard-size={text}: must be a whole number and one of {', '.join(_UNITS)}")
@@ -35,7 +37,7 @@ def parse_size(text: str) -> int:
 
 
 def plan_shards(forms: Mapping[str, TensorForm], stem: str, max_size: int) -> dict[str, list[str]]:
-    """File name -> the tensors in it, in order; a file exceeds ``max_size`` bytes only for a single tensor."""
+    """File name -> its tensors, in order. A file exceeds ``max_size`` bytes only if it holds a single tensor."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, form in forms.items():
@@ -51,19 +53,19 @@ def plan_shards(forms: Mapping[str, TensorForm], stem: str, max_size: int) -> di
     }
 
 
-def index_of(shards: Mapping[str, Sequence[str]], forms: Mapping[str, TensorForm]) -> str | None:
-    """The JSON text of the index that several files need; None for one file."""
+def index_of(shards: Mapping[str, Sequence[str]], forms: Mapping[str, TensorForm]) -> dict[str, Any] | None:
+    """The content of the index of several files; None for a single file, which needs none."""
     if len(shards) == 1:
         return None
     weight_map = {name: file for file, names in shards.items() for name in names}
     total = sum(size_of(form) for form in forms.values())
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1) + "\n"
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
 def write_file(
     path: Path, forms: Mapping[str, TensorForm], produce: Callable[[str], torch.Tensor], metadata: dict[str, str]
 ) -> None:
-    """Write the tensors of ``forms``; each is made by ``produce`` when it is its turn."""
+    """Write the tensors of ``forms`` in order. ``produce`` makes each one just before it is written."""
     header: dict[str, object] = {"__metadata__": metadata}
     offset = 0
     for name, form in forms.items():

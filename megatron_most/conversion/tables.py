@@ -1,6 +1,8 @@
-"""The tables of weight maps, one for each foreign format. docs/conversion.md explains how to read and add one."""
+"""The weight table of each foreign format. docs/conversion.md explains how to read and add one."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from megatron_most.config import RunConfig
 from megatron_most.conversion.native import EMBEDDING, HEAD, ROUTER
@@ -10,8 +12,8 @@ LAYER = "decoder.layers.{layer}"
 FOREIGN_LAYER = "model.layers.{layer}"
 
 
-def _mlp(native: str, foreign: str, layers: str, **options) -> tuple[Rule, Rule]:
-    """A gated MLP: gate above up in one matrix, and down."""
+def _mlp(native: str, foreign: str, layers: str, **options: Any) -> tuple[Rule, Rule]:
+    """A gated MLP: one matrix with the gate above the up projection, and the down projection."""
     return (
         Rule(f"{native}.linear_fc1.weight", (f"{foreign}.gate_proj.weight", f"{foreign}.up_proj.weight"), layers,
              **{name: value for name, value in options.items() if name != "scale"}),
@@ -32,7 +34,7 @@ def _query_groups(config: RunConfig) -> int:
 
 
 def _heads_of_a_group(config: RunConfig) -> tuple[int, ...]:
-    """Rows of the queries, the key and the value of one group."""
+    """Rows of the queries, the key and the value of one query group."""
     attention = config.model.attention
     return (
         attention.num_attention_heads // attention.num_query_groups * attention.kv_channels,
@@ -40,11 +42,11 @@ def _heads_of_a_group(config: RunConfig) -> tuple[int, ...]:
     )
 
 
-def upcycled_share(config: RunConfig) -> float:
-    """Share of the dense MLP's output that each of the routed and the shared experts gives after upcycling.
+def upcycled_scale(config: RunConfig) -> float:
+    """Factor on the down projections of routed and shared experts after upcycling.
 
-    Both start as the MLP, and a token's routed gates sum to 1: with half of its down projection in each, the sum of
-    both is the MLP's output, and a half is exact in every floating-point format.
+    Both start as the dense MLP, and a token's routed gates sum to 1. With half of the down projection in each, the sum
+    of both is the MLP's output.
     """
     return 0.5 if _has_shared_experts(config) else 1.0
 
@@ -66,7 +68,7 @@ _ATTENTION, _FOREIGN_ATTENTION = f"{LAYER}.self_attention", f"{FOREIGN_LAYER}.se
 DEEPSEEK_V2 = (
     *_ENDS,
     *_NORMS,
-    # Multi-latent attention. Rotated parts stand in pairs (2i, 2i + 1) in both.
+    # Multi-latent attention. Both formats rotate pairs (2i, 2i + 1).
     Rule(f"{_ATTENTION}.linear_q_proj.weight", (f"{_FOREIGN_ATTENTION}.q_proj.weight",),
          when=lambda config: not _compresses_queries(config)),
     Rule(f"{_ATTENTION}.linear_q_down_proj.weight", (f"{_FOREIGN_ATTENTION}.q_a_proj.weight",),
@@ -89,14 +91,14 @@ DEEPSEEK_V2 = (
 LLAMA = (
     *_ENDS,
     *_NORMS,
-    # Queries, key and value of one query group after another. Rotated parts stand in halves (i, i + d / 2) in both.
+    # Queries, key and value of one query group after another. Both formats rotate halves (i, i + d / 2).
     Rule(f"{_ATTENTION}.linear_qkv.weight",
          tuple(f"{_FOREIGN_ATTENTION}.{name}_proj.weight" for name in "qkv"),
          rounds=_query_groups, parts=_heads_of_a_group),
     Rule(f"{_ATTENTION}.linear_proj.weight", (f"{_FOREIGN_ATTENTION}.o_proj.weight",)),
-    # The dense MLP is every routed expert and the shared one; routers have no counterpart.
+    # The dense MLP becomes every routed expert and the shared one. Routers have no counterpart.
     *_mlp(f"{LAYER}.mlp", f"{FOREIGN_LAYER}.mlp", "dense"),
     *_mlp(f"{LAYER}.mlp.shared_experts", f"{FOREIGN_LAYER}.mlp", "moe",
-          when=_has_shared_experts, scale=upcycled_share),
-    *_mlp(f"{LAYER}.mlp.experts.experts", f"{FOREIGN_LAYER}.mlp", "moe", along="experts", scale=upcycled_share),
+          when=_has_shared_experts, scale=upcycled_scale),
+    *_mlp(f"{LAYER}.mlp.experts.experts", f"{FOREIGN_LAYER}.mlp", "moe", along="experts", scale=upcycled_scale),
 )  # fmt: skip

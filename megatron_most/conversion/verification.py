@@ -1,4 +1,4 @@
-"""Both models on the same tokens: transformers' own implementation and this project's, one after the other.
+"""Compares transformers' implementation of a model with this project's on the same tokens, one after the other.
 
 Shape letters: b rows, s positions, n = b * s tokens, h hidden size, V ids that both models have.
 """
@@ -9,7 +9,7 @@ import dataclasses
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,11 @@ from megatron_most.conversion.hugging_face import CONFIG, HuggingFaceModel
 from megatron_most.conversion.import_plan import most_ids
 from megatron_most.conversion.native import native_shapes
 from megatron_most.conversion.weight_map import IdRun
-from megatron_most.errors import CheckpointError, DataError
-from megatron_most.model import build_model
+from megatron_most.errors import CheckpointError, DataError, first_line
+from megatron_most.model import MoSTModel, build_model
 
 _SMALL = 1 << 27
-"""Parameters up to which import and export compare logits unasked: 512 MB of fp32."""
+"""Largest number of parameters with which import and export compare logits: 512 MB in fp32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +44,12 @@ class Comparison:
     """How two models differ on the same tokens.
 
     Args:
-        max_difference, mean_difference: of logits, absolute.
-        largest_logit: of the first model, absolute; differences are judged by it.
-        top1_agreement: share of positions with the same most likely id.
+        max_difference, mean_difference: absolute differences of logits.
+        largest_logit: largest absolute logit of the first model, to which differences are related.
+        top1_agreement: fraction of positions with the same most likely id.
         perplexities: of the first and the second model on the tokens.
-        layers: largest difference of hidden states after each layer, by the largest hidden state there.
-        tokens: how many were compared.
+        layers: largest difference of hidden states after each layer, relative to the largest hidden state there.
+        tokens: number of tokens compared.
     """
 
     max_difference: float
@@ -82,26 +82,26 @@ def is_small(config: RunConfig) -> bool:
 
 
 def check_logits(source: HuggingFaceModel, config: RunConfig, state: Path, tolerance: float | None) -> dict[str, Any]:
-    """Compare on random tokens, in this one process; what was found, with a line ``said``.
+    """Compare logits on random tokens in this process. Returns the comparison as a dict, with a line ``said``.
 
     Args:
-        state: the sharded tensors of a native checkpoint.
-        tolerance: of the relative difference; None to report it only.
+        state: folder of the sharded tensors of a native checkpoint.
+        tolerance: largest allowed relative difference; None only reports it.
 
     Raises:
-        CheckpointError: the difference is larger.
+        CheckpointError: the difference is larger than ``tolerance``.
     """
     if importlib.util.find_spec("transformers") is None:
         return {"said": "not compared, transformers is not installed"}
     _, foreign = read_foreign(source.config, str(source.path_of(CONFIG)))
     comparison = compare(source, foreign, config, state, random_tokens(config, foreign))
     require_close(comparison, tolerance, str(source.directory))
-    note = "" if tolerance is not None else " (this conversion changes what text computes)"
+    note = "" if tolerance is not None else " (this conversion changes the logits)"
     return {"said": comparison.describe() + note, **dataclasses.asdict(comparison)}
 
 
 def require_close(comparison: Comparison, tolerance: float | None, what: str) -> None:
-    """Raise :class:`CheckpointError` when models that ought to be the same are not."""
+    """Raise :class:`CheckpointError` if the models differ by more than ``tolerance``; None allows any difference."""
     if tolerance is None or comparison.relative_difference <= tolerance:
         return
     layer = comparison.first_difference(tolerance)
@@ -114,14 +114,16 @@ def require_close(comparison: Comparison, tolerance: float | None, what: str) ->
 def compare(
     source: HuggingFaceModel, foreign: ForeignModel, config: RunConfig, state: Path, tokens: torch.Tensor
 ) -> Comparison:
-    """Run both models, never both in memory, on ``tokens [b, s]``, foreign ids."""
+    """Run both models, one after the other, on the foreign ids ``tokens [b, s]``."""
     runs = shared_ids(config, foreign)
     to_native = torch.full((foreign.vocab_size,), -1)
     for run in runs:
         to_native[run.foreign : run.foreign + run.count] = torch.arange(run.native, run.native + run.count)
     unknown = [token for token in tokens.flatten().tolist() if token >= foreign.vocab_size or to_native[token] < 0]
     if unknown:
-        raise DataError(f"tokens: id {unknown[0]} is not among the {int((to_native >= 0).sum())} that both models have")
+        raise DataError(
+            f"tokens: id {unknown[0]} is not one of the {int((to_native >= 0).sum())} ids that both models have"
+        )
     foreign_ids = (to_native >= 0).nonzero().flatten()
     native_tokens = to_native[tokens]
     modality = config.vocab.modality_of(native_tokens)
@@ -133,7 +135,7 @@ def compare(
 
 
 def difference(first: Outputs, second: Outputs, tokens: torch.Tensor) -> Comparison:
-    """Compare outputs; ``tokens [b, s]`` are columns of the logits."""
+    """Compare outputs. ``tokens [b, s]`` are columns of the logits."""
     gap = (first.logits - second.logits).abs()
     labels = tokens[:, 1:].flatten()
     perplexities = []
@@ -162,7 +164,7 @@ def shared_ids(config: RunConfig, foreign: ForeignModel) -> tuple[IdRun, ...]:
 
 
 def random_tokens(config: RunConfig, foreign: ForeignModel, rows: int = 4, length: int = 64) -> torch.Tensor:
-    """``[rows, length]`` foreign ids that both models have, always the same."""
+    """``[rows, length]`` foreign ids that both models have; always the same ones."""
     runs = shared_ids(config, foreign)
     ids = torch.cat([torch.arange(run.foreign, run.foreign + run.count) for run in runs])
     length = min(length, config.data.seq_length)
@@ -170,18 +172,18 @@ def random_tokens(config: RunConfig, foreign: ForeignModel, rows: int = 4, lengt
 
 
 def read_tokens(path: str | Path) -> torch.Tensor:
-    """Token ids from a file of JSON lists of ids, all of one length, a line each.
+    """Token ids ``[b, s]`` from a file with one JSON list of ids per line, all of the same length.
 
     Raises:
-        DataError: unreadable, or not such lists.
+        DataError: the file is unreadable, or does not hold such lists.
     """
     try:
         rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable as JSON lines: {' '.join(str(error).split())}") from None
+        raise DataError(f"{path}: not readable as JSON lines: {first_line(error)}") from None
     valid = rows and all(isinstance(row, list) and len(row) == len(rows[0]) > 1 for row in rows)
     if not valid or not all(type(token) is int and token >= 0 for row in rows for token in row):
-        raise DataError(f"{path}: must hold lists of ids, two or more in each and the same number in all, a line each")
+        raise DataError(f"{path}: must hold one list of ids per line, all of the same length, at least 2")
     return torch.tensor(rows)
 
 
@@ -216,19 +218,19 @@ def _transformers_model(source: HuggingFaceModel) -> Any:
     model = getattr(transformers, f"{kind}ForCausalLM").from_pretrained(
         source.directory, config=config, dtype=torch.float32, attn_implementation="eager", local_files_only=True
     )
-    # The frequencies are no weights; transformers leaves them unset where torch's factories have stand-ins.
+    # Frequencies are not weights: transformers leaves them unset if torch's tensor factories have stand-ins.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model
 
 
-def _choose_by_modality(model: torch.nn.Module, foreign: ForeignModel, modality: torch.Tensor) -> None:
-    """Make DeepSeek-V2's routers those of MoST's publication (arXiv 2601.10272): softmax over all experts, the other
-    group's scores set to zero, top-k, nothing normalized."""
+def _choose_by_modality(model: Any, foreign: ForeignModel, modality: torch.Tensor) -> None:
+    """Replace DeepSeek-V2's routers by MoST's (arXiv 2601.10272): softmax over all experts, scores of the other group
+    set to zero, top-k without normalization."""
     allowed = torch.zeros(len(foreign.choices), foreign.num_experts, dtype=torch.bool)
     for index, experts in enumerate(foreign.choices):
         allowed[index, list(experts)] = True
 
-    def forward(gate: torch.nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(gate: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         logits = torch.nn.functional.linear(hidden.flatten(0, -2).float(), gate.weight.float())
         scores = logits.softmax(dim=-1).masked_fill(~allowed[modality], 0.0)
         weights, experts = scores.topk(foreign.top_k, dim=-1)
@@ -255,10 +257,10 @@ def _native_outputs(
     )
 
 
-def whole_model(config: RunConfig, state: Path) -> torch.nn.Module:
-    """The model on this process alone, in fp32, with the weights of a checkpoint's ``state`` folder.
+def whole_model(config: RunConfig, state: Path) -> MoSTModel:
+    """The whole model in this process, in fp32, with the weights of a checkpoint's ``state`` folder.
 
-    :func:`megatron_most.parallel.initialize` must have been called, in one process.
+    Call :func:`megatron_most.parallel.initialize` for one process before.
     """
     values = dataclasses.asdict(config)
     moe = {"expert_backend": "sequential", "moe_token_dispatcher_type": "alltoall", "moe_shared_expert_overlap": False}
@@ -273,9 +275,9 @@ def whole_model(config: RunConfig, state: Path) -> torch.nn.Module:
 
 @torch.inference_mode()
 def _run(
-    model: torch.nn.Module, layers: Sequence[torch.nn.Module], forward: Callable[[], torch.Tensor], batch_axis: int = 0
+    model: torch.nn.Module, layers: Iterable[torch.nn.Module], forward: Callable[[], torch.Tensor], batch_axis: int = 0
 ) -> Outputs:
-    """Logits, and what each layer gives, with tokens in the order ``[b, s]``."""
+    """Logits and the output of each layer, with tokens in the order ``[b, s]``."""
     hidden: list[torch.Tensor] = []
 
     def keep(module: torch.nn.Module, inputs: Any, output: Any) -> None:

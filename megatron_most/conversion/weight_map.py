@@ -1,11 +1,10 @@
-"""Tables of weight maps, and what they come to for one model: blocks of rows that are the same here and there.
+"""The rules of a weight table, and the blocks of equal rows that they expand to for one model.
 
-A rule says which tensors of another format make up a native one. Every difference between the formats is one of where
-rows stand: gate above up, queries, keys and values by query group, experts along an axis of one tensor, ids. So a rule
-becomes blocks, each a run of rows of a foreign tensor and the region of the native one that equals it, and the same
-blocks serve import and export.
+A rule says which foreign tensors make up a native tensor. The formats differ only in where rows are: gate above up,
+queries, keys and values by query group, experts along an axis, ids. So a rule expands to blocks: consecutive rows of a
+foreign tensor and the native region that equals them. The same blocks serve import and export.
 
-"Native" is this project's checkpoint, "foreign" the other format's.
+"Native" is this project's checkpoint, "foreign" that of the other format.
 """
 
 from __future__ import annotations
@@ -15,32 +14,34 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_most.checkpointing.region_io import Region
+from megatron_most.checkpointing.regions import Region
 from megatron_most.config import RunConfig
 from megatron_most.conversion.native import Shapes, native_shapes
 
+_NO_LAYER = -1
+"""Number of the layer in the expansion of a rule for tensors outside layers."""
+
 MAX_ELEMENTS = 1 << 24
-"""Of a region that is written: larger ones are cut, so that 64 MB of fp32 is all that is in memory at a time."""
+"""Largest region that is written at once. Larger ones are cut, so that at most 64 MB of fp32 are in memory."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How one kind of native tensor corresponds to foreign ones.
+    """How one kind of native tensor is made of foreign ones.
 
     Args:
         native: key, with ``{layer}``.
-        foreign: names, with ``{layer}`` and, where an expert is a tensor of its own, ``{expert}``. Several are stacked
-            by rows.
-        layers: the layers it is about: ``all``, ``dense``, ``moe``, or ``none`` for a tensor outside of layers;
-            ``codebooks`` for one of each codebook, with ``{codebook}`` in the names.
-        along: what the native tensor is indexed by: ``rows`` (as the foreign one), ``experts`` (an expert for each
-            index of its first axis), ``expert_rows`` (a row for each expert), ``matrices`` (where it has three axes,
-            the foreign one has its matrices one below the other) or ``ids``.
-        rounds: how often the stacking goes round: each foreign tensor is cut into that many equal parts, and the parts
-            alternate (queries, keys and values of one query group after another).
-        parts: rows that each foreign tensor gives to a round; equal parts of all rows by default.
+        foreign: names, with ``{layer}`` and, if each expert has its own tensor, ``{expert}``. Several tensors are
+            stacked by rows.
+        layers: the layers that have the tensor: ``all``, ``dense``, ``moe``, or ``none`` for a tensor outside layers;
+            ``codebooks`` for one tensor per codebook, with ``{codebook}`` in its names.
+        along: what indexes the native tensor: ``rows`` (as in the foreign one), ``experts`` (its first axis),
+            ``expert_rows`` (one row per expert), ``matrices`` (the foreign one stacks them by rows) or ``ids``.
+        rounds: how often the stacking repeats: each foreign tensor is cut into that many equal parts, which alternate
+            (queries, keys and values of one query group after another).
+        parts: rows that each foreign tensor gives to a round; by default all give the same number.
         scale: native = scale x foreign.
-        when: for models of which it holds.
+        when: whether a model has the tensor.
     """
 
     native: str
@@ -55,7 +56,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Origin:
-    """The foreign expert that a native one corresponds to. A ``copy`` may go its own way: export does not read it."""
+    """The foreign expert that a native one corresponds to. Export ignores a ``copy``, which training may change."""
 
     expert: int
     copy: bool = False
@@ -63,7 +64,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class IdRun:
-    """``count`` ids from ``native`` on are the foreign ids from ``foreign`` on."""
+    """The ``count`` native ids from ``native`` are the foreign ids from ``foreign``."""
 
     native: int
     foreign: int
@@ -72,11 +73,11 @@ class IdRun:
 
 @dataclass(frozen=True)
 class Correspondence:
-    """Which experts and ids of the two models belong together.
+    """Which experts and ids of the two models correspond.
 
     Args:
-        experts: for each MoE layer and logical expert its origin; None where the foreign model has none.
-        ids: the ids that both have.
+        experts: for each MoE layer and logical expert, its origin; None if it is not in the foreign model.
+        ids: the ids that both models have.
     """
 
     experts: tuple[tuple[Origin | None, ...], ...]
@@ -85,7 +86,7 @@ class Correspondence:
 
 @dataclass(frozen=True)
 class Block:
-    """``region`` of a native tensor equals ``scale`` times the rows of ``name`` from ``row`` on."""
+    """``region`` of a native tensor equals ``scale`` times the rows of the foreign tensor ``name`` from ``row``."""
 
     region: Region
     name: str
@@ -95,7 +96,7 @@ class Block:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the foreign rows: the region's without the axis of experts or modalities."""
+        """Shape of the foreign rows: the region's, without an axis of experts or modalities."""
         return tuple(size for axis, size in enumerate(self.region.sizes) if axis >= len(self.region.sizes) - 2)
 
     @property
@@ -104,11 +105,11 @@ class Block:
 
 
 def all_blocks(rules: Sequence[Rule], config: RunConfig, both: Correspondence) -> list[Block]:
-    """What ``rules`` come to for the model of ``config``, in the order of its forward pass, as few as possible."""
+    """The blocks that ``rules`` expand to for the model of ``config``, as few as possible, in forward order."""
     shapes = native_shapes(config)
     dense = config.model.first_k_dense_replace
-    layers = {
-        "none": [None],
+    layers: dict[str, Iterable[int]] = {
+        "none": [_NO_LAYER],
         "all": range(config.model.num_layers),
         "dense": range(dense),
         "moe": range(dense, config.model.num_layers),
@@ -126,7 +127,7 @@ def all_blocks(rules: Sequence[Rule], config: RunConfig, both: Correspondence) -
 
 
 def open_regions(shapes: Shapes, regions: Iterable[Region]) -> list[Region]:
-    """What of the tensors of ``shapes`` the ``regions`` leave out.
+    """The parts of the tensors of ``shapes`` that ``regions`` leave out.
 
     Raises:
         ValueError: two regions overlap.
@@ -139,8 +140,7 @@ def open_regions(shapes: Shapes, regions: Iterable[Region]) -> list[Region]:
     left = []
     for key, shape in shapes.items():
         axis = _row_axis(shape)
-        for lead in range(shape[0]) if axis else [None]:
-            place = () if lead is None else (lead,)
+        for place in _places(shape):
             row = 0
             for start, stop in [*sorted(runs.get((key, place), [])), (shape[axis], shape[axis])]:
                 if start < row:
@@ -151,41 +151,37 @@ def open_regions(shapes: Shapes, regions: Iterable[Region]) -> list[Region]:
     return left
 
 
-def _rule_blocks(
-    rule: Rule, config: RunConfig, shapes: Shapes, both: Correspondence, layer: int | None
-) -> Iterator[Block]:
+def _rule_blocks(rule: Rule, config: RunConfig, shapes: Shapes, both: Correspondence, layer: int) -> Iterator[Block]:
+    """The blocks of one rule for one ``layer`` or, if the rule is about codebooks, for the codebook of that number."""
     key = rule.native.format(layer=layer, codebook=layer)
     shape, scale = shapes[key], rule.scale(config)
     names = [name.replace("{layer}", str(layer)).replace("{codebook}", str(layer)) for name in rule.foreign]
-    origins = () if rule.layers != "moe" else both.experts[layer - config.model.first_k_dense_replace]
+    origins = both.experts[layer - config.model.first_k_dense_replace] if rule.layers == "moe" else ()
     if rule.along == "ids":
         for run in both.ids:
             yield Block(_rows(key, (), run.native, run.count, shape), names[0], run.foreign, scale)
     elif rule.along == "matrices":
         rows = shape[_row_axis(shape)]
-        for lead in range(shape[0]) if len(shape) == 3 else [None]:
-            place = () if lead is None else (lead,)
-            yield Block(_rows(key, place, 0, rows, shape), names[0], (lead or 0) * rows, scale)
+        for matrix, place in enumerate(_places(shape)):
+            yield Block(_rows(key, place, 0, rows, shape), names[0], matrix * rows, scale)
     elif rule.along == "expert_rows":
-        for lead in range(shape[0]) if len(shape) == 3 else [None]:
-            place = () if lead is None else (lead,)
+        for place in _places(shape):
             for first, origin, count in _expert_runs(origins):
-                # One matrix serves all modalities there: the first modality's is the one that export reads.
-                copy = origin.copy or bool(lead)
+                # The foreign router serves all modalities: export reads the first modality's rows.
+                copy = origin.copy or any(place)
                 yield Block(_rows(key, place, first, count, shape), names[0], origin.expert, scale, copy)
     else:
-        pairs = enumerate(origins) if rule.along == "experts" else [(None, Origin(0))]
-        for expert, origin in pairs:
-            if origin is None:
-                continue
-            place = () if expert is None else (expert,)
+        experts: list[tuple[tuple[int, ...], Origin]] = [((), Origin(0))]
+        if rule.along == "experts":
+            experts = [((expert,), origin) for expert, origin in enumerate(origins) if origin is not None]
+        for index, origin in experts:
             own = [name.replace("{expert}", str(origin.expert)) for name in names]
             for name, foreign_row, row, count in _stacked(rule, config, own, shape[_row_axis(shape)]):
-                yield Block(_rows(key, place, row, count, shape), name, foreign_row, scale, origin.copy)
+                yield Block(_rows(key, index, row, count, shape), name, foreign_row, scale, origin.copy)
 
 
 def _stacked(rule: Rule, config: RunConfig, names: list[str], rows: int) -> Iterator[tuple[str, int, int, int]]:
-    """``(name, foreign row, native row, count)`` of each part of a stack of ``rows`` rows."""
+    """``(name, foreign row, native row, count)`` of each part of a stack that has ``rows`` rows."""
     rounds = rule.rounds(config)
     parts = rule.parts(config) or (rows // len(names) // rounds,) * len(names)
     row = 0
@@ -196,23 +192,20 @@ def _stacked(rule: Rule, config: RunConfig, names: list[str], rows: int) -> Iter
 
 
 def _expert_runs(origins: Sequence[Origin | None]) -> Iterator[tuple[int, Origin, int]]:
-    """``(first native expert, its origin, count)`` of each run of experts that follow one another in both models."""
+    """``(first native expert, its origin, count)`` of experts that are consecutive in both models."""
     start = 0
-    for place in range(1, len(origins) + 1):
-        previous = origins[place - 1]
-        follows = (
-            place < len(origins)
-            and previous is not None
-            and origins[place] == dataclasses.replace(previous, expert=previous.expert + 1)
-        )
-        if not follows:
-            if origins[start] is not None:
-                yield start, origins[start], place - start
-            start = place
+    while start < len(origins):
+        first, count = origins[start], 1
+        if first is not None:
+            rest = origins[start + 1 :]
+            while count <= len(rest) and rest[count - 1] == dataclasses.replace(first, expert=first.expert + count):
+                count += 1
+            yield start, first, count
+        start += count
 
 
 def cut(region: Region, max_elements: int = MAX_ELEMENTS) -> list[Region]:
-    """``region`` by rows, in regions of at most ``max_elements``, and at least a row."""
+    """``region``, cut by rows into regions of at most ``max_elements``, but at least one row."""
     axis = _row_axis(region.sizes)
     row, count = region.offsets[axis], region.sizes[axis]
     most = max(1, max_elements // math.prod(region.sizes[axis + 1 :]))
@@ -223,7 +216,7 @@ def cut(region: Region, max_elements: int = MAX_ELEMENTS) -> list[Region]:
 
 
 def cut_block(block: Block) -> list[Block]:
-    """A block in blocks of the regions that :func:`cut` gives."""
+    """A block, cut like its region by :func:`cut`."""
     axis = _row_axis(block.region.sizes)
     start = block.region.offsets[axis]
     return [
@@ -233,11 +226,16 @@ def cut_block(block: Block) -> list[Block]:
 
 
 def _rows(key: str, place: tuple[int, ...], row: int, count: int, shape: tuple[int, ...]) -> Region:
-    """``count`` rows from ``row`` on of a tensor of ``shape``, at ``place`` on the axis before them."""
+    """``count`` rows from ``row`` of a tensor of ``shape``, at index ``place`` of an axis before the rows, if any."""
     columns = shape[_row_axis(shape) + 1 :]
     return Region(key, (*place, row, *(0 for _ in columns)), (*(1 for _ in place), count, *columns))
 
 
+def _places(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The indices of the axis before the rows, each as a tuple; one empty tuple if there is no such axis."""
+    return [(index,) for index in range(shape[0])] if _row_axis(shape) else [()]
+
+
 def _row_axis(shape: tuple[int, ...]) -> int:
-    """Rows are the last axis but one, and the elements of a vector."""
+    """The axis of rows: the second to last, or the only one of a vector."""
     return max(0, len(shape) - 2)

@@ -1,7 +1,7 @@
-"""From recordings and texts to batches, in four rooms that import downwards only.
+"""From recordings and text to batches, in four layers; none imports from a layer below it in this list.
 
-    storage < preparation < building < loading
-
-``storage`` is what lies on disk, ``preparation`` makes manifests and codes of sources, ``building`` makes datasets of
-these, and ``loading`` makes batches of datasets, needing ``storage`` alone.
+storage      documents, datasets and tokenized audio, on disk and in memory
+preparation  sources -> manifests, spoken conversations, tokenized audio
+building     tokenized audio, text or conversations, and a task -> a dataset
+loading      datasets -> batches; imports ``storage`` only
 """

@@ -1,8 +1,8 @@
 """Speech recognizers that judge generated speech: audio in, words out.
 
 The pocketsphinx recognizer needs no network and no accelerator (its English acoustic model comes inside its package).
-It is weak on open vocabulary, so it is told the sentences that can occur, and its numbers compare only with numbers
-got from the same sentences.
+It is weak on open vocabulary, so it is given the sentences that can occur. Its error rates compare only with rates
+measured with the same sentences.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import numpy as np
 
 from megatron_most.audio.io import resample
 from megatron_most.errors import ConfigError, DataError
-from megatron_most.evaluation.wer import normalize_text
+from megatron_most.evaluation.normalization import normalize_text
 from megatron_most.extras import require
 
 POCKETSPHINX_SAMPLE_RATE = 16000
-NOISE_AMPLITUDE = 3e-4  # digital silence upsets pocketsphinx's noise estimate
-SILENCE_SECONDS = 0.3  # on both sides: it also needs a little time to form that estimate
+NOISE_AMPLITUDE = 3e-4  # pocketsphinx's noise estimate fails on digital silence
+SILENCE_SECONDS = 0.3  # on both sides, which that estimate also needs
 SENTENCE_START, SENTENCE_END = "<s>", "</s>"
 
 
@@ -39,12 +39,12 @@ class PocketsphinxRecognizer:
     """pocketsphinx's US-English acoustic model with a closed-vocabulary n-gram language model.
 
     Args:
-        sentences: text in the language to recognize; its words are the vocabulary, its n-gram counts the model.
-        order: 1 (unigram: any word anywhere) or 2 (bigram: likely neighbors are preferred).
+        sentences: text of the language to recognize. Its words are the vocabulary, its n-grams give the language model.
+        order: 1 (unigrams) or 2 (bigrams).
 
     Raises:
         ConfigError: pocketsphinx is not installed, or the order is neither 1 nor 2.
-        DataError: there are no sentences, or words that pocketsphinx's pronouncing dictionary lacks.
+        DataError: there are no sentences, or they have words that pocketsphinx's pronouncing dictionary lacks.
     """
 
     def __init__(self, sentences: Iterable[str], order: int = 2):
@@ -91,16 +91,16 @@ class PocketsphinxRecognizer:
 
 
 def pronunciations(dictionary: Path, vocabulary: set[str]) -> str:
-    """The lines of a CMU-style pronouncing dictionary for ``vocabulary``: loading all 135,000 words takes seconds.
+    """The lines of a CMU-style pronouncing dictionary for ``vocabulary``. Loading all its 135,000 words takes seconds.
 
     Raises:
-        DataError: words of ``vocabulary`` are not in it.
+        DataError: the dictionary lacks words of ``vocabulary``.
     """
     lines = []
     found = set()
     for line in dictionary.read_text(encoding="utf-8").splitlines():
         entry = line.partition(" ")[0]
-        word = entry.partition("(")[0]  # further pronunciations are written word(2), word(3)
+        word = entry.partition("(")[0]  # other pronunciations are written word(2), word(3)
         if word in vocabulary:
             found.add(word)
             lines.append(line)
@@ -111,10 +111,10 @@ def pronunciations(dictionary: Path, vocabulary: set[str]) -> str:
 
 
 def arpa_language_model(sentences: Sequence[Sequence[str]], order: int) -> str:
-    """A language model in the ARPA text format, estimated from sentences given as words.
+    """A language model in the ARPA text format, estimated from sentences that are split into words.
 
-    Unigrams are smoothed by adding one; bigrams by Witten-Bell, backing off to the unigrams: a history that occurred n
-    times before t different words keeps n / (n + t) of its probability for those words.
+    Unigrams have add-one smoothing. Bigrams have Witten-Bell smoothing with backoff to unigrams: after a history that
+    occurs n times with t different next words, those words get n / (n + t) of the probability (Witten and Bell 1991).
 
     Raises:
         ConfigError: the order is neither 1 nor 2.
@@ -140,7 +140,7 @@ def arpa_language_model(sentences: Sequence[Sequence[str]], order: int) -> str:
         history_counts[history] += count
 
     def backoff(word: str) -> float:
-        """log10 of the weight of the unigram probabilities after ``word``, for words never seen there."""
+        """log10 of the backoff weight: the factor of unigram probabilities for words never seen after ``word``."""
         if word not in followers:
             return 0.0
         kept = len(followers[word]) / (history_counts[word] + len(followers[word]))

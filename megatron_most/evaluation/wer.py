@@ -2,66 +2,40 @@
 
     WER = (substitutions + deletions + insertions) / reference words
 
-both summed over all utterances before the division: long utterances weigh more than short ones, and the rate can
-exceed 1. The alignment itself is jiwer's (minimum edit distance).
-
-Rates compare only where texts were normalized alike. ``whisper-english`` is Whisper's normalizer for English, which
-published rates for English are computed with: it writes numbers in digits, resolves contractions and British spellings,
-and drops fillers. It joins numbers that follow each other ("two nine" becomes "29"). ``basic`` is
-:func:`normalize_text`, for any language.
+Errors and words are summed over all utterances before the division: long utterances weigh more than short ones. The
+rate can exceed 1. The alignment itself is jiwer's (minimum edit distance).
 """
 
 from __future__ import annotations
 
-import functools
-import re
-import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
+
+import numpy as np
 
 from megatron_most.errors import DataError
+from megatron_most.evaluation.normalization import (
+    NORMALIZERS,
+    check_normalizer,
+    default_normalizer,
+    normalize_text,
+    text_normalizer,
+)
 from megatron_most.extras import require
 
-NORMALIZERS = ("whisper-english", "basic")
-"""What a text may be normalized with, the default first."""
+__all__ = ["NORMALIZERS", "Edit", "UtteranceErrors", "WordErrors", "normalize_text", "text_normalizer", "word_errors"]
 
 EditKind = Literal["equal", "substitute", "delete", "insert"]
 
-_NOT_IN_A_WORD = re.compile(r"[^\w\s']|_|(?<!\w)'|'(?!\w)")
-
-
-def normalize_text(text: str) -> str:
-    """Lower-case words separated by single spaces: no punctuation but apostrophes inside words, no accents changed.
-
-    Hyphens and dashes separate words. Numbers stay as they are written: ``2`` and ``two`` differ.
-    """
-    folded = unicodedata.normalize("NFKC", text).replace("\u2019", "'").casefold()
-    return " ".join(_NOT_IN_A_WORD.sub(" ", folded).split())
-
-
-@functools.cache
-def text_normalizer(name: str) -> Callable[[str], str]:
-    """The function that ``name`` of :data:`NORMALIZERS` stands for: text -> words with spaces between them.
-
-    Raises:
-        DataError: there is none of that name.
-        MissingExtra: Whisper's normalizer is asked for and not installed.
-    """
-    if name == "basic":
-        return normalize_text
-    if name != "whisper-english":
-        raise DataError(f"normalizer {name!r}: must be one of {', '.join(NORMALIZERS)}")
-    require("whisper_normalizer")
-    from whisper_normalizer.english import EnglishTextNormalizer
-
-    return EnglishTextNormalizer()
+CONFIDENCE = 0.95
+_RESAMPLES = 10_000
+_SEED = 0
 
 
 @dataclass(frozen=True)
 class Edit:
-    """A run of neighboring words with the same fate: ``reference`` is empty for ``insert``, ``hypothesis`` for
-    ``delete``."""
+    """Neighboring words of one kind. ``reference`` is empty for ``insert``, ``hypothesis`` for ``delete``."""
 
     kind: EditKind
     reference: tuple[str, ...]
@@ -80,14 +54,18 @@ class UtteranceErrors:
 
     @property
     def num_errors(self) -> int:
-        # Words of a run are substituted one for one, so the longer side counts every kind of run.
+        # Words are substituted one for one, so the longer side is the number of errors for every kind of edit.
         return sum(max(len(edit.reference), len(edit.hypothesis)) for edit in self.edits if edit.kind != "equal")
 
 
 @dataclass(frozen=True)
 class WordErrors:
-    """Error counts summed over utterances, and each utterance's alignment in the order given."""
+    """Error counts summed over utterances, and each utterance's alignment in the order given.
 
+    normalizer: what both texts went through.
+    """
+
+    normalizer: str
     hits: int
     substitutions: int
     deletions: int
@@ -107,40 +85,71 @@ class WordErrors:
         """Total word error rate as a fraction (0.25 means 25 %)."""
         return self.num_errors / self.num_reference_words
 
+    def interval(self) -> tuple[float, float] | None:
+        """Percentile bootstrap interval of :attr:`wer` at :data:`CONFIDENCE`; None for fewer than two utterances.
 
-def word_errors(references: Sequence[str], hypotheses: Sequence[str], normalizer: str = NORMALIZERS[0]) -> WordErrors:
+        Utterances are drawn with replacement (Bisani and Ney 2004, https://doi.org/10.1109/ICASSP.2004.1326009), from a
+        fixed seed: the same errors give the same interval. It says how much the rate depends on the choice of
+        utterances, and nothing about other training runs.
+        """
+        errors = np.array([utterance.num_errors for utterance in self.utterances])
+        words = np.array([utterance.num_reference_words for utterance in self.utterances])
+        count = len(errors)
+        if count < 2:
+            return None
+        random = np.random.default_rng(_SEED)
+        rates = []
+        for _ in range(_RESAMPLES):
+            times = np.bincount(random.integers(0, count, count), minlength=count)
+            if num_words := int(times @ words):  # only utterances without words may have been drawn
+                rates.append(int(times @ errors) / num_words)
+        low, high = np.quantile(rates, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        return float(low), float(high)
+
+
+def word_errors(references: Sequence[str], hypotheses: Sequence[str], normalizer: str | None = None) -> WordErrors:
     """Align each hypothesis with its reference and count the errors.
 
     Args:
         references: what was said, one text per utterance.
-        hypotheses: what was recognized, in the same order. Empty texts are fine and count as deletions.
-        normalizer: of :data:`NORMALIZERS`, for both sides.
+        hypotheses: what was recognized, in the same order. An empty one counts as deletions.
+        normalizer: one of :data:`~megatron_most.evaluation.normalization.NORMALIZERS`, for both sides; None chooses by
+            the references (:func:`~megatron_most.evaluation.normalization.default_normalizer`).
 
     Raises:
-        DataError: the two lists differ in length, the references hold no word at all, or no such normalizer.
+        DataError: the two lists differ in length, the references hold no word at all, no such normalizer, or one for
+            another language.
         MissingExtra: jiwer or the normalizer is not installed.
     """
     require("jiwer")
     import jiwer  # lazily: its aligner is a compiled extension that most commands do not need
 
     if len(references) != len(hypotheses):
-        raise DataError(f"word error rate needs one hypothesis per reference, got {len(references)} references "
-                        f"and {len(hypotheses)} hypotheses")  # fmt: skip
-    normalize = text_normalizer(normalizer)
+        raise DataError(
+            f"word error rate needs one hypothesis per reference, got {len(references)} references and"
+            f" {len(hypotheses)} hypotheses"
+        )
+    name = normalizer or default_normalizer(references)
+    normalize = text_normalizer(name)
+    check_normalizer(name, references)
     reference_words = [normalize(text).split() for text in references]
     hypothesis_words = [normalize(text).split() for text in hypotheses]
     if not any(reference_words):
         raise DataError(f"word error rate needs reference words, the {len(references)} references have none")
 
     already_split = jiwer.Compose([])
+    # jiwer's annotations know only texts to split; with transforms that do nothing, it takes lists of words.
     output = jiwer.process_words(
-        reference_words, hypothesis_words, reference_transform=already_split, hypothesis_transform=already_split
+        cast(list[str], reference_words),
+        cast(list[str], hypothesis_words),
+        reference_transform=already_split,
+        hypothesis_transform=already_split,
     )
     utterances = tuple(
         UtteranceErrors(
             tuple(
                 Edit(
-                    chunk.type,
+                    cast(EditKind, chunk.type),
                     tuple(reference[chunk.ref_start_idx : chunk.ref_end_idx]),
                     tuple(hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx]),
                 )
@@ -149,4 +158,4 @@ def word_errors(references: Sequence[str], hypotheses: Sequence[str], normalizer
         )
         for reference, hypothesis, chunks in zip(reference_words, hypothesis_words, output.alignments, strict=True)
     )
-    return WordErrors(output.hits, output.substitutions, output.deletions, output.insertions, utterances)
+    return WordErrors(name, output.hits, output.substitutions, output.deletions, output.insertions, utterances)

@@ -202,7 +202,9 @@ class SpeechGeneration(PreTrainedModel, GenerationMixin):
         return self._texts(processor, inputs, **{"max_new_tokens": 256, **options})[0]
 
     def _texts(self, processor: MoSTProcessor, inputs: Any, **generation: Any) -> list[str]:
-        generated = self.generate(**inputs, **generation)[:, inputs["input_ids"].shape[1] :]
+        # Greedy without a temperature, whatever generation_config.json of a base model says.
+        options = {"do_sample": bool(generation.get("temperature")), **generation}
+        generated = self.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
         texts = processor.batch_decode(generated, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return [text.strip() for text in texts]
 

@@ -1,9 +1,8 @@
-"""One step of generation in tensors of fixed shapes, that nothing on the host depends on.
+"""One generation step on tensors of fixed shapes, without any result that the host reads.
 
-Everything a step reads and writes stays where it is, so that on a GPU the whole step is recorded once as a CUDA graph
-and then repeated by a single call.
+A step reads and writes the same memory every time. On a GPU it is captured once as a CUDA graph and then replayed.
 
-Shape letters: b rows, s prompt positions, k positions of the cache, C codebooks, K codes, V ids that may be chosen.
+Shape letters: b rows, s prompt positions, k positions of the cache, C codebooks, K codes, V ids of the grammar.
 """
 
 from __future__ import annotations
@@ -13,22 +12,25 @@ from collections.abc import Callable
 
 import torch
 
+from megatron_most.errors import first_line
 from megatron_most.inference.grammar import DONE, Grammar
 from megatron_most.inference.sampling import Sampling
 from megatron_most.model import KeyValueCache, MoSTModel
 from megatron_most.vocab import NO_CODE
 
 _POSITIONS_MULTIPLE = 64
-"""The cache is as long as a multiple of this: kernels read masks in whole pieces, and prompts share a graph."""
+"""Divides the length of the cache: kernels need aligned masks, and prompts of similar lengths share a graph."""
 
 
 class Decoder:
-    """Continues a batch of ``num_rows`` prompts under one grammar, up to ``num_positions`` with the prompt.
+    """Continues a batch of ``num_rows`` prompts under one grammar.
 
-    ``ids [b, k]`` and ``codes [b, k, C]`` (None where the grammar has none) hold what was chosen, at its position.
+    ``ids [b, k]`` and ``codes [b, k, C]`` hold the generated ids and codes at their positions; ``codes`` is None if the
+    grammar has none.
 
     Args:
-        cuda_graph: record the step and repeat it.
+        num_positions: of prompt and continuation together.
+        cuda_graph: capture the step as a CUDA graph and replay it.
     """
 
     def __init__(
@@ -53,23 +55,25 @@ class Decoder:
         self._state = tensor(num_rows)
         self._bias = tensor(num_rows, 1, 1, self.num_positions, dtype=weight.dtype)
         self._new_ids, self._is_padding = tensor(num_rows, 1), tensor(num_rows, 1, dtype=torch.bool)
-        self.codes = self._new_codes = None
+        self.codes: torch.Tensor | None = None
+        self._new_codes: torch.Tensor | None = None
         if grammar.has_no_code is not None:
             self.codes = tensor(num_rows, self.num_positions, vocab.num_codebooks)
             self._new_codes = tensor(num_rows, 1, vocab.num_codebooks)
-        self._noise = self._code_noise = None
+        self._noise: torch.Tensor | None = None
+        self._code_noise: torch.Tensor | None = None
         if sampling.is_random:
             self._noise = tensor(num_rows, len(grammar.ids), dtype=torch.float32)
             if self.codes is not None:
                 self._code_noise = tensor(num_rows, vocab.num_codebooks, vocab.codebook_size, dtype=torch.float32)
-        self._run = _GraphedCall(self._step) if cuda_graph else self._step
+        self._run: Callable[[], None] = _GraphedCall(self._step) if cuda_graph else self._step
 
     @property
     def is_recorded(self) -> bool:
         return isinstance(self._run, _GraphedCall) and self._run.is_recorded
 
     def fits(self, grammar: Grammar, sampling: Sampling, num_rows: int, num_positions: int) -> bool:
-        """Whether this decoder can continue such a batch; seeds do not matter."""
+        """Whether this decoder can continue such a batch. The seed of ``sampling`` does not matter."""
         return (
             self.grammar is grammar
             and self.sampling.with_seed(0) == sampling.with_seed(0)
@@ -77,10 +81,15 @@ class Decoder:
             and self.num_positions >= num_positions
         )
 
-    def start(self, ids: torch.Tensor, codes: torch.Tensor, is_padding: torch.Tensor, random: torch.Generator) -> None:
-        """Read prompts ``ids [b, s]``, ``codes [b, s, C]``, which end at the same position, and choose what follows.
+    def start(
+        self, ids: torch.Tensor, codes: torch.Tensor, is_padding: torch.Tensor, random: list[torch.Generator]
+    ) -> None:
+        """Read the prompts and choose the first new position.
 
-        is_padding: ``[b, s]`` bool, at the start of shorter prompts.
+        Args:
+            ids, codes: ``[b, s]`` and ``[b, s, C]``, padded on the left.
+            is_padding: ``[b, s]`` bool.
+            random: the random number generator of each row.
         """
         length = ids.shape[1]
         self._cache.start_prompt()
@@ -89,7 +98,7 @@ class Decoder:
         self._bias.fill_(float("-inf"))
         self._bias[:, 0, 0, :length].masked_fill_(~is_padding, 0.0)
         at = torch.arange(length, device=ids.device)
-        # A padding query sees itself: softmax over nothing would be NaN and spread through the values.
+        # A padding query attends to itself: softmax over no keys is NaN, which would spread through the values.
         forbidden = is_padding[:, None, None] & (at[:, None] != at)
         logits, code_logits = self.model(
             ids,
@@ -104,13 +113,13 @@ class Decoder:
         self._draw(random)
         self._choose(logits, code_logits)
 
-    def advance(self, random: torch.Generator) -> None:
-        """Read what was chosen last and choose what follows."""
+    def advance(self, random: list[torch.Generator]) -> None:
+        """Read the position chosen last and choose the next."""
         self._draw(random)
         self._run()
 
     def all_done(self) -> bool:
-        """Whether all rows have ended; the host waits for the device."""
+        """Whether all rows have ended. The host waits for the device."""
         return bool((self._state == DONE).all())
 
     def _step(self) -> None:
@@ -127,13 +136,14 @@ class Decoder:
         self._position += 1
         self._choose(logits, code_logits)
 
-    def _draw(self, random: torch.Generator) -> None:
+    def _draw(self, random: list[torch.Generator]) -> None:
         for noise in (self._noise, self._code_noise):
             if noise is not None:
-                noise.exponential_(generator=random)
+                for row, generator in zip(noise, random, strict=True):
+                    row.exponential_(generator=generator)
 
     def _choose(self, logits: torch.Tensor, code_logits: torch.Tensor | None) -> None:
-        """The ids, and their codes, at ``position``, from logits ``[b, 1, V]`` and ``[b, 1, C, K]``."""
+        """Choose ids and codes at ``_position`` from logits ``[b, 1, V]`` and ``[b, 1, C, K]``."""
         logits = logits[:, -1].masked_fill(self.grammar.forbidden_after(self._state), float("-inf"))
         choice = self.sampling.choose(logits, self._noise)
         has_no_code = self.grammar.advance(self._state, choice)
@@ -141,15 +151,16 @@ class Decoder:
         torch.eq(self._state[:, None], DONE, out=self._is_padding)
         self.ids.index_copy_(1, self._position, self._new_ids)
         if has_no_code is not None:
+            assert code_logits is not None and self.codes is not None and self._new_codes is not None
             codes = self.sampling.choose(code_logits[:, -1, :, : self.model.vocab.codebook_size], self._code_noise)
             self._new_codes.copy_(codes.masked_fill(has_no_code, NO_CODE)[:, None])
             self.codes.index_copy_(1, self._position, self._new_codes)
 
 
 class _GraphedCall:
-    """A call that is recorded as a CUDA graph after a few runs, which compile kernels and fill caches, and repeated.
+    """A call that is captured as a CUDA graph after a few normal runs, which compile kernels and fill caches.
 
-    What cannot be recorded is called as it is, and one line says why.
+    If it cannot be captured, it keeps running normally, and a warning says why.
     """
 
     WARM_UP = 3
@@ -178,14 +189,14 @@ class _GraphedCall:
             torch.cuda.current_stream().wait_stream(self._stream)
 
     def _record(self) -> None:
-        """Recording runs nothing: the call that is due has still to be made."""
+        """Capture the graph. Capturing does not execute anything."""
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads, which load data, may go on calling CUDA.
+            # thread_local: other threads may call CUDA during the capture.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._call()
         except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
+            reason = first_line(error)
             logging.getLogger(__name__).warning("generating without a CUDA graph, several times slower: %s", reason)
         else:
             self._graph = graph

@@ -1,4 +1,4 @@
-"""Autoregressive generation with a key-value cache: each new token costs one position, not the past again.
+"""Autoregressive generation with a key-value cache.
 
 Shape letters: b prompts, s prompt positions, k cached positions, C codebooks, F codec frames, V ids.
 """
@@ -20,11 +20,11 @@ from megatron_most.model import MoSTModel
 from megatron_most.vocab import NO_CODE
 
 _END_TESTED_EVERY = 16
-"""Ids between two questions whether all rows have ended, for which the host waits for the device."""
+"""After so many new positions, check whether all rows have ended. The host waits for the device for it."""
 
 
 class Prompt(Protocol):
-    """A document prefix: ``ids [s]`` and, in the ``frame`` layouts, ``side_codes [s, C]``."""
+    """The beginning of a document: ``ids [s]`` and, in the ``frame`` layouts, ``side_codes [s, C]``."""
 
     @property
     def ids(self) -> np.ndarray: ...
@@ -34,11 +34,11 @@ class Prompt(Protocol):
 
 
 class Generator:
-    """Continues prompts with text or speech. The model must be whole on this process (no model parallelism).
+    """Continues prompts with text or speech. This process must hold the whole model (no model parallelism).
 
     Args:
-        cuda_graph: on a GPU, record one step as a CUDA graph and repeat it. Graph and key-value cache of the latest
-            batch then stay in memory, for the next batch of as many prompts.
+        cuda_graph: on a GPU, capture a step as a CUDA graph and replay it. The graph and the key-value cache stay in
+            memory and are reused for the next batch with the same number of prompts.
     """
 
     def __init__(self, model: MoSTModel, cuda_graph: bool = True) -> None:
@@ -47,58 +47,74 @@ class Generator:
         self.device = next(model.parameters()).device
         self._uses_graphs = cuda_graph and self.device.type == "cuda"
         self._decoder: Decoder | None = None
-        # Tables of long audio take a while, and a recorded step holds on to those that it was recorded with.
+        # Cached because tables of long audio take time to build, and because a CUDA graph refers to their memory.
         vocab, device = self.vocab, self.device
         self._grammar = functools.lru_cache(maxsize=8)(lambda build, *arguments: build(vocab, *arguments).to(device))
 
     def text(
         self,
         prompts: Sequence[Prompt],
-        end: int,
-        max_new: int,
+        end: int | Sequence[int],
+        max_new: int | Sequence[int],
         sampling: Sampling,
         *,
         num_text_ids: int | None = None,
         forbidden: tuple[int, ...] = (),
     ) -> list[list[int]]:
-        """Text ids for each prompt, without ``end``; at most ``max_new`` of them.
+        """Text ids for each prompt, without ``end``.
 
         Args:
-            num_text_ids: the tokenizer's ids, where the model has more; None allows all text ids of the model.
-            forbidden: text ids that are never chosen.
+            end: the id that ends a text, or several of which any does.
+            max_new: the maximum number of ids for all prompts, or for each of them.
+            num_text_ids: the tokenizer's number of ids, if the model has more. None allows all text ids of the model.
+            forbidden: text ids that are never generated.
+
+        Raises:
+            ConfigError: a prompt and its ``max_new`` exceed the positions of the model.
         """
-        self._require_room(prompts, max_new)
-        grammar = self._grammar(text_grammar, num_text_ids or self.vocab.text_vocab_size, end, tuple(forbidden))
-        ids, _ = self._continue(prompts, grammar, max_new, sampling)
-        return [row.tolist() for row in ids]
+        limits = [max_new] * len(prompts) if isinstance(max_new, int) else list(max_new)
+        self._require_room(prompts, limits)
+        ends = (end,) if isinstance(end, int) else tuple(end)
+        grammar = self._grammar(text_grammar, num_text_ids or self.vocab.text_vocab_size, ends, tuple(forbidden))
+        # Positions are relative, so a short prompt may go past the context that a longer one beside it fills.
+        ids, _ = self._continue(prompts, grammar, max(limits), sampling)
+        return [row[:limit].tolist() for row, limit in zip(ids, limits, strict=True)]
 
     def speech(self, prompts: Sequence[Prompt], max_frames: int, sampling: Sampling) -> list[np.ndarray]:
-        """Codes ``[F, C]`` for each prompt that ends in ``begin_of_audio``; at most ``max_frames`` frames."""
+        """Codes ``[F, C]``, at most ``max_frames`` frames, for each prompt; prompts end in ``begin_of_audio``.
+
+        Raises:
+            ConfigError: a prompt and ``max_frames`` exceed the positions of the model.
+        """
         layout = self.vocab.codec_layout
         max_new = layout.num_positions(max_frames)
-        self._require_room(prompts, max_new)
+        self._require_room(prompts, [max_new] * len(prompts))
         ids, codes = self._continue(prompts, self._grammar(speech_grammar, max_frames), max_new, sampling)
         return [layout.decode(row, row_codes) for row, row_codes in zip(ids, codes, strict=True)]
 
-    def _require_room(self, prompts: Sequence[Prompt], max_new: int) -> None:
-        longest = max(len(prompt.ids) for prompt in prompts)
+    def _require_room(self, prompts: Sequence[Prompt], limits: Sequence[int]) -> None:
+        longest, max_new = max(
+            ((len(prompt.ids), limit) for prompt, limit in zip(prompts, limits, strict=True)), key=sum
+        )
         if longest + max_new > self.model.max_sequence_length:
             raise ConfigError(
-                f"prompt of {longest} and {max_new} new positions exceed the model's {self.model.max_sequence_length}"
+                f"a prompt of {longest} positions and {max_new} new ones exceed the model's"
+                f" {self.model.max_sequence_length}"
             )
 
     @torch.inference_mode()
     def _continue(
         self, prompts: Sequence[Prompt], grammar: Grammar, max_new: int, sampling: Sampling
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Generated ids ``[n]`` and codes ``[n, C]`` of each prompt, up to its end."""
+        """Generated ids ``[n]`` and codes ``[n, C]`` for each prompt, without the end id."""
         if max_new < 1:
             nothing = np.zeros((0, self.vocab.num_codebooks), np.int64)
             return [np.zeros(0, np.int64)] * len(prompts), [nothing] * len(prompts)
         ids, codes, is_padding = self._left_padded(prompts)
         start = ids.shape[1]
         decoder = self._decoder_for(grammar, sampling, len(prompts), start + max_new)
-        random = sampling.generator(self.device)
+        # By prompt, so that what stands beside it in a batch does not change what is drawn for it.
+        random = [sampling.generator(self.device, np.asarray(prompt.ids).tobytes()) for prompt in prompts]
         decoder.start(ids, codes, is_padding, random)
         num_new = 1
         while num_new < max_new and not (num_new % _END_TESTED_EVERY == 0 and decoder.all_done()):
@@ -110,25 +126,25 @@ class Generator:
             all_codes = np.full((*all_ids.shape, self.vocab.num_codebooks), NO_CODE)
         else:
             all_codes = decoder.codes[:, new].cpu().numpy()
-        lengths = [int(np.append(row == grammar.end, True).argmax()) for row in all_ids]
+        lengths = [int(np.append(np.isin(row, grammar.ends), True).argmax()) for row in all_ids]
         return (
             [row[:length] for row, length in zip(all_ids, lengths, strict=True)],
             [row[:length] for row, length in zip(all_codes, lengths, strict=True)],
         )
 
     def _decoder_for(self, grammar: Grammar, sampling: Sampling, num_rows: int, num_positions: int) -> Decoder:
-        """The last one, if its step is recorded and fits; else a new one in its place."""
+        """The previous decoder if it can be reused, else a new one."""
         if self._decoder is not None and self._decoder.fits(grammar, sampling, num_rows, num_positions):
             return self._decoder
-        self._decoder = None  # its memory is free for the next
+        self._decoder = None  # frees its memory first
         decoder = Decoder(self.model, grammar, sampling, num_rows, num_positions, self._uses_graphs)
         self._decoder = decoder if self._uses_graphs else None
         return decoder
 
     def _left_padded(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Prompts as ``ids [b, s]``, ``codes [b, s, C]`` and ``is_padding [b, s]``, all ending at the same position.
+        """``ids [b, s]``, ``codes [b, s, C]`` and ``is_padding [b, s]``.
 
-        Rotary embeddings see differences of positions only, so padding on the left changes no result.
+        Rotary embeddings depend only on differences of positions, so left padding does not change any result.
         """
         longest = max(len(prompt.ids) for prompt in prompts)
         ids = torch.zeros(len(prompts), longest, dtype=torch.long)

@@ -1,9 +1,9 @@
-"""What may come next: text stays text until its end token; audio stays whole frames in codebook order.
+"""Constrained decoding: text is text until its end id; audio consists of whole frames in codebook order.
 
-A grammar is an automaton whose tables lie on the device, so that a step of generation never waits for the host: the
-state of a row says which ids are forbidden, and the kind of the id that was chosen leads to the next state.
+A grammar is a finite automaton whose tables are on the device, so that a generation step does not involve the host. The
+state of a row determines which ids are forbidden. The kind of the chosen id determines the next state.
 
-Shape letters: b rows, V ids that the grammar knows, S states, U sets of forbidden ids, C codebooks.
+Shape letters: b rows, V ids of the grammar, S states, U sets of forbidden ids, C codebooks.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ import torch
 from megatron_most.vocab import Modality, VocabLayout
 
 _OTHER, _LEADING, _END = range(3)
-"""Kinds of ids: most of them, those that begin a codec frame, and the one that ends the segment."""
-_KINDS = 3  # for each state, transitions of these kinds in this order
+"""Kinds of ids: those that begin a codec frame, the one that ends the segment, and all others."""
+_KINDS = 3  # a state has one transition for each kind, in this order
 
 DONE = 0
-"""The state after the end: nothing but the end may follow."""
+"""The state after the end, where only the end id may follow."""
 _START = _KINDS
 
 
 @dataclasses.dataclass(frozen=True)
 class Grammar:
-    """The tables. A state is numbered by its first transition, of which it has one for each kind of id.
+    """The tables of an automaton. The number of a state is the index of its first transition: 0, 3, 6, ...
 
     Args:
-        end: the id that ends the generated segment; it is not part of the result.
-        ids: the ids that may ever be chosen. A choice is a place in this range.
+        ends: the ids that end the generated segment; they are not part of the result.
+        ids: the ids that may be generated. A choice is an index into this range.
         forbidden: ``[U, V]`` bool.
-        forbidden_in: ``[3 * S]``, for each state which row of ``forbidden`` holds; unused between states.
-        kind_of: ``[V]``.
-        next_state: ``[3 * S]``, where each transition leads.
-        has_no_code: ``[3 * S, C]`` bool, the codebooks without a code at the id of a transition; None where ids carry
-            no codes.
+        forbidden_in: ``[3 * S]``, at the number of each state, its row of ``forbidden``.
+        kind_of: ``[V]``, the kind of each id.
+        next_state: ``[3 * S]``, the state after each transition.
+        has_no_code: ``[3 * S, C]`` bool, True for codebooks without a code at the id of a transition. None if ids have
+            no codes beside them.
     """
 
-    end: int
+    ends: tuple[int, ...]
     ids: range
     forbidden: torch.Tensor
     forbidden_in: torch.Tensor
@@ -48,37 +48,48 @@ class Grammar:
     has_no_code: torch.Tensor | None
 
     def to(self, device: torch.device) -> Grammar:
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return dataclasses.replace(self, **tensors)
+        return dataclasses.replace(
+            self,
+            forbidden=self.forbidden.to(device),
+            forbidden_in=self.forbidden_in.to(device),
+            kind_of=self.kind_of.to(device),
+            next_state=self.next_state.to(device),
+            has_no_code=None if self.has_no_code is None else self.has_no_code.to(device),
+        )
 
     def start(self, num_rows: int) -> torch.Tensor:
-        """States ``[b]`` before anything is generated."""
+        """The initial states ``[b]``."""
         return torch.full((num_rows,), _START, device=self.next_state.device)
 
     def forbidden_after(self, state: torch.Tensor) -> torch.Tensor:
-        """States ``[b]`` -> ``[b, V]`` bool."""
+        """States ``[b]`` -> ``[b, V]`` bool, True for forbidden ids."""
         return self.forbidden.index_select(0, self.forbidden_in.index_select(0, state))
 
     def advance(self, state: torch.Tensor, choice: torch.Tensor) -> torch.Tensor | None:
-        """Move states ``[b]`` on, in place, by choices ``[b]``; returns ``[b, C]``, which codebooks have no code."""
+        """Update states ``[b]`` in place by choices ``[b]``; return ``[b, C]``, True for codebooks without a code."""
         transition = state + self.kind_of.index_select(0, choice)
         torch.index_select(self.next_state, 0, transition, out=state)
         return None if self.has_no_code is None else self.has_no_code.index_select(0, transition)
 
 
-def text_grammar(vocab: VocabLayout, num_text_ids: int, end: int, forbidden: tuple[int, ...] = ()) -> Grammar:
-    """Text, ended by ``end``; ``forbidden`` are the tokenizer's markers that never stand inside text.
+def text_grammar(
+    vocab: VocabLayout, num_text_ids: int, ends: tuple[int, ...], forbidden: tuple[int, ...] = ()
+) -> Grammar:
+    """Text up to any of ``ends``.
 
-    num_text_ids: the tokenizer's; the model may have more, which no tokenizer could turn into text.
+    Args:
+        num_text_ids: the tokenizer's number of ids; the model may have more.
+        forbidden: the tokenizer's special ids, which never occur inside text; ``ends`` may be among them.
     """
     ids = torch.arange(num_text_ids)
     is_forbidden = vocab.modality_of(ids) != Modality.TEXT
-    is_forbidden[[marker for marker in forbidden if marker != end]] = True
-    kind_of = torch.where(ids == end, _END, _OTHER)
+    is_forbidden[[marker for marker in forbidden if marker not in ends]] = True
+    is_end = torch.isin(ids, torch.tensor(ends))
+    kind_of = torch.where(is_end, _END, _OTHER)
     return Grammar(
-        end=end,
+        ends=ends,
         ids=range(num_text_ids),
-        forbidden=torch.stack([ids != end, is_forbidden]),
+        forbidden=torch.stack([~is_end, is_forbidden]),
         forbidden_in=torch.tensor([0, 0, 0, 1, 1, 1]),
         kind_of=kind_of,
         next_state=torch.tensor([DONE, DONE, DONE, _START, DONE, DONE]),
@@ -87,12 +98,12 @@ def text_grammar(vocab: VocabLayout, num_text_ids: int, end: int, forbidden: tup
 
 
 def speech_grammar(vocab: VocabLayout, max_frames: int) -> Grammar:
-    """Codec positions as the layout orders them, 1 to ``max_frames`` frames, ended by ``end_of_audio``."""
+    """1 to ``max_frames`` codec frames in the order of the codec layout, then ``end_of_audio``."""
     return _SpeechTables(vocab, max_frames).grammar()
 
 
 class _SpeechTables:
-    """Every state that audio can be in: how many positions and how many frames there are."""
+    """Enumerates the states of audio: a number of positions and a number of frames so far."""
 
     def __init__(self, vocab: VocabLayout, max_frames: int) -> None:
         self.layout = vocab.codec_layout
@@ -121,7 +132,7 @@ class _SpeechTables:
         kind_of[self._places(self.layout.leading_ids)] = _LEADING
         kind_of[self.end - self.ids.start] = _END
         return Grammar(
-            end=self.end,
+            ends=(self.end,),
             ids=self.ids,
             forbidden=torch.stack(self.forbidden),
             forbidden_in=torch.tensor(forbidden_in),
@@ -131,7 +142,7 @@ class _SpeechTables:
         )
 
     def _continuations(self, ids: range, num_frames: int) -> list[tuple[int | None, int]]:
-        """For each kind, one of ``ids`` that is of it and goes on (None: there is none), and the frames with it."""
+        """For each kind of id: one of ``ids`` after which audio continues, or None, and the number of frames then."""
         leading = self.layout.leading_ids
         first, stop = max(ids.start, leading.start), min(ids.stop, leading.stop)
         leads = first if first < stop and num_frames < self.max_frames else None
@@ -139,14 +150,14 @@ class _SpeechTables:
         return [(other, num_frames), (leads, num_frames + 1), (None, num_frames)]
 
     def _without_code(self, position: int, num_frames: int, id_: int | None) -> np.ndarray:
-        """``[C]`` bool; ``num_frames`` with the one that ``id_`` at ``position`` may begin."""
+        """``[C]`` bool for ``id_`` at ``position``; ``num_frames`` includes the frame that ``id_`` begins, if any."""
         codebooks = np.arange(self.layout.num_codebooks)
         if id_ is None or not self.layout.holds_side_codes(id_):
             return np.ones_like(codebooks, dtype=bool)
         return ~self.layout.has_code(position, num_frames, codebooks)
 
     def _forbidden(self, ids: range, may_end: bool, may_lead: bool) -> int:
-        """The row of the table."""
+        """The row of the table ``forbidden``, added if it is new."""
         key = (ids, may_end, may_lead)
         if key not in self._forbidden_of:
             self._forbidden_of[key] = len(self.forbidden)

@@ -1,4 +1,4 @@
-"""How one choice is drawn from logits.
+"""Sampling from logits.
 
 Shape letters: ... any batch dimensions, V choices.
 """
@@ -6,6 +6,7 @@ Shape letters: ... any batch dimensions, V choices.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from megatron_most.errors import ConfigError
 
 @dataclass(frozen=True)
 class Sampling:
-    """Greedy at ``temperature`` 0; otherwise top-k (0: off) and then top-p (1: off) sampling, seeded."""
+    """Greedy at ``temperature`` 0. Otherwise seeded sampling: temperature, then top-k (0: off), then top-p (1: off)."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -37,15 +38,16 @@ class Sampling:
     def with_seed(self, seed: int) -> Sampling:
         return dataclasses.replace(self, seed=seed)
 
-    def generator(self, device: torch.device) -> torch.Generator:
-        """The random numbers of one call of the generator."""
-        return torch.Generator(device).manual_seed(self.seed)
+    def generator(self, device: torch.device, prompt: bytes) -> torch.Generator:
+        """The random number generator for the continuation of ``prompt``, whatever else is in its batch."""
+        digest = hashlib.blake2b(f"{self.seed}:".encode() + prompt, digest_size=8).digest()
+        return torch.Generator(device).manual_seed(int.from_bytes(digest, "little", signed=True))
 
     def choose(self, logits: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
-        """``logits [..., V]`` (``-inf`` forbids a choice) -> indices ``[...]``, without waiting for the device.
+        """``logits [..., V]``, -inf for forbidden choices -> indices ``[...]``. The host does not wait for the device.
 
         Args:
-            noise: ``[..., V]`` from the exponential distribution of mean 1; None at ``temperature`` 0.
+            noise: ``[..., V]`` from the exponential distribution with mean 1; None at ``temperature`` 0.
         """
         if noise is None:
             return logits.argmax(dim=-1)
@@ -56,8 +58,8 @@ class Sampling:
         probs = torch.softmax(logits, dim=-1)
         if self.top_p < 1:
             ordered, order = probs.sort(dim=-1, descending=True)
-            # Keep each choice whose better ones do not reach top_p yet: the best one always stays.
+            # Drop a choice if those before it reach top_p; the best one always stays.
             dropped = ordered.cumsum(dim=-1) - ordered >= self.top_p
             probs = probs.masked_fill(dropped.scatter(-1, order, dropped), 0)
-        # Of clocks that ring at rates p, clock i is the first to ring with probability p_i.
+        # Exponential race: noise / probs has rates probs, so its smallest entry is i with probability probs[i].
         return (probs / noise).argmax(dim=-1)

@@ -1,6 +1,6 @@
-"""Attention layers whose queries and keys are rotated by what the model made once for all of them.
+"""Attention layers that share one table of rotary embeddings, computed once per model.
 
-Megatron's make cosines and sines in every layer, once for queries and once for keys, and copy both several times.
+Megatron's layers compute cosines and sines in every layer, separately for queries and keys.
 
 Shape letters: s positions of this rank (r of them under sequence parallelism), b rows, h hidden size, n query heads of
 this rank and g key-value heads, d head size of queries and keys, v head size of values.
@@ -8,12 +8,13 @@ this rank and g key-value heads, d head size of queries and keys, v head size of
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensor, ShardedTensorFactory
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.attention import Attention, SelfAttention
 from megatron.core.transformer.multi_latent_attention import (
     FusedMLASelfAttention,
     MLASelfAttention,
@@ -26,8 +27,12 @@ from megatron_most.model.packed_row import PackedRow
 from megatron_most.model.rotary import rotate_halves, rotate_pairs
 
 
-class _RotatedAttention:
-    """What both kinds have in common: rotate, keep in the cache, attend, project."""
+class _RotatedAttention(Attention):
+    """The part that both kinds share: rotate, update the cache, attend, project."""
+
+    @abstractmethod
+    def _rotated(self, hidden_states: torch.Tensor, rotations: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """``[r, b, h]`` -> queries ``[s, b, n, d]``, keys ``[s, b, g, d]`` and values ``[s, b, g, v]``."""
 
     def forward(
         self,
@@ -41,9 +46,10 @@ class _RotatedAttention:
         """``[r, b, h]`` -> ``[r, b, h]`` and no bias.
 
         Args:
-            rotary_pos_emb: of the positions of ``hidden_states``, from :class:`~megatron_most.model.rotary.Rotations`.
-            unused: what Megatron's layer hands to other kinds of attention.
+            rotary_pos_emb: :class:`~megatron_most.model.rotary.Rotations` at the positions of ``hidden_states``.
+            unused: arguments that Megatron passes to other kinds of attention.
         """
+        assert rotary_pos_emb is not None
         query, key, value = self._rotated(hidden_states, rotary_pos_emb)
         if inference_context is not None:
             key, value = inference_context.update(self.layer_number, key, value)
@@ -51,7 +57,7 @@ class _RotatedAttention:
             query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         attend = self.core_attention
         if not isinstance(attend, PortableCoreAttention):
-            # Transformer Engine wants whole tensors, and Megatron pads the values of documents for it.
+            # Transformer Engine needs contiguous tensors, and Megatron's wrapper pads the values of packed rows for it.
             attend = self._run_core_attention
             query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         out = attend(
@@ -68,19 +74,18 @@ class _RotatedAttention:
 
 
 class GroupedQueryAttention(_RotatedAttention, SelfAttention):
-    """Megatron's grouped-query attention; all of a head is rotated, its first half with its second."""
+    """Megatron's grouped-query attention. The whole head is rotated: number i is paired with number i + d / 2."""
 
     def _rotated(self, hidden_states: torch.Tensor, rotations: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """``[s, b, n, d]``, ``[s, b, g, d]`` and ``[s, b, g, d]``."""
         query, key, value = self.get_query_key_value_tensors(hidden_states)
         return rotate_halves(query, rotations), rotate_halves(key, rotations), value
 
 
 class MultiLatentAttention(_RotatedAttention, MLASelfAttention):
-    """Megatron's multi-latent attention, with the parts its submodules name.
+    """Megatron's multi-latent attention, built from exactly the modules that its submodules name.
 
-    Where keys have a norm and queries no low rank, Megatron (0.19.2, mla_qk_norm_config.py) would have a norm of
-    queries, which DeepSeek-V2-Lite has not.
+    If keys have a norm and queries have no low rank, Megatron (0.19.2, mla_qk_norm_config.py) adds a norm of queries.
+    DeepSeek-V2-Lite has none.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -92,10 +97,10 @@ class MultiLatentAttention(_RotatedAttention, MLASelfAttention):
         return {part: getattr(submodules, part) for part in parts}
 
     def _rotated(self, hidden_states: torch.Tensor, rotations: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """``[s, b, n, d]``, ``[s, b, n, d]`` and ``[s, b, n, v]``.
+        """As in the base class, with g = n.
 
-        ``rotations`` leave the first ``qk_head_dim`` numbers of a head as they are; the rest of a key is the same in
-        all heads.
+        ``rotations`` leave the first ``qk_head_dim`` numbers of a head unchanged. The other numbers of a key are shared
+        by all heads.
         """
         config, heads = self.config, self.num_attention_heads_per_partition
         queries, latent = self._qkv_down_projection(hidden_states)
@@ -114,16 +119,16 @@ class MultiLatentAttention(_RotatedAttention, MLASelfAttention):
 
 
 class FusedMultiLatentAttention(MultiLatentAttention, FusedMLASelfAttention):
-    """With one down-projection for queries, keys and values; in checkpoints they are two, as without it.
+    """Computes both down-projections as one matrix product. Checkpoints hold two, as without the fusion.
 
-    Megatron's own cuts the projection over tensor ranks; here it is whole on each, as those that it stands for are.
+    Megatron splits the fused projection over tensor ranks. Here it is replicated, like the two it replaces.
     """
 
     def _qkv_down_projection(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self._parts(self.linear_qkv_down_proj(hidden_states)[0], dim=-1)
 
     def _parts(self, combined: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What belongs to queries, and to keys and values."""
+        """Split into the part of queries and that of keys and values."""
         config = self.config
         return combined.split([config.q_lora_rank, config.kv_lora_rank + config.qk_pos_emb_head_dim], dim=dim)
 

@@ -1,4 +1,4 @@
-"""Configuration -> model chunks of this rank, and how many parameters a configuration has."""
+"""Builds this rank's model chunks from the configuration, and counts the parameters of a configuration."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from megatron.core import parallel_state
 
 from megatron_most import platform
 from megatron_most.config import RunConfig
-from megatron_most.config.model import AttentionConfig
+from megatron_most.config.attention import AttentionConfig
 from megatron_most.model.fp8 import convert_to_fp8
 from megatron_most.model.most_model import MoSTModel, padded
 from megatron_most.model.rotary import Rotations
@@ -17,7 +17,7 @@ from megatron_most.precision import check_fp8, fp8_backend
 
 
 def check_libraries(config: RunConfig) -> None:
-    """Raise :class:`ConfigError` when the model needs a library that is not there. Allocates nothing."""
+    """Raise :class:`ConfigError` if the model needs a library that is not installed. Allocates nothing."""
     platform.model_backend(config.model.transformer_impl)
     check_fp8(config)
     moe = config.model.moe
@@ -31,22 +31,20 @@ def check_libraries(config: RunConfig) -> None:
 
 
 def build_model(config: RunConfig) -> list[MoSTModel]:
-    """The chunks this rank holds, one per virtual pipeline stage, on its device, not wrapped.
+    """This rank's model chunks, one for each virtual pipeline stage, on its device and not wrapped.
 
-    :func:`megatron_most.parallel.initialize` must have been called with ``config.parallel``.
+    Call :func:`megatron_most.parallel.initialize` with ``config.parallel`` first.
 
     Raises:
-        ConfigError: a library that the configuration asks for is missing.
+        ConfigError: a library that the configuration needs is missing.
     """
     check_libraries(config)
     megatron = transformer_config(config)
     backend = platform.model_backend(config.model.transformer_impl)
     rotary = Rotations(config.model.attention, config.data.seq_length, parallel_state.get_context_parallel_group())
-    stages = range(config.parallel.virtual_pipeline_model_parallel_size or 1)
-    virtual = config.parallel.virtual_pipeline_model_parallel_size is not None
+    num_stages = config.parallel.virtual_pipeline_model_parallel_size
     chunks = []
-    for stage in stages:
-        vp_stage = stage if virtual else None
+    for vp_stage in [None] if num_stages is None else range(num_stages):
         chunk = MoSTModel(
             config=megatron,
             transformer_layer_spec=block_spec(megatron, config.model.moe, backend, config.data.packing, vp_stage),
@@ -64,13 +62,12 @@ def build_model(config: RunConfig) -> list[MoSTModel]:
 
 
 def count_parameters(config: RunConfig) -> dict[str, int]:
-    """Parameters of the whole model by part, without building it.
+    """Count the parameters of the whole model without building it.
 
     Returns:
-        ``total``; ``active`` (used for one token: top-k experts of the modality that takes most, and everything dense;
-        of the embeddings and heads only the rows one position reads: one id and one code per codebook in, all
-        heads out); ``experts/<pool>`` for each modality with experts of its own, and ``experts/common``;
-        ``shared_experts``; ``embeddings`` (ids and codes, in and out).
+        ``total``; ``active``, those used for one token: everything dense, the experts of the modality with the largest
+        top-k, the embeddings of one id and of one code per codebook, and all heads; ``experts/<pool>`` for each pool of
+        experts; ``shared_experts``; and ``embeddings``, input and output, of ids and codes.
     """
     model, moe, vocab = config.model, config.model.moe, config.vocab
     hidden = model.hidden_size

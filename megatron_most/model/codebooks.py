@@ -1,4 +1,4 @@
-"""Codec frames in and out of the model (layout ``frame``): summed codebook embeddings, one output head per codebook.
+"""Input and output of codec frames (layout ``frame``): summed codebook embeddings and one output head per codebook.
 
 Shape letters: s positions (of this rank), b rows, h hidden size, C codebooks, K codes (padded),
 tp tensor-parallel ranks.
@@ -22,7 +22,7 @@ from megatron.core.utils import divide
 class _CodebookWeights(MegatronModule):
     """A matrix ``[K, h]`` for each codebook, in one parameter ``weight [C, K / tp, h]``, split over the tensor group.
 
-    In checkpoints each codebook has a tensor of its own, ``<checkpoint_name>.<codebook>.weight``.
+    In checkpoints every codebook has its own tensor, ``<checkpoint_name>.<codebook>.weight``.
     """
 
     checkpoint_name: str
@@ -49,6 +49,7 @@ class _CodebookWeights(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
+        assert metadata is not None, "MegatronModule's callers pass it"
         axis = len(sharded_offsets)
 
         @torch.no_grad()
@@ -71,7 +72,7 @@ class _CodebookWeights(MegatronModule):
 
 
 class CodebookEmbeddings(_CodebookWeights):
-    """The sum of a frame's C code embeddings; tables are split over the tensor group by code."""
+    """The sum of a frame's C code embeddings. Tables are split over the tensor group by code."""
 
     checkpoint_name = "tables"
 
@@ -80,7 +81,7 @@ class CodebookEmbeddings(_CodebookWeights):
     ) -> None:
         super().__init__(config, num_codebooks, padded_size, pg_collection, config.embedding_init_method)
         self.first_code = self.tp_group.rank() * self.local_size
-        # Where code 0 of each codebook would stand among the rows of all tables of this rank.
+        # Row of code 0 of each codebook among this rank's rows of all tables; negative where another rank has it.
         first_rows = torch.arange(num_codebooks, device=self.weight.device) * self.local_size - self.first_code
         self.register_buffer("first_rows", first_rows, persistent=False)
 
@@ -89,7 +90,7 @@ class CodebookEmbeddings(_CodebookWeights):
         batch_size, length, _ = codes.shape
         codes = codes.transpose(0, 1).flatten(0, 1)
         is_mine = (codes >= self.first_code) & (codes < self.first_code + self.local_size)
-        # A code that is not ours reads a row that is, times zero. No row is to spare for what adds nothing.
+        # Other ranks' codes and NO_CODE read an arbitrary row, with a weight of 0.
         total = F.embedding_bag(
             (codes + self.first_rows) * is_mine,
             self.weight.flatten(0, 1),
@@ -102,7 +103,7 @@ class CodebookEmbeddings(_CodebookWeights):
 
 
 class CodebookHeads(_CodebookWeights):
-    """One linear head per codebook, all predicting the next frame in parallel; split over the tensor group by code."""
+    """One linear head per codebook; all predict the next frame in parallel. Split over the tensor group by code."""
 
     checkpoint_name = "heads"
 
@@ -110,12 +111,12 @@ class CodebookHeads(_CodebookWeights):
         self, config: TransformerConfig, num_codebooks: int, padded_size: int, pg_collection: ProcessGroupCollection
     ) -> None:
         super().__init__(config, num_codebooks, padded_size, pg_collection, config.init_method)
-        self.weight.is_embedding_or_output_parameter = True
+        self.weight.is_embedding_or_output_parameter = True  # type: ignore[attr-defined]  # Megatron's optimizer reads it
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """``hidden [..., h]`` of the whole sequence -> logits ``[..., C, K / tp]``.
 
-        The gradient of ``hidden`` is this rank's share of a sum over the tensor group.
+        The gradient of ``hidden`` is a partial sum; it must be reduced over the tensor group.
         """
         return F.linear(hidden, self.weight.flatten(0, 1)).unflatten(-1, self.weight.shape[:2])
 

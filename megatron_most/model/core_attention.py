@@ -1,7 +1,7 @@
 """Causal attention on torch's scaled_dot_product_attention, for the portable spec.
 
-Megatron's own portable attention takes no separate head sizes for keys and values, which multi-latent attention
-needs, and knows neither packed documents nor context parallelism.
+Megatron's portable attention supports neither different head sizes of keys and values, which multi-latent attention
+needs, nor packed documents, nor context parallelism.
 
 Shape letters: s query positions and k key positions (of this rank), b rows, t positions of a row over all
 context-parallel ranks, n query heads and g key-value heads (of this rank; query head i reads key-value head
@@ -29,7 +29,7 @@ from megatron_most.parallel import zigzag_positions
 class PortableCoreAttention(MegatronModule):
     """Causal attention over rows, over packed documents, and over a key-value cache.
 
-    Under context parallelism every rank attends from its own queries to the keys and values of all ranks.
+    Under context parallelism, every rank gathers the keys and values of all ranks and attends with its own queries.
     """
 
     def __init__(
@@ -41,10 +41,12 @@ class PortableCoreAttention(MegatronModule):
         k_channels: int | None = None,
         **spec_arguments: Any,
     ) -> None:
-        """``spec_arguments`` are what Megatron hands to every core attention and this one reads off its inputs.
+        """Build the module.
 
-        ``softmax_scale`` multiplies the logits; None stands for one over the square root of the head size.
-        ``k_channels`` is the head size d where it is not that of the configuration.
+        Args:
+            softmax_scale: factor on the logits. None: one over the square root of the head size.
+            k_channels: head size d. None: ``config.kv_channels``.
+            spec_arguments: arguments that Megatron passes to every core attention; not needed here.
         """
         super().__init__(config=config)
         self.softmax_scale = 1 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
@@ -65,10 +67,10 @@ class PortableCoreAttention(MegatronModule):
 
         Args:
             query: ``[s, b, n, d]``, or ``[s, n, d]`` when packed.
-            key, value: ``[k, b, g, d]`` and ``[k, b, g, v]`` (``k >= s``: a cache precedes the queries), or packed.
-            attention_mask: broadcastable to ``[b, n, s, k]``. bool: True where attention is forbidden beside causality.
-                Of the dtype of queries: what is added to the logits, causality included.
-            packed_seq_params: the documents of the whole row, as this rank sees them; attention stays inside each.
+            key, value: ``[k, b, g, d]`` and ``[k, b, g, v]``, or without b when packed; ``k > s`` with a cache.
+            attention_mask: broadcastable to ``[b, n, s, k]``. A bool mask is True where attention is forbidden, in
+                addition to causality. A floating-point mask is added to the logits and must include causality.
+            packed_seq_params: the documents of the row. Attention does not cross their boundaries.
 
         Returns:
             ``[s, b, n * v]``, or ``[s, n * v]`` when packed.
@@ -86,7 +88,7 @@ class PortableCoreAttention(MegatronModule):
     def _mask(
         self, num_queries: int, num_keys: int, device: torch.device, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, bool]:
-        """Where queries may attend, or whether the kernel is to see to causality. A last position may see all keys."""
+        """(mask, is_causal) for the kernel: the mask, which includes causality, or None. One query sees all keys."""
         if attention_mask is not None and attention_mask.is_floating_point():
             return attention_mask, False
         if num_queries == 1:
@@ -124,9 +126,8 @@ class PortableCoreAttention(MegatronModule):
             key, value = self._whole_row(key, batches.gather_order), self._whole_row(value, batches.gather_order)
         outputs = []
         for batch in batches.documents:
-            may_attend = None if batch.query_at is None else batch.key_at <= batch.query_at
             q, k, v = query[batch.query_index], key[batch.key_index], value[batch.key_index]
-            outputs.append(self._attend(q, k, v, may_attend, may_attend is None).flatten(0, 1))
+            outputs.append(self._attend(q, k, v, batch.may_attend(), batch.query_at is None).flatten(0, 1))
         return torch.cat(outputs)[batches.output_order].flatten(1)
 
     def _attend(
@@ -137,7 +138,7 @@ class PortableCoreAttention(MegatronModule):
         if is_causal and platform.wants_equal_head_sizes(k.shape[-1], value_size, k.dtype):
             v = _filled_up(v, k)
         if may_attend is not None and q.shape[2] != k.shape[2]:
-            # On a GPU the kernel that takes a mask and needs no memory for the logits knows no grouped queries.
+            # On a GPU, the memory-efficient kernel, which takes a mask, does not support grouped queries.
             k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),
@@ -151,15 +152,14 @@ class PortableCoreAttention(MegatronModule):
         return out.transpose(1, 2)[..., :value_size]
 
     def _whole_row(self, mine: torch.Tensor, gather_order: torch.Tensor) -> torch.Tensor:
-        """This rank's positions ``[t / size, ...]`` -> those of all context ranks ``[t, ...]``, in the row's order."""
+        """This rank's positions ``[t / size, ...]`` -> those of all context-parallel ranks ``[t, ...]``, in order."""
         return gather_from_sequence_parallel_region(mine, group=self.cp_group)[gather_order]
 
 
 def _filled_up(value: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """``[..., v]`` -> ``[..., d]``, as fused kernels want it; what stands behind v is cut off the output again.
+    """``[..., v]`` -> ``[..., d]`` for kernels that need equal head sizes. The caller drops the added output.
 
-    So anything finite may stand there, and numbers of the keys take one kernel, where zeros would take two and one more
-    for the gradient.
+    Any finite numbers will do. Copying them from the keys takes fewer kernels than creating zeros.
     """
     missing = key.shape[-1] - value.shape[-1]
     return value if missing <= 0 else torch.cat([value, key[..., :missing].detach()], dim=-1)
@@ -167,5 +167,5 @@ def _filled_up(value: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=8)
 def _zigzag_order(length: int, size: int, device: torch.device) -> torch.Tensor:
-    """``[t]``: where each position of a row stands in what the context ranks hold, one after the other."""
+    """``[t]``: the index of each position of a row in the concatenation of all context-parallel ranks' positions."""
     return torch.cat([zigzag_positions(length, rank, size, device) for rank in range(size)]).argsort()

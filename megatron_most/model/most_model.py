@@ -34,13 +34,13 @@ def padded(size: int) -> int:
 class MoSTModel(LanguageModule):
     """One pipeline stage of a MoST model.
 
-    It stands on ``LanguageModule`` and not on ``GPTModel``, which Megatron keeps for critical fixes only. Parts have
-    the names that ``GPTModel`` gives them, so checkpoints of either have the same keys.
+    It extends ``LanguageModule``, not ``GPTModel``, which Megatron maintains for critical fixes only. Modules have the
+    names they have in ``GPTModel``, so that checkpoints have the same keys.
 
     Args:
-        vocab: the id space; layout ``frame`` adds codebook embeddings to the first stage and heads to the last.
+        vocab: the id space. Layout ``frame`` adds codebook embeddings to the first stage and heads to the last.
         max_sequence_length: positions of the longest row.
-        rotary: rotations of the positions, for all layers.
+        rotary: the rotary embeddings of all layers.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class MoSTModel(LanguageModule):
         vp_stage: int | None = None,
     ) -> None:
         super().__init__(config)
-        # What Megatron's schedules and gradient reductions read of a model.
+        # Attributes that Megatron's schedules and gradient reductions read.
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
@@ -83,7 +83,7 @@ class MoSTModel(LanguageModule):
                 config=config,
                 init_method=config.init_method,
                 bias=False,
-                # The sequence is gathered once for all heads; its backward sums their gradients over the tensor group.
+                # forward() gathers the sequence once for all heads; the backward of that reduces the gradients.
                 disable_grad_reduce=True,
                 tp_group=self.pg_collection.tp,
             )
@@ -97,10 +97,11 @@ class MoSTModel(LanguageModule):
         self.codebook_heads = CodebookHeads(*codebooks) if uses_codes and post_process else None
 
     def set_input_tensor(self, input_tensor: list[torch.Tensor | None]) -> None:
-        """Take what the pipeline stage before this one sent, ``[s, b, h]``; the schedules call it."""
+        """Set the hidden states ``[s, b, h]`` received from the previous stage. Called by Megatron's schedules."""
         (hidden,) = input_tensor
         self.decoder.set_input_tensor(hidden)
 
+    # Nine arguments: the stage's whole input, under the names that Megatron's models and its inference give it.
     def forward(
         self,
         ids: torch.Tensor,
@@ -113,25 +114,26 @@ class MoSTModel(LanguageModule):
         inference_context: KeyValueCache | None = None,
         logit_ids: range | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
-        """Run this stage. Every stage is given the same batch; it uses what it needs.
+        """Run this stage. All stages get the same batch and use what they need.
 
         Args:
             ids: ``[b, s]``.
             modality: ``[b, s]``, :class:`~megatron_most.vocab.Modality` of each input position.
             is_padding: ``[b, s]`` bool; padding is routed to no expert.
-            codes: ``[b, s, C]``, ``NO_CODE`` where a position holds no visible frame (layout ``frame`` only). None: no
-                position holds any, and none are predicted.
-            targets: what is to be predicted, and at which positions.
-            attention_mask: bool, True where attention is forbidden beside causality; or what to add to the logits.
-            packed_seq_params: the documents of a packed row; positions restart and attention ends there.
+            codes: ``[b, s, C]``, ``NO_CODE`` where a position has no visible frame (layout ``frame`` only). None: no
+                position has a frame, and no codes are predicted.
+            targets: the labels and their positions.
+            attention_mask: as in :meth:`~megatron_most.model.core_attention.PortableCoreAttention.forward`.
+            packed_seq_params: the documents of a packed row. Positions restart at their boundaries, and attention does
+                not cross them.
             inference_context: key-value cache.
-            logit_ids: the ids whose logits are wanted, of a model that is whole on this rank; None stands for all.
+            logit_ids: compute the logits of these ids only (requires the whole model on this rank). None: of all ids.
 
         Returns:
             Not the last stage: hidden states ``[s, b, h]``. Last stage with targets: losses ``[b, s, 1 + C]`` fp32
             (main head, then each codebook; ``[b, s, 1]`` in layout ``flat``), 0 where there is no target. Without
-            targets: logits ``[b, s, V]`` fp32 and codebook logits ``[b, s, C, K]`` fp32 (None without ``codes``), of
-            the last position only with an ``inference_context``.
+            targets: logits ``[b, s, V]`` fp32 and codebook logits ``[b, s, C, K]`` fp32 (None without ``codes``). With
+            an ``inference_context``, logits are those of the last position only.
         """
         hidden = self.decoder(
             hidden_states=self._embed(ids, codes) if self.pre_process else None,
@@ -155,14 +157,15 @@ class MoSTModel(LanguageModule):
         return self.losses(hidden, targets)
 
     def losses(self, hidden: torch.Tensor, targets: Targets) -> torch.Tensor:
-        """``hidden [s, b, h]`` of the whole sequence -> ``[b, s, 1 + C]``; text does not pay for codebooks."""
+        """``hidden [s, b, h]`` of the whole sequence -> losses ``[b, s, 1 + C]``. Heads run on targets only."""
         length, batch_size, _ = hidden.shape
         rows, tensor_group = hidden.flatten(0, 1), self.pg_collection.tp
         logits = self.output_layer(take_rows(rows, targets.index))[0]
         losses = put_rows(cross_entropy(logits, targets.labels, tensor_group)[:, None], targets.index, len(rows))
         if self.codebook_heads is not None:
+            assert targets.code_index is not None and targets.code_labels is not None
             logits = self.codebook_heads(take_rows(rows, targets.code_index))
-            # Delayed codebooks begin and end apart from each other: a frame may have labels for some of them only.
+            # With delayed codebooks, a position may have labels for some codebooks only.
             has_label, labels = targets.code_labels != NO_CODE, targets.code_labels.clamp(min=0)
             of_codes = cross_entropy(logits, labels, tensor_group) * has_label
             losses = torch.cat([losses, put_rows(of_codes, targets.code_index, len(rows))], dim=-1)
@@ -183,7 +186,7 @@ class MoSTModel(LanguageModule):
         return logits.float().transpose(0, 1)
 
     def _local_planes(self, modality: torch.Tensor, is_padding: torch.Tensor) -> torch.Tensor:
-        """Each stage shards the planes itself; Megatron would do so on the first stage only."""
+        """This rank's planes under sequence parallelism. Megatron shards ``padding_mask`` on the first stage only."""
         planes = pack_planes(modality, is_padding, len(self.vocab.modality_names))
         if self.config.sequence_parallel:
             tensor_group = self.pg_collection.tp

@@ -1,4 +1,4 @@
-"""RMSNorm for the portable spec; Megatron's own wrapper of torch's norms refuses sequence parallelism."""
+"""RMSNorm for the portable spec. Megatron's wrapper of torch's norms does not support sequence parallelism."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ class RMSNorm(torch.nn.RMSNorm):
     """Root-mean-square normalization of the last dimension."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **spec_arguments: Any) -> None:
-        """``spec_arguments`` are what Megatron hands to every norm and this one has no use for."""
+        """Megatron passes ``spec_arguments`` to every norm; they are not needed here."""
         super().__init__(hidden_size, eps=eps, device=torch.cuda.current_device(), dtype=config.params_dtype)
-        # Each rank sees its slice of the sequence: finalize_model_grads sums such gradients over the tensor group.
-        self.weight.sequence_parallel = config.sequence_parallel
+        # Every rank sees only its slice of the sequence; finalize_model_grads sums gradients marked so over the tensor
+        # group.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # an attribute of Megatron's

@@ -1,10 +1,10 @@
-"""Rotary position embedding, made once for all layers, queries and keys.
+"""Rotary position embeddings, computed once for all layers, queries, and keys.
 
-A head's numbers stand in pairs, and position p turns pair i by p times the pair's frequency. With complex numbers that
-is one product. Both halves of a pair come out side by side, whether they went in so or not: queries and keys agree on
-the order, so the logits do not see it.
+The numbers of a head form pairs; position p rotates pair i by p times the pair's frequency, which is one product of
+complex numbers. In the output the two numbers of a pair are neighbors, even if they were not in the input: queries and
+keys have the same order, so logits do not depend on it.
 
-Shape letters: d head size; a head has d / 2 frequencies, in radians per position, from fast to slow; s positions of
+Shape letters: d head size (a head has d / 2 frequencies, in radians per position, from high to low); s positions of
 this rank; b rows; n heads.
 """
 
@@ -15,38 +15,37 @@ import math
 import torch
 from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEmbedding
 
-from megatron_most.config.model import AttentionConfig, RopeConfig
+from megatron_most.config.attention import AttentionConfig, RopeConfig
 from megatron_most.model.key_value_cache import KeyValueCache
 from megatron_most.model.packed_row import PackedRow
 from megatron_most.parallel import zigzag_positions
 
 _LLAMA3_ROTATIONS = (1.0, 4.0)
-"""Rotations over the original length below which a frequency is slowed down fully, and above which not at all."""
+"""Rotations over the original length below which a frequency is divided by the whole factor, and above which kept."""
 
 
 class Rotations:
-    """What to multiply pairs of numbers of queries and keys by, for every position: ``cos + i sin`` of its angles.
+    """A table of ``cos + i sin`` of every position's angles, by which pairs of query and key numbers are multiplied.
 
-    Positions of all micro-batches share one table. It is no buffer of a module, which a change of the model's precision
-    would round.
+    It is not a buffer: casting the model to bf16 would round it.
     """
 
     def __init__(
         self, attention: AttentionConfig, num_positions: int, cp_group: torch.distributed.ProcessGroup
     ) -> None:
-        """``num_positions`` of a row are expected; for a longer one the table is made anew."""
+        """Build the table for ``num_positions``; a longer row extends it."""
         self.cp_group = cp_group
         self.embedding = _embedding(attention, cp_group)
-        # The first numbers of a latent head stand in no position.
+        # Multi-latent attention does not rotate the first numbers of a head.
         self.num_unrotated = attention.qk_head_dim if attention.type == "mla" else 0
         self.table = self._up_to(num_positions)
 
     def __call__(
         self, num_positions: int, packed: PackedRow | None = None, cache: KeyValueCache | None = None
     ) -> torch.Tensor:
-        """Complex ``[s, 1, 1, d / 2]`` of the ``num_positions`` s that this rank holds of a row.
+        """Rotations ``[s, 1, 1, d / 2]``, complex, of this rank's s = ``num_positions`` positions of a row.
 
-        They start anew with each document of a packed row, and with a ``cache`` that decodes are those of its position.
+        Positions restart in each document of a ``packed`` row. While decoding, the position is that of the ``cache``.
         """
         size = self.cp_group.size()
         last = num_positions * size
@@ -65,26 +64,26 @@ class Rotations:
     def _up_to(self, num_positions: int) -> torch.Tensor:
         angles = self.embedding.get_emb(num_positions)
         angles, scale = angles if isinstance(angles, tuple) else (angles, 1.0)
-        angles = angles[..., : angles.shape[-1] // 2]  # the other half says the same again
+        angles = angles[..., : angles.shape[-1] // 2]  # the second half repeats the first
         rotated = torch.polar(torch.full_like(angles, scale), angles)
         return torch.cat([rotated.new_ones(num_positions, 1, 1, self.num_unrotated // 2), rotated], dim=-1)
 
 
 def rotate_pairs(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
-    """``[s, b, n, d]``, whose pairs are neighbors -> the same, rotated. Computed in fp32."""
+    """Rotate ``[s, b, n, d]``, in which the numbers of a pair are neighbors. Computed in fp32."""
     pairs = torch.view_as_complex(x.float().contiguous().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotations).flatten(-2).to(x.dtype)
 
 
 def rotate_halves(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
-    """``[s, b, n, d]``, whose pairs are a number and that d / 2 places on -> rotated, pairs as neighbors. In fp32."""
-    # torch.complex would keep both halves for its backward pass.
+    """Rotate ``[s, b, n, d]``, in which number i is paired with i + d / 2; pairs become neighbors. Computed in fp32."""
+    # torch.complex would save both halves for its backward pass.
     pairs = torch.view_as_complex(torch.stack(x.float().chunk(2, dim=-1), dim=-1))
     return torch.view_as_real(pairs * rotations).flatten(-2).to(x.dtype)
 
 
 def _embedding(attention: AttentionConfig, cp_group: torch.distributed.ProcessGroup) -> RotaryEmbedding:
-    """The angles of each position. YaRN's other half is in Megatron's latent attention, or in :func:`softmax_scale`."""
+    """The angles of each position. :func:`softmax_scale`, or Megatron's latent attention, adds YaRN's logit scale."""
     rope = attention.rope
     if attention.type == "gqa":
         embedding = RotaryEmbedding(
@@ -114,12 +113,12 @@ def _embedding(attention: AttentionConfig, cp_group: torch.distributed.ProcessGr
 def yarn_frequencies(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
     """YaRN's frequencies ``[d / 2]`` (arXiv 2309.00071, section 3.2) from the unscaled ones.
 
-    Those that turn more than ``beta_fast`` times within the original length stay, those that turn less than
-    ``beta_slow`` times are divided by ``rotary_scaling_factor``, with a linear ramp over the indices between.
+    Frequencies with more than ``beta_fast`` rotations over the original length are kept. Those with fewer than
+    ``beta_slow`` are divided by ``rotary_scaling_factor``, with a linear ramp over the indices between.
     """
 
     def index(rotations: float) -> float:
-        """Where in the head the frequency stands that turns so often within the original length."""
+        """Index of the frequency that makes this many rotations over the original length."""
         return (
             len(frequencies)
             * math.log(rope.original_max_position_embeddings / (2 * math.pi * rotations))
@@ -136,8 +135,8 @@ def yarn_frequencies(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tenso
 def llama3_frequencies(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
     """Llama 3.1's frequencies ``[d / 2]`` for a context ``rotary_scaling_factor`` times as long, from unscaled ones.
 
-    Slow ones are divided by the factor, fast ones stay, those between are interpolated by how often they turn within
-    the original length (as the configuration of the published weights says; factors 1 and 4 in all of them).
+    Low frequencies are divided by the factor, high ones are kept, and those between are interpolated by their rotations
+    over the original length. The limits, 1 and 4 rotations, are those of all published configurations.
     """
     low, high = _LLAMA3_ROTATIONS
     rotations = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
@@ -146,10 +145,10 @@ def llama3_frequencies(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Ten
 
 
 def softmax_scale(attention: AttentionConfig) -> float:
-    """What grouped-query attention multiplies its logits by.
+    """The factor on the logits of grouped-query attention.
 
-    YaRN (section 3.4) scales queries and keys alike by ``m(mscale) / m(mscale_all_dim)``, where
-    ``m(x) = 0.1 x ln(rotary_scaling_factor) + 1``. As all of a head is rotated, that is a factor on the logits.
+    YaRN (section 3.4) multiplies queries and keys by ``m(mscale) / m(mscale_all_dim)``, where
+    ``m(x) = 0.1 x ln(rotary_scaling_factor) + 1``. Since the whole head is rotated, this is a factor on the logits.
     """
     scale = 1 / math.sqrt(attention.kv_channels)
     rope = attention.rope

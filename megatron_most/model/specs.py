@@ -1,4 +1,4 @@
-"""Which module stands where in a layer: the only place where parts are swapped."""
+"""Layer specs: the only place that decides which modules make up a layer."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from megatron_most.model.attention import FusedMultiLatentAttention, GroupedQuer
 from megatron_most.model.core_attention import PortableCoreAttention
 from megatron_most.model.norm import RMSNorm
 from megatron_most.moe import (
+    ExpertGroups,
     GroupedExperts,
     ModalityAwareMoELayer,
     ModalityAwareRouter,
@@ -33,20 +34,21 @@ from megatron_most.moe import (
 def block_spec(
     config: TransformerConfig, moe: MoEConfig, backend: str, packing: bool, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """Layers of one pipeline stage.
+    """The layers of one pipeline stage.
 
     Args:
+        backend: ``portable``, modules that need only torch, on CPU and GPU, or ``transformer_engine``. Checkpoint keys
+            are the same: norms are separate modules, not fused into linear layers.
         packing: rows hold several documents.
-        backend: ``portable``, parts that need nothing but torch, on CPU and GPU alike; or ``transformer_engine``.
-            Either names its weights in the same way: norms are modules of their own, fused with no linear layer.
     """
     parts = _PARTS[backend]
+    groups = ExpertGroups.from_config(moe, config.expert_model_parallel_size)
     spec = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
     )
     for layer in spec.layer_specs:
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = parts.norm
-        # Checkpoints name each norm by its own module, not by the linear layer that another spec would fuse it with.
+        # Megatron's map would rename the norms to the linear layers that Transformer Engine fuses them into.
         layer.submodules.sharded_state_dict_keys_map = {}
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = _core_attention(config, parts, packing)
@@ -58,13 +60,13 @@ def block_spec(
         else:
             layer.submodules.self_attention.module = GroupedQueryAttention
             attention.linear_qkv = parts.column
-        # Megatron names the feed-forward part by a call to be completed: its function and its submodules.
+        # Megatron's spec of the feed-forward part is a partial call with the class and its submodules.
         mlp = layer.submodules.mlp
         submodules = mlp.keywords["submodules"]
         if mlp.func is MoELayer:
             layer.submodules.mlp = functools.partial(ModalityAwareMoELayer, submodules=submodules)
-            submodules.router = functools.partial(ModalityAwareRouter, moe=moe)
-            submodules.experts = experts_spec(moe)
+            submodules.router = functools.partial(ModalityAwareRouter, moe=moe, groups=groups)
+            submodules.experts = experts_spec(moe, groups)
             _complete_mlp(submodules.shared_experts.keywords["submodules"], parts)
         else:
             _complete_mlp(submodules, parts)
@@ -74,7 +76,7 @@ def block_spec(
 
 @dataclass(frozen=True)
 class _Parts:
-    """The modules of a backend: norm, core attention, and linear layers cut by columns, by rows and not at all."""
+    """The modules of a backend: norm, core attention; column-parallel, row-parallel and replicated linear layers."""
 
     norm: type
     core_attention: type
@@ -99,21 +101,22 @@ _LARGEST_PACKED_HEAD = 128
 
 
 def _core_attention(config: TransformerConfig, parts: _Parts, packing: bool) -> type:
-    """The backend's; but Transformer Engine gets gradients of packed documents wrong where heads are larger than 128.
+    """The backend's core attention, except for packed rows with head sizes above 128: there, the portable one.
 
-    Seen on an H100 with Transformer Engine 2.11 and cuDNN 9.14, also through Megatron's own attention: with heads of
-    DeepSeek-V2-Lite (192) outputs are right, and gradients of queries 57 % off. tests/gpu/test_transformer_engine.py
-    compares both.
+    Transformer Engine computes wrong gradients in that case. With the head size of DeepSeek-V2-Lite (192), on an H100
+    with Transformer Engine 2.11 and cuDNN 9.14, outputs are right, but gradients of queries are off by 57%. The same
+    happens in Megatron's own attention. tests/gpu/test_transformer_engine.py compares both.
     """
     latent = config.multi_latent_attention
     size = config.qk_head_dim + config.qk_pos_emb_head_dim if latent else config.kv_channels
     return PortableCoreAttention if packing and size > _LARGEST_PACKED_HEAD else parts.core_attention
 
 
-def experts_spec(moe: MoEConfig) -> Callable[..., torch.nn.Module]:
-    """What builds the routed experts of a layer. Checkpoints are the same whichever module computes them."""
+def experts_spec(moe: MoEConfig, groups: ExpertGroups) -> Callable[..., torch.nn.Module]:
+    """The builder of a layer's routed experts. Checkpoints do not depend on ``moe.expert_backend``."""
+    if moe.expert_backend == "grouped":
+        return functools.partial(GroupedExperts, groups=groups)
     module, linear_fc1, linear_fc2 = {
-        "grouped": (GroupedExperts, None, None),
         "sequential": (SequentialExperts, ColumnParallelLinear, RowParallelLinear),
         "transformer_engine": (
             TransformerEngineExperts,
@@ -121,16 +124,15 @@ def experts_spec(moe: MoEConfig) -> Callable[..., torch.nn.Module]:
             transformer_engine.TERowParallelGroupedLinear,
         ),
     }[moe.expert_backend]
-    if linear_fc1 is None:
-        return functools.partial(module, moe=moe)
-    return functools.partial(module, submodules=MLPSubmodules(linear_fc1=linear_fc1, linear_fc2=linear_fc2), moe=moe)
+    submodules = MLPSubmodules(linear_fc1=linear_fc1, linear_fc2=linear_fc2)
+    return functools.partial(module, submodules=submodules, groups=groups)
 
 
 def _complete_multi_latent(attention: MLASelfAttentionSubmodules, parts: _Parts) -> None:
-    """Of the projections of queries, the module builds those that its configuration has."""
+    """Set all projections and norms; the module builds those that its configuration needs."""
     attention.q_layernorm = attention.kv_layernorm = parts.norm
     attention.linear_q_proj = attention.linear_q_up_proj = attention.linear_kv_up_proj = parts.column
-    # Column-parallel by default, which gives wrong gradients under tensor parallelism (0.19.2); replicated instead.
+    # Megatron's default, column-parallel, gives wrong gradients under tensor parallelism (0.19.2).
     attention.linear_q_down_proj = attention.linear_kv_down_proj = parts.replicated
     attention.linear_qkv_down_proj = parts.replicated
 

@@ -1,7 +1,7 @@
-"""Load balancing inside each modality's choice of experts.
+"""The load-balancing loss, taken inside each modality's choice of experts.
 
-Shape letters: s positions (of this rank), b micro-batch rows, n = s * b tokens, B sequences that are balanced each by
-itself (the b rows, or 1: all together), E experts (physical order), M modalities.
+Shape letters: s positions (of this rank), b micro-batch rows, n = s * b tokens, B sequences that are balanced
+separately (the b rows, or 1 for all tokens together), E experts (physical order), M modalities.
 """
 
 from __future__ import annotations
@@ -13,40 +13,39 @@ from megatron_most.moe.expert_groups import ExpertGroups
 
 
 def sum_by_modality(membership: torch.Tensor, per_token: torch.Tensor, num_sequences: int) -> torch.Tensor:
-    """Sum ``per_token [n, E]`` over the tokens of each sequence and modality, as a matrix product.
+    """Sum ``per_token [n, E]`` over the tokens of each sequence and modality.
 
     Args:
         membership: ``[M, n]`` fp32, 1 where the token is valid and of that modality, else 0.
         num_sequences: B; token i belongs to sequence ``i % B``.
 
     Returns:
-        ``[B, M, E]``. Counts are exact to 2^24.
+        ``[B, M, E]`` fp32. Counts are exact up to 2^24.
     """
     by_sequence = membership.view(membership.shape[0], -1, num_sequences).permute(2, 0, 1)
     return by_sequence.bmm(per_token.view(-1, num_sequences, per_token.shape[1]).transpose(0, 1))
 
 
 class BalanceLoss:
-    """The Switch load-balancing loss (arXiv 2101.03961, eq. 4) of every modality.
+    """The Switch load-balancing loss (arXiv 2101.03961, eq. 4) of each modality.
 
-    For a modality with a choice of E_m experts and T valid tokens it is ``E_m * sum_i f_i * P_i``: ``f_i`` is the share
-    of the modality's choices that fell on expert i, ``P_i`` the mean probability of expert i over the T tokens. An even
-    load gives 1. Weighted by T, so that each token counts once whatever its modality, the T of ``P_i`` cancels, and the
-    sum splits over ranks and micro-batches.
+    For a modality with T valid tokens and a choice of E_m experts, the loss is ``E_m * sum_i f_i * P_i``. ``f_i`` is
+    the fraction of the modality's (token, expert) pairs that go to expert i, and ``P_i`` the mean probability of expert
+    i over the T tokens. An even load gives 1. The loss is multiplied by T, so that every token counts once whatever its
+    modality; as a sum over tokens it can be added up over ranks and micro-batches.
 
-    Kinds differ in the tokens that ``f`` is taken over:
+    Kinds differ in the tokens over which ``f`` is computed:
 
     - ``aux_loss``: those of the micro-batch;
     - ``seq_aux_loss``: those of the row (DeepSeek-V2, arXiv 2405.04434, section 2.1.3);
-    - ``global_aux_loss``: those of all data-parallel ranks and of the step's micro-batches up to this one (arXiv
-      2501.11873).
+    - ``global_aux_loss``: those of all data-parallel ranks, in all micro-batches of the step so far (arXiv 2501.11873).
 
-    ``is_pooled`` takes ``f`` and the E_m experts over all modalities at once, as a router without modalities does: the
-    sum over modalities is then the loss of all tokens. A modality with few tokens has little say in it.
+    With ``is_pooled``, ``f`` and the number of experts cover all modalities together, as in a router without
+    modalities; the sum over modalities is then the loss of all tokens. A modality with few tokens hardly counts in it.
 
     Args:
         row_group: ranks that hold other tokens of the same rows (tensor x context parallel).
-        step_group: these and the ranks that hold other rows (x data parallel).
+        step_group: ``row_group`` and the ranks that hold other rows (x data parallel).
     """
 
     def __init__(
@@ -66,16 +65,15 @@ class BalanceLoss:
         self._step_pairs = torch.zeros(1, len(groups.choices), groups.num_experts, dtype=torch.float64, device=device)
 
     def __call__(self, group_probs: torch.Tensor, pairs: torch.Tensor, membership: torch.Tensor) -> torch.Tensor:
-        """A collective call for the ranks over which ``f`` is taken.
+        """Collective over the ranks whose tokens ``f`` covers.
 
         Args:
-            group_probs: ``[n, E]``, the distribution inside each token's choice, zero outside.
+            group_probs: ``[n, E]``, the distribution over each token's choice, 0 outside.
             pairs: ``[B, M, E]``, this rank's (token, expert) pairs; B is 1 unless the kind is ``seq_aux_loss``.
-            membership: ``[M, n]`` as :func:`sum_by_modality` takes it.
+            membership: ``[M, n]``, see :func:`sum_by_modality`.
 
         Returns:
-            ``[M]``: the sum over this rank's valid tokens of their modality's loss. Dividing its sum over ranks by
-            the number of valid tokens gives the mean.
+            ``[M]``: the modality's loss, summed over this rank's valid tokens.
         """
         if self._count_group.size() > 1:
             pairs = pairs.clone(memory_format=torch.contiguous_format)
@@ -90,5 +88,5 @@ class BalanceLoss:
         return (probs * fractions).sum(dim=(0, 2)) * self._choice_sizes
 
     def end_step(self) -> None:
-        """Forget the micro-batches of this step."""
+        """Reset what ``global_aux_loss`` accumulates over the micro-batches of a step."""
         self._step_pairs.zero_()

@@ -1,4 +1,4 @@
-"""The all-to-all dispatcher for tokens with different numbers of experts: padding has none, a modality its own top-k.
+"""The all-to-all dispatcher for tokens that differ in their number of experts: padding has none, a modality its top-k.
 
 Shape letters: n tokens of this rank, E experts in physical order, h hidden size, r (token, expert) pairs of this rank.
 """
@@ -20,7 +20,7 @@ from megatron_most.moe.experts import GroupedExperts
 
 
 class ModalityAwareMoELayer(MoELayer):
-    """Megatron's expert layer; its ``alltoall`` dispatcher is :class:`AlltoAllDispatcher`."""
+    """Megatron's MoE layer, with :class:`AlltoAllDispatcher` in place of Megatron's ``alltoall`` dispatcher."""
 
     def __init__(
         self,
@@ -43,9 +43,10 @@ class ModalityAwareMoELayer(MoELayer):
     def forward(
         self, hidden_states: torch.Tensor, intermediate_tensors: Any = None, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As Megatron's; without a dispatcher for the single position of each row that a step of generation has."""
+        """As in Megatron. A generation step, which has one position per row, does not need the dispatcher."""
         if hidden_states.shape[0] > 1 or torch.is_grad_enabled() or not self._can_decode:
             return super().forward(hidden_states, intermediate_tensors, padding_mask)
+        assert padding_mask is not None
         probs, _ = self.route(hidden_states, padding_mask.transpose(0, 1))
         output = self.experts.decode(hidden_states.flatten(0, 1), probs).view_as(hidden_states)
         return output + self.shared_experts(hidden_states) if self.use_shared_expert else output, None
@@ -56,15 +57,18 @@ class ModalityAwareMoELayer(MoELayer):
 
 
 class AlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
-    """Megatron's all-to-all, which sends as many rows as there are (token, expert) pairs.
+    """Megatron's all-to-all dispatcher, sending one row per (token, expert) pair.
 
-    Megatron (0.19.2, token_dispatcher.py:550) takes n x top-k for that number, so that the host need not ask the device
-    for it, or asks for it once more when a capacity is set. Here rows are laid out where the dispatcher waits for the
-    counts of all experts anyway: before it sends.
+    Megatron (0.19.2, token_dispatcher.py:550) assumes n x top-k pairs, or reads their number from the device when a
+    capacity factor is set. Here the number varies. To avoid another synchronization, rows are permuted where the
+    dispatcher already waits for the token counts: before the all-to-all.
     """
 
+    _found: _Found | None = None
+    _pairs: _Pairs | None = None
+
     def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
-        """Routing map ``[n, E]`` bool -> tokens of each local expert; the host knows all counts before it sends."""
+        """Routing map ``[n, E]`` bool -> tokens of each local expert. Counts are on the host before the all-to-all."""
         tokens_per_expert = super().preprocess(routing_map)
         self._maybe_update_cuda_sync_point("before_ep_alltoall")
         return tokens_per_expert
@@ -72,29 +76,30 @@ class AlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states ``[..., h]``, map and probs ``[n, E]`` -> tokens ``[n, h]`` and probs, not yet permuted."""
+        """Hidden states ``[..., h]``, map and probs ``[n, E]`` -> tokens ``[n, h]`` and probs, not permuted yet."""
         self.hidden_shape, self.probs, self.routing_map = hidden_states.shape, probs, routing_map
         tokens = hidden_states.view(-1, hidden_states.shape[-1])
         self.hidden_shape_before_permute = tokens.shape
         self.tokens_per_expert = self.preprocess(routing_map)
         if self.shared_experts is not None:
             self.shared_experts.pre_forward_comm(hidden_states)
-        # Here the copies to the host start; waiting for them is left to token_dispatch.
+        # Starts copying the counts to the host; token_dispatch waits for them.
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", self.tokens_per_expert)
-        if not self.config.moe_permute_fusion:  # what the device can do meanwhile
+        if not self.config.moe_permute_fusion:  # work for the device in the meantime
             self._found = _Found.in_map(routing_map, self.num_out_tokens)
         return tokens, probs
 
     def token_dispatch(self, tokens: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens ``[n, h]`` and probs ``[n, E]`` -> rows and probs by expert, sent: as many as pairs came."""
+        """Tokens ``[n, h]`` and probs ``[n, E]`` -> the rows and probs this rank receives, one per pair."""
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_ep_alltoall", self.tokens_per_expert)
-        # On one rank there are no splits: all its pairs are for its own experts.
+        # Without expert parallelism there are no splits: all pairs stay on this rank.
         num_pairs = sum((self.tokens_per_expert if self.input_splits is None else self.input_splits).tolist())
         if self.config.moe_permute_fusion:
             rows, row_probs, self.reversed_local_input_permutation_mapping, *_ = permute(
                 tokens, self.routing_map, probs=probs, num_out_tokens=num_pairs, fused=True
             )
         else:
+            assert self._found is not None, "dispatch_preprocess comes first"
             self._pairs = pairs = self._found.pairs(num_pairs)
             rows, row_probs = _Permute.apply(tokens, pairs), probs.flatten().index_select(0, pairs.cell)
             self._found = None
@@ -103,20 +108,21 @@ class AlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
     def dispatch_postprocess(
         self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows by local expert, tokens of each, probs; one rank's rows are in that order as they are."""
+        """Rows sorted by local expert, tokens per expert, probs. On one rank, rows are in that order already."""
         if self.ep_size * self.tp_size > 1:
             return super().dispatch_postprocess(global_input_tokens, global_probs)
-        tokens_per_expert, self.tokens_per_expert = self.tokens_per_expert, None
+        tokens_per_expert, self.tokens_per_expert = self.tokens_per_expert, None  # type: ignore[assignment]  # as Megatron
         return global_input_tokens, tokens_per_expert, global_probs
 
     def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Rows in the order in which they came."""
+        """Rows in the order in which this rank received them."""
         return super().combine_preprocess(hidden_states) if self.ep_size * self.tp_size > 1 else hidden_states
 
     def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> torch.Tensor:
-        """Rows ``[r, h]`` by expert -> the sum of each token's, ``[..., h]``, and of what shared experts gave."""
+        """Rows ``[r, h]`` by expert -> ``[..., h]``, the sum of each token's rows, plus the shared experts' output."""
         if self.config.moe_permute_fusion:
             return super().combine_postprocess(permutated_local_input_tokens)
+        assert self._pairs is not None, "token_dispatch comes first"
         output = _Unpermute.apply(permutated_local_input_tokens, self._pairs).view(self.hidden_shape)
         self._pairs = None
         if self.shared_experts is not None:
@@ -126,13 +132,13 @@ class AlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
 
 @dataclass
 class _Pairs:
-    """The pairs of a routing map ``[n, E]``, in rows by expert and, for each expert, by token.
+    """The (token, expert) pairs of a routing map ``[n, E]``: one row per pair, sorted by expert, then by token.
 
     Args:
         token: ``[r]``, the token of each row.
         cell: ``[r]``, ``token * E + expert`` of each row.
-        rows: ``[r]``, all rows by token and, for each token, by expert.
-        starts: ``[n + 1]``, where the rows of each token start among these, and where they end.
+        rows: ``[r]``, the indices of the rows, sorted by token, then by expert.
+        starts: ``[n + 1]``, where each token's indices start in ``rows``, and the end.
     """
 
     token: torch.Tensor
@@ -141,24 +147,24 @@ class _Pairs:
     starts: torch.Tensor
 
     def gather(self, tokens: torch.Tensor) -> torch.Tensor:
-        """``[n, h]`` -> ``[r, h]``: to each row its token."""
+        """``[n, h]`` -> ``[r, h]``: the token of each row."""
         return tokens.index_select(0, self.token)
 
     def sum(self, rows: torch.Tensor) -> torch.Tensor:
-        """``[r, h]`` -> ``[n, h]``: to each token the sum of its rows, in fp32 and in the order of experts.
+        """``[r, h]`` -> ``[n, h]``: the sum of each token's rows, accumulated in fp32 in the order of experts.
 
-        One pass without atomic additions, which are slow in bf16 and add in an order that changes.
+        Uses no atomic additions, which are slow in bf16 and not deterministic.
         """
         return F.embedding_bag(self.rows, rows.detach(), self.starts, mode="sum", include_last_offset=True)
 
 
 @dataclass
 class _Found:
-    """What is known of the pairs before their number is.
+    """The part of :class:`_Pairs` that can be computed before the host knows the number of pairs.
 
     Args:
-        places: ``[room, 2]``, expert and token of each row; those after the last pair mean nothing.
-        before: ``[n * E + 1]``, pairs in the cells of the map before each cell, token by token.
+        places: ``[room, 2]``, expert and token of each row; entries after the last pair are undefined.
+        before: ``[n * E + 1]``, how many pairs the map holds before each cell, in row-major order.
     """
 
     places: torch.Tensor

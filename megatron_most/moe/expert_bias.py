@@ -1,4 +1,4 @@
-"""Balancing without a loss: a bias on each expert's score that steers the choice (arXiv 2408.15664).
+"""Loss-free balancing: a bias on each expert's score that affects only the top-k (arXiv 2408.15664).
 
 Shape letters: M modalities, E experts.
 """
@@ -14,18 +14,20 @@ from megatron_most.moe.expert_groups import ExpertGroups
 
 
 class ExpertBias(torch.nn.Module):
-    """The bias of every modality's experts in one router, and the step's load by which it moves.
+    """The biases of one router, one for each modality and expert, and the load of the current step.
 
-    ``values [M, E]`` fp32 in logical order is part of checkpoints, and 0 outside a modality's choice. It takes part in
-    the choice of experts, never in their weights, and has no gradient.
+    ``values [M, E]``, fp32 in logical order, is saved in checkpoints. It is 0 outside a modality's choice. It affects
+    which experts are chosen, never their probabilities, and has no gradient.
     """
+
+    values: torch.Tensor
 
     def __init__(self, groups: ExpertGroups, update_rate: float, device: torch.device) -> None:
         super().__init__()
         self.update_rate = update_rate
         shape = (len(groups.choices), groups.num_experts)
         self.register_buffer("values", torch.zeros(shape, device=device))
-        # No buffer: whole numbers must stay whole when the model is made bf16.
+        # Not a buffer: casting the model to bf16 would round the counts.
         self.step_pairs = torch.zeros(shape, dtype=torch.float64, device=device)
         self._physical_to_logical = torch.tensor(groups.physical_to_logical, device=device)
         self._modality_of_plane = torch.tensor([*range(shape[0]), 0], device=device)[:, None]
@@ -33,7 +35,7 @@ class ExpertBias(torch.nn.Module):
         self._choice_sizes = self._is_allowed.sum(dim=1, keepdim=True)
 
     def by_plane(self) -> torch.Tensor:
-        """``[M + 1, E]`` in physical order. The last row is for padding, which is sent nowhere."""
+        """``[M + 1, E]`` in physical order. The last row is for padding and has no effect."""
         return self.values[self._modality_of_plane, self._physical_to_logical]
 
     @torch.no_grad()
@@ -43,7 +45,7 @@ class ExpertBias(torch.nn.Module):
 
     @torch.no_grad()
     def update(self, pairs: torch.Tensor) -> None:
-        """Raise the bias of experts below the mean load of their modality's choice, lower that of those above it.
+        """Raise the bias of experts below the mean load of their modality's choice; lower it above the mean.
 
         Args:
             pairs: ``[M, E]`` (token, expert) pairs of the whole step on all ranks, physical order.
@@ -53,7 +55,7 @@ class ExpertBias(torch.nn.Module):
         self.values[:, self._physical_to_logical] += step
 
     def _apply(self, fn: Callable, recurse: bool = True) -> ExpertBias:
-        """Moves to another device with the model, but stays fp32 in a bf16 one: steps of 1e-3 would be rounded away."""
+        """Move to another device with the model, but stay fp32: bf16 would round updates of 1e-3 away."""
         values = self.values
         super()._apply(fn, recurse)
         self.values = values.to(self.values.device)
@@ -61,7 +63,7 @@ class ExpertBias(torch.nn.Module):
 
 
 def update_expert_biases(biases: Sequence[ExpertBias], group: dist.ProcessGroup) -> None:
-    """Move the biases of all of this rank's routers by the load since the last call. A collective call.
+    """Update the biases of this rank's routers from the load since the last call. Collective.
 
     Args:
         group: the ranks that hold other tokens of the same layers (tensor x context x data parallel).

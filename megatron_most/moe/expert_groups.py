@@ -1,11 +1,12 @@
 """Which experts a modality may choose, and where each expert is stored.
 
-Experts come in pools: one for each modality, and one of common experts that several modalities may choose. Logical
-order is the base model's numbering, or, where groups are given by size, the pools one after another; weights,
-checkpoints, statistics and reports use it. Physical order is a matter of the running job alone: expert-parallel rank r
-computes the r-th slice of it. ``interleaved`` gives every rank an equal share of every pool, whatever the mix of
-modalities; ``contiguous`` gives it a slice of the logical order. Either way a rank's experts are sorted by pool, so
-that each pool is one run of tokens for the grouped matrix products.
+Experts come in pools: one for each modality, and one of common experts that several modalities may choose.
+
+Logical order is the base model's numbering or, where groups are given by size, the pools one after another. Weights,
+checkpoints, statistics, and reports use it. Physical order exists only in the running job: expert-parallel rank r
+computes the r-th slice of it. With ``interleaved``, every rank has an equal share of every pool, whatever the mix of
+modalities; with ``contiguous``, a slice of the logical order. A rank's experts are always sorted by pool, so that the
+tokens of a pool are contiguous for the grouped matrix products.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ COMMON = "common"
 
 @dataclass(frozen=True)
 class ExpertGroups:
-    """The experts of every modality.
+    """The experts of all modalities.
 
     Args:
-        pools: name -> logical experts, a partition: each modality's own, in the order of modalities, then
+        pools: name -> logical experts, a partition: each modality's own pool, in the order of modalities, then
             ``common``. Empty pools are left out.
-        choices: for each modality, the logical experts its tokens may choose: its own, then the common ones.
-        top_k: for each modality, the experts each of its tokens is sent to.
-        physical_to_logical: for each physical position, the logical expert computed there.
-        expert_parallel_size: ranks over which the physical order is cut.
+        choices: for each modality, the logical experts that its tokens may choose: its own, then the common ones.
+        top_k: for each modality, the number of experts per token.
+        physical_to_logical: for each physical position, the logical expert stored there.
+        expert_parallel_size: ranks that the physical order is divided among.
     """
 
     pools: dict[str, tuple[int, ...]]
@@ -59,7 +60,7 @@ class ExpertGroups:
         return len(self.physical_to_logical)
 
     def allowed(self) -> torch.Tensor:
-        """``[modalities, experts]`` bool in physical order: may a token of that modality choose that expert."""
+        """``[modalities, experts]`` bool in physical order: True where the modality may choose the expert."""
         logical = torch.zeros(len(self.choices), self.num_experts, dtype=torch.bool)
         for modality, experts in enumerate(self.choices):
             logical[modality, list(experts)] = True
@@ -72,23 +73,24 @@ class ExpertGroups:
         return logical
 
     def local_experts(self, rank: int) -> dict[str, tuple[int, ...]]:
-        """Pool -> logical experts that expert-parallel ``rank`` computes, in physical order; pools may be empty."""
+        """Pool -> logical experts of expert-parallel ``rank``, in physical order. Pools may be empty."""
         size = self.num_experts // self.expert_parallel_size
         mine = self.physical_to_logical[rank * size : (rank + 1) * size]
         return {name: tuple(expert for expert in mine if expert in pool) for name, pool in self.pools.items()}
 
 
 def _pools(config: MoEConfig) -> dict[str, tuple[int, ...]]:
-    entries = [*((group.modality, group) for group in config.groups), (COMMON, config.common)]
-    numbers = number_experts([(entry.size, entry.experts) for _, entry in entries])
-    return {name: experts for (name, _), experts in zip(entries, numbers, strict=True) if experts}
+    names = [*(group.modality for group in config.groups), COMMON]
+    sizes = [(group.size, group.experts) for group in config.groups]
+    numbers = number_experts([*sizes, (config.common.size, config.common.experts)])
+    return {name: experts for name, experts in zip(names, numbers, strict=True) if experts}
 
 
 def _physical_order(pools: list[tuple[int, ...]], order: str, expert_parallel_size: int) -> tuple[int, ...]:
-    """Deal the experts out to the ranks, then sort each rank's share by pool.
+    """Distribute the experts over the ranks, then sort each rank's experts by pool.
 
-    ``interleaved`` deals from an order in which expert i of a pool of size n sits at fraction (i + 1/2) / n: every
-    aligned slice of it that a rank takes holds the same share of each pool as far as the sizes divide.
+    For ``interleaved``, expert i of a pool of size n is placed at fraction (i + 1/2) / n of the order. Each rank's
+    slice then holds the same share of every pool, as far as the sizes are divisible.
     """
     place = {expert: (pool, i) for pool, experts in enumerate(pools) for i, expert in enumerate(experts)}
     if order == "interleaved":

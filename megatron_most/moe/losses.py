@@ -1,4 +1,4 @@
-"""What is added to the training loss for the router's sake, by modality and with a coefficient for each.
+"""The auxiliary losses of the router, computed for each modality and weighted by that modality's coefficient.
 
 Shape letters: n tokens, E experts, h hidden size, M modalities, W matrices of the router (1, or M: one per modality).
 """
@@ -19,7 +19,7 @@ def z_loss(logits: torch.Tensor, membership: torch.Tensor) -> torch.Tensor:
     """ST-MoE's z-loss (arXiv 2202.08906, eq. 5) summed over the tokens of each modality.
 
     Args:
-        logits: ``[n, E]`` fp32 as the score function sees them; -inf takes no part.
+        logits: ``[n, E]`` fp32, the input of the score function; entries of -inf have no effect.
         membership: ``[M, n]``, 1 where the token is valid and of that modality, else 0.
 
     Returns:
@@ -29,9 +29,10 @@ def z_loss(logits: torch.Tensor, membership: torch.Tensor) -> torch.Tensor:
 
 
 def orthogonality(weight: torch.Tensor, is_pair: torch.Tensor) -> torch.Tensor:
-    """How far the router's rows are from orthogonal inside each choice: sum of squared cosines over pairs of rows.
+    """How far the router's rows are from orthogonal within each choice: sum of squared cosines over pairs of rows.
 
-    The router orthogonalization of ERNIE 4.5's technical report: two experts with like rows see like tokens.
+    This is the router orthogonalization loss of the ERNIE 4.5 technical report. Experts with similar rows get similar
+    tokens.
 
     Args:
         weight: ``[W, E, h]``.
@@ -45,23 +46,24 @@ def orthogonality(weight: torch.Tensor, is_pair: torch.Tensor) -> torch.Tensor:
 
 
 class RouterLosses:
-    """The losses of one router that its configuration asks for, and how much each counts."""
+    """The auxiliary losses of one router that its configuration enables, with their coefficients."""
 
     def __init__(
         self, moe: MoEConfig, groups: ExpertGroups, pg_collection: ProcessGroupCollection, device: torch.device
     ) -> None:
-        def of_group(name: str) -> torch.Tensor:
-            layer = getattr(moe, name)
-            own = [getattr(group, name) for group in moe.groups]
-            return torch.tensor([layer if value is None else value for value in own], device=device)
+        def coefficients_of(name: str) -> torch.Tensor:
+            """``[M]``: the group's coefficient, or the layer's where the group has none."""
+            default = getattr(moe, name)
+            values = [getattr(group, name) for group in moe.groups]
+            return torch.tensor([default if value is None else value for value in values], device=device)
 
         self._coefficients: dict[str, torch.Tensor] = {}
         if moe.moe_router_load_balancing_type != "none":
-            self._coefficients["balance_loss"] = of_group("moe_aux_loss_coeff")
+            self._coefficients["balance_loss"] = coefficients_of("moe_aux_loss_coeff")
             is_pooled = moe.balance_scope == "pooled"
             ranks = (pg_collection.tp_cp, pg_collection.tp_dp_cp)
             self._balance = BalanceLoss(moe.moe_router_load_balancing_type, is_pooled, groups, device, *ranks)
-        z_coefficients = of_group("moe_z_loss_coeff")
+        z_coefficients = coefficients_of("moe_z_loss_coeff")
         if z_coefficients.any():
             self._coefficients["z_loss"] = z_coefficients
         if moe.orthogonality_coeff:
@@ -81,11 +83,11 @@ class RouterLosses:
         membership: torch.Tensor,
         weight: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """Name -> ``[M]``, each a sum over this rank's tokens before its coefficient.
+        """Name -> ``[M]``: each loss summed over this rank's tokens, without its coefficient.
 
         Args:
-            logits: ``[n, E]`` as the score function sees them.
-            group_probs, pairs, membership: see :class:`~megatron_most.moe.balance.BalanceLoss`.
+            logits: ``[n, E]``, the input of the score function.
+            group_probs, pairs, membership: see :meth:`megatron_most.moe.balance.BalanceLoss.__call__`.
             weight: ``[W, E, h]``, the router's rows in logical order.
         """
         losses = {}
@@ -94,14 +96,15 @@ class RouterLosses:
         if "z_loss" in self._coefficients:
             losses["z_loss"] = z_loss(logits, membership)
         if "orthogonality_loss" in self._coefficients:
-            # As often as there are tokens, like the others: whatever the layout, a step weighs it once.
+            # A sum over tokens like the others, so that dividing by the tokens gives the same in every layout.
             losses["orthogonality_loss"] = orthogonality(weight, self._is_pair) * membership.sum(dim=1)
         return losses
 
     def attach(self, probs: torch.Tensor, losses: dict[str, torch.Tensor]) -> torch.Tensor:
-        """``probs`` unchanged, with the weighted sum of ``losses`` behind it in the backward pass.
+        """Return ``probs`` unchanged; its backward pass adds the gradient of the weighted sum of ``losses``.
 
-        Each is a sum over tokens, as the language-model loss is: finalize_model_grads divides all by the loss tokens.
+        Like the language-model loss, each is a sum over tokens; finalize_model_grads divides their gradients by the
+        number of targets.
         """
         if not losses:
             return probs

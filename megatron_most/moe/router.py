@@ -1,7 +1,7 @@
-"""The modality-aware router: a token may choose only among the experts of its own modality.
+"""The modality-aware router: a token chooses only among the experts of its own modality.
 
-Shape letters: s positions (of this rank), b micro-batch rows, n = s * b tokens, E experts (in physical order unless it
-says logical), h hidden size, M modalities.
+Shape letters: s positions (of this rank), b micro-batch rows, n = s * b tokens, E experts (in physical order unless
+stated otherwise), h hidden size, M modalities.
 """
 
 from __future__ import annotations
@@ -25,18 +25,21 @@ from megatron_most.moe.token_planes import unpack_planes
 
 
 class ModalityAwareRouter(Router):
-    """Megatron's router with the choice confined to the experts of the token's modality.
+    """Megatron's router, restricted to the experts that the token's modality may choose.
 
-    Logits outside the choice are masked before the scores and the top-k, so that one dispatch and one set of experts
-    serve all modalities. Padding is sent to no expert. Everything the router needs of a token comes in
-    ``padding_mask``, which holds the planes of :mod:`megatron_most.moe.token_planes`; tables have a row for each plane.
+    Logits outside the choice are masked before the scores and the top-k, so that all modalities share one dispatch and
+    one set of experts. Padding is routed to no expert. A token's modality arrives in ``padding_mask``, which holds the
+    planes of :mod:`megatron_most.moe.token_planes`; tables have one row for each plane.
 
-    ``weight`` is ``[E, h]``, or ``[M, E, h]`` with a matrix for each modality, in logical order; its rows are brought
-    into physical order when logits are computed.
+    ``weight`` is ``[E, h]`` or, with a matrix for each modality, ``[M, E, h]``, in logical order. Its rows are permuted
+    to physical order when logits are computed.
 
     Args:
-        moe: the options.
+        moe: the routing options.
+        groups: the experts of all modalities.
     """
+
+    weight: torch.nn.Parameter
 
     def __init__(
         self,
@@ -45,21 +48,22 @@ class ModalityAwareRouter(Router):
         is_mtp_layer: bool = False,
         *,
         moe: MoEConfig,
+        groups: ExpertGroups,
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
-        self.moe = moe
-        self.groups = groups = ExpertGroups.from_config(moe, config.expert_model_parallel_size)
+        self.moe, self.groups = moe, groups
         if moe.router_weights == "per_modality":
             self.weight = torch.nn.Parameter(self.weight.new_empty(len(groups.choices), *self.weight.shape))
             self.reset_parameters()
-        # Tables are no buffers: a model that is made bf16 would round coefficients and counts.
+        # Tables are not buffers: casting the model to bf16 would round coefficients and counts.
         device = torch.device(torch.cuda.current_device())
         order = groups.physical_to_logical
         self._row_order = None if order == tuple(range(len(order))) else torch.tensor(order, device=device)
         self._mask = torch.zeros(len(groups.choices) + 1, len(order), device=device)
         self._mask[:-1].masked_fill_(~groups.allowed().to(device), float("-inf"))
-        self._choice = ExpertSelection(moe, groups, device)
-        # The order of logits is that of scores, and has no ties where scores underflow; sums need scores themselves.
+        self._select = ExpertSelection(moe, groups, device)
+        # Logits rank experts as scores do, without ties where scores underflow. The sum of a span's best two, which
+        # group-limited routing with sigmoid scores takes, needs the scores themselves.
         self._ranks_by_score = moe.moe_router_score_function == "sigmoid" and any(
             group.moe_router_num_groups > 1 for group in moe.groups
         )
@@ -83,17 +87,17 @@ class ModalityAwareRouter(Router):
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What :meth:`gating` returned, and planes ``[s, (M + 1) * b]`` -> probs and routing map, ``[n, E]`` each."""
+        """The result of :meth:`gating` and planes ``[s, (M + 1) * b]`` -> probs and routing map, ``[n, E]`` each."""
         plane, membership = self._read_planes(padding_mask, logits.shape[:2])
         num_rows, logits = logits.shape[1], self._own_logits(logits, plane)
         group_logits = logits + self._mask[plane]
         scores = expert_scores(logits, group_logits, self.moe)
-        experts, is_taken = self._choice(self._ranking(scores, group_logits, plane), plane)
+        experts, is_taken = self._select(self._ranking(scores, group_logits, plane), plane)
         routing_map = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, experts, is_taken)
         probs = gates(scores, routing_map, experts, is_taken, self.moe)
 
-        # In training, counts and losses belong to the pass that has a backward: not to evaluation, and only to the
-        # second of the two forwards of a recomputed layer.
+        # Count and add losses only in passes that have a backward: not in evaluation, and once in a recomputed layer,
+        # whose first forward runs without gradients.
         if self.training and torch.is_grad_enabled():
             group_probs = choice_distribution(scores, group_logits, self.moe)
             num_sequences = num_rows if self.moe.moe_router_load_balancing_type == "seq_aux_loss" else 1
@@ -113,9 +117,9 @@ class ModalityAwareRouter(Router):
         return probs, routing_map
 
     def _read_planes(self, planes: torch.Tensor | None, token_shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
-        """What :func:`~megatron_most.moe.token_planes.unpack_planes` finds in them for tokens ``[s, b]``."""
+        """Check the planes of tokens ``[s, b]``, and :func:`~megatron_most.moe.token_planes.unpack_planes`."""
         if planes is None:
-            raise RuntimeError(f"layer {self.layer_number}: no modality reached the router")
+            raise RuntimeError(f"layer {self.layer_number}: padding_mask is None; the router needs the modality planes")
         num_modalities, (positions, rows) = len(self.groups.choices), token_shape
         if planes.shape != (positions, (num_modalities + 1) * rows):
             raise RuntimeError(
@@ -125,7 +129,7 @@ class ModalityAwareRouter(Router):
         return unpack_planes(planes, num_modalities)
 
     def _own_logits(self, logits: torch.Tensor, plane: torch.Tensor) -> torch.Tensor:
-        """``[n, E]``: with a matrix for each modality, those of the token's own."""
+        """``[n, E]``, the logits of each token's own matrix where every modality has one."""
         num_experts = self.groups.num_experts
         if self.moe.router_weights == "shared":
             return logits.view(-1, num_experts)
@@ -134,7 +138,7 @@ class ModalityAwareRouter(Router):
         return logits.view(-1, num_experts).index_select(0, own)
 
     def _ranking(self, scores: torch.Tensor, group_logits: torch.Tensor, plane: torch.Tensor) -> torch.Tensor:
-        """``[n, E]``, by which a token prefers experts; -inf outside its choice."""
+        """``[n, E]``, what the top-k compares; -inf outside the token's choice."""
         if self.expert_bias is not None:
             return scores.detach() + (self.expert_bias.by_plane() + self._mask)[plane]
         if self._ranks_by_score:
@@ -143,9 +147,9 @@ class ModalityAwareRouter(Router):
 
 
 def end_routing_step(chunks: Iterable[torch.nn.Module]) -> None:
-    """What routers do once per optimizer step, after it: move expert biases, forget the step's load. Collective.
+    """Update the expert biases after an optimizer step, and reset the loads of the step. Collective.
 
-    The bias of a frozen router stays with it.
+    A frozen router keeps its bias.
 
     Args:
         chunks: this rank's model chunks, wrapped or not.

@@ -1,12 +1,12 @@
-"""What the routers did, per layer and modality: counted on the device, summed over the ranks once per logged line.
+"""Routing statistics per layer and modality, accumulated on the device and reduced over ranks once per logged line.
 
 Shape letters: M modalities, E experts, n tokens (of this rank), B sequences, R expert-parallel ranks, K micro-batches
-kept, W columns: of pairs, scores and p log p E each, 1 of tokens.
+kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,18 +19,18 @@ from megatron_most.moe.balance import sum_by_modality
 from megatron_most.moe.expert_groups import ExpertGroups
 
 LOSSES = ("balance_loss", "z_loss", "orthogonality_loss")
-"""Losses a router may report, each as a sum over tokens."""
+"""Auxiliary losses that a router may report, each as a sum over tokens."""
 
 _KEPT = 256
-"""Micro-batches whose load per expert-parallel rank is kept until the next line; with more, the latest count."""
+"""The load per expert-parallel rank is kept for this many micro-batches: the latest since the previous line."""
 
 
 class RoutingStatistics:
-    """Sums of one router since the last :func:`collect_routing`, on its device, never synchronized.
+    """Sums of one router on this rank since the last :func:`collect_routing`; the host never waits for them.
 
     All are float64, by modality and in physical expert order: ``routed [M, E]`` (token, expert) pairs;
-    ``scores [M, E]`` scores; ``tokens [M]`` valid tokens; ``losses[name] [M]`` losses before their coefficients. They
-    lie side by side in ``sums``, as :meth:`columns` cuts it.
+    ``scores [M, E]`` scores; ``tokens [M]`` valid tokens; ``losses[name] [M]`` losses without their coefficients. They
+    are views of the columns of ``sums``, see :meth:`columns`.
     """
 
     def __init__(self, groups: ExpertGroups, device: torch.device) -> None:
@@ -59,12 +59,12 @@ class RoutingStatistics:
         membership: torch.Tensor,
         num_sequences: int = 1,
     ) -> torch.Tensor:
-        """Add the tokens of one micro-batch: one matrix product sums all there is to know of them.
+        """Add the tokens of one micro-batch, with one matrix product for all columns.
 
         Args:
             routing_map: ``[n, E]`` bool.
-            scores: ``[n, E]``, what the probabilities are taken from, before the choice; 0 where a token has none.
-            group_probs: ``[n, E]``, the distribution inside each token's choice, 0 outside.
+            scores: ``[n, E]``, see :func:`~megatron_most.moe.scores.expert_scores`.
+            group_probs: ``[n, E]``, the distribution over each token's choice, 0 outside.
             membership: ``[M, n]`` fp32, 1 where the token is valid and of that modality, else 0.
             num_sequences: B; token i belongs to sequence ``i % B``.
 
@@ -85,11 +85,11 @@ class RoutingStatistics:
 
     @torch.no_grad()
     def add_loss(self, name: str, value: torch.Tensor) -> None:
-        """Add ``value [M]``, a loss of :data:`LOSSES` summed over this rank's tokens, before its coefficient."""
+        """Add ``value [M]``, a loss of :data:`LOSSES` summed over this rank's tokens, without its coefficient."""
         self.losses[name] += value
 
     def rank_pairs(self) -> torch.Tensor:
-        """``[K, R]`` pairs for each expert-parallel rank from this rank's tokens, of the last micro-batches."""
+        """``[K, R]``: pairs that this rank's tokens sent to each expert-parallel rank in the last micro-batches."""
         return self._rank_pairs[: min(self._num_calls, _KEPT)]
 
     def reset(self) -> None:
@@ -98,28 +98,23 @@ class RoutingStatistics:
 
 
 def collect_routing(chunks: Iterable[torch.nn.Module], config: ModelConfig) -> list[dict[str, Any]]:
-    """Sum the statistics of all ranks since the last call, and reset them. A collective call for every rank.
+    """Sum the statistics since the last call over all ranks, and reset them. Collective.
 
     Args:
-        chunks: this rank's model chunks (wrapped or not); routers are found in them.
-        config: the whole model; gives the place of each layer in the exchange.
+        chunks: this rank's model chunks, wrapped or not.
+        config: the whole model, of which a pipeline stage has only some layers.
 
     Returns:
-        The same on every rank: one dict per MoE layer that saw tokens, in order. Its values are sums, so that those of
-        several calls can be added: ``layer`` (its number, from 1; no sum); by modality ``pairs`` and ``scores`` per
-        logical expert, ``entropy`` and ``tokens``; ``outside_group`` (pairs whose expert the modality may not choose);
-        the :data:`LOSSES`; and ``rank_imbalance``: pairs of the busiest expert-parallel rank over the mean, summed over
-        micro-batches, and how many those are (0 without expert parallelism).
+        One dict for each MoE layer that had tokens, in order; the same on every rank. ``layer`` is its number, from 1.
+        All other values are sums, so that the results of several calls can be added: by modality, ``pairs`` and
+        ``scores`` per logical expert, ``entropy`` and ``tokens``; ``outside_group``, pairs whose expert the modality
+        may not choose; the :data:`LOSSES`; and ``rank_imbalance``: the pairs of the busiest expert-parallel rank over
+        the mean, summed over micro-batches, and the number of those micro-batches (0 without expert parallelism).
     """
     groups = ExpertGroups.from_config(config.moe, parallel_state.get_expert_model_parallel_world_size())
     names = [group.modality for group in config.moe.groups]
     num_modalities, num_experts = len(names), groups.num_experts
-    routers = [
-        (module.layer_number - 1, module.statistics)
-        for chunk in chunks
-        for module in chunk.modules()
-        if isinstance(getattr(module, "statistics", None), RoutingStatistics)
-    ]
+    routers = list(_statistics_by_layer(chunks))
     width = num_modalities * (3 * num_experts + 1 + len(LOSSES))
     table = torch.zeros(config.num_layers, width + 2, dtype=torch.float64, device=platform.device())
     if routers:
@@ -154,10 +149,22 @@ def collect_routing(chunks: Iterable[torch.nn.Module], config: ModelConfig) -> l
     return layers
 
 
+def _statistics_by_layer(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[int, RoutingStatistics]]:
+    """(index of the layer in the model, its statistics) of this rank's routers."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            # Not by the router's class, whose module imports this one.
+            statistics = getattr(module, "statistics", None)
+            if isinstance(statistics, RoutingStatistics):
+                layer_number = module.layer_number
+                assert isinstance(layer_number, int)
+                yield layer_number - 1, statistics
+
+
 def _rank_imbalance(statistics: list[RoutingStatistics]) -> torch.Tensor:
     """``[layers, 2]``: busiest rank over the mean, summed over micro-batches that routed anything, and their number.
 
-    The ranks that exchange tokens run the same layers on micro-batches side by side.
+    The ranks of an expert-parallel group run the same layers on as many micro-batches at the same time.
     """
     pairs = torch.stack([one.rank_pairs() for one in statistics])
     dist.all_reduce(pairs, group=parallel_state.get_expert_tensor_and_model_parallel_group())

@@ -1,4 +1,4 @@
-"""Logits of the router -> scores of the experts.
+"""From the router's logits to the scores of the experts and the probabilities of those chosen.
 
 Shape letters: n tokens, E experts, K largest top_k.
 """
@@ -11,16 +11,16 @@ from megatron_most.config import MoEConfig
 
 
 def expert_scores(logits: torch.Tensor, group_logits: torch.Tensor, moe: MoEConfig) -> torch.Tensor:
-    """What a token's probabilities are taken from, before the choice.
+    """Scores of all experts, from which the probabilities of the chosen ones are taken.
 
     Args:
         logits: ``[n, E]`` fp32.
-        group_logits: the same, -inf outside the token's choice.
+        group_logits: the same with -inf outside the token's choice.
 
     Returns:
-        ``[n, E]``. ``softmax``: over the choice (score rule ``group``) or over all experts (``all``, which is what MoST
-        published, arXiv 2601.10272). ``sigmoid``: expert by expert, 0 outside the choice (DeepSeek-V3,
-        arXiv 2412.19437, eq. 15).
+        ``[n, E]``. ``softmax`` is taken over the choice (score rule ``group``) or over all experts (score rule ``all``,
+        as in MoST, arXiv 2601.10272). ``sigmoid`` is applied to each logit, which gives 0 outside the choice
+        (DeepSeek-V3, arXiv 2412.19437, eq. 15).
     """
     if moe.moe_router_score_function == "sigmoid":
         return torch.sigmoid(group_logits)
@@ -28,7 +28,7 @@ def expert_scores(logits: torch.Tensor, group_logits: torch.Tensor, moe: MoEConf
 
 
 def choice_distribution(scores: torch.Tensor, group_logits: torch.Tensor, moe: MoEConfig) -> torch.Tensor:
-    """``[n, E]``: the scores as a distribution over the token's choice, 0 outside, for losses and statistics."""
+    """``[n, E]``: the distribution over the token's choice, 0 outside, for losses and statistics."""
     if moe.moe_router_score_function == "sigmoid":
         return _normalized(scores, scores)
     return scores if moe.score_rule == "group" else torch.softmax(group_logits, dim=-1)
@@ -37,11 +37,11 @@ def choice_distribution(scores: torch.Tensor, group_logits: torch.Tensor, moe: M
 def gates(
     scores: torch.Tensor, routing_map: torch.Tensor, experts: torch.Tensor, is_taken: torch.Tensor, moe: MoEConfig
 ) -> torch.Tensor:
-    """``[n, E]``: the factor of each chosen expert's output, 0 of others.
+    """``[n, E]``: the factor of each chosen expert's output, 0 for the others.
 
     Args:
         routing_map: ``[n, E]`` bool.
-        experts, is_taken: the same as ``[n, K]``, the best first; sums are taken in this order, as Megatron's are.
+        experts, is_taken: the same as ``[n, K]``, best first. Scores are summed in this order, as in Megatron.
     """
     chosen = scores * routing_map
     if moe.norm_topk_prob:
@@ -50,6 +50,9 @@ def gates(
 
 
 def _normalized(scores: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    """Over the sum of each row's ``counted`` scores, however small (under ``all`` it may be); zeros stay zeros."""
+    """Scores over the sum of each row's ``counted`` scores; rows of zeros stay zeros.
+
+    No epsilon is added: under the score rule ``all``, the sum may be tiny.
+    """
     total = counted.sum(dim=-1, keepdim=True)
     return scores / (total + (total == 0))

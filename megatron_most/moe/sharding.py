@@ -1,8 +1,8 @@
-"""Experts in checkpoints: one global tensor for each projection of a layer, its experts in logical order.
+"""Experts in checkpoints: one global tensor for each projection of a layer, with its experts in logical order.
 
-The names, shapes and cuts are those of Megatron's ``SequentialMLP``, whatever module computes the experts, so that any
-expert backend, expert order and parallel layout reads what any other wrote: ``experts.linear_fc1.weight [E, 2f, h]``,
-gate above up, and ``experts.linear_fc2.weight [E, h, f]``.
+Keys, shapes, and shards are those of Megatron's ``SequentialMLP``, whatever module computes the experts:
+``experts.linear_fc1.weight [E, 2f, h]``, gate above up, and ``experts.linear_fc2.weight [E, h, f]``. Any expert
+backend, expert order, and parallel layout therefore reads what any other wrote.
 
 Shape letters: E experts, e experts of a local tensor, f width of an expert, h hidden size.
 """
@@ -18,66 +18,67 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensor, ShardedTensorFactory
 
 Offsets = Sequence[tuple[int, int, int]]
-"""Megatron's ``sharded_offsets``: (axis, place, number of places) of the axes before a module's own."""
+"""Megatron's ``sharded_offsets``: (axis, offset, number of offsets) of the axes before a module's own."""
 
 
-def shard_by_expert(
-    key: str,
-    weight: torch.Tensor,
-    experts: Sequence[int],
-    num_experts: int,
-    sharded_offsets: Offsets,
-    *,
-    split_axis: int,
-    num_parts: int,
-    tensor_group: dist.ProcessGroup,
-    data_group: dist.ProcessGroup,
-) -> ShardedTensorFactory:
-    """The piece of the global tensor ``key`` that a rank holds in one parameter.
+@dataclasses.dataclass(frozen=True)
+class ExpertShards:
+    """Where a rank's experts belong in the global tensors of a layer.
 
     Args:
-        weight: ``[e, ...]``, an expert of this rank in each row.
-        experts: logical index of each row.
+        experts: logical index of each local expert.
         num_experts: E.
-        sharded_offsets: of the module.
-        split_axis: axis of one expert's matrix that expert tensor parallelism splits.
-        num_parts: matrices that lie one after another along that axis, each split on its own: gate and up.
-        tensor_group: ranks among which each matrix is split.
+        tensor_group: ranks that split each expert's matrices.
         data_group: ranks that hold copies.
+        sharded_offsets: those of the module.
     """
-    expert_axis = len(sharded_offsets)
-    rank, size = tensor_group.rank(), tensor_group.size()
 
-    @torch.no_grad()
-    def build(key: str, tensor: torch.Tensor, replica_id: ReplicaId, flattened_range: None) -> list[ShardedTensor]:
-        return [
-            ShardedTensor.from_rank_offsets(
-                key,
-                piece,
-                *sharded_offsets,
-                (expert_axis, expert, num_experts),
-                (expert_axis + 1 + split_axis, part * size + rank, num_parts * size),
-                replica_id=replica_id,
-                prepend_axis_num=expert_axis + 1,
-            )
-            for expert, matrix in zip(experts, tensor, strict=True)
-            for part, piece in enumerate(matrix.chunk(num_parts, dim=split_axis))
-        ]
+    experts: Sequence[int]
+    num_experts: int
+    tensor_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup
+    sharded_offsets: Offsets
 
-    @torch.no_grad()
-    def merge(pieces: list[torch.Tensor]) -> torch.Tensor:
-        matrices = [torch.cat(pieces[at : at + num_parts], split_axis) for at in range(0, len(pieces), num_parts)]
-        return torch.stack(matrices)
+    def of(self, key: str, weight: torch.Tensor, split_axis: int, num_parts: int) -> ShardedTensorFactory:
+        """The shards of the global tensor ``key`` that this rank holds in ``weight [e, ...]``.
 
-    return ShardedTensorFactory(key, weight, build, merge, replica_id=(0, 0, data_group.rank()))
+        Args:
+            split_axis: the axis of an expert's matrix that expert tensor parallelism splits.
+            num_parts: matrices that follow each other along that axis, each split separately: 2 for gate and up.
+        """
+        expert_axis = len(self.sharded_offsets)
+        rank, size = self.tensor_group.rank(), self.tensor_group.size()
+
+        @torch.no_grad()
+        def build(key: str, tensor: torch.Tensor, replica_id: ReplicaId, flattened_range: None) -> list[ShardedTensor]:
+            return [
+                ShardedTensor.from_rank_offsets(
+                    key,
+                    piece,
+                    *self.sharded_offsets,
+                    (expert_axis, expert, self.num_experts),
+                    (expert_axis + 1 + split_axis, part * size + rank, num_parts * size),
+                    replica_id=replica_id,
+                    prepend_axis_num=expert_axis + 1,
+                )
+                for expert, matrix in zip(self.experts, tensor, strict=True)
+                for part, piece in enumerate(matrix.chunk(num_parts, dim=split_axis))
+            ]
+
+        @torch.no_grad()
+        def merge(pieces: list[torch.Tensor]) -> torch.Tensor:
+            matrices = [torch.cat(pieces[at : at + num_parts], split_axis) for at in range(0, len(pieces), num_parts)]
+            return torch.stack(matrices)
+
+        return ShardedTensorFactory(key, weight, build, merge, replica_id=(0, 0, self.data_group.rank()))
 
 
 def in_logical_order(state: dict[str, Any], expert_axis: int, physical_to_logical: Sequence[int]) -> dict[str, Any]:
-    """``state`` of a module that numbers its experts by physical position, with their logical numbers instead.
+    """Renumber the experts of a sharded state dict from physical position to logical index.
 
     Args:
-        state: a sharded state dict; only tensors that have an expert axis are in it.
-        expert_axis: which global axis of them counts experts.
+        state: all of its tensors must have an expert axis.
+        expert_axis: the global axis that counts experts.
     """
 
     def renumbered(tensor: ShardedTensor) -> ShardedTensor:
@@ -85,7 +86,7 @@ def in_logical_order(state: dict[str, Any], expert_axis: int, physical_to_logica
         offset[expert_axis] = physical_to_logical[offset[expert_axis]]
         return dataclasses.replace(tensor, global_offset=tuple(offset))
 
-    def renumbered_pieces(factory: ShardedTensorFactory) -> ShardedTensorFactory:
+    def renumbered_shards(factory: ShardedTensorFactory) -> ShardedTensorFactory:
         original = factory.build_fn
 
         def build(*arguments: Any) -> list[ShardedTensor]:
@@ -93,5 +94,5 @@ def in_logical_order(state: dict[str, Any], expert_axis: int, physical_to_logica
 
         return dataclasses.replace(factory, build_fn=build)
 
-    changes = {ShardedTensor: renumbered, ShardedTensorFactory: renumbered_pieces}
+    changes = {ShardedTensor: renumbered, ShardedTensorFactory: renumbered_shards}
     return {key: changes.get(type(value), lambda other: other)(value) for key, value in state.items()}

@@ -1,12 +1,11 @@
-"""What the router must know of each token, as one boolean tensor: the planes.
+"""Planes: the modality and padding of every token, as one boolean tensor.
 
-Megatron-Core carries exactly one per-token tensor, ``padding_mask`` ``[b, s]``, from the model through the transformer
-block, activation recomputation and the MoE layer to the router. We stack our planes on its batch axis. Because the
-tensor is an argument all the way, a layer that is recomputed sees the tensor of its own micro-batch; state held in a
-module or a context would show it the latest one.
+Megatron-Core passes exactly one per-token tensor, ``padding_mask [b, s]``, from the model through the transformer
+block, activation recomputation, and the MoE layer to the router. The planes are stacked on its batch axis. Because the
+tensor is an argument all the way, a recomputed layer sees the planes of its own micro-batch. State in a module would
+show it those of the latest one.
 
-There is one plane for each modality and one for padding, and each token is in exactly one of them. Planes of this kind
-are cheap to read: every layer does, with two operators.
+There is one plane for each modality and one for padding. Each token is in exactly one of them.
 
 Shape letters: b micro-batch rows, s positions, n = s * b tokens, M modalities.
 """
@@ -23,11 +22,11 @@ def pack_planes(modality: torch.Tensor, is_padding: torch.Tensor, num_modalities
 
 
 def unpack_planes(planes: torch.Tensor, num_modalities: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read planes as the MoE layer hands them on, ``[s, (M + 1) * b]``.
+    """Read planes ``[s, (M + 1) * b]``, transposed as the MoE layer passes them on.
 
     Returns:
-        ``plane [n]`` int64, the modality of a token, M where it is padding; and ``membership [M, n]`` fp32, 1 where the
-        token is of that modality and no padding, else 0.
+        ``plane [n]`` int64, the token's modality, or M for padding; and ``membership [M, n]`` fp32, 1 where the token
+        is of that modality and not padding, else 0.
     """
     by_plane = planes.unflatten(1, (num_modalities + 1, -1))
     plane = by_plane.view(torch.uint8).argmax(dim=1).view(-1)

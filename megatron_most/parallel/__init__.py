@@ -1,4 +1,4 @@
-"""Process groups, seeds, what every rank has to know about its place, and errors that all ranks share."""
+"""Process groups, seeds, the place of a rank in them, and errors that end all ranks together."""
 
 from megatron_most.parallel.collective_errors import fail, on_rank_zero, together
 from megatron_most.parallel.context import zigzag_positions, zigzag_positions_packed

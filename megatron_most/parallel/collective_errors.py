@@ -1,4 +1,4 @@
-"""Errors on some ranks become one error of the whole job: no rank is left waiting, and one line is printed."""
+"""Turns errors on some ranks into one error of the whole job: no rank hangs, and one line is printed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from megatron_most.errors import MostError
 
 
 def together[T](action: Callable[[], T]) -> T:
-    """Run ``action`` on every rank; when it raises a :class:`MostError` on any, every rank stops. A collective call.
+    """Run ``action`` on every rank. If it raises a :class:`MostError` on any rank, all ranks stop. A collective call.
 
-    The lowest rank that failed raises its error, the others leave with status 1, so that the user reads one line.
+    The lowest rank that failed raises its error and the others exit with status 1, so that the user sees one line.
     ``action`` must not communicate: a rank that fails inside would leave the others waiting.
     """
     error: MostError | None = None
@@ -32,16 +32,16 @@ def together[T](action: Callable[[], T]) -> T:
 
 
 def on_rank_zero[T](action: Callable[[], T]) -> T:
-    """Run ``action`` on rank 0 alone and give its (picklable) result to every rank; errors as in :func:`together`."""
+    """Run ``action`` only on rank 0 and send its (picklable) result to every rank. Errors as in :func:`together`."""
     result = [together(lambda: action() if dist.get_rank() == 0 else None)]
     dist.broadcast_object_list(result, src=0)
     return result[0]  # type: ignore[return-value]
 
 
 def fail(error: MostError | None) -> NoReturn:
-    """Raise ``error``, or leave with status 1 on the ranks that have none to tell."""
+    """Raise ``error``, or exit with status 1 on a rank that has none."""
     if error is not None:
         raise error
-    # torchrun ends all ranks as soon as one is gone: let the one with the error tell it first.
+    # torchrun kills all ranks as soon as one exits: let the rank with the error print it first.
     time.sleep(1)
     sys.exit(1)

@@ -1,4 +1,4 @@
-"""torch.distributed and Megatron's process groups, from a checked layout."""
+"""Starts torch.distributed and Megatron's process groups for a parallel layout."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from megatron_most import platform
 from megatron_most.config import ParallelConfig
 
 _STAGE_STRIDE = 1 << 20
-"""Between the seeds of two pipeline stages: more than Megatron adds for tensor and expert ranks (100 for each expert
-rank, random.py:428), and inside the 32 bits of a seed that torch's CPU generator uses."""
+"""Distance between the seeds of two pipeline stages: more than Megatron adds for tensor and expert ranks (100 per
+expert rank, random.py:428), and within the 32 bits of a seed that torch's CPU generator uses."""
 
 
 def initialize(layout: ParallelConfig, seed: int) -> None:
-    """Start torch.distributed from ``torchrun``'s environment (or alone), build the groups and seed every tracker.
+    """Start torch.distributed from ``torchrun``'s environment, or for one process; build the groups and set all seeds.
 
     Raises:
-        ConfigError: ``layout`` does not fit the world size; nothing has been started then.
+        ConfigError: ``layout`` does not fit the world size; then nothing is started.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     layout.data_parallel_size(world_size)
@@ -35,7 +35,7 @@ def initialize(layout: ParallelConfig, seed: int) -> None:
         device = platform.device()
         if device.type == "cuda":
             torch.cuda.set_device(device)  # Megatron allocates on the current device
-        # Without device_id: with it every group makes its communicator at once, used or not, and a process that held
+        # No device_id: with it, every group creates its communicator at once, even if unused, and a process with a few
         # megabytes of tensors took 8.8 GiB of an H100.
         dist.init_process_group(platform.backend())
     if parallel_state.model_parallel_is_initialized():
@@ -52,9 +52,9 @@ def initialize(layout: ParallelConfig, seed: int) -> None:
 
 
 def _seed_everything(seed: int) -> None:
-    """Equal generators on the ranks that hold copies of a weight, different ones on pipeline stages and shards.
+    """Seed ranks that hold copies of a weight equally, and pipeline stages and shards differently.
 
-    Routers are initialized on the CPU, so torch's CPU generator counts too.
+    Routers are initialized on the CPU, so torch's CPU generator is seeded, too.
     """
     stage_seed = seed + _STAGE_STRIDE * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(stage_seed)
@@ -70,12 +70,12 @@ def destroy() -> None:
 
 
 def data_parallel_place() -> tuple[int, int]:
-    """(rank, size) among the replicas that read different data; context ranks share theirs."""
+    """(rank, size) among the replicas that read different data. Context-parallel ranks read the same data."""
     return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
 
 
 def is_first_of_replica() -> bool:
-    """True on one of the ranks that read the same data: the first of its tensor, pipeline and context groups."""
+    """Whether this rank is the first of its tensor, pipeline and context groups, one of those with the same data."""
     return (
         parallel_state.get_tensor_model_parallel_rank() == 0
         and parallel_state.get_pipeline_model_parallel_rank() == 0
@@ -84,7 +84,7 @@ def is_first_of_replica() -> bool:
 
 
 def is_rank_zero() -> bool:
-    """True on global rank 0, and before torch.distributed is started."""
+    """Whether this is global rank 0. True before torch.distributed is started."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 

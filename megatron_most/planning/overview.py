@@ -1,7 +1,8 @@
-"""What --dry-run prints: layout, parameters, FLOPs, batches and memory of a configuration."""
+"""What --dry-run and ``most plan`` print: layout, parameters, FLOPs, batches, memory, time and disk of a run."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -11,14 +12,18 @@ from megatron_most.config import MoEConfig, ParallelConfig, RunConfig, dump_conf
 from megatron_most.model import check_libraries, count_parameters
 from megatron_most.model.most_model import padded
 from megatron_most.moe import ExpertGroups
-from megatron_most.planning.flops import forward_flops, modality_shares, train_flops_per_token
-from megatron_most.planning.gpus import DEFAULT_IMBALANCE, GPUS
+from megatron_most.planning.flops import forward_flops, train_flops_per_token
+from megatron_most.planning.gpus import DEFAULT_IMBALANCE, GPUS, GPUS_PER_NODE
 from megatron_most.planning.layouts import fitting_layouts
 from megatron_most.planning.memory import MemoryEstimate, expert_load, memory_per_rank
+from megatron_most.planning.rows import RowContents, row_contents
 from megatron_most.planning.shards import code_rows, shard_sizes
+from megatron_most.planning.step_time import step_seconds
+from megatron_most.planning.storage import checkpoint_bytes, host_bytes_of_node, num_checkpoints
 from megatron_most.training.muon import check_muon
 
 _GIB = 1 << 30
+_DAY = 24 * 3600
 
 
 def smallest_world_size(parallel: ParallelConfig) -> int:
@@ -27,7 +32,7 @@ def smallest_world_size(parallel: ParallelConfig) -> int:
     return math.lcm(parallel.model_parallel_size, experts)
 
 
-def describe_run(config: RunConfig, world_size: int, imbalance: float = DEFAULT_IMBALANCE) -> str:
+def describe_run(config: RunConfig, world_size: int, imbalance: float = DEFAULT_IMBALANCE, gpu: str = "h100") -> str:
     """The resolved configuration and what follows from it on ``world_size`` ranks, as text for people.
 
     Raises:
@@ -36,7 +41,7 @@ def describe_run(config: RunConfig, world_size: int, imbalance: float = DEFAULT_
     """
     check_libraries(config)
     check_muon(config)
-    parallel, training = config.parallel, config.training
+    parallel, training, rows = config.parallel, config.training, row_contents(config)
     data_parallel = parallel.data_parallel_size(world_size)
     microbatches = config.num_microbatches(data_parallel)
     layout = {
@@ -48,7 +53,7 @@ def describe_run(config: RunConfig, world_size: int, imbalance: float = DEFAULT_
         "expert tensor": parallel.expert_tensor_size,
         "data": data_parallel,
     }
-    positions = training.global_batch_size * config.data.seq_length
+    positions = positions_per_step(config)
     return "\n".join(
         [
             dump_config(config).rstrip(),
@@ -59,34 +64,30 @@ def describe_run(config: RunConfig, world_size: int, imbalance: float = DEFAULT_
             f"batch: {training.global_batch_size} rows of {config.data.seq_length} positions = {positions:,} a step;"
             f" micro-batches on each data-parallel rank: {microbatches}",
             f"training: {training.train_iters:,} steps, {training.train_iters * positions:,} positions at most",
-            *describe_flops(config, positions),
+            *describe_rows(rows),
+            *describe_flops(config, rows),
             *describe_shards(config),
-            *describe_memory(config, world_size, imbalance),
+            *describe_memory(config, world_size, imbalance, rows),
+            *describe_time(config, world_size, gpu, imbalance, rows),
+            *describe_storage(config, world_size),
         ]
     )
 
 
-def describe_layouts(config: RunConfig, world_size: int, gpu: str, imbalance: float, limit: int) -> str:
-    """The first ``limit`` layouts that fit, as a table, and the overrides that give the first one.
+def describe_layouts(
+    config: RunConfig, world_size: int, gpu: str, imbalance: float, limit: int, tflops: float | None = None
+) -> str:
+    """The first ``limit`` layouts that fit, as a table; the overrides that give the first one, its time and storage.
+
+    Args:
+        tflops: TFLOP/s of a GPU at which the days of the run are given, too.
 
     Raises:
         ConfigError: no layout fits.
     """
     layouts = fitting_layouts(config, world_size, GPUS[gpu], imbalance)
-    table = [
-        (
-            "tensor",
-            "expert tensor",
-            "pipeline",
-            "virtual",
-            "context",
-            "expert",
-            "recompute",
-            "micro-batches",
-            "GiB",
-            "time",
-        )
-    ]
+    names = ("tensor", "expert tensor", "pipeline", "virtual", "context", "expert", "recompute", "micro-batches")
+    table: list[tuple[str, ...]] = [(*names, "GiB", "step, s", "time")]
     for layout in layouts[:limit]:
         parallel = layout.parallel
         sizes = (
@@ -99,16 +100,27 @@ def describe_layouts(config: RunConfig, world_size: int, gpu: str, imbalance: fl
             layout.recompute,
             layout.micro_batches,
         )
-        relative = layout.seconds / layouts[0].seconds
-        table.append((*map(str, sizes), f"{layout.memory / _GIB:.1f}", f"{relative:.2f}"))
+        relative = f"{layout.seconds / layouts[0].seconds:.2f}"
+        table.append((*map(str, sizes), f"{layout.memory / _GIB:.1f}", f"{layout.seconds:.3g}", relative))
+    first = dataclasses.replace(
+        config,
+        parallel=layouts[0].parallel,
+        training=dataclasses.replace(config.training, recompute=layouts[0].recompute),
+    )
     return "\n".join(
         [
             f"{len(layouts)} layouts of {world_size} x {gpu} fit {GPUS[gpu].usable / _GIB:.1f} GiB; memory of the"
             " fullest rank and time of a step (first = 1) are estimates:",
             *align(table),
             f"the first as overrides: {' '.join(layouts[0].overrides(config)) or 'none, the configuration has it'}",
+            *describe_time(first, world_size, gpu, imbalance, row_contents(config), tflops),
+            *describe_storage(first, world_size),
         ]
     )
+
+
+def positions_per_step(config: RunConfig) -> int:
+    return config.training.global_batch_size * config.data.seq_length
 
 
 def describe_parameters(config: RunConfig) -> list[str]:
@@ -124,15 +136,65 @@ def describe_parameters(config: RunConfig) -> list[str]:
     return lines + ([f"frozen: {', '.join(frozen)}"] if frozen else [])
 
 
-def describe_flops(config: RunConfig, positions: int) -> list[str]:
+def describe_rows(rows: RowContents) -> list[str]:
+    """What FLOPs, memory and time count of a row."""
+    return [
+        f"rows, {rows.source}: {_mix(rows)} of the positions; targets at {rows.targets:.0%}, of frames at"
+        f" {rows.frame_targets:.0%}; attention to {rows.attended:,.0f} positions in the mean"
+    ]
+
+
+def describe_flops(config: RunConfig, rows: RowContents) -> list[str]:
     """Of a token of each modality, and of the average one."""
     by_modality = ", ".join(
-        f"{name} {3 * sum(forward_flops(config, name).values()) / 1e9:.2f}" for name in config.vocab.modality_names
+        f"{name} {3 * sum(forward_flops(config, name, rows).values()) / 1e9:.2f}"
+        for name in config.vocab.modality_names
     )
-    mean = train_flops_per_token(config)
-    mix = ", ".join(f"{name} {share:.0%}" for name, share in modality_shares(config).items())
-    step = f"{mean * positions / 1e15:,.3g} PFLOP a step"
-    return [f"GFLOP to train on a token: {by_modality}; {mean / 1e9:.2f} at {mix}, {step}"]
+    mean = train_flops_per_token(config, rows)
+    step = f"{mean * positions_per_step(config) / 1e15:,.3g} PFLOP a step"
+    return [f"GFLOP to train on a token: {by_modality}; {mean / 1e9:.2f} at {_mix(rows)}, {step}"]
+
+
+def describe_time(
+    config: RunConfig,
+    world_size: int,
+    gpu: str,
+    imbalance: float,
+    rows: RowContents,
+    tflops: float | None = None,
+) -> list[str]:
+    """The step by its parts, and the days of the run; nothing for fp32, whose speed is not estimated."""
+    if config.precision.dtype != "bf16":
+        return []
+    parts = step_seconds(config, world_size, GPUS[gpu], imbalance, rows)
+    total, positions = sum(parts.values()), positions_per_step(config)
+    flops = train_flops_per_token(config, rows) * positions / world_size
+    ordered = sorted(parts.items(), key=lambda item: -item[1])
+    steps = config.training.train_iters
+    days = f"{steps:,} steps: {steps * total / _DAY:,.2g} days at that speed"
+    if tflops is not None:
+        days += f", {steps * flops / (tflops * 1e12) / _DAY:,.2g} days at {tflops:g} TFLOP/s a GPU"
+    return [
+        f"a step on {gpu}, estimated by a roofline and not measured (docs/launch.md): {total:.3g} s,"
+        f" {positions / total / world_size:,.0f} tokens/s and {flops / total / 1e12:.0f} TFLOP/s a GPU",
+        "  " + ", ".join(f"{part} {seconds / total:.1%}" for part, seconds in ordered),
+        f"{days}; validation and checkpoints come on top",
+    ]
+
+
+def describe_storage(config: RunConfig, world_size: int) -> list[str]:
+    """Checkpoints on disk, and the host memory that saving takes."""
+    size, count = checkpoint_bytes(config), num_checkpoints(config)
+    written, most = host_bytes_of_node(config, world_size)
+    return [
+        f"a checkpoint: {size / 1e9:,.3g} GB on disk; at most {count} at once: {count * size / 1e9:,.3g} GB",
+        f"host memory for saving, on each node of {min(world_size, GPUS_PER_NODE)}: {written / _GIB:,.3g} GiB while a"
+        f" save is written in the background, {most / _GIB:,.3g} GiB for a moment before",
+    ]
+
+
+def _mix(rows: RowContents) -> str:
+    return ", ".join(f"{name} {share:.0%}" for name, share in rows.modalities.items())
 
 
 def describe_shards(config: RunConfig) -> list[str]:
@@ -148,22 +210,21 @@ def describe_shards(config: RunConfig) -> list[str]:
     return ["parameters on a rank:", *_by_place(("total", *config.part_names), places, rows)]
 
 
-def describe_memory(config: RunConfig, world_size: int, imbalance: float) -> list[str]:
+def describe_memory(config: RunConfig, world_size: int, imbalance: float, rows: RowContents) -> list[str]:
     """The estimate of every rank, and which GPUs it fits."""
-    estimates = memory_per_rank(config, world_size, imbalance)
+    estimates = memory_per_rank(config, world_size, imbalance, rows)
     names = [field.name for field in fields(MemoryEstimate)]
-    rows = [
+    table = [
         (f"{estimate.total / _GIB:.2f}", *(f"{getattr(estimate, name) / _GIB:.2f}" for name in names))
         for estimate in estimates.values()
     ]
     worst = max(estimate.total for estimate in estimates.values())
     fits = ", ".join(f"{name}: {'yes' if worst <= gpu.usable else 'no'}" for name, gpu in GPUS.items())
-    mix, load = modality_shares(config), max(expert_load(config))
+    load = max(expert_load(config, rows))
     return [
         "memory on a rank, GiB, estimated:",
-        *_by_place(("total", *(name.replace("_", " ") for name in names)), list(estimates), rows),
-        f"  (busiest expert-parallel rank: {load:.2f} of the mean at"
-        f" {', '.join(f'{name} {share:.0%}' for name, share in mix.items())}, x {imbalance:g} for uneven routers)",
+        *_by_place(("total", *(name.replace("_", " ") for name in names)), list(estimates), table),
+        f"  (busiest expert-parallel rank: {load:.2f} of the mean at {_mix(rows)}, x {imbalance:g} for uneven routers)",
         f"fits, with room for CUDA and fragments: {fits}",
     ]
 
@@ -186,9 +247,9 @@ def describe_experts(moe: MoEConfig, expert_parallel_size: int) -> list[str]:
     lines.append("expert-parallel ranks hold unequal shares of the pools, so their work follows the mix of modalities:")
     rows = [("rank", *groups.pools)]
     first = 0
-    for share, ranks in itertools.groupby(shares):
+    for counts, ranks in itertools.groupby(shares):
         last = first + len(list(ranks)) - 1
-        rows.append((_span(first, last), *map(str, share)))
+        rows.append((_span(first, last), *map(str, counts)))
         first = last + 1
     return lines + align(rows)
 

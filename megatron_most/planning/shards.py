@@ -1,8 +1,8 @@
 """How many parameters each rank holds, part by part: exact for every layout.
 
 Parts are those of :attr:`megatron_most.config.RunConfig.part_names`. What a rank holds depends on its pipeline rank
-(which layers, and whether the embeddings or the heads) and on its expert-parallel rank (how many experts of each pool);
-ranks of the other groups hold equal sizes.
+(its layers; the embeddings on the first stage, the heads on the last) and on its expert-parallel rank (experts of each
+pool). Ranks that share both hold equal sizes.
 
 Letters: E experts, M modalities, V ids (padded), C codebooks, K codes (padded).
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_most.config import RunConfig
-from megatron_most.config.model import AttentionConfig
+from megatron_most.config.attention import AttentionConfig
 from megatron_most.model.most_model import padded
 from megatron_most.moe import ExpertGroups
 
@@ -32,10 +32,12 @@ def is_moe_layer(config: RunConfig, layer: int) -> bool:
 
 
 def shard_sizes(config: RunConfig, pipeline_rank: int, expert_rank: int) -> dict[str, int]:
-    """Parameters of each part on the ranks at these places of the pipeline and of the expert-parallel group."""
+    """Parameters of each part on the ranks at this place of the pipeline and of the expert-parallel group."""
     parallel = config.parallel
     sizes = dict.fromkeys(config.part_names, 0)
-    weights = [weight for layer in stage_layers(config, pipeline_rank) for weight in _layer(config, layer, expert_rank)]
+    groups = ExpertGroups.from_config(config.model.moe, parallel.expert_model_parallel_size)
+    pools = {pool: len(experts) for pool, experts in groups.local_experts(expert_rank).items()}
+    weights = [weight for layer in stage_layers(config, pipeline_rank) for weight in _layer(config, layer, pools)]
     if pipeline_rank == 0:
         weights.append(
             ("embeddings", config.model.hidden_size * _table_rows(config), parallel.tensor_model_parallel_size)
@@ -56,8 +58,11 @@ def shard_of_rank(config: RunConfig, world_size: int, rank: int) -> dict[str, in
     return shard_sizes(config, pipeline_rank, expert_rank)
 
 
-def _layer(config: RunConfig, layer: int, expert_rank: int) -> Iterator[tuple[str, int, int]]:
-    """(part, parameters of the whole layer or of the rank's experts, ranks they are split over)."""
+def _layer(config: RunConfig, layer: int, pools: dict[str, int]) -> Iterator[tuple[str, int, int]]:
+    """(part, parameters of the whole layer or of the rank's experts, ranks they are split over).
+
+    pools: experts of each pool on the rank.
+    """
     model, moe, parallel = config.model, config.model.moe, config.parallel
     hidden, tensor = model.hidden_size, parallel.tensor_model_parallel_size
     yield from attention_weights(hidden, model.attention, tensor)
@@ -68,9 +73,8 @@ def _layer(config: RunConfig, layer: int, expert_rank: int) -> Iterator[tuple[st
     yield "routers", router_rows(config) * hidden, 1
     if moe.moe_shared_expert_intermediate_size:
         yield "shared_experts", 3 * hidden * moe.moe_shared_expert_intermediate_size, tensor
-    local = ExpertGroups.from_config(moe, parallel.expert_model_parallel_size).local_experts(expert_rank)
-    for pool, experts in local.items():
-        yield f"experts.{pool}", len(experts) * 3 * hidden * moe.moe_ffn_hidden_size, parallel.expert_tensor_size
+    for pool, count in pools.items():
+        yield f"experts.{pool}", count * 3 * hidden * moe.moe_ffn_hidden_size, parallel.expert_tensor_size
 
 
 def attention_weights(hidden: int, attention: AttentionConfig, tensor: int) -> Iterator[tuple[str, int, int]]:

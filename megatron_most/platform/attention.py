@@ -1,4 +1,4 @@
-"""Which kernels of torch attend on this machine. Each is tried before it is trusted: builds and devices differ.
+"""Attention kernels of torch on this machine. Each is tried before it is used: builds and devices differ.
 
 Shape letters: t positions of a packed row, n query heads and g key-value heads, d head size.
 """
@@ -16,10 +16,10 @@ from megatron_most.platform.device import device
 
 @functools.cache
 def document_attention(head_dim: int, dtype: torch.dtype) -> Callable[..., tuple[torch.Tensor, ...]] | None:
-    """torch's flash kernel for packed rows: queries ``[t, n, d]``, keys and values ``[t, g, d]``. None without it.
+    """torch's flash attention for packed rows: queries ``[t, n, d]``, keys and values ``[t, g, d]``. None if it fails.
 
-    It is what ``torch.nn.attention.varlen`` calls, by a name that has its gradient in C++. The public function is
-    written in Python, costs the host several times as much, and changed its arguments from torch 2.10 to 2.12.
+    ``torch.nn.attention.varlen`` calls the same kernel. This operator has its gradient in C++; the public function is
+    in Python, takes several times as much host time, and changed its arguments from torch 2.10 to 2.12.
     """
     kernel = torch.ops.aten._flash_attention_forward
     if not torch.cuda.is_available() or dtype not in (torch.bfloat16, torch.float16):
@@ -40,9 +40,9 @@ def document_attention(head_dim: int, dtype: torch.dtype) -> Callable[..., tuple
 
 @functools.cache
 def wants_equal_head_sizes(key_size: int, value_size: int, dtype: torch.dtype) -> bool:
-    """Whether causal attention without a mask gets a fused kernel only if values are as large as keys.
+    """Whether causal attention without a mask gets a fused kernel only if value heads are as large as key heads.
 
-    Torch is asked which one it would take. FlashAttention wants equal sizes; cuDNN's does not, where torch prefers it.
+    torch is asked which kernel it would take. FlashAttention needs equal sizes; cuDNN's kernel does not.
     """
     if value_size >= key_size:
         return False
@@ -58,5 +58,5 @@ def wants_equal_head_sizes(key_size: int, value_size: int, dtype: torch.dtype) -
 
     try:
         return chosen(value_size) in slow and chosen(key_size) not in slow
-    except (AttributeError, RuntimeError, TypeError):  # the question is not one of torch's public ones
+    except (AttributeError, RuntimeError, TypeError):  # not a public function of torch
         return False

@@ -1,6 +1,6 @@
-"""Which implementation of each part this machine takes where the configuration leaves it open, and why.
+"""The implementation of each part that this machine uses if the configuration says ``auto``, and the reason.
 
-The model is built from these answers and ``most doctor`` prints them: there is no second list.
+The model is built from these choices, and ``most doctor`` prints them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_most.platform.libraries import has_library, require_library
 
 @dataclass(frozen=True)
 class Choice:
-    """A part, who computes it here, why, and what is lost by not having better; ``loses`` is empty for the best."""
+    """The implementation of a part, the reason, and what a better one would give; ``loses`` is empty for the best."""
 
     part: str
     chosen: str
@@ -29,7 +29,7 @@ def model_backend(wanted: str) -> str:
     """``transformer_engine`` or ``portable`` for ``model.transformer_impl``.
 
     Raises:
-        ConfigError: Transformer Engine is asked for by name and is not there.
+        ConfigError: ``transformer_engine`` is wanted and cannot be used.
     """
     if wanted == "auto":
         return "transformer_engine" if torch.cuda.is_available() and has_library("Transformer Engine") else "portable"
@@ -39,7 +39,7 @@ def model_backend(wanted: str) -> str:
 
 
 def part_choices() -> list[Choice]:
-    """What ``auto`` comes to, and what Megatron takes by itself, part by part."""
+    """The choices for every part, those that Megatron makes by itself included."""
     is_gpu = torch.cuda.is_available()
     has_te = is_gpu and has_library("Transformer Engine")
     has_apex = importlib.util.find_spec("amp_C") is not None
@@ -59,7 +59,7 @@ def part_choices() -> list[Choice]:
             "torch grouped_mm",
             "one product for each pool; keeps the pools' weights apart, so that they can be frozen and kept in bf16",
         ),
-        Choice("router", "torch", "no fused router takes a mask for each token, which modalities need"),
+        Choice("router", "torch", "no fused router takes a mask per token, which modalities need"),
         Choice("permutation of tokens", engine, "installed; model.moe.moe_permute_fusion=false takes torch")
         if has_te
         else Choice(

@@ -1,9 +1,8 @@
-"""What lets Megatron-Core 0.19.2 run without a GPU, with gloo, and anywhere without Transformer Engine.
+"""Stand-ins that let Megatron-Core 0.19.2 run on CPUs with gloo, and on any device without Transformer Engine.
 
-The stand-ins for a device are installed only where CUDA is missing, so one program serves both. Where Transformer
-Engine is missing, with CUDA or without, one name that Megatron then leaves empty is filled in, and two functions are
-replaced that then wait for every gradient by itself. Each change names the Megatron file and line that needs it (paths
-below ``megatron/core``).
+Stand-ins for a device are installed only without CUDA, so that CPUs and GPUs run the same code. Without Transformer
+Engine, on CPUs or GPUs, one name that Megatron leaves empty is filled in, and two functions that wait for each gradient
+in turn are replaced. Each change names the Megatron file and line that needs it (paths below ``megatron/core``).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _installed = False
 
 
 class _InOrderStream:
-    """A CUDA stream and its events on a device whose work is always in order."""
+    """A CUDA stream and its events, on a device that always works in order."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -37,9 +36,9 @@ class _InOrderStream:
 
 
 def install() -> None:
-    """Prepare Megatron for this machine, once; call it before anything of Megatron is built.
+    """Prepare Megatron for this machine; call it before building anything of Megatron. A second call does nothing.
 
-    With CUDA it only makes up for a missing Transformer Engine; with both it changes nothing.
+    With CUDA, it only fills in for a missing Transformer Engine; with both, it changes nothing.
     """
     global _installed
     if _installed:
@@ -52,7 +51,7 @@ def install() -> None:
 
 
 def _stand_in_for_cuda() -> None:
-    # jit.py:21 makes jit_fuser torch.compile, which would start a C++ compiler for each fused function.
+    # jit.py:21 sets jit_fuser to torch.compile, which would start a C++ compiler for each fused function.
     torch.compiler.set_stance("force_eager")
     _replace_torch_cuda()
     _replace_device_literals()
@@ -61,7 +60,7 @@ def _stand_in_for_cuda() -> None:
 
 
 def _replace_torch_cuda() -> None:
-    cuda = torch.cuda
+    cuda: Any = torch.cuda  # Any: the stand-ins have other types
     cuda.current_device = lambda: _CPU  # tensor_parallel/layers.py:305 and others use it as a device argument
     cuda.synchronize = lambda *args: None  # pipeline_parallel/p2p_communication.py:263
     cuda.Stream = _InOrderStream  # transformer/moe/token_dispatcher.py:469
@@ -87,11 +86,12 @@ def _replace_device_literals() -> None:
 
     for name in ("zeros", "ones", "tensor", "empty_like"):
         stand_in = on_cpu(getattr(torch, name))
-        # TorchScript must still see the operator: NeMo compiles functions with it while it is imported.
+        # TorchScript must still find the operator: NeMo compiles functions with it when it is imported.
         torch.jit._builtins._register_builtin(stand_in, f"aten::{name}")
         setattr(torch, name, stand_in)
 
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # models/common/embeddings/rope_utils.py:64
+    tensor: Any = torch.Tensor
+    tensor.cuda = lambda self, *args, **kwargs: self  # models/common/embeddings/rope_utils.py:64
 
     original_type = torch.Tensor.type
 
@@ -100,11 +100,11 @@ def _replace_device_literals() -> None:
         name = original_type(self, *args, **kwargs)
         return name if args or kwargs else name.replace("torch.", "torch.cuda.", 1)
 
-    torch.Tensor.type = type_named_as_on_cuda  # optimizer/optimizer.py:1028 compares with "torch.cuda.FloatTensor"
+    tensor.type = type_named_as_on_cuda  # optimizer/optimizer.py:1028 compares with "torch.cuda.FloatTensor"
 
 
 def _replace_collectives() -> None:
-    """gloo gathers equal shapes only; tensor_parallel/mappings.py:154 has unequal ones (expert tensor parallelism)."""
+    """gloo gathers only equal shapes; tensor_parallel/mappings.py:154 has unequal ones (expert tensor parallelism)."""
     original = torch.distributed.all_gather
 
     @functools.wraps(original)
@@ -133,13 +133,13 @@ def _replace_megatron_functions() -> None:
     # tensor_parallel/random.py:104 and :135 reach into torch.cuda's generators.
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    # tensor_parallel/random.py:332 warns when the CPU generator moves; here it is the generator.
+    # tensor_parallel/random.py:332 warns if the CPU generator advances; here it is the only generator.
     logging.getLogger(random.__name__).setLevel(logging.ERROR)
 
     def split_sizes_to_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
-    # transformer/moe/moe_utils.py:1184 makes split sizes NumPy only when they come from a CUDA device.
+    # transformer/moe/moe_utils.py:1184 converts split sizes to NumPy only if they are on a CUDA device.
     token_dispatcher.maybe_move_tensor_to_cpu = split_sizes_to_numpy
 
     init_data = ShardedTensor.init_data
@@ -147,26 +147,26 @@ def _replace_megatron_functions() -> None:
     def init_data_on_cpu(self: ShardedTensor, device: Any, *args: Any, **kwargs: Any) -> None:
         init_data(self, _CPU if device == "cuda" else device, *args, **kwargs)
 
-    # dist_checkpointing/exchange_utils.py:97 and :105 make room for what another rank has read on a CUDA device.
+    # dist_checkpointing/exchange_utils.py:97 and :105 allocate on a CUDA device for tensors that another rank reads.
     ShardedTensor.init_data = init_data_on_cpu
 
 
 def _mend_missing_transformer_engine() -> None:
-    """Without it multi-latent attention knows no linear layer that is whole on every rank, on a GPU as well."""
+    """Without Transformer Engine, multi-latent attention lacks the linear layer that is whole on every rank."""
     import megatron.core.extensions.transformer_engine as te
     import megatron.core.transformer.multi_latent_attention as mla
     from megatron.core.post_training.modelopt.layers import Linear
 
     if not te.HAVE_TE:
-        # transformer/multi_latent_attention.py:79 forgets it; :528 and :575 accept a projection of this class only.
+        # transformer/multi_latent_attention.py:79 leaves it unset; :528 and :575 accept only projections of this class.
         mla.Linear = Linear
 
 
 def _mend_missing_multi_tensor_kernels() -> None:
-    """Norm and scaling of all gradients at once, where neither Transformer Engine nor Apex brings kernels for it.
+    """Norm and scaling of all gradients at once, if neither Transformer Engine nor Apex has kernels for it.
 
-    What Megatron has for that case (utils.py:1325 and :1337) brings the norm of each gradient to the host, one after
-    another, and scales each in two steps. Here is the same arithmetic in the same order.
+    Megatron's own code for that case (utils.py:1325 and :1337) copies the norm of each gradient to the host in turn and
+    scales each in two steps. This is the same arithmetic in the same order.
     """
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads
@@ -175,7 +175,7 @@ def _mend_missing_multi_tensor_kernels() -> None:
         return torch.nn.utils.get_total_norm(lists[0], foreach=True).view(1), None
 
     def scale(chunk_size: int, noop_flag: torch.Tensor, lists: list[list[torch.Tensor]], factor: float) -> None:
-        gradients, _ = lists  # the same twice: they are scaled where they are (optimizer/clip_grads.py:191)
+        gradients, _ = lists  # the same list twice: they are scaled in place (optimizer/clip_grads.py:191)
         if gradients:
             torch._foreach_mul_(gradients, factor)
 

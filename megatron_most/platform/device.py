@@ -1,8 +1,9 @@
-"""Which device and communication backend this process uses, and how many threads."""
+"""The device, communication backend and threads of this process."""
 
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
 
@@ -10,29 +11,29 @@ import torch
 
 
 def device() -> torch.device:
-    """The accelerator of this local rank, else the CPU."""
+    """The GPU of this local rank, or the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
 
 
 def backend() -> str:
-    """The ``torch.distributed`` backend that serves :func:`device`."""
+    """The ``torch.distributed`` backend for :func:`device`."""
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
 def has_fp8() -> bool:
-    """Whether the accelerator multiplies FP8 numbers: Ada, Hopper and later."""
+    """Whether the GPU multiplies FP8 matrices: compute capability 8.9 (Ada, Hopper) and later."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability(device()) >= (8, 9)
 
 
 def has_grouped_fp8() -> bool:
-    """Whether torch's grouped FP8 product has a kernel for the accelerator: compute capability 9.x and 10.x alone."""
+    """Whether torch's grouped FP8 product has a kernel for the GPU: compute capability 9.x and 10.x only."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability(device())[0] in (9, 10)
 
 
 def driver_version() -> str:
-    """Of NVIDIA's driver, as ``nvidia-smi`` tells it; ``unknown`` where that is not to be had."""
+    """Version of NVIDIA's driver as ``nvidia-smi`` reports it; ``unknown`` if it does not."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return "unknown"
@@ -41,11 +42,18 @@ def driver_version() -> str:
     return "unknown" if result.returncode else result.stdout.split("\n")[0].strip()
 
 
-def set_threads(count: int = 0) -> int:
-    """Set the intra-op threads of this process and return their number.
+def peak_memory() -> int:
+    """Most bytes that this process has held so far: allocated on its GPU, or resident where it has none."""
+    if device().type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
 
-    ``count`` 0 shares the cores this process may run on evenly among the ranks of this machine, so that CPU ranks do
-    not fight for them.
+
+def set_threads(count: int = 0) -> int:
+    """Set the number of intra-op threads of this process and return it.
+
+    ``count`` 0 divides the cores that this process may use among the ranks of this machine, so that CPU ranks do not
+    compete for them.
     """
     if count == 0:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

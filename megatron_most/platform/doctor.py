@@ -1,8 +1,4 @@
-"""What this machine can run: an examination of hardware, packages and space, and what is chosen for it.
-
-Packages are judged by their metadata. What is compiled for one build of torch (Transformer Engine, Apex, torchaudio)
-and Megatron itself are imported as well: metadata do not tell whether they fit.
-"""
+"""What this machine can run: hardware, packages and disk space, and the implementation chosen for each part."""
 
 from __future__ import annotations
 
@@ -10,35 +6,28 @@ import importlib.util
 import os
 import platform
 import shutil
-import subprocess
 import sys
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from packaging.specifiers import SpecifierSet
-from packaging.version import Version
 
+from megatron_most.errors import first_line
 from megatron_most.platform.choices import part_choices
 from megatron_most.platform.device import driver_version
+from megatron_most.platform.findings import SUPPORTED, Finding, State, compiled, package, version_finding, version_of
 
-SUPPORTED = {"Python": ">=3.12", "torch": ">=2.10", "megatron-core": ">=0.19.2,<0.20", "nemo_toolkit": "==3.0.0"}
-"""Which versions will do: those of pyproject.toml, which asks for them where something is installed."""
-TESTED = {"Python": ("3.12", "3.13"), "torch": ("2.11", "2.13")}
-"""Which of them the tests ran with, to the minor version."""
 _GIB = 2**30
 _COMFORTABLE_MEMORY_GIB = 6
 _COMFORTABLE_DISK_GIB = 5
 _GPU_EXTRA = "pip install --no-build-isolation -c constraints.txt '.[gpu]'"
 _GPU_PARTS = f"an FP8-capable NVIDIA GPU and {_GPU_EXTRA}"
-_IMPORT_SECONDS = 180
 _IMPORT = "Megatron's import"
 _MACHINE = "Machine"
 
 _REQUIRED_PACKAGES = {
-    "triton": "Megatron, which imports it and does not ask for it; torch for CPUs does not bring it",
+    "triton": "Megatron, which imports it without requiring it; torch for CPUs does not bring it",
     "omegaconf": "configuration",
     "pyyaml": "configuration",
     "numpy": "arrays",
@@ -48,7 +37,7 @@ _REQUIRED_PACKAGES = {
     "sentencepiece": "text tokenizers",
     "tokenizers": "text tokenizers",
     "tensorboard": "logging.tensorboard, which is on by default",
-    "tqdm": "progress lines",
+    "tqdm": "progress of long work",
 }
 
 _OPTIONAL_PACKAGES = {
@@ -71,39 +60,16 @@ _OPTIONAL_PACKAGES = {
     },
     "quickstart": {"espeakng-loader": "the synthetic speech of the quickstart"},
 }
-"""Extra -> what each of its packages gives; an extra that has one of another extra's does not name it again."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at.
-
-    Args:
-        section: heading it is listed under.
-        name: what it is.
-        state: ``present``; ``missing``; ``unfit``: there, but not as it has to be.
-        value: version, size or name; for what is not right, what is wrong with it.
-        required: whether training on a CPU needs it.
-        gives: what one has with it; said of what is not present.
-        remedy: how to get it; said of what is not present.
-    """
-
-    section: str
-    name: str
-    state: Literal["present", "missing", "unfit"]
-    value: str
-    required: bool = False
-    gives: str = ""
-    remedy: str = ""
+"""Extra -> what each of its packages is for; a package of several extras stands in the first."""
 
 
 def examine(run_dir: Path) -> list[Finding]:
-    """Look at everything; ``run_dir`` (it need not exist) is where space is measured."""
+    """Examine everything; free disk space is measured at ``run_dir``, which need not exist."""
     return [*_foundations(), *_accelerators(), *_parts(), *_optional(), *_machine(run_dir)]
 
 
 def can_train(findings: list[Finding]) -> bool:
-    """Whether everything is there that training on a CPU needs."""
+    """Whether everything that training on a CPU needs is present."""
     return all(finding.state == "present" for finding in findings if finding.required)
 
 
@@ -112,7 +78,7 @@ def as_dict(findings: list[Finding]) -> dict[str, Any]:
 
 
 def as_text(findings: list[Finding]) -> str:
-    """A table for people: a line for what is there, two for what is not."""
+    """A table to read: one line for what is present, two for what is not."""
     marks = {"present": "ok", "missing": "--", "unfit": "!!"}
     width = max(len(finding.name) for finding in findings)
     lines: list[str] = []
@@ -131,7 +97,7 @@ def as_text(findings: list[Finding]) -> str:
 
 
 def as_check(findings: list[Finding]) -> str:
-    """One line for each thing that does not fit; where all fits, one line that says so."""
+    """One line for each misfit, or one line that says that there is none."""
     if not (wrong := misfits(findings)):
         versions = {name: finding.value for finding in findings if (name := finding.name) in SUPPORTED}
         return "all fits: " + ", ".join(f"{name} {value}" for name, value in versions.items())
@@ -139,7 +105,7 @@ def as_check(findings: list[Finding]) -> str:
 
 
 def misfits(findings: list[Finding]) -> list[Finding]:
-    """What is there and is not as it has to be, and what is not there and is needed; room on the machine aside."""
+    """What is unfit, and what is required and missing; memory and disk space do not count."""
     return [
         finding
         for finding in findings
@@ -151,7 +117,7 @@ def _foundations() -> list[Finding]:
     section = "Needed to train"
     python = ".".join(map(str, sys.version_info[:3]))
     findings = [
-        _version_finding(
+        version_finding(
             section,
             "Python",
             python,
@@ -161,10 +127,10 @@ def _foundations() -> list[Finding]:
         ),
         _torch(section),
         _gloo(section),
-        _package(section, "megatron-core", "the model, parallelism and checkpoints", True),
+        package(section, "megatron-core", "the model, parallelism and checkpoints", True),
     ]
-    findings += [_package(section, name, gives, required=True) for name, gives in _REQUIRED_PACKAGES.items()]
-    if _version("megatron-core") is not None:
+    findings += [package(section, name, gives, required=True) for name, gives in _REQUIRED_PACKAGES.items()]
+    if version_of("megatron-core") is not None:
         findings.append(_megatron_import(section))
     return findings
 
@@ -172,18 +138,18 @@ def _foundations() -> list[Finding]:
 def _torch(section: str) -> Finding:
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     version = torch.__version__
-    return _version_finding(
+    return version_finding(
         section, "torch", version, "everything", True, f"pip install 'torch{SUPPORTED['torch']}'", build
     )
 
 
 def _megatron_import(section: str) -> Finding:
-    """Whether Megatron's expert layer, with all that it imports, can be imported here."""
+    """Whether Megatron's expert layer can be imported, with everything that it imports."""
     try:
         import megatron.core.transformer.moe.moe_layer  # noqa: F401
-    except Exception as error:  # of whatever kind: a broken library below it raises what it likes
-        why = f"cannot be imported: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-        remedy = "mend or uninstall the package that the error names"
+    except Exception as error:  # a broken library may raise anything
+        why = f"cannot be imported: {type(error).__name__}: {first_line(error)}"
+        remedy = "repair or uninstall the package that the error names"
         return Finding(section, _IMPORT, "unfit", why, True, "the model", remedy)
     return Finding(section, _IMPORT, "present", "works", True)
 
@@ -237,26 +203,26 @@ def _accelerators() -> list[Finding]:
             gives="ranks that talk to each other on GPUs",
             remedy="a CUDA build of torch and a GPU",
         ),
-        _compiled(
+        compiled(
             section,
             "transformer-engine",
             "import transformer_engine.pytorch",
-            "fused kernels and FP8 on GPUs; one that cannot be imported can stop Megatron",
+            "fused kernels and FP8 on GPUs; a broken installation can stop Megatron",
             _GPU_EXTRA,
         ),
-        _compiled(
+        compiled(
             section,
             "apex",
             "import amp_C, apex.multi_tensor_apply",
             "Megatron's fused optimizer kernels on GPUs",
             "build it for this torch: docs/install.md",
         ),
-        _package(section, "emerging-optimizers", "optimizer.optimizer=muon", extra="muon"),
+        package(section, "emerging-optimizers", "optimizer.optimizer=muon", extra="muon"),
     ]
 
 
 def _cuda(section: str, devices: str) -> Finding:
-    """Unfit where NVIDIA's driver shows a GPU and torch cannot use it."""
+    """Unfit if NVIDIA's driver shows a GPU that torch cannot use."""
     gives, remedy = "training at more than toy size", "an NVIDIA GPU, its driver and a CUDA build of torch"
     if devices:
         return Finding(section, "CUDA", "present", devices)
@@ -269,8 +235,8 @@ def _cuda(section: str, devices: str) -> Finding:
 
 
 def _parts() -> list[Finding]:
-    """Who computes what where the configuration says ``auto``; nothing where Megatron is missing or broken."""
-    if _version("megatron-core") is None or _megatron_import("").state != "present":
+    """The implementation of each part under ``auto``; nothing if Megatron is missing or cannot be imported."""
+    if version_of("megatron-core") is None or _megatron_import("").state != "present":
         return []
     section = "Chosen here (where the configuration says auto)"
     return [
@@ -289,14 +255,14 @@ def _parts() -> list[Finding]:
 def _optional() -> list[Finding]:
     section = "Optional"
     findings = [
-        _package(section, name, gives, extra=extra)
+        package(section, name, gives, extra=extra)
         for extra, packages in _OPTIONAL_PACKAGES.items()
         for name, gives in packages.items()
     ]
-    findings.append(_package(section, "wandb", "logging.wandb_project", remedy="pip install wandb"))
+    findings.append(package(section, "wandb", "logging.wandb_project", remedy="pip install wandb"))
     if importlib.util.find_spec("torchaudio"):
-        gives = "nothing here; NeMo imports it where it is, and fails where it was built for another torch"
-        findings.append(_compiled(section, "torchaudio", "import torchaudio", gives, "pip uninstall torchaudio"))
+        gives = "nothing here; NeMo imports it if it is installed, and fails if it was built for another torch"
+        findings.append(compiled(section, "torchaudio", "import torchaudio", gives, "pip uninstall torchaudio"))
     return findings
 
 
@@ -308,7 +274,7 @@ def _machine(run_dir: Path) -> list[Finding]:
     disk = shutil.disk_usage(parent).free / _GIB
 
     def enough(name: str, there: float, wanted: float, gives: str, remedy: str) -> Finding:
-        state = "present" if there >= wanted else "unfit"
+        state: State = "present" if there >= wanted else "unfit"
         value = f"{there:.1f} GiB" if state == "present" else f"{there:.1f} GiB, {wanted} GiB are comfortable"
         return Finding(section, name, state, value, gives=gives, remedy=remedy)
 
@@ -320,61 +286,3 @@ def _machine(run_dir: Path) -> list[Finding]:
             f"free in {run_dir}", disk, _COMFORTABLE_DISK_GIB, "checkpoints and data", "clear space or move run_dir"
         ),
     ]
-
-
-def _package(
-    section: str,
-    name: str,
-    gives: str,
-    required: bool = False,
-    extra: str | None = None,
-    remedy: str | None = None,
-) -> Finding:
-    """A distribution by its metadata."""
-    wanted = f"pip install -c constraints.txt '.[{extra}]'" if extra else f"pip install -c constraints.txt {name}"
-    version = _version(name)
-    if version is None:
-        return Finding(section, name, "missing", "not installed", required, gives, remedy or wanted)
-    return _version_finding(section, name, version, gives, required, remedy or wanted)
-
-
-def _version_finding(
-    section: str, name: str, version: str, gives: str, required: bool, remedy: str, note: str = ""
-) -> Finding:
-    """Fit where :data:`SUPPORTED` has nothing against ``version``; says so where the tests ran with others."""
-    shown = f"{version} ({note})" if note else version
-    wanted = SUPPORTED.get(name, "")
-    if not SpecifierSet(wanted).contains(version, prereleases=True):
-        return Finding(section, name, "unfit", f"{shown}, {wanted} is needed", required, gives, remedy)
-    minor = ".".join(map(str, Version(version).release[:2])) if name in TESTED else ""
-    if minor and minor not in TESTED[name]:
-        shown += f", the tests ran with {' and '.join(TESTED[name])}"
-    return Finding(section, name, "present", shown, required)
-
-
-def _compiled(section: str, name: str, statement: str, gives: str, remedy: str) -> Finding:
-    """A distribution that is compiled for one build of torch: there, and can be imported with this one.
-
-    Imported in a process of its own, which a library built for another torch may take down with it.
-    """
-    version = _version(name)
-    if version is None:
-        return Finding(section, name, "missing", "not installed", gives=gives, remedy=remedy)
-    try:
-        command = [sys.executable, "-c", f"import torch; {statement}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_SECONDS)
-    except subprocess.TimeoutExpired:
-        why = f"its import takes more than {_IMPORT_SECONDS} s"
-    else:
-        if done.returncode == 0:
-            return Finding(section, name, "present", version)
-        why = (done.stderr.strip().splitlines() or [f"its import ends with status {done.returncode}"])[-1]
-    value = f"{version} does not work with torch {torch.__version__}: {why}"
-    return Finding(section, name, "unfit", value, gives=gives, remedy=remedy)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

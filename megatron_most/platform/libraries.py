@@ -1,4 +1,4 @@
-"""Optional libraries that an option may ask for, found before anything is built with them."""
+"""Optional libraries of Megatron that a configuration may need, checked before anything is built."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _REMEDIES = {
 
 
 def has_library(library: str) -> bool:
-    """Whether Megatron can use ``library``: one that is installed and cannot be imported is of no use to it."""
+    """Whether Megatron can use ``library``: it is installed and can be imported."""
     from megatron.core.extensions import transformer_engine
     from megatron.core.optimizer import emerging_optimizers
     from megatron.core.transformer.moe import fused_a2a
@@ -27,8 +27,8 @@ def has_library(library: str) -> bool:
 
 
 def require_library(library: str, field: str, value: str | bool) -> None:
-    """Raise :class:`ConfigError` unless Megatron can use ``library``, which ``field=value`` asks for."""
+    """Raise :class:`ConfigError` unless Megatron can use ``library``, which ``field=value`` needs."""
     if not has_library(library):
         raise ConfigError(
-            f"{field}={value!r}: needs {library}, which is not there or cannot be imported; {_REMEDIES[library]}"
+            f"{field}={value!r}: needs {library}, which is not installed or cannot be imported; {_REMEDIES[library]}"
         )

@@ -1,4 +1,4 @@
-"""FP8 matrix products: how tensors are quantized, and who executes the product."""
+"""FP8 matrix products: how tensors are quantized, and which backend multiplies them."""
 
 from megatron_most.precision.backends import check_fp8, fp8_backend, fp8_product
 from megatron_most.precision.linear import as_fp8_linear

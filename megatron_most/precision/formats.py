@@ -1,6 +1,6 @@
-"""Quantize and dequantize: the value of a tensor after a trip through FP8, for each recipe.
+"""Quantization to FP8 and back, for each recipe.
 
-Shape letters: r rows, k the axis a product sums over (always the last here), e experts.
+Shape letters: r rows, k the axis that a product sums over (always the last here), e experts.
 
 Sources: FP8 formats, arXiv 2209.05433; delayed and current per-tensor scaling, Transformer Engine's recipes
 ``DelayedScaling`` and ``Float8CurrentScaling``; blocks of 1 x 128 and 128 x 128 with scales that are powers of two,
@@ -11,13 +11,14 @@ scales, the OCP Microscaling formats specification 1.0, section 6.3, rounding th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 BLOCK = 128
 MX_BLOCK = 32
-_MIN_EXPONENT, _MAX_EXPONENT = -127, 127
-"""Of an E8M0 scale."""
+_MIN_EXPONENT, _MAX_EXPONENT = -127, 127  # of an E8M0 scale
 
 
 def largest(name: str) -> float:
@@ -26,34 +27,36 @@ def largest(name: str) -> float:
 
 
 def round_trip(values: torch.Tensor, scale: torch.Tensor, name: str) -> torch.Tensor:
-    """``values * scale`` in FP8, saturated, over ``scale``; fp32. ``scale`` broadcasts."""
+    """``values * scale``, rounded to FP8 and saturated, divided by ``scale``; fp32. ``scale`` broadcasts."""
     limit = largest(name)
     scaled = (values.float() * scale).clamp(-limit, limit)
     return scaled.to(FORMATS[name]).float() / scale
 
 
 def tensor_scale(amax: torch.Tensor, name: str) -> torch.Tensor:
-    """What brings the largest magnitude ``amax`` to the format's largest; 1 where ``amax`` is 0 or not finite."""
+    """The scale that maps ``amax`` to the format's largest value; 1 where ``amax`` is 0 or not finite."""
     scale = largest(name) / amax.float()
     return torch.where(torch.isfinite(scale) & (amax > 0), scale, torch.ones_like(scale))
 
 
 def power_of_two_scale(amax: torch.Tensor, name: str) -> torch.Tensor:
-    """:func:`tensor_scale` rounded down to a power of two, so that scaling itself rounds nothing."""
+    """:func:`tensor_scale` rounded down to a power of two, so that scaling is exact."""
     _, exponent = torch.frexp(tensor_scale(amax, name))
     return torch.ldexp(torch.ones_like(amax, dtype=torch.float32), exponent - 1)
 
 
 def e8m0_scale(amax: torch.Tensor, name: str) -> torch.Tensor:
-    """Inverse of the E8M0 block scale ``2 ** ceil(log2(amax / largest))``; a block of zeros has the smallest."""
+    """Inverse of the E8M0 block scale ``2 ** ceil(log2(amax / largest))``; a block of zeros has the smallest scale."""
     mantissa, exponent = torch.frexp(amax.float() / largest(name))
-    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)  # frexp: in [0.5, 1), so powers of two are 0.5
+    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)  # mantissas are in [0.5, 1): powers of two have 0.5
     exponent = torch.where(amax > 0, exponent, _MIN_EXPONENT).clamp(_MIN_EXPONENT, _MAX_EXPONENT)
     return torch.ldexp(torch.ones_like(amax, dtype=torch.float32), -exponent)
 
 
-def in_row_blocks(values: torch.Tensor, name: str, block: int, scale_of) -> torch.Tensor:
-    """Blocks of ``block`` values along the last axis, each with its scale; the last block may be shorter."""
+def in_row_blocks(
+    values: torch.Tensor, name: str, block: int, scale_of: Callable[[torch.Tensor, str], torch.Tensor]
+) -> torch.Tensor:
+    """:func:`round_trip` with one scale for each ``block`` values of the last axis; the last block may be shorter."""
     size = values.shape[-1]
     padded = torch.nn.functional.pad(values.float(), (0, -size % block))
     blocks = padded.unflatten(-1, (-1, block))
@@ -62,7 +65,7 @@ def in_row_blocks(values: torch.Tensor, name: str, block: int, scale_of) -> torc
 
 
 def in_square_blocks(values: torch.Tensor, name: str) -> torch.Tensor:
-    """Blocks of 128 x 128 over the last two axes, scales powers of two; border blocks may be smaller."""
+    """:func:`round_trip` with a power-of-two scale for each 128 x 128 block of the last two axes."""
     rows, columns = values.shape[-2:]
     padded = torch.nn.functional.pad(values.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
     blocks = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))  # [..., r/128, 128, k/128, 128]

@@ -1,4 +1,4 @@
-"""Megatron's linear layers with FP8 products. Weights, their sharding and checkpoints stay as they are."""
+"""Megatron's linear layers with FP8 products. Weights, their sharding, and checkpoints do not change."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from megatron_most.precision.product import Fp8Product
 
 
 def as_fp8_linear(module: torch.nn.Module, product: Fp8Product) -> None:
-    """Have a linear layer of Megatron's compute with ``product`` from now on.
+    """Make a Megatron linear layer compute with ``product`` from now on.
 
-    The class of the object changes, not its parameters: attention picks its arguments by the class it is built with.
+    This changes the class of the built module. A layer spec cannot name the FP8 class: attention passes arguments that
+    depend on the class it finds there.
     """
     module.__class__ = FP8_CLASSES[type(module)]
+    assert isinstance(module, _Parallel | Fp8Linear)
     module.fp8 = product
 
 
-class _Parallel:
-    """The product between the communication of forward and backward, which Megatron fuses with it for dense ones."""
+class _Parallel(torch.nn.Module):
+    """The product, with the communication that Megatron's own implementation combines with it."""
 
     fp8: Fp8Product
 
@@ -45,15 +47,15 @@ class _Parallel:
 
 
 class Fp8ColumnParallelLinear(_Parallel, ColumnParallelLinear):
-    """Weight cut along its outputs."""
+    """Weight split along its outputs."""
 
 
 class Fp8RowParallelLinear(_Parallel, RowParallelLinear):
-    """Weight cut along its inputs."""
+    """Weight split along its inputs."""
 
 
 class Fp8Linear(Linear):
-    """Weight whole on every rank."""
+    """Weight replicated on every rank."""
 
     fp8: Fp8Product
 

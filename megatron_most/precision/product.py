@@ -1,13 +1,15 @@
-"""A linear layer's three products, each of tensors that went through FP8.
+"""The three products of a linear layer, with operands quantized to FP8.
 
 Shape letters: n tokens, k inputs, o outputs, e experts.
 
-``y = x w^T``, ``dx = g w`` and ``dw = g^T x``. Each operand is quantized along the axis its product sums over, from its
-full-precision value, as Transformer Engine does; per-tensor recipes and the square blocks of a weight give the same
-values along both axes.
+The products are ``y = x w^T``, ``dx = g w`` and ``dw = g^T x``. As in Transformer Engine, each operand is quantized
+from full precision along the axis that its product sums over. Per-tensor recipes and the square blocks of weights give
+the same values along both axes.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -17,11 +19,11 @@ from megatron_most.precision.scaling import AmaxHistory
 
 
 class Fp8Product:
-    """What one linear layer, or the experts of one pool, does in FP8: here emulated, on any device.
+    """The FP8 products of one linear layer or of the experts of one pool, emulated on any device.
 
-    Values are quantized, dequantized and multiplied in the dtype of the input, with fp32 sums: what an FP8 kernel
-    computes but for the order of its sums. What runs without gradients (evaluation, a pass whose layers are computed
-    again) leaves no trace in histories and counts.
+    Values are quantized, dequantized, and multiplied in the dtype of the input with fp32 sums. The result is that of an
+    FP8 kernel except for the order of sums. Passes without gradients (evaluation, the first forward of recomputed
+    layers) do not change histories and counts.
 
     Args:
         count: experts of the pool; 1 for a linear layer.
@@ -48,30 +50,30 @@ class Fp8Product:
         return _Linear.apply(x.flatten(0, -2), weight, self).unflatten(0, x.shape[:-1])
 
     def grouped(self, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """``[n, k]`` sorted by expert, ``[e, o, k]`` and where each expert's tokens end, ``[e]`` int32 -> ``[n, o]``.
+        """``[n, k]`` sorted by expert, ``[e, o, k]``, and the ends of each expert's tokens ``[e]`` int32 -> ``[n, o]``.
 
-        The number of tokens of each expert must be a multiple of ``alignment`` (:meth:`padding`).
+        ``alignment`` must divide the number of tokens of each expert; see :meth:`padding`.
         """
         self.is_recording = torch.is_grad_enabled()
         return _Grouped.apply(x, weight, ends, self)
 
     def padding(self, counts: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Where each expert's tokens go when their number is filled up with zeros to whole alignments.
+        """Lay out the tokens of each expert, padded to a multiple of ``alignment``.
 
         Args:
             counts: tokens of each expert.
 
         Returns:
-            places ``[n]`` of the tokens, where each expert's now end (``[e]`` int32), and how many rows there are.
+            The row of each token ``[n]``, the ends of each expert's rows ``[e]`` int32, and the number of rows.
         """
         host = torch.tensor([counts, [-(-count // self.alignment) * self.alignment for count in counts]])
         ends = host.cumsum(1)
         num_tokens, num_rows = ends[:, -1].tolist()
-        # Before an expert's first token come the zeros of all experts before it.
+        # An expert's tokens are shifted by the padding of all experts before it.
         shifts = (ends[1] - host[1]) - (ends[0] - host[0])
         host = torch.stack([host[0], ends[1], shifts])
         if device.type == "cuda":
-            host = host.pin_memory()  # so that the host does not wait for the device, in every layer
+            host = host.pin_memory()  # so that the host does not wait for the copy
         sizes, padded_ends, shifts = host.to(device, non_blocking=True)
         places = torch.arange(num_tokens, device=device)
         places += shifts.repeat_interleave(sizes, output_size=num_tokens)
@@ -87,7 +89,7 @@ class Fp8Product:
     def multiply_grouped(
         self, a: torch.Tensor, role: str, weight: torch.Tensor, ends: torch.Tensor, owner: torch.Tensor
     ) -> torch.Tensor:
-        """``[n, k]`` and ``[e, o, k]`` -> each row times its expert's matrix, ``[n, o]``."""
+        """``[n, k]`` and ``[e, o, k]`` -> ``[n, o]``: each row times its expert's matrix. ``owner``: its expert."""
         a, weight = self.quantized(a, role, owner), self.quantized(weight, "weight")
         return torch.nn.functional.grouped_mm(a, weight.transpose(1, 2), offs=ends)
 
@@ -100,10 +102,10 @@ class Fp8Product:
         return torch.nn.functional.grouped_mm(gradient.t(), x, offs=ends)
 
     def quantized(self, tensor: torch.Tensor, role: str, owner: torch.Tensor | None = None) -> torch.Tensor:
-        """``tensor [..., k]``, to be summed over its last axis, after FP8; in its own dtype.
+        """``tensor [..., k]`` quantized along its last axis and dequantized, in its own dtype.
 
         Args:
-            owner: ``[n]`` the expert of each row, where rows belong to several; a weight's is its first axis.
+            owner: ``[n]``, the expert of each row of a tensor of tokens; None for weights, whose first axis is experts.
         """
         name = self.formats[role]
         if self.recipe == "mxfp8":
@@ -117,7 +119,7 @@ class Fp8Product:
         return found.to(tensor.dtype)
 
     def scale(self, tensor: torch.Tensor, role: str, owner: torch.Tensor | None = None) -> torch.Tensor:
-        """The per-tensor scale: of each row's expert ``[n, 1]``, of each expert's weight ``[e, 1, 1]``, or one."""
+        """The per-tensor scale: one, or one for each row's expert ``[n, 1]``, or for each weight ``[e, 1, 1]``."""
         magnitudes = tensor.detach().abs()
         if owner is not None:
             amax = torch.zeros(self.count, device=tensor.device)
@@ -133,7 +135,7 @@ class Fp8Product:
         return scale[owner][:, None] if owner is not None else scale.view(-1, *[1] * (tensor.dim() - 1))
 
     def _along_tokens(self, tensor: torch.Tensor, role: str, ends: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
-        """``[n, c]`` quantized for a sum over each expert's tokens: blocks begin anew with each expert."""
+        """``[n, c]`` quantized along the tokens of each expert; no block spans two experts."""
         if self.recipe in ("delayed", "tensorwise"):
             return self.quantized(tensor, role, owner)
         pieces = tensor.tensor_split(ends[:-1].tolist())
@@ -142,13 +144,13 @@ class Fp8Product:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, fp8: Fp8Product) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, fp8: Fp8Product) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.fp8 = fp8
         return fp8.multiply(x, "input", weight, "weight")
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         ctx.fp8.is_recording = True
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, _ = ctx.needs_input_grad
@@ -159,14 +161,14 @@ class _Linear(torch.autograd.Function):
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, fp8: Fp8Product) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, fp8: Fp8Product) -> torch.Tensor:
         owner = torch.searchsorted(ends, torch.arange(len(x), device=x.device, dtype=ends.dtype), right=True)
         ctx.save_for_backward(x, weight, ends, owner)
         ctx.fp8 = fp8
         return fp8.multiply_grouped(x, "input", weight, ends, owner)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         ctx.fp8.is_recording = True
         x, weight, ends, owner = ctx.saved_tensors
         needs_x, needs_weight, *_ = ctx.needs_input_grad

@@ -1,9 +1,9 @@
-"""FP8 products by torch's own kernels, on GPUs that have them: per-tensor recipes."""
+"""FP8 products computed by torch's kernels, on GPUs that support them. Per-tensor recipes only."""
 
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import ScalingType, scaled_grouped_mm, scaled_mm
+from torch.nn.functional import ScalingType, scaled_grouped_mm, scaled_mm  # type: ignore[attr-defined]  # no stub
 
 from megatron_most import platform
 from megatron_most.precision import formats
@@ -11,12 +11,14 @@ from megatron_most.precision.product import Fp8Product
 
 
 class ScaledMMProduct(Fp8Product):
-    """:class:`Fp8Product` executed in FP8 by ``scaled_mm`` and ``scaled_grouped_mm``.
+    """:class:`Fp8Product` computed in FP8 by ``scaled_mm`` and ``scaled_grouped_mm``.
 
-    Some products of experts are emulated (FP8 values multiplied in bf16). The weight gradients: grouped kernels that
-    sum over tokens want one scale for each row and expert, which a per-tensor recipe does not gain from. What has an
-    e5m2 operand, the gradients of ``hybrid``: the grouped kernel multiplies e4m3 alone. All of them on GPUs that have
-    no grouped kernel.
+    Some products of experts are still emulated, that is, FP8 values are multiplied in bf16:
+
+    - weight gradients: the grouped kernel that sums over tokens needs a scale for each row and expert, which per-tensor
+      recipes do not have;
+    - products with an e5m2 operand, the gradients of ``hybrid``: the grouped kernel supports only e4m3;
+    - all products, on GPUs without a grouped kernel.
     """
 
     def multiply(self, a: torch.Tensor, a_role: str, b: torch.Tensor, b_role: str) -> torch.Tensor:
@@ -53,7 +55,7 @@ class ScaledMMProduct(Fp8Product):
     def _cast(
         self, tensor: torch.Tensor, role: str, owner: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tensor in FP8, and what turns it back (the inverse of its scale)."""
+        """The tensor in FP8, and the inverse of its scale, which dequantizes it."""
         name, scale = self.formats[role], self.scale(tensor, role, owner)
         limit = formats.largest(name)
         return (tensor.float() * scale).clamp(-limit, limit).to(formats.FORMATS[name]), scale.reciprocal()

@@ -1,4 +1,4 @@
-"""Per-tensor scales from the past: the state of the recipe ``delayed``."""
+"""Scales from earlier steps: the state of the recipe ``delayed``."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ ROLES = ("input", "weight", "gradient")
 
 
 class AmaxHistory:
-    """Largest magnitudes of the three tensors of a product over the last steps; of each expert's for grouped ones.
+    """The largest magnitudes of a product's three tensors in the last steps, separately for each expert.
 
-    The scale is the same in all micro-batches of a step and in what is computed again in its backward, because the
-    history moves between steps alone. Until a history holds a step, the current values decide.
+    The history changes only between steps, so all micro-batches of a step and the layers recomputed in its backward
+    share one scale. In the first step, the scale comes from the current tensor.
 
     Args:
-        steps: how many steps count.
-        count: products that share the history's tensors: experts, 1 for a linear layer.
+        steps: number of steps that the history holds.
+        count: experts; 1 for a linear layer.
     """
 
     def __init__(self, steps: int, count: int, device: torch.device | int) -> None:
@@ -26,7 +26,7 @@ class AmaxHistory:
         self._next = 0
 
     def scale(self, role: str, amax: torch.Tensor, name: str, is_recorded: bool) -> torch.Tensor:
-        """The scale ``[count]`` to use now; ``amax [count]`` counts for this step if it ``is_recorded``."""
+        """The scale ``[count]`` to use now. If ``is_recorded``, ``amax [count]`` is added to the current step."""
         index = ROLES.index(role)
         if is_recorded:
             torch.maximum(self.current[index], amax, out=self.current[index])
@@ -34,16 +34,16 @@ class AmaxHistory:
         return tensor_scale(torch.where(known > 0, known, amax), name)
 
     def advance(self, largest: torch.Tensor) -> None:
-        """End a step with ``largest``, ``current`` over all ranks that hold parts or copies of the tensors."""
+        """End a step. ``largest`` is ``current``, reduced over all ranks that hold shards or copies of the tensors."""
         self.past[self._next % len(self.past)] = largest
         self.current.zero_()
         self._next += 1
 
     def oldest_first(self) -> torch.Tensor:
-        """A copy of ``past [steps, roles, count]`` between two steps, for a checkpoint."""
+        """A copy of ``past [steps, roles, count]`` in the order of steps, for checkpoints. Call it between steps."""
         return self.past.roll(-(self._next % len(self.past)), dims=0)
 
     def restore(self, past: torch.Tensor) -> None:
-        """Go on from what :meth:`oldest_first` gave."""
+        """Continue from the result of :meth:`oldest_first`."""
         self.past.copy_(past)
         self._next = 0

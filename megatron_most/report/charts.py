@@ -1,22 +1,25 @@
-"""Geometry of line charts: values in, coordinates in a fixed drawing area out. The templates draw them."""
+"""Geometry of line charts: values in, coordinates in a drawing area of fixed size out. The templates draw them."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 WIDTH, HEIGHT = 560.0, 250.0
 LEFT, RIGHT, TOP, BOTTOM = 58.0, 14.0, 12.0, 32.0
 MAX_POINTS = 240
-"""More points than this fall on the same pixels; their means are drawn instead."""
+"""More points than this would fall on the same pixels: means of neighbors are drawn instead."""
 
 _MAX_MARKERS = 40
 
 _LOG_RATIO = 25.0
 """Positive values that span more than this are drawn on a logarithmic scale."""
+
+Marker = Literal["", "circle", "diamond", "square"]
 
 
 @dataclass(frozen=True)
@@ -25,17 +28,17 @@ class Series:
 
     Args:
         label: its name in the legend.
-        points: (step, value), ascending in step.
+        points: (step, value), ascending in step; of a chart by tokens, (tokens, value).
         color: index into the page's palette.
         dash: whether the line is dashed.
-        marker: shape that marks every point, for few and far points such as validation; empty for none.
+        marker: shape of every point, for points that are few and far apart such as those of validation; empty for none.
     """
 
     label: str
     points: Sequence[tuple[float, float]]
     color: int
     dash: bool = False
-    marker: Literal["", "circle", "diamond", "square"] = ""
+    marker: Marker = ""
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class Curve:
     points: list[tuple[float, float, float, float]]
 
     @property
-    def marker(self) -> str:
-        """Shape at every point; a lone point needs one to be seen, too many would hide the curve."""
+    def marker(self) -> Marker:
+        """Shape of every point: a single point is invisible without one, and too many would hide the curve."""
         if len(self.points) == 1:
             return self.series.marker or "circle"
         return self.series.marker if len(self.points) <= _MAX_MARKERS else ""
@@ -61,7 +64,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class LineChart:
-    """Everything the template needs; coordinates are in a ``WIDTH`` x ``HEIGHT`` view box."""
+    """Everything the template needs; coordinates are in a ``WIDTH`` x ``HEIGHT`` view box.
+
+    Args:
+        averaged: how many logged lines a point is the mean of, at most.
+        axis: what the x axis counts.
+    """
 
     title: str
     unit: str
@@ -70,6 +78,7 @@ class LineChart:
     y_ticks: list[tuple[float, str]]
     is_log: bool
     averaged: int
+    axis: Literal["step", "tokens"] = "step"
     width: float = field(default=WIDTH, init=False)
     height: float = field(default=HEIGHT, init=False)
     left: float = field(default=LEFT, init=False)
@@ -83,33 +92,62 @@ class LineChart:
         parts = []
         for curve in self.curves:
             (first, start), (last, end) = curve.series.points[0], curve.series.points[-1]
-            start_text = f"from {format_number(start)} at step {first:g} to " if last > first else ""
-            parts.append(f"{curve.series.label} {start_text}{format_number(end)} at step {last:g}")
+            start_text = f"from {format_number(start)} at {self._where(first)} to " if last > first else ""
+            parts.append(f"{curve.series.label} {start_text}{format_number(end)} at {self._where(last)}")
         return f"{self.title}: {'; '.join(parts)}"
 
+    def _where(self, x: float) -> str:
+        return f"step {x:g}" if self.axis == "step" else f"{format_number(x)} tokens"
+
     @property
-    def script_data(self) -> dict:
-        """What the page's script needs to answer a pointer: names, colors, and points as (step, text, x, y)."""
+    def script_data(self) -> dict[str, Any]:
+        """What the page's script needs to answer a pointer and to write a CSV file.
+
+        Points are (step or tokens, value, its text, x). Values have six digits.
+        """
         return {
-            "left": self.left,
-            "right": self.right,
+            "axis": self.axis,
             "width": self.width,
             "series": [
                 {
                     "label": curve.series.label,
                     "color": curve.series.color,
-                    "points": [[step, format_number(value), x, y] for step, value, x, y in curve.points],
+                    "points": [
+                        [round(step), float(f"{value:.6g}"), format_number(value), x]
+                        for step, value, x, _ in curve.points
+                    ],
                 }
                 for curve in self.curves
             ],
         }
 
 
-def line_chart(title: str, series: Sequence[Series], unit: str = "", from_zero: bool = False) -> LineChart | None:
-    """Lay out a chart over steps; None when no series has a point.
+@dataclass(frozen=True)
+class Figure:
+    """A chart by steps and, where tokens were logged, the same by tokens."""
+
+    views: tuple[LineChart, ...]
+
+    @property
+    def title(self) -> str:
+        return self.views[0].title
+
+
+def figures(by_steps: Sequence[LineChart], by_tokens: Sequence[LineChart] = ()) -> list[Figure]:
+    """Charts that may be shown by steps or by tokens.
 
     Args:
-        from_zero: start the value axis at 0, for quantities whose size matters more than their change.
+        by_tokens: charts of the same titles, laid out from points with tokens in place of steps.
+    """
+    others = {chart.title: dataclasses.replace(chart, axis="tokens") for chart in by_tokens}
+    return [Figure((chart, others[chart.title]) if chart.title in others else (chart,)) for chart in by_steps]
+
+
+def line_chart(title: str, series: Sequence[Series], unit: str = "", from_zero: bool = False) -> LineChart | None:
+    """Lay out a chart; None if no series has a point.
+
+    Args:
+        from_zero: start the value axis at 0, for quantities of which the size matters, not the change.
     """
     shown = [one for one in series if one.points]
     if not shown:
@@ -145,7 +183,7 @@ def line_chart(title: str, series: Sequence[Series], unit: str = "", from_zero: 
 
 
 def average_points(points: Sequence[tuple[float, float]], limit: int) -> list[tuple[float, float]]:
-    """At most ``limit`` points, each the mean value of neighbors at the last one's step."""
+    """At most ``limit`` points: means of neighboring values, at the step of the last of them."""
     if len(points) <= limit:
         return list(points)
     size = math.ceil(len(points) / limit)
@@ -163,9 +201,9 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def format_number(value: float) -> str:
-    """Three significant digits, with thousands as k, M or G, and powers of ten for the very small."""
+    """Three significant digits, with k, M, G or T for thousands, and powers of ten for the very small."""
     size = abs(value)
-    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+    for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size >= limit:
             return f"{value / (1e3 if suffix == 'k' else limit):.3g}{suffix}"
     if size >= 1000 or value == int(value):
@@ -195,4 +233,7 @@ def _log_axis(values: Sequence[float]) -> tuple[float, float, list[float]]:
 
 
 def _short(step: float) -> str:
-    return f"{step / 1000:g}k" if abs(step) >= 10000 else f"{step:g}"
+    for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(step) >= limit:
+            return f"{step / (1e3 if suffix == 'k' else limit):g}{suffix}"
+    return f"{step:g}"

@@ -1,12 +1,13 @@
-"""Which curves of ``metrics.jsonl`` go into which chart."""
+"""The charts of a run's metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from megatron_most.report.charts import LineChart, Series, line_chart
+from megatron_most.report.charts import LineChart, Marker, Series, line_chart
 from megatron_most.report.run_files import number
+from megatron_most.report.utilization import FLOPS, MFU
 
 _TASKS = {
     "asr": "ASR",
@@ -16,26 +17,26 @@ _TASKS = {
     "interleaved": "interleaved",
     "chat": "chat",
 }
-_MARKERS = ("circle", "diamond", "square")
+_MARKERS: tuple[Marker, ...] = ("circle", "diamond", "square")
 PALETTE = 8
-"""Colors of the page: 0 and 1 are text's and audio's, 2 is gray, the tasks' start at 3."""
+"""Number of colors: 0 and 1 are those of text and audio, 2 is gray, those of tasks start at 3."""
 _GREY = 2
 _MODALITIES = (0, 1, 7, 6, 4)
+MEMORY = "max_memory_bytes"
 
 
 def modality_color(index: int) -> int:
-    """Color of the modality with that index, in every chart and map."""
+    """Color of a modality in all charts and maps."""
     return _MODALITIES[index % len(_MODALITIES)]
 
 
 def points_of(metrics: Iterable[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(step, value) wherever ``key`` has a finite value, ascending; of two values at one step the later line counts."""
-    found = {line["step"]: number(line.get(key)) for line in metrics if number(line.get(key)) is not None}
-    return sorted(found.items())
+    """(step, value) of every finite value of ``key``, ascending; of two values at one step, the later line counts."""
+    return sorted({line["step"]: value for line in metrics if (value := number(line.get(key))) is not None}.items())
 
 
 def loss_charts(metrics: list[dict[str, Any]], modalities: Sequence[str]) -> list[LineChart]:
-    """Losses by modality, by task (validation sets in their task's color, dashed) and by codebook."""
+    """Losses by modality, by task and by codebook; validation sets are dashed, in the color of their task."""
     keys = dict.fromkeys(key for line in metrics for key in line)
     modality = [Series("all targets", points_of(metrics, "loss"), _GREY)]
     modality += [
@@ -71,7 +72,7 @@ def loss_charts(metrics: list[dict[str, Any]], modalities: Sequence[str]) -> lis
 
 
 def training_charts(metrics: list[dict[str, Any]]) -> list[LineChart]:
-    """Learning rate, gradient norm (of the whole and of the model's parts), throughput."""
+    """Learning rate, gradient norms, throughput, utilization and memory."""
     parts = sorted({key for line in metrics for key in line if key.startswith("grad_norm/")})
     by_part = [
         Series(key.removeprefix("grad_norm/"), points_of(metrics, key), index % PALETTE, dash=index >= PALETTE)
@@ -85,6 +86,14 @@ def training_charts(metrics: list[dict[str, Any]]) -> list[LineChart]:
             "Throughput",
             [Series("tokens per second", points_of(metrics, "tokens_per_second"), 3)],
             unit="tokens/s",
+            from_zero=True,
+        ),
+        line_chart("Model FLOPs utilization (MFU)", [Series("MFU", points_of(metrics, MFU), 6)], "%", from_zero=True),
+        line_chart("Model FLOP/s", [Series("FLOP/s", points_of(metrics, FLOPS), 6)], "FLOP/s", from_zero=True),
+        line_chart(
+            "Peak memory of rank 0",
+            [Series("memory", [(step, size / (1 << 30)) for step, size in points_of(metrics, MEMORY)], 7)],
+            unit="GiB",
             from_zero=True,
         ),
         line_chart(

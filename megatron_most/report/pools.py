@@ -1,4 +1,4 @@
-"""The experts of a run, read from its configuration: pools, and who may choose what. Nothing of the model is needed."""
+"""The expert pools of a run and the experts open to each modality, read from its configuration without the model."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _COMMON = "common"
 
 @dataclass(frozen=True)
 class Pools:
-    """Experts of every modality, in logical numbers.
+    """Experts, in logical numbers.
 
     Args:
-        experts: pool -> its experts; a pool for each modality that has experts of its own, then ``common``.
-        choices: modality -> the experts its tokens may choose.
+        experts: pool -> its experts, for each modality that has a pool, then ``common``.
+        choices: modality -> the experts that its tokens may choose.
     """
 
     experts: dict[str, tuple[int, ...]]
@@ -26,7 +26,7 @@ class Pools:
 
     @property
     def columns(self) -> list[int]:
-        """All experts, pool by pool: the order in which they are drawn."""
+        """All experts in the order in which they are drawn, pool by pool."""
         return [expert for experts in self.experts.values() for expert in experts]
 
     def pool_of(self) -> dict[int, str]:
@@ -35,7 +35,7 @@ class Pools:
 
 
 def read_pools(config: dict[str, Any]) -> Pools | None:
-    """Pools of a resolved configuration; None when it does not say which they are."""
+    """Pools of a resolved configuration; None if it does not define them."""
     try:
         moe = config["model"]["moe"]
         groups = [(str(group["modality"]), group) for group in moe["groups"]]

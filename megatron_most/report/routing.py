@@ -1,32 +1,31 @@
-"""Where the tokens went: a map of layers by experts for each modality, and what the statistics did over the run.
-
-Shape letters: E logical experts.
-"""
+"""Where the tokens went: a map of layers by experts for each modality, and the routing statistics over the run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_most.report.charts import LineChart, Series, line_chart
 from megatron_most.report.curves import modality_color, points_of
 from megatron_most.report.pools import Pools, read_pools
-from megatron_most.report.routing_map import Counts, RoutingMap, max_over_mean, routing_map
-from megatron_most.report.run_files import RunFiles, number
+from megatron_most.report.routing_counts import Interval, num_outside, read_intervals, total
+from megatron_most.report.routing_map import RoutingMap, max_over_mean, routing_map
+from megatron_most.report.run_files import RunFiles
 
-_FINAL_SHARE = 0.25
+_MAP_SHARE = 0.25
 """The maps show the last quarter of the intervals: what training has arrived at, over enough tokens to be steady."""
-
-Layers = dict[int, dict[str, Counts]]
-"""Layer number -> modality -> what its tokens did."""
 
 
 @dataclass(frozen=True)
 class RoutingView:
     """The routing section of the page.
 
-    dead: (modality, most experts without a token in any layer at the last line, size of its choice), where recorded.
+    Args:
+        first_step, last_step: ends of the first and last interval that the maps show.
+        pairs, outside: routed (token, expert) pairs of the whole run, and those outside of their choice.
+        dead: (modality, dead experts in the layer with the most of them, size of its choice) at the last line, where
+            recorded.
     """
 
     maps: list[RoutingMap]
@@ -44,125 +43,58 @@ class RoutingView:
 
 
 def routing_view(run: RunFiles) -> RoutingView | None:
-    """Lay out the routing section; None when there are no counts that can be used (with a note, if there were any)."""
-    entries = [(int(line["step"]), _layers(line, run.modalities)) for line in run.routing]
-    if not entries:
+    """Lay out the routing section; None without counts. What cannot be used becomes a note of the run."""
+    intervals = read_intervals(run)
+    if not intervals:
         return None
-    width = max((len(counts.pairs) for _, layers in entries for counts in _all(layers)), default=0)
-    entries = [
-        (step, {layer: mine for layer, mine in layers.items() if all(len(one.pairs) == width for one in mine.values())})
-        for step, layers in entries
-    ]
-    entries = [(step, layers) for step, layers in entries if layers]
-    if len(entries) < len(run.routing):
-        run.notes.append(f"{len(run.routing) - len(entries)} lines of routing.jsonl hold no counts and are left out.")
-    if not entries or not width:
-        return None
-    names = list(next(iter(entries[0][1].values())))
-    pools = read_pools(run.config)
-    if pools is None or pools.num_experts != width or not set(names) <= set(pools.choices):
-        pools = None
-        run.notes.append("The sizes of the expert groups are unknown, so the routing maps show no borders.")
-
-    final = entries[-max(1, round(len(entries) * _FINAL_SHARE)) :]
-    totals = _sum(layers for _, layers in final)
-    maps = [
-        routing_map(name, modality_color(index), {layer: by_name[name] for layer, by_name in totals.items()}, pools)
-        for index, name in enumerate(names)
-    ]
+    modalities = list(next(iter(intervals[0].layers.values())))
+    pools = _pools(run, modalities, len(next(intervals[0].all_counts()).pairs))
+    shown = intervals[-max(1, round(len(intervals) * _MAP_SHARE)) :]
     return RoutingView(
-        maps=[one for one in maps if one],
-        charts=_charts(run.metrics, entries, names, pools),
-        first_step=final[0][0],
-        last_step=final[-1][0],
-        pairs=sum(sum(counts.pairs) for _, layers in entries for counts in _all(layers)),
-        outside=sum(int(number(layer.get("outside_group")) or 0) for line in run.routing for layer in _dicts(line)),
-        dead=_dead(run.metrics, names, pools),
+        maps=_maps(shown, modalities, pools),
+        charts=routing_charts(run.metrics, intervals, modalities, pools),
+        first_step=shown[0].step,
+        last_step=shown[-1].step,
+        pairs=sum(sum(counts.pairs) for one in intervals for counts in one.all_counts()),
+        outside=num_outside(run),
+        dead=_dead(run.metrics, modalities, pools),
     )
 
 
-def _all(layers: Layers) -> Iterable[Counts]:
-    return (counts for by_name in layers.values() for counts in by_name.values())
+def _pools(run: RunFiles, modalities: Sequence[str], num_experts: int) -> Pools | None:
+    """The pools of the run's configuration, if they are those of its counts."""
+    pools = read_pools(run.config)
+    if pools is not None and pools.num_experts == num_experts and set(modalities) <= set(pools.choices):
+        return pools
+    run.notes.append("The sizes of the expert groups are unknown, so the routing maps show no borders.")
+    return None
 
 
-def _dicts(line: dict[str, Any]) -> list[dict[str, Any]]:
-    layers = line.get("layers")
-    return [layer for layer in layers if isinstance(layer, dict)] if isinstance(layers, list) else []
+def _maps(intervals: Sequence[Interval], modalities: Sequence[str], pools: Pools | None) -> list[RoutingMap]:
+    layers = total(intervals)
+    maps = []
+    for index, name in enumerate(modalities):
+        counts = {layer: by_modality[name] for layer, by_modality in layers.items()}
+        if any(sum(one.pairs) for one in counts.values()):
+            maps.append(routing_map(name, modality_color(index), counts, pools))
+    return maps
 
 
-def _layers(line: dict[str, Any], modalities: Sequence[str]) -> Layers:
-    """Every layer of a line that holds whole counts."""
-    found: Layers = {}
-    for layer in _dicts(line):
-        # Older runs have the counts beside the layer's number, and no statistics.
-        pairs = (
-            layer["pairs"] if isinstance(layer.get("pairs"), dict) else {name: layer.get(name) for name in modalities}
-        )
-        if pairs and all(_is_numbers(row) and row for row in pairs.values()):
-            found[int(number(layer.get("layer")) or 0)] = {
-                str(name): _counts(layer, name, pairs[name]) for name in pairs
-            }
-    return found
-
-
-def _counts(layer: dict[str, Any], name: str, pairs: list[float]) -> Counts:
-    def recorded(key: str) -> Any:
-        value = layer.get(key)
-        return value.get(name) if isinstance(value, dict) else None
-
-    tokens, scores = int(number(recorded("tokens")) or 0), recorded("mean_score")
-    has_scores = _is_numbers(scores) and len(scores) == len(pairs)
-    return Counts(
-        pairs=[int(count) for count in pairs],
-        score_sums=[score * tokens for score in scores] if has_scores else None,
-        tokens=tokens,
-        entropy=number(recorded("entropy")),
-    )
-
-
-def _is_numbers(row: Any) -> bool:
-    return isinstance(row, list) and all(number(value) is not None for value in row)
-
-
-def _sum(intervals: Iterable[Layers]) -> Layers:
-    """All intervals as one."""
-    found: dict[int, dict[str, list[Counts]]] = {}
-    for layers in intervals:
-        for layer, by_name in layers.items():
-            for name, counts in by_name.items():
-                found.setdefault(layer, {}).setdefault(name, []).append(counts)
-    return {
-        layer: {name: _total(counts) for name, counts in by_name.items()} for layer, by_name in sorted(found.items())
-    }
-
-
-def _total(counts: list[Counts]) -> Counts:
-    measured = [one for one in counts if one.entropy is not None and one.tokens]
-    scored = [one.score_sums for one in counts if one.score_sums is not None]
-    tokens = sum(one.tokens for one in measured)
-    return Counts(
-        pairs=[sum(column) for column in zip(*(one.pairs for one in counts), strict=True)],
-        score_sums=[sum(column) for column in zip(*scored, strict=True)] if scored else None,
-        tokens=sum(one.tokens for one in counts if one.score_sums is not None),
-        entropy=sum(one.entropy * one.tokens for one in measured) / tokens if tokens else None,
-    )
-
-
-def _dead(metrics: list[dict[str, Any]], names: Sequence[str], pools: Pools | None) -> list[tuple[str, int, int]]:
+def _dead(metrics: list[dict[str, Any]], modalities: Sequence[str], pools: Pools | None) -> list[tuple[str, int, int]]:
     if pools is None:
         return []
-    found = [(name, points_of(metrics, f"routing/{name}/dead_experts/max")) for name in names]
+    found = [(name, points_of(metrics, f"routing/{name}/dead_experts/max")) for name in modalities]
     return [(name, int(points[-1][1]), len(pools.choices[name])) for name, points in found if points]
 
 
-def _charts(
-    metrics: list[dict[str, Any]], entries: list[tuple[int, Layers]], names: Sequence[str], pools: Pools | None
+def routing_charts(
+    metrics: list[dict[str, Any]], intervals: Sequence[Interval], modalities: Sequence[str], pools: Pools | None
 ) -> list[LineChart]:
-    """Charts of what was recorded; dead experts and score outside the choice only where there ever was any."""
+    """Charts of what was recorded; dead experts and score outside of the choice only if there ever was any."""
 
     def over_layers(key: str, worst: str = "max") -> list[Series]:
         series = []
-        for index, name in enumerate(names):
+        for index, name in enumerate(modalities):
             mean, extreme = (points_of(metrics, f"routing/{name}/{key}/{kind}") for kind in ("mean", worst))
             series.append(Series(f"{name}, mean over layers", mean, modality_color(index)))
             series.append(Series(f"{name}, worst layer", extreme, modality_color(index), dash=True))
@@ -175,8 +107,9 @@ def _charts(
         Series("mean over layers", points_of(metrics, "routing/ep_max_over_mean/mean"), 3),
         Series("worst layer", points_of(metrics, "routing/ep_max_over_mean/max"), 3, dash=True),
     ]
+    loads = _loads(intervals, modalities, pools) if pools else []
     charts = [
-        line_chart("Expert load: busiest over the mean of the choice", _loads(entries, names, pools), "1 is even"),
+        line_chart("Expert load: busiest over the mean of the choice", loads, "1 is even"),
         line_chart("Entropy of the routing distribution", over_layers("entropy", "min"), "nats", from_zero=True),
         line_chart("Dead experts: chosen by no token", where_any(over_layers("dead_experts")), "experts of a layer"),
         line_chart("Score outside the choice", where_any(over_layers("outside_mass")), "mean per token"),
@@ -192,17 +125,20 @@ def _charts(
     return [chart for chart in charts if chart]
 
 
-def _loads(entries: list[tuple[int, Layers]], names: Sequence[str], pools: Pools | None) -> list[Series]:
-    """Busiest expert over the mean of the modality's choice at each step: the mean over layers, and the worst layer."""
+def _loads(intervals: Sequence[Interval], modalities: Sequence[str], pools: Pools) -> list[Series]:
+    """Load of the busiest expert over the mean of the modality's choice: the mean over layers, and the worst layer."""
     series = []
-    for index, name in enumerate(names if pools else ()):
+    for index, name in enumerate(modalities):
         mean, worst = [], []
-        for step, layers in entries:
-            loads = [[by_name[name].pairs[expert] for expert in pools.choices[name]] for by_name in layers.values()]
-            ratios = [ratio for ratio in map(max_over_mean, loads) if ratio]
+        for one in intervals:
+            ratios = []
+            for by_modality in one.layers.values():
+                ratio = max_over_mean([by_modality[name].pairs[expert] for expert in pools.choices[name]])
+                if ratio is not None:
+                    ratios.append(ratio)
             if ratios:
-                mean.append((step, sum(ratios) / len(ratios)))
-                worst.append((step, max(ratios)))
+                mean.append((one.step, sum(ratios) / len(ratios)))
+                worst.append((one.step, max(ratios)))
         series.append(Series(f"{name}, mean over layers", mean, modality_color(index)))
         series.append(Series(f"{name}, worst layer", worst, modality_color(index), dash=True))
     return series

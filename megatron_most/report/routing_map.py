@@ -1,4 +1,4 @@
-"""Geometry of a routing map: layers by experts of one modality. The template draws it."""
+"""Geometry of a routing map: layers by experts, for one modality. The template draws it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_most.report.pools import Pools
+from megatron_most.report.routing_counts import Counts
 
 ROW = 26.0
 LABELS = 64.0
@@ -19,30 +20,23 @@ _GAP = 14.0
 _LETTER = 6.4
 """About the width of a letter of the map's labels."""
 
-
-@dataclass(frozen=True)
-class Counts:
-    """What one modality's tokens did in one layer, summed over the intervals shown.
-
-    Args:
-        pairs: ``[E]`` (token, expert) pairs.
-        score_sums: ``[E]`` scores summed over tokens; None when they were not recorded.
-        tokens: number of tokens, 0 when not recorded.
-        entropy: mean over tokens; None when not recorded.
-    """
-
-    pairs: list[int]
-    score_sums: list[float] | None = None
-    tokens: int = 0
-    entropy: float | None = None
+_LABELED_EVERY = 8
+"""Where columns are narrow, only every eighth expert is labeled."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One expert of one layer: the share of the modality's pairs.
+    """One expert of one layer.
 
-    kind: ``used``, ``dead`` (may be chosen and was not), ``closed`` (may not be chosen) or ``leak`` (was all the same).
+    Args:
+        share: of the modality's pairs in that layer.
+        strength: the share over the largest of the map.
+        kind: ``used``; ``dead`` (open to the modality, never chosen); ``closed`` (not open to it); ``leak`` (not open
+            to it, but chosen).
     """
+
+    layer: int
+    expert: int
 
     title: str
     x: float
@@ -58,8 +52,15 @@ class Cell:
 class RoutingMap:
     """One modality's heat map; coordinates are in a ``width`` x ``height`` view box.
 
-    ``heads`` and ``columns`` are labels with their x, ``rows`` labels with their y, ``numbers`` a head, its right edge
-    and a text for each row; ``borders`` are the x between pools.
+    Args:
+        rows: labels of the layers, with their y.
+        numbers: columns of numbers beside the map: head, right edge, and a text for each row.
+        borders: x between pools.
+        heads: names of the pools above the map, with their x.
+        columns: labels of the experts below the map, with their x.
+        highest: the largest share.
+        even: the share of every expert of the choice if the load were even; None if the choice is unknown.
+        show_values: whether cells have room for their share.
     """
 
     modality: str
@@ -80,6 +81,12 @@ class RoutingMap:
     show_values: bool
 
     @property
+    def table(self) -> dict[str, list]:
+        """The map's numbers, for a CSV file."""
+        rows = [[cell.layer, cell.expert, cell.kind, float(f"{cell.share:.6g}")] for cell in self.cells]
+        return {"columns": ["layer", "expert", "kind", "share of pairs"], "rows": rows}
+
+    @property
     def description(self) -> str:
         return (
             f"Routing map of {self.modality} tokens: {len(self.rows)} layers by {self.num_experts} experts,"
@@ -87,21 +94,49 @@ class RoutingMap:
         )
 
 
-def routing_map(modality: str, color: int, layers: dict[int, Counts], pools: Pools | None) -> RoutingMap | None:
-    """Lay out the map of one modality's ``layers``; None when it had no pair.
+def routing_map(modality: str, color: int, layers: dict[int, Counts], pools: Pools | None) -> RoutingMap:
+    """Lay out the map of one modality, which has pairs in some of its ``layers``.
 
-    Without ``pools`` the experts stand in logical order, without borders, and nothing is known to be closed.
+    Without ``pools`` the experts stand in logical order without borders, and no expert is known to be closed.
     """
-    if not any(sum(counts.pairs) for counts in layers.values()):
-        return None
     num_experts = len(next(iter(layers.values())).pairs)
     experts = pools.columns if pools else list(range(num_experts))
     choice = set(pools.choices[modality]) if pools else None
-    pool_of = pools.pool_of() if pools else {}
     width = max(13.0, min(46.0, 420.0 / num_experts))
+    cells = _cells(layers, experts, choice, pools.pool_of() if pools else {}, width)
+    numbers = _numbers(layers, choice, LABELS + num_experts * width)
+    heads, borders = _pool_heads(pools, width) if pools else ([], [])
+    bottom = HEAD + len(layers) * ROW
+    return RoutingMap(
+        modality=modality,
+        num_experts=num_experts,
+        color=color,
+        cells=cells,
+        rows=[(f"layer {layer}", HEAD + (row + 0.5) * ROW) for row, layer in enumerate(layers)],
+        numbers=numbers,
+        borders=borders,
+        heads=heads,
+        columns=[
+            (str(expert), LABELS + (column + 0.5) * width)
+            for column, expert in enumerate(experts)
+            if width >= 18 or column % _LABELED_EVERY == 0
+        ],
+        width=numbers[-1][1],
+        height=bottom + FOOT,
+        top=HEAD,
+        bottom=bottom,
+        highest=max(cell.share for cell in cells),
+        even=1 / len(choice) if choice else None,
+        show_values=width >= 30,
+    )
+
+
+def _cells(
+    layers: dict[int, Counts], experts: list[int], choice: set[int] | None, pool_of: dict[int, str], width: float
+) -> list[Cell]:
+    """A row of cells for each layer, one for each of ``experts`` in that order."""
     shares = {layer: [count / max(1, sum(counts.pairs)) for count in counts.pairs] for layer, counts in layers.items()}
     highest = max(max(row) for row in shares.values())
-
     cells = []
     for row, (layer, counts) in enumerate(layers.items()):
         for column, expert in enumerate(experts):
@@ -109,6 +144,8 @@ def routing_map(modality: str, color: int, layers: dict[int, Counts], pools: Poo
             share = shares[layer][expert]
             cells.append(
                 Cell(
+                    layer=layer,
+                    expert=expert,
                     title=_title(layer, expert, pool_of.get(expert), kind, counts, share),
                     x=round(LABELS + column * width, 2),
                     y=HEAD + row * ROW,
@@ -119,36 +156,19 @@ def routing_map(modality: str, color: int, layers: dict[int, Counts], pools: Poo
                     kind=kind,
                 )
             )
-    right = LABELS + num_experts * width
-    numbers = _numbers(layers, choice, right)
-    edges, heads = [LABELS], []
-    for name, mine in pools.experts.items() if pools else ():
-        edges.append(edges[-1] + len(mine) * width)
+    return cells
+
+
+def _pool_heads(pools: Pools, width: float) -> tuple[list[tuple[str, float]], list[float]]:
+    """Names of the pools with their x, shortened to their columns, and the x of the borders between them."""
+    heads, edge, borders = [], LABELS, []
+    for name, experts in pools.experts.items():
+        right = edge + len(experts) * width
         full = f"{name} experts"
-        heads.append((full if len(full) * _LETTER <= edges[-1] - edges[-2] else name, (edges[-2] + edges[-1]) / 2))
-    every = 1 if width >= 18 else 8
-    return RoutingMap(
-        modality=modality,
-        num_experts=num_experts,
-        color=color,
-        cells=cells,
-        rows=[(f"layer {layer}", HEAD + (row + 0.5) * ROW) for row, layer in enumerate(layers)],
-        numbers=numbers,
-        borders=edges[1:-1],
-        heads=heads,
-        columns=[
-            (str(expert), LABELS + (column + 0.5) * width)
-            for column, expert in enumerate(experts)
-            if column % every == 0
-        ],
-        width=numbers[-1][1],
-        height=HEAD + len(layers) * ROW + FOOT,
-        top=HEAD,
-        bottom=HEAD + len(layers) * ROW,
-        highest=highest,
-        even=1 / len(choice) if choice else None,
-        show_values=width >= 30,
-    )
+        heads.append((full if len(full) * _LETTER <= right - edge else name, (edge + right) / 2))
+        borders.append(right)
+        edge = right
+    return heads, borders[:-1]
 
 
 def max_over_mean(loads: Sequence[int]) -> float | None:
@@ -157,7 +177,7 @@ def max_over_mean(loads: Sequence[int]) -> float | None:
 
 
 def _numbers(layers: dict[int, Counts], choice: set[int] | None, left: float) -> list[tuple[str, float, list[str]]]:
-    """Columns beside the map; those that nothing was recorded for are left out."""
+    """Columns of numbers beside the map, those that were recorded."""
     loads = {
         layer: [count for expert, count in enumerate(counts.pairs) if choice is None or expert in choice]
         for layer, counts in layers.items()

@@ -1,32 +1,34 @@
-"""Reading a run directory: whatever is there, with a note for whatever is not or cannot be read."""
+"""Reading a run directory: what is there, and a note for everything that is missing or cannot be read."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from megatron_most.config import CONFIG, with_new_names
 from megatron_most.errors import DataError
+from megatron_most.files import read_json
 
 
 @dataclass
 class RunFiles:
-    """The contents of a run directory; an absent file is an empty value and a note.
+    """The contents of a run directory. A missing file is an empty value and a note.
 
     Args:
         directory: the run directory.
         metrics: lines of ``metrics.jsonl``, training and validation, in the order of the file.
         routing: lines of ``routing.jsonl``.
         evaluation: contents of ``evaluation/*.json``, by file name.
-        summary, environment, config: contents of ``summary.json``, ``environment.json`` and ``config.yaml``, whose keys
-            have their names of today.
-        config_text: ``config.yaml`` as it stands.
-        notes: what is missing or broken, a sentence each.
+        summary, environment, config: contents of ``summary.json``, ``environment.json`` and ``config.yaml``. Renamed
+            configuration keys have their current names.
+        config_text: ``config.yaml`` as it is written.
+        notes: what is missing or broken, one sentence each.
     """
 
     directory: Path
@@ -41,15 +43,29 @@ class RunFiles:
 
     @property
     def modalities(self) -> list[str]:
-        """Names of the modalities in their order; text and audio when the configuration does not say."""
+        """Names of the modalities in their order; text and audio if the configuration does not say."""
         try:
             return [str(group["modality"]) for group in self.config["model"]["moe"]["groups"]]
         except (KeyError, TypeError):
             return ["text", "audio"]
 
+    def by_tokens(self) -> RunFiles | None:
+        """The run with consumed tokens in place of steps, for charts by tokens; None if no tokens were logged."""
+        logged = {line["step"]: count for line in self.metrics if (count := number(line.get("consumed_tokens")))}
+        if not logged:
+            return None
+        steps = [0.0, *sorted(logged)]
+        tokens = [0.0, *(logged[step] for step in steps[1:])]
+
+        def replaced(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            # Validation may log between two lines of training.
+            return [line | {"step": float(np.interp(line["step"], steps, tokens))} for line in lines]
+
+        return replace(self, metrics=replaced(self.metrics), routing=replaced(self.routing), notes=[])
+
     @property
     def sets(self) -> list[str]:
-        """Names of the evaluated sets, from the easiest (least mean word error rate over its suites) to the hardest."""
+        """Names of the evaluated sets, ascending in their mean word error rate over all suites."""
         rates: dict[str, list[float]] = {}
         for result in self.evaluation.values():
             known = rates.setdefault(str(result.get("set", "")), [])
@@ -62,7 +78,7 @@ def read_run(directory: str | Path) -> RunFiles:
     """Read what a run directory holds.
 
     Raises:
-        DataError: no such directory, or none of a run's files is in it.
+        DataError: no such directory, or it holds none of a run's files.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -80,19 +96,24 @@ def read_run(directory: str | Path) -> RunFiles:
 
 
 def number(value: Any) -> float | None:
-    """``value`` as a finite float; None for anything else (a boolean is no measurement)."""
+    """``value`` as a finite float; None for anything else, booleans included."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return float(value)
 
 
+def _is_there(run: RunFiles, name: str, purpose: str) -> bool:
+    if (run.directory / name).is_file():
+        return True
+    run.notes.append(f"{name} is missing: {purpose}.")
+    return False
+
+
 def _text(run: RunFiles, name: str, purpose: str) -> str:
-    path = run.directory / name
-    if not path.is_file():
-        run.notes.append(f"{name} is not there: {purpose}.")
+    if not _is_there(run, name, purpose):
         return ""
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return (run.directory / name).read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         run.notes.append(f"{name} cannot be read: {error.strerror}.")
         return ""
@@ -113,24 +134,19 @@ def _json_lines(run: RunFiles, name: str, purpose: str) -> list[dict[str, Any]]:
     if broken == [len(lines) - 1]:
         run.notes.append(f"The last line of {name} is incomplete and left out (the run was stopped while writing it).")
     elif broken:
-        run.notes.append(f"{len(broken)} lines of {name} are not readable and left out, the first is {broken[0] + 1}.")
+        run.notes.append(f"{len(broken)} unreadable lines of {name} are left out, the first is line {broken[0] + 1}.")
     return values
 
 
 def _json_object(run: RunFiles, name: str, purpose: str) -> dict[str, Any]:
-    text = _text(run, name, purpose)
-    if not text:
+    if not _is_there(run, name, purpose):
         return {}
+    path = run.directory / name
     try:
-        value = json.loads(text)
-    except ValueError as error:
-        value, problem = None, str(error)
-    else:
-        problem = "it holds no JSON object"
-    if not isinstance(value, dict):
-        run.notes.append(f"{name} is left out: {problem}.")
+        return read_json(path, DataError)
+    except DataError as error:
+        run.notes.append(f"{name} is left out: {str(error).removeprefix(f'{path}: ')}.")
         return {}
-    return value
 
 
 def _read_config(run: RunFiles) -> None:
@@ -142,17 +158,17 @@ def _read_config(run: RunFiles) -> None:
     if isinstance(value, dict):
         run.config = with_new_names(value)
     else:
-        run.notes.append("config.yaml is shown as it is, but it is not readable as YAML.")
+        run.notes.append("config.yaml is shown as it is, but it is not valid YAML.")
 
 
 def _read_evaluation(run: RunFiles) -> None:
     paths = sorted((run.directory / "evaluation").glob("*.json"))
     if not paths:
-        run.notes.append("evaluation/*.json is not there: word error rates, transcripts and speech samples.")
+        run.notes.append("evaluation/*.json is missing: word error rates, transcripts and speech samples.")
     for path in paths:
         name = f"evaluation/{path.name}"
         value = _json_object(run, name, "")
         if value and not isinstance(value.get("items", []), list):
-            run.notes.append(f"{name} is left out: its items are no list.")
+            run.notes.append(f"{name} is left out: items must be a list.")
         elif value:
             run.evaluation[path.stem] = value

@@ -10,7 +10,7 @@ from megatron_most.report.run_files import RunFiles
 
 MAX_SAMPLES = 12
 MAX_BYTES = 3_200_000
-"""Bounds of the page's size: utterances with sound, and bytes of WAV before base64 adds a third."""
+"""Bounds of the page's size: utterances with sound, and bytes of WAV before base64."""
 
 KINDS = {"original_wav": "original", "roundtrip_wav": "codec round trip", "generated_wav": "generated"}
 
@@ -27,7 +27,7 @@ class Sample:
 
 
 def speech_samples(run: RunFiles) -> list[Sample]:
-    """Utterances with sound, sets taking turns, within the bounds; what was left out becomes a note."""
+    """Utterances with sound, within the bounds, from all sets in turn. The run gets a note of what is left out."""
     paths: dict[tuple[str, str], dict[str, str]] = {}
     samples: dict[tuple[str, str], Sample] = {}
     for result in run.evaluation.values():
@@ -71,7 +71,7 @@ def speech_samples(run: RunFiles) -> list[Sample]:
 
 
 def _taking_turns(keys: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The keys with their sets taking turns, so that a bound cuts every set alike."""
+    """The keys ordered so that sets take turns, and a bound cuts all sets alike."""
     by_set: dict[str, list[tuple[str, str]]] = {}
     for key in keys:
         by_set.setdefault(key[0], []).append(key)
@@ -80,15 +80,15 @@ def _taking_turns(keys: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def _wav(directory: Path, name: str) -> bytes | str:
-    """The bytes of a WAV file inside the run directory, or a sentence that says why not."""
+    """The bytes of a WAV file inside the run directory, or why they cannot be used."""
     path = (directory / name).resolve()
     if not path.is_relative_to(directory.resolve()):
-        return f"{name} lies outside the run directory"
+        return f"{name} is outside of the run directory"
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
         return f"{name}: {error.strerror}"
     if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
-        return f"{name} is no WAV file"
+        return f"{name} is not a WAV file"
     return data

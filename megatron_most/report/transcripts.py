@@ -1,4 +1,4 @@
-"""Hypotheses beside their references, every word with its fate."""
+"""Hypotheses beside their references with the errors marked, and the table of error rates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_most.errors import DataError
 from megatron_most.evaluation.wer import Edit, WordErrors, word_errors
 from megatron_most.report.run_files import RunFiles, number
 
-_NORMALIZER_OF_OLD_RESULTS = "basic"  # there was no other when they did not name theirs
+_NORMALIZER_OF_OLD_RESULTS = "basic"  # results that name none come from a version that had no other
 
 MAX_WITH_ERRORS = 16
 MAX_CORRECT = 4
@@ -20,18 +20,32 @@ SUITES = {
     "roundtrip": "Codec round trip, as the recognizer heard it",
     "original": "Original recording, as the recognizer heard it",
 }
-"""How a suite is called, in the order in which suites are shown."""
+"""Title of each suite, in the order in which they are shown."""
 
 SHORT_NAMES = {"asr": "ASR", "tts": "TTS", "roundtrip": "codec round trip", "original": "original recording"}
 
 
 @dataclass(frozen=True)
+class Rate:
+    """A word error rate, a fraction, over so many utterances, with its bootstrap interval if it was recorded."""
+
+    value: float
+    count: int
+    interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
 class Transcript:
-    """One utterance: its alignment and how many errors it holds."""
+    """One utterance.
+
+    Args:
+        remark: that the answer failed or reached its limit; empty otherwise.
+    """
 
     id: str
     edits: tuple[Edit, ...]
     num_errors: int
+    remark: str
 
     @property
     def reference(self) -> str:
@@ -43,17 +57,15 @@ class TranscriptTable:
     """One suite on one set.
 
     Args:
-        wer: as the evaluation reported it, a fraction; None when it did not.
-        errors: the counts over the utterances that the file lists.
-        normalizer: what both texts went through.
-        shown: the worst utterances first, then a few without error.
+        rate: as the evaluation reported it; None if it did not.
+        errors: counts over the utterances that the file lists.
+        shown: the utterances with most errors first, then a few without.
     """
 
     suite: str
     set_name: str
-    wer: float | None
+    rate: Rate | None
     errors: WordErrors
-    normalizer: str
     num_utterances: int
     num_with_errors: int
     shown: list[Transcript]
@@ -64,7 +76,7 @@ class TranscriptTable:
 
 
 def transcript_tables(run: RunFiles) -> list[TranscriptTable]:
-    """A table for every evaluation file with texts, ASR first; a file that cannot be aligned becomes a note."""
+    """A table for every evaluation, in the order of :data:`SUITES`; a note for each that cannot be aligned."""
     tables = []
     for name, result in run.evaluation.items():
         items = [item for item in result.get("items", []) if _is_text(item)]
@@ -72,14 +84,14 @@ def transcript_tables(run: RunFiles) -> list[TranscriptTable]:
             run.notes.append(f"evaluation/{name}.json lists no utterances.")
             continue
         try:
-            texts = ([item[side] for item in items] for side in ("reference", "hypothesis"))
+            references, hypotheses = ([item[side] for item in items] for side in ("reference", "hypothesis"))
             normalizer = str(result.get("normalizer", _NORMALIZER_OF_OLD_RESULTS))
-            errors = word_errors(*texts, normalizer)
+            errors = word_errors(references, hypotheses, normalizer)
         except DataError as error:
             run.notes.append(f"evaluation/{name}.json is left out of the transcripts: {error}.")
             continue
         transcripts = [
-            Transcript(str(item.get("id", "")), utterance.edits, utterance.num_errors)
+            Transcript(str(item.get("id", "")), utterance.edits, utterance.num_errors, _remark(item))
             for item, utterance in zip(items, errors.utterances, strict=True)
         ]
         wrong = sorted((one for one in transcripts if one.num_errors), key=lambda one: -one.num_errors)
@@ -88,9 +100,8 @@ def transcript_tables(run: RunFiles) -> list[TranscriptTable]:
             TranscriptTable(
                 str(result.get("suite", name)),
                 str(result.get("set", "")),
-                number(result.get("wer")),
+                _rate(result),
                 errors,
-                normalizer,
                 len(items),
                 len(wrong),
                 wrong[:MAX_WITH_ERRORS] + correct[:MAX_CORRECT],
@@ -107,14 +118,29 @@ def _is_text(item: Any) -> bool:
     return isinstance(item, dict) and all(isinstance(item.get(key), str) for key in ("reference", "hypothesis"))
 
 
-def error_rates(run: RunFiles) -> tuple[list[str], list[tuple[str, list[tuple[float, int] | None]]]]:
-    """The table of word error rates: names of the suites, and for each set (rate, utterances) or None per suite."""
-    found: dict[str, dict[str, tuple[float, int]]] = {name: {} for name in run.sets}
+def _remark(item: dict[str, Any]) -> str:
+    if "failed" in item:
+        return f"failed: {item['failed']}"
+    return "reached its limit, so the end may be missing" if item.get("at_limit") is True else ""
+
+
+def _rate(result: dict[str, Any]) -> Rate | None:
+    value = number(result.get("wer"))
+    if value is None:
+        return None
+    count = number(result.get("num_utterances"))
+    ends = result.get("wer_interval")
+    low, high = map(number, ends) if isinstance(ends, list) and len(ends) == 2 else (None, None)
+    interval = (low, high) if low is not None and high is not None else None
+    return Rate(value, int(count if count is not None else len(result.get("items", []))), interval)
+
+
+def error_rates(run: RunFiles) -> tuple[list[str], list[tuple[str, list[Rate | None]]]]:
+    """The table of word error rates: the suites, and for each set its name and a rate or None for each suite."""
+    found: dict[str, dict[str, Rate]] = {name: {} for name in run.sets}
     for name, result in run.evaluation.items():
-        rate = number(result.get("wer"))
-        if rate is not None:
-            count = int(number(result.get("num_utterances")) or len(result.get("items", [])))
-            found[str(result.get("set", ""))][str(result.get("suite", name))] = (rate, count)
+        if (rate := _rate(result)) is not None:
+            found[str(result.get("set", ""))][str(result.get("suite", name))] = rate
     present = {suite for rates in found.values() for suite in rates}
     suites = [suite for suite in SUITES if suite in present] + sorted(present - set(SUITES))
     return suites, [(name, [rates.get(suite) for suite in suites]) for name, rates in found.items() if rates]

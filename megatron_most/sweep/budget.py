@@ -1,4 +1,4 @@
-"""Variants of equal cost: the width that makes a configuration spend what the baseline spends."""
+"""Variants of equal cost: the MLP width at which a configuration costs what the baseline costs."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ COSTS: dict[str, Callable[[RunConfig], float]] = {
 def matched_width(
     budget: BudgetConfig, target: float, configure: Callable[[list[str]], RunConfig], variant: str
 ) -> list[str]:
-    """The override that gives a variant the cost ``target``; none when it has that already.
+    """The override that gives a variant the cost ``target``; none if it has that cost already.
 
-    Cost is linear in the width of an MLP, so two widths tell the third.
+    Cost is linear in the width of an MLP, so the costs at two widths determine the width.
 
     Args:
-        configure: the variant's configuration with further overrides.
+        configure: further overrides -> the variant's configuration.
         variant: its name, for errors.
 
     Raises:
-        ConfigError: the width does not change the cost, or no legal width comes within the tolerance.
+        ConfigError: the width does not change the cost, or no multiple of ``budget.multiple`` is within the tolerance.
     """
     cost = COSTS[budget.match]
     mine = cost(configure([]))
@@ -42,7 +42,7 @@ def matched_width(
     reached = cost(configure([override]))
     if abs(reached - target) > budget.tolerance * target:
         raise ConfigError(
-            f"variant {variant}: {override} gives {reached:,.0f} {budget.match}, the baseline has {target:,.0f}:"
-            f" further off than budget.tolerance={budget.tolerance:g}"
+            f"variant {variant}: {override} gives {reached:,.0f} {budget.match}, must be within"
+            f" budget.tolerance={budget.tolerance:g} of the baseline's {target:,.0f}"
         )
     return [override]

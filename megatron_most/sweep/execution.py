@@ -1,8 +1,7 @@
-"""Starting the runs that are still to do, through submitit: processes of this machine, or SLURM arrays."""
+"""Starts the runs that are not finished, through submitit: as processes of this machine or as SLURM arrays."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import time
 from collections.abc import Callable, Iterable
@@ -11,8 +10,8 @@ from pathlib import Path
 import submitit
 
 from megatron_most.config import CONFIG, dump_config
-from megatron_most.errors import ConfigError
-from megatron_most.files import write_json, write_text
+from megatron_most.errors import ConfigError, first_line
+from megatron_most.files import read_json, write_json, write_text
 from megatron_most.sweep.job import FAILURE, LOG, RESULT, Job, Programs, last_error, lock
 from megatron_most.sweep.plan import PlannedRun
 from megatron_most.sweep.spec import Sweep
@@ -22,7 +21,7 @@ _POLL_SECONDS = 0.5
 
 
 def state(run: PlannedRun) -> str:
-    """``finished``, ``running`` (a process holds the run directory), ``failed``, ``interrupted`` or ``to do``."""
+    """``finished``, ``running`` (a process locks the run directory), ``failed``, ``interrupted`` or ``to do``."""
     directory = run.directory
     if not (directory / CONFIG).is_file():
         return "to do"
@@ -44,20 +43,22 @@ def start(
     programs: Programs,
     report: Callable[[str], None],
 ) -> None:
-    """Run what is not finished. ``local`` returns when all is done, ``slurm`` when all is submitted.
+    """Run what is not finished. ``local`` returns when all runs have ended, ``slurm`` when all are submitted.
 
-    Failed and interrupted runs are tried again; training goes on from their newest checkpoint.
+    Failed and interrupted runs are retried; their training resumes from the newest checkpoint.
 
     Raises:
-        ConfigError: data or checkpoints are missing; the sweep was begun before and ``resume`` is not set; SLURM is not
-            there.
+        ConfigError: data or checkpoints are missing, there is no SLURM, or the sweep was started before and ``resume``
+            is not set.
     """
     missing = sorted({file for run in runs for file in run.missing})
     if missing:
-        raise ConfigError(f"{sweep.path}: not there: {', '.join(missing)}")
+        raise ConfigError(f"{sweep.path}: no such files: {', '.join(missing)}")
     begun = [run for run in runs if state(run) != "to do"]
     if begun and not resume:
-        raise ConfigError(f"{sweep.spec.output}: {len(begun)} of the {len(runs)} runs were begun; --resume goes on")
+        raise ConfigError(
+            f"{sweep.spec.output}: {len(begun)} of the {len(runs)} runs were started before; use --resume to continue"
+        )
     for run in runs:
         if not (run.directory / CONFIG).is_file():
             write_text(run.directory / CONFIG, dump_config(run.config))
@@ -76,7 +77,7 @@ def _executor(sweep: Sweep, cluster: str) -> submitit.AutoExecutor:
     try:
         executor = submitit.AutoExecutor(folder=Path(sweep.spec.output) / "jobs", cluster=cluster)
     except RuntimeError as error:
-        raise ConfigError(f"--executor={cluster}: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"--executor={cluster}: {first_line(error)}") from None
     executor.update_parameters(name=sweep.spec.name, timeout_min=resources.minutes)
     if cluster == "slurm":
         options = {"partition": resources.partition, "account": resources.account}
@@ -98,35 +99,35 @@ def _job(sweep: Sweep, run: PlannedRun, programs: Programs) -> Job:
 def _submit_to_slurm(sweep: Sweep, todo: list[PlannedRun], programs: Programs, report: Callable[[str], None]) -> None:
     executor = _executor(sweep, "slurm")
     path = Path(sweep.spec.output) / _JOBS
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = read_json(path) if path.is_file() else {}
     queued = _queued(known.values())
     waiting = [run for run in todo if known.get(run.identity) in queued]
     todo = [run for run in todo if run not in waiting]
     if waiting:
-        report(f"{len(waiting)} runs are in the queue already")
+        report(f"{len(waiting)} runs are already in the queue")
     if not todo:
         return
     with executor.batch():
         jobs = [executor.submit(_job(sweep, run, programs)) for run in todo]
     known |= {run.identity: job.job_id for run, job in zip(todo, jobs, strict=True)}
     write_json(path, known)
-    report(f"submitted {len(jobs)} runs: {jobs[0].job_id} to {jobs[-1].job_id}; --resume collects them")
+    report(f"submitted {len(jobs)} runs: {jobs[0].job_id} to {jobs[-1].job_id}; use --resume to collect them")
 
 
 def _queued(job_ids: Iterable[str]) -> set[str]:
-    """Those that wait or run. SLURM's queue is asked, not its accounts, which not every cluster keeps."""
+    """Jobs that wait or run. This asks SLURM's queue because not every cluster keeps accounts."""
     arrays = sorted({job_id.partition("_")[0] for job_id in job_ids})
     if not arrays:
         return set()
     command = ["squeue", "--noheader", "--array", "--format=%i", f"--jobs={','.join(arrays)}"]
     done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode and "Invalid job id" not in done.stderr:  # its word for jobs that have left the queue
+    if done.returncode and "Invalid job id" not in done.stderr:  # reported for jobs that have left the queue
         raise ConfigError(f"--executor=slurm: squeue: {' '.join(done.stderr.split())}")
     return set(done.stdout.split())
 
 
 def _run_here(sweep: Sweep, todo: list[PlannedRun], programs: Programs, report: Callable[[str], None]) -> None:
-    """submitit's local engine has no queue: as many as may run are started, one more whenever one ends."""
+    """Run ``concurrent`` jobs at a time; submitit's local executor has no queue."""
     executor = _executor(sweep, "local")
     active: list[tuple[PlannedRun, submitit.Job | None]] = []
     number, done = len(todo), 0
@@ -134,7 +135,7 @@ def _run_here(sweep: Sweep, todo: list[PlannedRun], programs: Programs, report: 
         while todo or active:
             while todo and len(active) < sweep.spec.resources.concurrent:
                 run = todo.pop(0)
-                # One that a killed sweep left running is waited for.
+                # A run that a killed sweep left running is only waited for.
                 job = None if state(run) == "running" else executor.submit(_job(sweep, run, programs))
                 active.append((run, job))
             time.sleep(_POLL_SECONDS)
@@ -152,12 +153,12 @@ def _run_here(sweep: Sweep, todo: list[PlannedRun], programs: Programs, report: 
 
 
 def _end(run: PlannedRun) -> str:
-    """How a run ended; a job that was killed leaves no word, so one is left for it."""
+    """How a run ended; writes the failure of a job that was killed before it could."""
     if (run.directory / RESULT).is_file():
-        seconds = json.loads((run.directory / RESULT).read_text(encoding="utf-8"))["seconds"]
+        seconds = read_json(run.directory / RESULT)["seconds"]
         return f"finished in {seconds:.0f} s"
     failure = run.directory / FAILURE
     if not failure.is_file():
-        error = f"its job was killed or ran out of time; the last it said: {last_error(run.directory / LOG)}"
+        error = f"its job was killed or ran out of time; its last output: {last_error(run.directory / LOG)}"
         write_json(failure, {"identity": run.identity, "attempts": 1, "error": error, "last_lines": []})
-    return f"failed: {json.loads(failure.read_text(encoding='utf-8'))['error']}"
+    return f"failed: {read_json(failure)['error']}"

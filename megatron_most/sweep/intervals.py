@@ -19,15 +19,12 @@ class Estimate:
 
     @property
     def is_beyond_noise(self) -> bool:
-        """Whether the interval leaves out 0."""
+        """Whether the interval excludes 0."""
         return abs(self.mean) > self.half_width
 
 
 def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate | None:
-    """Mean and interval of independent, roughly normal values: ``t(n - 1) s / sqrt(n)`` to either side.
-
-    None for no value.
-    """
+    """Mean of independent, roughly normal values, with ``t(n - 1) s / sqrt(n)`` to either side; None without values."""
     count = len(values)
     if not count:
         return None
@@ -40,5 +37,5 @@ def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate | No
 
 
 def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Estimate | None:
-    """Of two variants, seed by seed, over the seeds that both have."""
+    """Estimate of ``values - baseline``, seed by seed, over the seeds that both have."""
     return estimate([values[seed] - baseline[seed] for seed in values if seed in baseline])

@@ -1,23 +1,22 @@
-"""One run of a sweep, inside the process that a job engine starts for it."""
+"""One run of a sweep, in the process that submitit starts for it."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from megatron_most.config import CONFIG, load_config
-from megatron_most.errors import MostError
-from megatron_most.files import write_json
+from megatron_most.errors import DataError, MostError
+from megatron_most.files import read_json, write_json
+from megatron_most.locks import locked
 from megatron_most.sweep.spec import EvaluationConfig, ResourcesConfig
 
 RESULT = "sweep_result.json"
@@ -32,11 +31,12 @@ _LAST_LINES = 15
 
 @dataclass
 class Programs:
-    """The command lines of a run, up to their options. Whoever starts the sweep says them: they are of a layer above.
+    """Command lines of a run, without their options. The command passes them in, since they are of a higher layer.
 
-    train: takes ``--config FILE`` and starts the ranks of one machine.
-    train_node: the same, for one node of several.
-    evaluate: takes the options of ``most evaluate``.
+    Args:
+        train: takes ``--config FILE`` and starts the ranks of one machine.
+        train_node: the same for one of several nodes.
+        evaluate: takes the options of ``most evaluate``.
     """
 
     train: list[str]
@@ -46,11 +46,11 @@ class Programs:
 
 @dataclass
 class Job:
-    """Train, evaluate, and leave a result or a failure in the run directory. Called twice, it does the work once.
+    """Train, evaluate, and write a result or a failure to the run directory. A second call does nothing.
 
     Args:
-        directory: the run directory, which holds the resolved configuration.
-        identity: the run's, recorded with its result.
+        directory: the run directory, with the resolved configuration.
+        identity: of the run, recorded in its result.
     """
 
     directory: str
@@ -62,15 +62,15 @@ class Job:
     def __call__(self) -> None:
         directory = Path(self.directory)
         node = int(os.environ.get("SLURM_NODEID", "0"))
-        if node > 0:  # the first node keeps the books
+        if node > 0:  # the first node evaluates and writes the result
             self._train(directory, directory / f"sweep_node_{node}.log", ())
             return
         with lock(directory) as held:
             if held is not None and not (directory / RESULT).is_file():
-                self._run(directory, held)
+                self._run(directory, held.fileno())
 
     def checkpoint(self) -> object:
-        """What submitit calls before SLURM takes the job away: have training save, then queue the same job again."""
+        """Called by submitit before SLURM ends the job: let training save, then requeue the same job."""
         import submitit
 
         if _process is not None:
@@ -106,8 +106,8 @@ class Job:
         return _call([*program, "--config", str(directory / CONFIG)], log, environment, descriptors)
 
     def _unfinished(self, directory: Path) -> str:
-        """What to say of training that ended well and early; one that is asked to stop saves and leaves with 0."""
-        from megatron_most.checkpointing import read_metadata  # takes seconds, of every job
+        """Why training that exited with status 0 is not finished (it does so too if asked to stop); empty if it is."""
+        from megatron_most.checkpointing import read_metadata  # its import takes seconds
 
         steps = load_config(directory / CONFIG).training.train_iters
         try:
@@ -115,28 +115,28 @@ class Job:
         except MostError as error:
             return f"training left no checkpoint: {error}"
         if reached < steps:
-            return f"training was stopped after step {reached} of {steps}; --resume goes on from there"
+            return f"training was stopped after step {reached} of {steps}; use --resume to continue"
         return ""
 
     def _evaluate(self, one: EvaluationConfig, directory: Path, log: Path, descriptors: tuple[int, ...]) -> int:
         output = directory / "evaluation" / f"{one.name}.json"
         command = [*self.programs.evaluate, "--checkpoint", str(directory)]
         command += ["--suite", one.suite, "--data", one.data, "--output", str(output)]
-        command += ["--normalizer", one.normalizer]
+        command += ["--normalizer", one.normalizer] if one.normalizer else []
         command += ["--limit", str(one.limit)] if one.limit else []
         command += ["--vocabulary", *one.vocabulary] if one.vocabulary else []
         return _call(command, log, {}, descriptors)
 
 
 _process: subprocess.Popen | None = None
-"""What runs now, so that a signal can be passed on to it."""
+"""The process that runs now, to pass signals on to it."""
 
 
 def _call(command: list[str], log: Path, environment: dict[str, str], descriptors: tuple[int, ...]) -> int:
-    """Run a command to its end and return its status; it inherits ``descriptors``, and with them the lock."""
+    """Run a command and return its status. It inherits ``descriptors``, and with them the lock."""
     global _process
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # torchrun is beside python
-    # The job engine's own variables of this process must not reach torchrun, which has others of the same names.
+    # submitit sets variables that torchrun would take for its own.
     inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     with open(log, "a", encoding="utf-8") as output:
         _process = subprocess.Popen(
@@ -154,13 +154,13 @@ def _call(command: list[str], log: Path, environment: dict[str, str], descriptor
 
 
 def _meeting_point() -> dict[str, str]:
-    """Where torchrun's agents of a SLURM job find each other: its first node, at a port of the job's own."""
+    """Rendezvous of torchrun's agents in a SLURM job: its first node, at a port derived from the job's number."""
 
     def told(*command: str) -> str:
         return subprocess.run(["scontrol", "show", *command], capture_output=True, text=True, check=True).stdout
 
     first = told("hostnames", os.environ["SLURM_JOB_NODELIST"]).split()[0]
-    # What SLURM calls a node need not be a name that the network knows.
+    # SLURM's name of a node need not resolve in the network.
     (address,) = re.findall(r"NodeAddr=(\S+)", told("node", first))
     number = int(os.environ["SLURM_JOB_ID"])
     return {
@@ -170,26 +170,19 @@ def _meeting_point() -> dict[str, str]:
 
 
 def _end_with_parent() -> None:
-    """Have the kernel end this child when the job's process is killed; a run without its job would go on unseen."""
+    """Have the kernel end this child if the job's process is killed; it would otherwise continue unnoticed."""
     import ctypes
 
     parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
     ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
 
 
-@contextlib.contextmanager
-def lock(directory: Path) -> Iterator[int | None]:
-    """Hold a run directory as long as the block lasts, and as any process that inherits the descriptor lives.
+def lock(directory: Path) -> contextlib.AbstractContextManager[BinaryIO | None]:
+    """Lock a run directory for the block, and for as long as a process lives that inherits the yielded file.
 
-    None when another process holds it.
+    Yields None if another process holds the lock.
     """
-    with open(directory / _LOCK, "a", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield None
-        else:
-            yield file.fileno()
+    return locked(directory / _LOCK, wait=False)
 
 
 def _ended(what: str, status: int, log: Path) -> str:
@@ -198,13 +191,13 @@ def _ended(what: str, status: int, log: Path) -> str:
 
 def _attempts(failure: Path) -> int:
     try:
-        return int(json.loads(failure.read_text(encoding="utf-8"))["attempts"])
-    except (OSError, ValueError, KeyError):
+        return int(read_json(failure, DataError)["attempts"])
+    except (DataError, ValueError, KeyError):
         return 0
 
 
 def last_error(log: Path) -> str:
-    """The last line of a log that tells of an error, else the last line at all."""
+    """The last line of a log that reports an error, else its last line."""
     lines = _last_lines(log, 200)
     errors = [line for line in lines if line.startswith("error:") or "Error" in line.split(":")[0]]
     return (errors or lines or ["no output"])[-1]

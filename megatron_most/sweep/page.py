@@ -1,18 +1,15 @@
-"""The sweep's tables and its page: one HTML file without any outside resource."""
+"""The sweep's tables and its page: one HTML file that loads nothing."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
-import jinja2
-
-from megatron_most import __version__
 from megatron_most.files import write_text
-from megatron_most.report.charts import LineChart, Series, format_number, line_chart
+from megatron_most.report.charts import Figure, Marker, Series, figures, format_number, line_chart
 from megatron_most.report.curves import PALETTE, points_of
+from megatron_most.report.page import html_template
 from megatron_most.report.routing import RoutingView, routing_view
 from megatron_most.sweep.intervals import Estimate, estimate, paired_difference
 from megatron_most.sweep.plan import PlannedRun
@@ -24,7 +21,12 @@ _WIDTH, _LEFT, _RIGHT, _ROW, _TOP = 560.0, 210.0, 20.0, 24.0, 14.0
 
 @dataclass(frozen=True)
 class VariantSummary:
-    """A variant over its seeds. ``estimates`` and ``differences`` (from the baseline) by metric, None where missing."""
+    """A variant over its seeds.
+
+    Args:
+        tokens: mean over the finished runs.
+        estimates, differences: by metric; None where there is no value. Differences are from the baseline.
+    """
 
     variant: Variant
     color: int
@@ -46,9 +48,6 @@ def summarize(sweep: Sweep, results: list[RunResult]) -> tuple[list[str], list[V
     for result in results:
         groups.setdefault(result.run.variant, []).append(result)
 
-    def by_seed(members: list[RunResult], metric: str) -> dict[int, float]:
-        return {result.run.seed: result.metrics[metric] for result in members if metric in result.metrics}
-
     baseline = next(members for variant, members in groups.items() if variant.choices == sweep.baseline.choices)
     summaries = []
     for index, (variant, members) in enumerate(groups.items()):
@@ -61,11 +60,11 @@ def summarize(sweep: Sweep, results: list[RunResult]) -> tuple[list[str], list[V
                 is_baseline,
                 members,
                 sum(tokens) / len(tokens) if tokens else None,
-                {metric: estimate(list(by_seed(members, metric).values())) for metric in metrics},
+                {metric: estimate(list(_by_seed(members, metric).values())) for metric in metrics},
                 {
                     metric: None
                     if is_baseline
-                    else paired_difference(by_seed(members, metric), by_seed(baseline, metric))
+                    else paired_difference(_by_seed(members, metric), _by_seed(baseline, metric))
                     for metric in metrics
                 },
             )
@@ -92,7 +91,7 @@ def write_results(sweep: Sweep, runs: list[PlannedRun]) -> list[Path]:
 
 def markdown(sweep: Sweep, metrics: list[str], summaries: list[VariantSummary]) -> str:
     """The two tables of the page for a document: means, and differences from the baseline."""
-    heads = ["variant", "seeds", "parameters", "active", "GFLOP a token", "tokens", *metrics]
+    heads = ["variant", "seeds", "parameters", "active", "GFLOP per token", "tokens", *metrics]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for one in summaries:
         run = one.results[0].run
@@ -119,29 +118,18 @@ def markdown(sweep: Sweep, metrics: list[str], summaries: list[VariantSummary]) 
 
 
 def render(sweep: Sweep, results: list[RunResult]) -> str:
-    """The page as HTML. Everything from the runs' files is escaped."""
+    """The page as HTML."""
     metrics, summaries = summarize(sweep, results)
-    environment = jinja2.Environment(
-        loader=jinja2.ChoiceLoader(
-            [jinja2.PackageLoader("megatron_most.sweep"), jinja2.PackageLoader("megatron_most.report")]
-        ),
-        autoescape=lambda name: name is not None and name.endswith(".html"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = lambda value: f"{value:.1%}"
-    environment.globals["zip"] = zip
-    environment.globals |= {"interval": _interval, "difference": _difference, "label": _label}
     spec = sweep.spec
     states = [result.state for result in results]
     facts = [f"{len(results)} runs", *(f"{states.count(kind)} {kind}" for kind in dict.fromkeys(states))]
     facts += [f"seeds {', '.join(map(str, spec.seeds))}", f"budget: {spec.budget.match.replace('_', ' ')}"]
-    return environment.get_template("sweep.html").render(
+    return html_template("sweep.html", "megatron_most.sweep").render(
+        interval=_interval,
+        difference=_difference,
+        label=_label,
         name=spec.name,
         facts=facts,
-        made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        version=__version__,
         metrics=metrics,
         summaries=summaries,
         baseline=sweep.baseline,
@@ -154,53 +142,69 @@ def render(sweep: Sweep, results: list[RunResult]) -> str:
 
 
 @dataclass(frozen=True)
+class DotRow:
+    """A variant in a metric's chart: x of its mean, of the ends of the interval, and of each seed with a text."""
+
+    variant: VariantSummary
+    text: str
+    y: float
+    mean: float
+    low: float
+    high: float
+    seeds: list[tuple[float, str]]
+
+
+@dataclass(frozen=True)
 class Dots:
-    """A metric's chart: each variant a row with the interval of its mean and a dot for each seed."""
+    """A metric's chart: the interval of each variant's mean and a dot for each seed.
+
+    table: the same in numbers, for a CSV file.
+    """
 
     metric: str
     height: float
     ticks: list[tuple[float, str]]
-    rows: list[tuple[VariantSummary, float, float, float, float, list[tuple[float, str]]]]
+    rows: list[DotRow]
+    table: dict[str, list]
     width: float = _WIDTH
     left: float = _LEFT
 
 
 def _dots(metric: str, summaries: list[VariantSummary]) -> Dots | None:
-    """Rows are (variant, y, x of the mean, of the interval's ends, (x, text) of each seed)."""
-    shown = [one for one in summaries if one.estimates[metric]]
-    values = [result.metrics[metric] for one in shown for result in one.results if metric in result.metrics]
-    ends = [
-        one.estimates[metric].mean + sign * one.estimates[metric].half_width
-        for one in shown
-        for sign in (-1, 1)
-        if math.isfinite(one.estimates[metric].half_width)
-    ]
-    if not values:
+    shown = [(one, mean) for one in summaries if (mean := one.estimates[metric]) is not None]
+    if not shown:
         return None
-    low, high = min(values + ends), max(values + ends)
+    seeds = [_by_seed(one.results, metric) for one, _ in shown]
+    # A single value has no interval.
+    reaches = [mean.half_width if math.isfinite(mean.half_width) else 0.0 for _, mean in shown]
+    values = [value for known in seeds for value in known.values()]
+    values += [mean.mean + sign * reach for (_, mean), reach in zip(shown, reaches, strict=True) for sign in (-1, 1)]
+    low, high = min(values), max(values)
     margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
     low, high = low - margin, high + margin
 
     def x_of(value: float) -> float:
         return round(_LEFT + (value - low) / (high - low) * (_WIDTH - _LEFT - _RIGHT), 1)
 
-    rows = []
-    for index, one in enumerate(shown):
-        mean = one.estimates[metric]
-        reach = mean.half_width if math.isfinite(mean.half_width) else 0.0
-        seeds = [
-            (x_of(result.metrics[metric]), f"seed {result.run.seed}: {format_number(result.metrics[metric])}")
-            for result in one.results
-            if metric in result.metrics
-        ]
+    rows, table = [], []
+    for index, ((one, mean), reach, known) in enumerate(zip(shown, reaches, seeds, strict=True)):
+        dots = [(x_of(value), f"seed {seed}: {format_number(value)}") for seed, value in known.items()]
+        ends = mean.mean - reach, mean.mean + reach
         y = _TOP + _ROW * (index + 0.5)
-        rows.append((one, y, x_of(mean.mean), x_of(mean.mean - reach), x_of(mean.mean + reach), seeds))
+        rows.append(DotRow(one, _interval(mean), y, x_of(mean.mean), x_of(ends[0]), x_of(ends[1]), dots))
+        table += [[one.variant.name, f"seed {seed}", value, "", ""] for seed, value in known.items()]
+        table.append([one.variant.name, "mean", mean.mean, *(ends if reach else ("", ""))])
     ticks = [(x_of(value), format_number(value)) for value in (low + margin, (low + high) / 2, high - margin)]
-    return Dots(metric, _TOP + _ROW * len(shown) + 26, ticks, rows)
+    columns = ["variant", "what", metric, "95% interval from", "to"]
+    return Dots(metric, _TOP + _ROW * len(shown) + 26, ticks, rows, {"columns": columns, "rows": table})
 
 
-def _curves(metrics: list[str], summaries: list[VariantSummary]) -> list[LineChart]:
-    """Training loss and the metrics that are logged over training: the mean over the seeds that have the step."""
+def _by_seed(results: list[RunResult], metric: str) -> dict[int, float]:
+    return {result.run.seed: result.metrics[metric] for result in results if metric in result.metrics}
+
+
+def _curves(metrics: list[str], summaries: list[VariantSummary]) -> list[Figure]:
+    """Training loss and the metrics that are logged over training: means over the seeds that have the step."""
     charts = []
     for metric in dict.fromkeys(["loss", *(metric for metric in metrics if metric.startswith("validation/"))]):
         series = []
@@ -210,10 +214,10 @@ def _curves(metrics: list[str], summaries: list[VariantSummary]) -> list[LineCha
                 for step, value in points_of(result.files.metrics, metric) if result.files else []:
                     by_step.setdefault(step, []).append(value)
             points = [(step, sum(values) / len(values)) for step, values in sorted(by_step.items())]
-            marker = "circle" if metric.startswith("validation/") else ""
+            marker: Marker = "circle" if metric.startswith("validation/") else ""
             series.append(Series(one.variant.name, points, one.color, dash=one.is_baseline, marker=marker))
         charts.append(line_chart(metric, series))
-    return [chart for chart in charts if chart]
+    return figures([chart for chart in charts if chart])
 
 
 def _routing(one: VariantSummary) -> RoutingView | None:
@@ -234,7 +238,7 @@ def _interval(value: Estimate | None) -> str:
 
 
 def _difference(value: Estimate | None) -> str:
-    """With its sign; bold-faced words say when it is beyond noise."""
+    """With its sign, and whether it is beyond noise."""
     if value is None:
         return "–"
     text = f"{value.mean:+.3g}"

@@ -1,14 +1,17 @@
-"""The runs of a sweep, every one of them checked before the first starts."""
+"""The runs of a sweep. All configurations are checked before the first run starts."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megatron_most.config import RunConfig, load_config, with_old_names
 from megatron_most.errors import ConfigError
+from megatron_most.evaluation.normalization import NORMALIZERS
 from megatron_most.model import build, count_parameters
 from megatron_most.planning import memory_per_rank, train_flops_per_token
 from megatron_most.planning.overview import align
@@ -17,17 +20,18 @@ from megatron_most.sweep.spec import Sweep, Variant
 from megatron_most.training.muon import check_muon
 
 _NO_MATTER = ("run_dir", "logging")
-"""Sections of a configuration that do not change what is trained."""
+"""Keys of a configuration that do not change what is trained."""
 
 
 @dataclass(frozen=True)
 class PlannedRun:
     """One run.
 
-    identity: hash of the resolved configuration, of the provenance of its datasets and of what evaluates it.
-    missing: datasets and checkpoints that the configuration names and that are not there.
-    flops: to train on the average token.
-    memory: bytes of the fullest rank, estimated.
+    Args:
+        identity: hash of the resolved configuration, the provenance of its datasets, and its evaluations.
+        missing: datasets and checkpoints that the configuration names and that do not exist.
+        flops: of training on the average token.
+        memory: estimated bytes of the rank that needs most.
     """
 
     variant: Variant
@@ -53,13 +57,13 @@ def plan_runs(sweep: Sweep) -> list[PlannedRun]:
     """Resolve and check the configuration of every run.
 
     Raises:
-        ConfigError: names the variant whose configuration is wrong, that does not fit the resources, whose cost cannot
-            be matched, or that is the same as another.
+        ConfigError: a variant's configuration is wrong, does not fit the resources, cannot match the budget, or equals
+            another's; the message names the variant.
     """
     spec = sweep.spec
     world_size = spec.resources.nodes * spec.resources.ranks
 
-    def configure(variant: Variant, *more: str) -> RunConfig:
+    def configure(variant: Variant, more: Sequence[str] = ()) -> RunConfig:
         try:
             config = load_config(spec.base, [*variant.overrides, *more])
             config.num_microbatches(config.parallel.data_parallel_size(world_size))
@@ -74,12 +78,10 @@ def plan_runs(sweep: Sweep) -> list[PlannedRun]:
     for variant in sweep.variants:
         widths: list[str] = []
         if target is not None:
-            widths = matched_width(
-                spec.budget, target, lambda more, variant=variant: configure(variant, *more), variant.name
-            )
+            widths = matched_width(spec.budget, target, functools.partial(configure, variant), variant.name)
         variant = replace(variant, overrides=(*variant.overrides, *widths))
         for seed in spec.seeds:
-            runs.append(_planned(sweep, variant, seed, configure(variant, f"seed={seed}"), world_size))
+            runs.append(_planned(sweep, variant, seed, configure(variant, [f"seed={seed}"]), world_size))
     seen: dict[str, PlannedRun] = {}
     for run in runs:
         same = seen.setdefault(run.identity, run)
@@ -91,13 +93,16 @@ def plan_runs(sweep: Sweep) -> list[PlannedRun]:
 def _planned(sweep: Sweep, variant: Variant, seed: int, config: RunConfig, world_size: int) -> PlannedRun:
     datasets = [f"{entry.path}.json" for entry in (*config.data.train, *config.data.validation)]
     files = [*datasets, *(file for file in (config.tokenizer, config.checkpoint.load) if file)]
-    # By the old names of keys, so that runs that were made with them are found.
+    # Old names of keys, so that runs of earlier versions are found.
     content = {key: value for key, value in with_old_names(asdict(config)).items() if key not in _NO_MATTER}
     content["provenance"] = {path: _digest(Path(path)) for path in datasets}
-    content["evaluation"] = [asdict(one) for one in sweep.spec.evaluation]
+    # Earlier versions wrote whisper-english where no normalizer was named; their runs must be found.
+    content["evaluation"] = [
+        asdict(one) | {"normalizer": one.normalizer or NORMALIZERS[0]} for one in sweep.spec.evaluation
+    ]
     identity = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     folder, end = Path(sweep.spec.output) / "runs", f"_seed-{seed}_{identity[:10]}"
-    config.run_dir = str(next(folder.glob(f"*{end}"), folder / f"{variant.slug}{end}"))  # it may have another label
+    config.run_dir = str(next(folder.glob(f"*{end}"), folder / f"{variant.slug}{end}"))  # its label may have changed
     counts = count_parameters(config)
     return PlannedRun(
         variant,
@@ -117,9 +122,9 @@ def _digest(path: Path) -> str | None:
 
 
 def describe_runs(sweep: Sweep, runs: list[PlannedRun]) -> str:
-    """What ``--dry-run`` prints: a line for each variant, its seeds, and what is missing."""
+    """The text of ``--dry-run``: a line per variant, the overrides, and missing files."""
     spec = sweep.spec
-    table = [("variant", "runs", "parameters", "active", "GFLOP a token", "GiB a rank", "positions at most")]
+    table = [("variant", "runs", "parameters", "active", "GFLOP per token", "GiB per rank", "max. positions")]
     for variant, mine in by_variant(runs):
         first = mine[0]
         training = first.config.training
@@ -146,7 +151,7 @@ def describe_runs(sweep: Sweep, runs: list[PlannedRun]) -> str:
     lines += [f"{variant.name}: {' '.join(variant.overrides)}" for variant, _ in by_variant(runs)]
     missing = sorted({file for run in runs for file in run.missing})
     if missing:
-        lines.append(f"not there yet: {', '.join(missing)}")
+        lines.append(f"missing: {', '.join(missing)}")
     return "\n".join(lines)
 
 

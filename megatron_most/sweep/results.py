@@ -1,8 +1,7 @@
-"""What the runs of a sweep came to: a row for each run, as a table in memory, Parquet and CSV."""
+"""Results of a sweep: one row per run, in memory, as Parquet and as CSV."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from megatron_most.errors import DataError
-from megatron_most.files import replacing
+from megatron_most.files import read_json, replacing
 from megatron_most.report.run_files import RunFiles, number, read_run
 from megatron_most.sweep.execution import state
 from megatron_most.sweep.job import FAILURE, RESULT
@@ -21,12 +20,12 @@ from megatron_most.sweep.plan import PlannedRun
 from megatron_most.sweep.spec import Sweep
 
 _TAIL_SHARE = 0.1
-"""The training loss is the mean over this last part of the logged lines."""
+"""The training loss is the mean over this last share of the logged lines."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """A planned run and what is on disk of it; ``metrics`` only of finished runs."""
+    """A planned run and what is on disk. ``metrics`` are empty unless it is finished."""
 
     run: PlannedRun
     state: str
@@ -58,9 +57,10 @@ def _result(run: PlannedRun, wanted: list[str]) -> RunResult:
 
 
 def metrics_of(files: RunFiles, wanted: list[str]) -> dict[str, float]:
-    """Training loss (mean over the last tenth of the logged steps), last validation losses, word error rates.
+    """Training loss (mean over the last tenth of its lines), last validation losses and word error rates.
 
-    And the last values of whatever else of ``metrics.jsonl`` is ``wanted``.
+    Args:
+        wanted: further keys of ``metrics.jsonl``, of which the last value is taken.
     """
     found: dict[str, float] = {}
     training = [value for line in files.metrics if (value := number(line.get("loss"))) is not None]
@@ -80,10 +80,10 @@ def metrics_of(files: RunFiles, wanted: list[str]) -> dict[str, float]:
 
 
 def metric_names(sweep: Sweep, results: list[RunResult]) -> list[str]:
-    """The metrics to show: those that the sweep names, else all that were found.
+    """The metrics to show: those that the sweep names, else all.
 
     Raises:
-        DataError: the sweep names one that no finished run has.
+        DataError: the sweep names a metric that no finished run has.
     """
     found = list(dict.fromkeys(name for result in results for name in result.metrics))
     wanted = sweep.spec.metrics
@@ -125,6 +125,6 @@ def write_tables(sweep: Sweep, results: list[RunResult], directory: Path) -> lis
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path, DataError)
+    except DataError:
         return {}

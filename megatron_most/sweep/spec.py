@@ -1,4 +1,4 @@
-"""What a sweep is: the file that describes it, and the variants that its axes give."""
+"""The file that describes a sweep, and the variants that its axes give."""
 
 from __future__ import annotations
 
@@ -6,24 +6,26 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import OmegaConf
 
-from megatron_most.config.load import check_shape
+from megatron_most.config.load import check_shape, read_yaml
 from megatron_most.config.rules import require, require_not_negative, require_one_of, require_positive
 from megatron_most.errors import ConfigError
-from megatron_most.evaluation.wer import NORMALIZERS
+from megatron_most.evaluation.normalization import NORMALIZERS
 
 
 @dataclass
 class BudgetConfig:
-    """What all variants have in common with the baseline, by construction.
+    """The cost that all variants share with the baseline.
 
-    ``match`` is ``none``, ``active_parameters`` (of one token) or ``flops`` (to train on the average token). A variant
-    that spends less or more gets another ``width``: the configuration's key of an MLP's width, set to the multiple of
-    ``multiple`` that comes nearest. A variant that then differs by more than the share ``tolerance`` is refused.
+    Args:
+        match: ``none``, ``active_parameters`` (per token) or ``flops`` (of training on the average token).
+        width: configuration key of the MLP width that is changed until a variant costs what the baseline does.
+        multiple: the width is a multiple of this.
+        tolerance: share of the cost by which a variant may still differ.
     """
 
     match: str = "none"
@@ -38,17 +40,18 @@ class BudgetConfig:
 
 @dataclass
 class EvaluationConfig:
-    """One call of ``most evaluate`` for each finished run."""
+    """One call of ``most evaluate`` for each finished run. Keys are its options; None is its default."""
 
     suite: str
     data: str
     limit: int | None = None
     vocabulary: list[str] = field(default_factory=list)
-    normalizer: str = NORMALIZERS[0]
+    normalizer: str | None = None
 
     def __post_init__(self) -> None:
         require_one_of("evaluation.suite", self.suite, ("asr", "tts"))
-        require_one_of("evaluation.normalizer", self.normalizer, NORMALIZERS)
+        if self.normalizer is not None:
+            require_one_of("evaluation.normalizer", self.normalizer, NORMALIZERS)
 
     @property
     def name(self) -> str:
@@ -58,9 +61,13 @@ class EvaluationConfig:
 
 @dataclass
 class ResourcesConfig:
-    """What one run takes. ``concurrent`` runs go on at a time; ``minutes`` is the longest a run may take.
+    """What one run takes.
 
-    ``ranks`` are those of a node. The last four are SLURM's.
+    Args:
+        ranks: per node.
+        concurrent: number of runs at a time.
+        minutes: time limit of a run.
+        gpus_per_node, cpus_per_task, partition, account: SLURM's options.
     """
 
     nodes: int = 1
@@ -79,9 +86,9 @@ class ResourcesConfig:
 
 @dataclass
 class SweepSpec:
-    """A sweep file without what is free in form: axes, baseline, skipped variants, overrides (:class:`Sweep`).
+    """The keys of a sweep file that have fixed types; :class:`Sweep` adds axes, baseline, skip and overrides.
 
-    Paths are relative to where the sweep is started.
+    Paths are relative to the working directory.
     """
 
     name: str
@@ -97,9 +104,14 @@ class SweepSpec:
     def __post_init__(self) -> None:
         require_one_of("combine", self.combine, ("grid", "zip"))
         require(bool(self.seeds), "seeds", self.seeds, "needs at least one")
-        require(len(set(self.seeds)) == len(self.seeds), "seeds", self.seeds, "names a seed twice")
+        require(len(set(self.seeds)) == len(self.seeds), "seeds", self.seeds, "must not repeat a seed")
         names = [one.name for one in self.evaluation]
-        require(len(set(names)) == len(names), "evaluation", names, "evaluates a set twice; sets are told by file name")
+        require(
+            len(set(names)) == len(names),
+            "evaluation",
+            names,
+            "must not repeat a file name, which names the set",
+        )
 
 
 @dataclass(frozen=True)
@@ -108,8 +120,8 @@ class Variant:
 
     Args:
         choices: (axis, choice) for each axis.
-        labels: what each choice is called: its name, or ``key=value`` where the axis is a key of the configuration.
-        overrides: all overrides, ``key=value``, that make it of the base configuration.
+        labels: of each choice: its name, or ``key=value`` if the axis is a key of the configuration.
+        overrides: all overrides ``key=value`` of the base configuration.
     """
 
     choices: tuple[tuple[str, str], ...]
@@ -122,7 +134,7 @@ class Variant:
 
     @property
     def slug(self) -> str:
-        """Name for a folder."""
+        """The name as part of a path."""
         return "".join(letter if letter.isalnum() or letter in "-_.=" else "-" for letter in "_".join(self.labels))
 
 
@@ -140,24 +152,17 @@ def load_sweep(path: str | Path) -> Sweep:
     """Read a sweep file.
 
     Raises:
-        ConfigError: the file cannot be read, or a key, type or rule is wrong; the configurations of its runs are not
-            looked at here (:func:`megatron_most.sweep.plan.plan_runs`).
+        ConfigError: the file cannot be read, or a key, type or rule is wrong. The configurations of the runs are
+            checked later, by :func:`megatron_most.sweep.plan.plan_runs`.
     """
     path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such sweep file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must hold a mapping")
+    content = read_yaml(path)
     free = {key: content.pop(key, None) for key in ("axes", "baseline", "skip", "overrides")}
     check_shape(content, SweepSpec, "", str(path))
     missing = [key for key in ("name", "base", "output", "seeds") if key not in content]
     if missing or free["axes"] is None:
         raise ConfigError(f"{path}: {(missing or ['axes'])[0]}: a value is required")
-    spec = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SweepSpec), content))
+    spec = cast(SweepSpec, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SweepSpec), content)))
     axes = {str(name): _choices(f"{path}: axes.{name}", name, choices) for name, choices in _axes(path, free["axes"])}
     skipped = free["skip"] or []
     if not isinstance(skipped, list):
@@ -170,28 +175,28 @@ def load_sweep(path: str | Path) -> Sweep:
         if not any(point.items() <= dict(variant.choices).items() for point in skip)
     )
     if not variants:
-        raise ConfigError(f"{path}: skip: leaves no variant")
+        raise ConfigError(f"{path}: skip: must leave a variant, excludes all")
     if free["baseline"] is None:
         return Sweep(path, spec, variants, variants[0])
     wanted = _point(f"{path}: baseline", axes, free["baseline"])
     matching = [variant for variant in variants if wanted.items() <= dict(variant.choices).items()]
     if len(matching) != 1:
-        raise ConfigError(f"{path}: baseline={wanted}: fits {len(matching)} variants, must fit one")
+        raise ConfigError(f"{path}: baseline={wanted}: must match one variant, matches {len(matching)}")
     return Sweep(path, spec, variants, matching[0])
 
 
 def _axes(path: Path, axes: Any) -> Iterator[tuple[str, Any]]:
     if not isinstance(axes, Mapping) or not axes:
-        raise ConfigError(f"{path}: axes: must map each axis to its choices")
+        raise ConfigError(f"{path}: axes: must map each axis to its choices, got {axes!r}")
     yield from axes.items()
 
 
 def _choices(where: str, name: str, choices: Any) -> dict[str, tuple[str, ...]]:
-    """Choice -> overrides. A list holds values of the key that the axis is named after; a mapping holds names."""
+    """Choice -> overrides. A list holds values of the key that names the axis; a mapping names its choices."""
     if isinstance(choices, list) and choices:
-        values = {_text(value): (f"{name}={_text(value)}",) for value in choices}
+        values: dict[str, tuple[str, ...]] = {_text(value): (f"{name}={_text(value)}",) for value in choices}
         if len(values) < len(choices):
-            raise ConfigError(f"{where}: names a value twice")
+            raise ConfigError(f"{where}: must not repeat a value")
         return values
     if not isinstance(choices, Mapping) or not choices:
         raise ConfigError(f"{where}: must be a list of values, or map names to overrides")
@@ -200,12 +205,12 @@ def _choices(where: str, name: str, choices: Any) -> dict[str, tuple[str, ...]]:
 
 def _overrides(where: str, overrides: Any) -> tuple[str, ...]:
     if not isinstance(overrides, Mapping) or not all(isinstance(key, str) for key in overrides):
-        raise ConfigError(f"{where}: must map keys of the configuration to values ({{}} for none)")
+        raise ConfigError(f"{where}: must map configuration keys to values ({{}} for none)")
     return tuple(f"{key}={_text(value)}" for key, value in overrides.items())
 
 
 def _text(value: Any) -> str:
-    """As it would be written in YAML; ``on`` and ``off`` arrive as booleans."""
+    """The value as YAML writes it. YAML reads ``on`` and ``off`` as booleans."""
     return yaml.safe_dump(value, default_flow_style=True, width=1 << 16).removesuffix("\n").removesuffix("\n...")
 
 
@@ -214,9 +219,9 @@ def _point(where: str, axes: Mapping[str, Mapping[str, Any]], point: Any) -> dic
         raise ConfigError(f"{where}: must map axes to choices")
     for axis, choice in point.items():
         if axis not in axes:
-            raise ConfigError(f"{where}: {axis}: no such axis; there are {', '.join(axes)}")
+            raise ConfigError(f"{where}: {axis}: no such axis; axes are {', '.join(axes)}")
         if _text(choice) not in axes[axis]:
-            raise ConfigError(f"{where}: {axis}: no choice {_text(choice)!r}; there are {', '.join(axes[axis])}")
+            raise ConfigError(f"{where}: {axis}: no choice {_text(choice)!r}; choices are {', '.join(axes[axis])}")
     return {axis: _text(choice) for axis, choice in point.items()}
 
 
@@ -226,7 +231,7 @@ def _combined(
     lists = [[(axis, choice, overrides) for choice, overrides in choices.items()] for axis, choices in axes.items()]
     if combine == "zip" and len({len(choices) for choices in lists}) > 1:
         lengths = ", ".join(f"{axis} {len(choices)}" for axis, choices in axes.items())
-        raise ConfigError(f"{path}: combine='zip': axes must be equally long: {lengths}")
+        raise ConfigError(f"{path}: combine='zip': axes must have equal lengths: {lengths}")
     for point in zip(*lists, strict=True) if combine == "zip" else itertools.product(*lists):
         yield Variant(
             tuple((axis, choice) for axis, choice, _ in point),

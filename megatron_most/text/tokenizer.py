@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -12,8 +11,8 @@ from typing import Protocol
 import sentencepiece
 import tokenizers
 
-from megatron_most.errors import ConfigError, DataError
-from megatron_most.files import replacing
+from megatron_most.errors import ConfigError, DataError, first_line
+from megatron_most.files import read_json, replacing
 
 
 class TextTokenizer(Protocol):
@@ -103,10 +102,12 @@ class HuggingFaceTokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
         except Exception as error:  # the library raises bare Exception
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"tokenizer {path}: not readable as a tokenizer.json: {reason}") from None
+            raise ConfigError(f"tokenizer {path}: not readable as a tokenizer.json: {first_line(error)}") from None
         # Text that spells a special token stays text: a transcript must not be able to end its own document.
         self._tokenizer.encode_special_tokens = True
+        # Settings of whoever saved the file, for batches of theirs.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         added = self._tokenizer.get_added_tokens_decoder().items()
         self._special_ids = {entry.content: token_id for token_id, entry in added if entry.special}
@@ -188,10 +189,7 @@ def _special_tokens(folder: Path) -> dict[str, str]:
         file = folder / name
         if not file.is_file():
             continue
-        try:
-            entries = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"tokenizer {file}: not readable as JSON: {error}") from None
+        entries = read_json(file)
         for role in ("bos_token", "eos_token", "pad_token"):
             value = entries.get(role)
             if isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""Losses as (sum, count) pairs: per target, per modality, per task, per codebook.
+"""Losses as (sum, count) pairs: over all targets, per modality, per task, and per codebook.
 
-A rank sums over its own positions and never divides; the division follows the sum over all ranks, so that no mean
-depends on how positions were split over ranks or micro-batches.
+A rank only sums over its own positions. The division follows the sum over all ranks, so that means do not depend on how
+positions are split over ranks and micro-batches.
 
 Shape letters: b rows, s positions, C codebooks, R rows of the metric table.
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_most.codec_layouts import FlatLayout
 from megatron_most.data.loading.batch import Batch
 from megatron_most.data.storage.documents import TASKS
 from megatron_most.errors import ConfigError
@@ -20,10 +21,10 @@ from megatron_most.vocab import NO_CODE, Modality, VocabLayout
 
 @dataclass(frozen=True)
 class _Constants:
-    """What never changes of a loss table, on one device. M modalities, T tasks.
+    """The constants of a loss table on one device, for M modalities and T tasks.
 
-    codebook_weights ``[C]``, modality_weights ``[M]``; the numbers of codebooks ``[C]``, modalities ``[M, 1, 1]`` and
-    tasks ``[T, 1, 1]``.
+    codebook_weights ``[C]`` and modality_weights ``[M]``; the indices of codebooks ``[C]``, modalities ``[M, 1, 1]``,
+    and tasks ``[T, 1, 1]``.
     """
 
     codebook_weights: torch.Tensor
@@ -36,24 +37,24 @@ class _Constants:
 class LossTable:
     """Turns the model's losses into the training loss and the table of metrics.
 
-    A target is a position with loss mask 1; its modality is that of the id it predicts. The loss of a target is the
-    main head's cross entropy; where codes are predicted beside it (layout ``frame``), plus their weighted sum; where it
-    is itself a code (layout ``flat``), times its codebook's weight.
+    A target is a position with loss mask 1. Its modality is that of the id to predict. Its loss is the cross entropy of
+    the main head, plus the weighted sum of the codebook losses if it is a codec frame (layout ``frame``), or times the
+    weight of its codebook if the id is a code (layout ``flat``).
 
-    Rows of the table, each reduced as sum over ranks of (sum, count), then sum / count:
+    Each row of the table is a (sum, count) pair. It is summed over ranks; the metric is sum / count:
 
-    - ``loss``: mean over all targets;
-    - ``loss/<modality>``: mean over targets of that modality (the target's whole loss);
-    - ``loss/<task>``: mean over the targets of that task's documents;
-    - ``loss/codebook_<k>``: mean cross entropy, unweighted, over targets that have a code of codebook k;
-    - ``tokens``: sum is the number of positions that are not padding, count the number of rows.
+    - ``loss``: over all targets;
+    - ``loss/<modality>``: over the targets of that modality;
+    - ``loss/<task>``: over the targets of that task's documents;
+    - ``loss/codebook_<k>``: cross entropy, unweighted, over targets that have a code of codebook k;
+    - ``tokens``: the sum is the number of positions that are not padding, the count the number of rows.
 
     Args:
         weights: loss weight of each codebook.
-        text_weight: weight of a text target in the training loss; the metrics are not weighted by it.
+        text_weight: weight of text targets in the training loss. It does not affect the metrics.
 
     Raises:
-        ConfigError: a modality is called as a task or codebook is, so that their rows would be one.
+        ConfigError: a modality has the name of a task or codebook.
     """
 
     def __init__(self, vocab: VocabLayout, weights: list[float], text_weight: float = 1.0) -> None:
@@ -71,11 +72,11 @@ class LossTable:
         """Reduce one micro-batch on this rank.
 
         Args:
-            slot_losses: ``[b, s, 1 + C]``, or ``[b, s, 1]`` in layout ``flat``; 0 without a code label.
+            slot_losses: ``[b, s, 1 + C]``, or ``[b, s, 1]`` in layout ``flat``; 0 where there is no code label.
 
         Returns:
-            The sum of the loss over targets (with its graph), the number of targets (int32), and the detached table
-            ``[R, 2]`` float64 of (sum, count), rows as in :attr:`names`.
+            The sum of the loss over targets (differentiable), the number of targets (int32), and the detached table
+            ``[R, 2]`` float64 with the rows :attr:`names`.
         """
         slot_losses = slot_losses.float()
         mask = batch.loss_mask.to(slot_losses.dtype)
@@ -83,6 +84,7 @@ class LossTable:
         constants = self._constants_on(main.device)
         modality = self.vocab.modality_of(batch.labels)
         if self.vocab.codec_layout.uses_side_codes:
+            assert batch.code_labels is not None
             losses = main + codebooks @ constants.codebook_weights
             has_code, code_losses = batch.code_labels != NO_CODE, codebooks
         else:
@@ -101,7 +103,7 @@ class LossTable:
         return loss_sum, counts[0].int(), table
 
     def _constants_on(self, device: torch.device) -> _Constants:
-        """Copied there once: with each copy of a list the host would wait for the device."""
+        """Cached, because copying a list to the device makes the host wait for it."""
         if device not in self._constants:
             num_modalities = len(self.vocab.modality_names)
             modality_weights = torch.ones(num_modalities)
@@ -116,8 +118,10 @@ class LossTable:
         return self._constants[device]
 
     def _codebook_of(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Layouts whose codes are ids: the codebook of each label, and whether it is a code at all."""
-        code = labels - self.vocab.codec_layout.first_code_id
+        """Layout ``flat``: the codebook of each label, and whether the label is a code."""
+        layout = self.vocab.codec_layout
+        assert isinstance(layout, FlatLayout)
+        code = labels - layout.first_code_id
         codebook = torch.div(code, self.vocab.codebook_size, rounding_mode="floor")
         is_code = (code >= 0) & (codebook < self.vocab.num_codebooks)
         return codebook.where(is_code, 0), is_code

@@ -1,7 +1,7 @@
-"""Metrics: gathered between two logged lines, written as JSON lines, to TensorBoard, wandb and the console.
+"""Metrics: accumulated between two logged lines, then written as JSON lines, to TensorBoard, wandb, and the console.
 
-Only rank 0 writes. ``metrics.jsonl`` and ``routing.jsonl`` grow by one flushed line at a time; a resumed run first
-drops the lines after the step it resumes from, so that each step stands there once.
+Only rank 0 writes. ``metrics.jsonl`` and ``routing.jsonl`` are appended to and flushed line by line. A resumed run
+first drops the lines after its checkpoint, so that every step appears once.
 """
 
 from __future__ import annotations
@@ -9,48 +9,49 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_most.config import LoggingConfig, MoEConfig
 from megatron_most.errors import ConfigError
+from megatron_most.files import write_text
 from megatron_most.training.routing_metrics import RoutingMetrics
 from megatron_most.training.run_directory import METRICS, ROUTING
 
 
 class MetricAccumulator:
-    """Sums since the last logged line; the same on every rank, and part of every checkpoint.
+    """Sums since the last logged line, the same on every rank. Checkpoints hold them.
 
     Args:
-        names: rows of the metric table (see :class:`~megatron_most.training.loss.LossTable`).
-        moe: what :class:`~megatron_most.training.routing_metrics.RoutingMetrics` needs to tell groups apart.
+        names: rows of the metric table, see :class:`~megatron_most.training.loss.LossTable`.
+        moe: the expert groups, for :class:`~megatron_most.training.routing_metrics.RoutingMetrics`.
     """
 
     def __init__(self, names: list[str], moe: MoEConfig) -> None:
         self.names = names
-        self.moe = moe
+        self.routing = RoutingMetrics(moe)
         self.reset()
 
     def reset(self) -> None:
         self.table = [[0.0, 0.0] for _ in self.names]
-        self.routing = RoutingMetrics(self.moe)
+        self.routing.sums = []
         self.fp8_rows = [0.0, 0.0]
 
     def add(self, table: list[list[float]]) -> None:
-        """Add one step's table of (sum, count), already summed over ranks."""
+        """Add the table of one step, already summed over ranks."""
         for mine, new in zip(self.table, table, strict=True):
             mine[0] += new[0]
             mine[1] += new[1]
 
     def add_fp8_rows(self, padded: float, rows: float) -> None:
-        """Rows of FP8 experts that were padding, and all of them, summed over ranks."""
+        """Add the rows of FP8 experts that were padding, and all their rows, summed over ranks."""
         self.fp8_rows = [self.fp8_rows[0] + padded, self.fp8_rows[1] + rows]
 
     def means(self) -> dict[str, float]:
-        """:func:`mean_losses` of everything added, :meth:`RoutingMetrics.metrics`, and the share of FP8 padding."""
+        """:func:`mean_losses` of the sums, :meth:`RoutingMetrics.metrics`, and the fraction of FP8 padding."""
         padded, rows = self.fp8_rows
         padding = {"fp8_padding": padded / rows} if rows else {}
         return mean_losses(self.names, self.table) | self.routing.metrics() | padding
@@ -65,7 +66,7 @@ class MetricAccumulator:
         return {"table": table, "routing": self.routing.sums, "fp8_rows": self.fp8_rows}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state`; rows that this version does not know are left out."""
+        """Restore :meth:`state`. Rows that do not exist in this version are dropped."""
         self.reset()
         if state:
             self.table = [state["table"].get(name, [0.0, 0.0]) for name in self.names]
@@ -73,27 +74,25 @@ class MetricAccumulator:
             self.fp8_rows = state.get("fp8_rows", [0.0, 0.0])
 
 
-def mean_losses(names: list[str], table: list[list[float]]) -> dict[str, float]:
-    """Sum over count of every loss that had a target."""
+def mean_losses(names: Sequence[str], table: list[list[float]]) -> dict[str, float]:
+    """Sum / count of every loss that had a target."""
     return {
         name: total / count for name, (total, count) in zip(names, table, strict=True) if name != "tokens" and count
     }
 
 
 class JsonLines:
-    """An append-only file of JSON objects, one per line, each on disk before the next step.
+    """An append-only file of JSON objects, one per line, flushed after each.
 
     Args:
-        resume_step: lines of later steps, and a torn last line, are dropped from a file that exists.
+        resume_step: lines of later steps and an incomplete last line are dropped from an existing file.
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
         self.path = path
         if path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= resume_step]
-            temporary = path.with_name(f".tmp-{path.name}")
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            os.replace(temporary, path)
+            write_text(path, "".join(f"{line}\n" for line in kept))
         self.stream = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
 
     def write(self, values: dict[str, Any]) -> None:
@@ -105,7 +104,7 @@ class JsonLines:
 
 
 def require_installed(logging: LoggingConfig) -> None:
-    """Raise :class:`ConfigError` when TensorBoard or wandb is asked for and not installed."""
+    """Raise :class:`ConfigError` if TensorBoard or wandb is enabled but not installed."""
     asked = (
         (logging.tensorboard, "torch.utils.tensorboard", "logging.tensorboard=True: tensorboard"),
         (logging.wandb_project, "wandb", f"logging.wandb_project={logging.wandb_project!r}: wandb"),
@@ -119,14 +118,14 @@ def require_installed(logging: LoggingConfig) -> None:
 
 
 class MetricsWriter:
-    """Everything rank 0 writes about a run's progress; :func:`require_installed` comes first.
+    """Writes the metrics of a run, on rank 0. Call :func:`require_installed` first.
 
     Args:
-        run_dir: receives ``metrics.jsonl``, ``routing.jsonl`` and ``tensorboard/``.
-        total_steps: the run's last step, for the time left.
-        resume_step: the step the run starts from.
-        modality_names: whose losses the console shows.
-        run_config: what wandb is told of the run.
+        run_dir: where to write ``metrics.jsonl``, ``routing.jsonl``, and ``tensorboard/``.
+        total_steps: the last step of the run, for the remaining time.
+        resume_step: the step that the run starts from.
+        modality_names: modalities whose losses the console shows.
+        run_config: the configuration that wandb records.
     """
 
     def __init__(
@@ -146,14 +145,14 @@ class MetricsWriter:
         self.wandb = _wandb(run_dir, logging.wandb_project, run_config) if logging.wandb_project else None
 
     def training(self, values: dict[str, Any], routing: list[dict[str, Any]]) -> None:
-        """Write one line of training metrics and its routing maps."""
+        """Write a line of training metrics, and the routing statistics of its layers."""
         self._write(values)
         if routing:
             self.routing.write({"step": values["step"], "layers": routing})
         print(console_line(values, self.total_steps, self.modality_names), flush=True)
 
     def validation(self, step: int, values: dict[str, float]) -> None:
-        """Write the losses of the validation sets at ``step``, as a line of their own."""
+        """Write a line with the losses of the validation sets at ``step``."""
         self._write({"step": step, "time": time.time(), **values})
         losses = [f"{name.split('/')[1]} {value:.4f}" for name, value in values.items() if name.endswith("/loss")]
         print(f"step {step}  validation  {'  '.join(losses)}", flush=True)
@@ -178,7 +177,7 @@ class MetricsWriter:
 
 
 def console_line(values: dict[str, Any], total_steps: int, modality_names: tuple[str, ...]) -> str:
-    """One line for people: step, loss and its modalities, learning rate, speed, time left."""
+    """The console's line: step, loss in total and by modality, learning rate, speed, remaining time."""
     parts = [f"{name} {values[f'loss/{name}']:.4f}" for name in modality_names if f"loss/{name}" in values]
     step = values["step"]
     width = len(str(total_steps))
@@ -199,7 +198,7 @@ def _duration(seconds: float) -> str:
 
 
 def _step(line: str) -> float:
-    """The step of a JSON line; infinite for a line that was torn."""
+    """The step of a JSON line; infinite for an incomplete line."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
@@ -215,10 +214,10 @@ def _tensorboard(run_dir: Path, resume_step: int) -> Any:
 def _wandb(run_dir: Path, project: str, run_config: dict[str, Any]) -> Any:
     import wandb
 
-    # A resumed run goes on in the same wandb run.
+    # A resumed run continues the same wandb run.
     identity = run_dir / ".wandb_id"
     if not identity.exists():
-        identity.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+        write_text(identity, uuid.uuid4().hex[:12])
     return wandb.init(
         project=project,
         name=run_dir.name,

@@ -1,4 +1,4 @@
-"""One pass over the micro-batches of a step, through Megatron's schedules.
+"""Runs the micro-batches of a step through Megatron's schedules.
 
 Shape letters: R rows of the metric table.
 """
@@ -25,13 +25,17 @@ from megatron_most.training.loss import LossTable
 def forward_step(
     loss_table: LossTable, batches: Iterator[Batch], model: torch.nn.Module
 ) -> tuple[torch.Tensor, Callable]:
-    """Run one stage on the next micro-batch; the second value turns the last stage's output into losses."""
+    """Run one pipeline stage on the next micro-batch.
+
+    Returns:
+        The stage's output, and a function that turns the output of the last stage into losses.
+    """
     batch = next(batches)
     packed = packed_seq_params(batch) if batch.packed_row is None else batch.packed_row
     context_size = parallel_state.get_context_parallel_world_size()
     if context_size > 1:
         rank = parallel_state.get_context_parallel_rank()
-        if packed is None:
+        if batch.cu_seqlens is None:
             positions = zigzag_positions(batch.ids.shape[1], rank, context_size)
         else:
             positions = zigzag_positions_packed(batch.cu_seqlens, rank, context_size)
@@ -48,7 +52,7 @@ def forward_step(
 
 
 def packed_seq_params(batch: Batch) -> PackedRow | None:
-    """The documents of the whole packed row, as this context-parallel rank sees them; None for a padded batch."""
+    """The documents of a packed row from the view of this context-parallel rank; None if the batch is not packed."""
     if batch.cu_seqlens is None:
         return None
     return packed_row(
@@ -60,9 +64,9 @@ def packed_seq_params(batch: Batch) -> PackedRow | None:
 
 
 def stage(batch: Batch, device: torch.device) -> Batch:
-    """The batch on ``device`` and with its packed row: all that a step needs of it. Any thread may call it."""
+    """The batch on ``device``, with its packed row. Thread-safe."""
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # each thread has a current device of its own
+        torch.cuda.set_device(device)  # the current device is a setting of the thread
     batch = batch.to(device)
     return dataclasses.replace(batch, packed_row=packed_seq_params(batch))
 
@@ -70,11 +74,11 @@ def stage(batch: Batch, device: torch.device) -> Batch:
 def run_microbatches(
     model_chunks: list[torch.nn.Module], batches: list[Batch], loss_table: LossTable, forward_only: bool = False
 ) -> torch.Tensor:
-    """Forward (and backward) all micro-batches of this rank; gradients are summed, reduced and divided by Megatron.
+    """Forward and, unless ``forward_only``, backward of this rank's micro-batches. Megatron reduces the gradients.
 
     Returns:
-        The metric table ``[R, 2]`` float64 summed over this rank's micro-batches; zero except on the last pipeline
-        stage of the first tensor rank, so that the sum over all ranks counts every position once.
+        The metric table ``[R, 2]`` float64, summed over this rank's micro-batches. It is zero except on the last
+        pipeline stage of the first tensor-parallel rank, so that a sum over all ranks counts every position once.
     """
     iterators = [iter(batches) for _ in model_chunks]
     single = len(model_chunks) == 1
@@ -90,13 +94,13 @@ def run_microbatches(
     if tables and parallel_state.get_tensor_model_parallel_rank() == 0:
         table = torch.stack(tables).sum(dim=0)
         if parallel_state.get_context_parallel_rank() > 0:
-            # Each context rank holds other positions of the same rows: its positions count, its rows do not.
+            # Context-parallel ranks hold different positions of the same rows; count the rows only once.
             table[loss_table.names.index("tokens"), 1] = 0
         return table
     return torch.zeros(len(loss_table.names), 2, dtype=torch.float64, device=platform.device())
 
 
 def sum_over_ranks(table: torch.Tensor) -> list[list[float]]:
-    """Sum a float64 table over all ranks and bring it to the host: the same numbers on every rank."""
+    """Sum a float64 table over all ranks and copy it to the host. The same on every rank."""
     dist.all_reduce(table)
     return table.tolist()

@@ -1,9 +1,9 @@
-"""Muon (arXiv 2502.16982) for every matrix, the experts of a pool among them, which are one parameter of many.
+"""Muon (arXiv 2502.16982) for every matrix, including those stacked in one parameter, as the experts of a pool are.
 
-Megatron's Muon takes parameters of two axes and leaves the others to AdamW, and with them nine tenths of a mixture of
-experts. Here each matrix of a stack is made orthogonal by itself: a pool's experts move as they would one by one.
+Megatron's Muon updates parameters with two axes and leaves the others to AdamW, which would be most of a mixture of
+experts. Here each matrix of a stack is orthogonalized separately, as if it were a parameter of its own.
 
-Shape letters: e matrices of a stack; out, in their rows and columns (this rank's part of one of them).
+Shape letters: e matrices of a stack; out, in: rows and columns of one of them (on this rank).
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from megatron_most.config import RunConfig
 from megatron_most.training.parts import named_parts
 
 STACKED_MUON = "stacked_muon"
-"""The name of :class:`StackedMuon` among Megatron's optimizers."""
+"""The name under which :class:`StackedMuon` is registered with Megatron's optimizers."""
 
 
 class StackedMuon(TensorParallelMuon):
-    """Megatron's Muon, for stacks of matrices too. Split matrices are gathered and made orthogonal as wholes."""
+    """Megatron's Muon, also for stacks of matrices. Sharded matrices are gathered before they are orthogonalized."""
 
     def orthogonalize(self, p: torch.Tensor, grad: torch.Tensor, **group: Any) -> torch.Tensor:
-        """The update of ``p`` from its momentum ``grad``, ``[out, in]`` or ``[e, out, in]``, in the same shape."""
+        """The update of ``p`` from its momentum ``grad``, both ``[out, in]`` or ``[e, out, in]``."""
         if grad.ndim == 2:
             return super().orthogonalize(p, grad, **group)
         tensor_group = self.pg_collection.expt_tp if getattr(p, "expert_tp", False) else self.pg_collection.tp
         axis = getattr(p, "partition_dim", -1)
-        # Counted from the end, an axis is the same of a stack and of one of its matrices.
+        # A negative axis is the same for a stack and for each of its matrices.
         return self.scaled_orthogonalize_fn(grad, tensor_group, None if axis < 0 else axis - grad.ndim)
 
 
@@ -52,20 +52,20 @@ _EMERGING_OPTIMIZERS[STACKED_MUON] = dataclasses.replace(
 
 
 def check_muon(config: RunConfig) -> None:
-    """Raise :class:`ConfigError` when the optimizer needs a library that is not there. Allocates nothing."""
+    """Raise :class:`ConfigError` if the optimizer needs a library that is not installed. Allocates nothing."""
     if config.optimizer.optimizer == "muon":
         platform.require_library("emerging_optimizers", "optimizer.optimizer", "muon")
 
 
 def muon_options(config: RunConfig, chunks: Iterable[torch.nn.Module]) -> dict[str, Any]:
-    """What Megatron's optimizer has to be told of Muon, after marking the weights that it moves.
+    """The options of Megatron's optimizer for Muon. Also marks the parameters that Muon updates.
 
     Raises:
-        ConfigError: the library that computes it is missing.
+        ConfigError: Muon's library is not installed.
     """
     check_muon(config)
     for _, parameter, part in named_parts(config, chunks):
-        parameter.uses_muon = config.uses_muon(part)
+        parameter.uses_muon = config.uses_muon(part)  # type: ignore[attr-defined]  # read by _is_left_to_adam
     fields = (
         "muon_momentum",
         "muon_nesterov",
@@ -76,5 +76,5 @@ def muon_options(config: RunConfig, chunks: Iterable[torch.nn.Module]) -> dict[s
         "muon_fp32_matmul_prec",
     )
     own = {name: getattr(config.optimizer, name) for name in fields}
-    # The other modes make each rank's piece orthogonal, or sum in another order: neither is what one rank computes.
+    # Other modes orthogonalize each rank's shard, or sum in another order; both differ from the result on one rank.
     return {"optimizer": STACKED_MUON, "muon_tp_mode": "duplicated", **own}

@@ -26,30 +26,30 @@ from megatron_most.training.parts import freeze, group_overrides, named_parts
 
 
 def wrap_model(config: RunConfig, model_chunks: list[MoSTModel]) -> list[DistributedDataParallel]:
-    """Freeze what is not to learn, and wrap each chunk for mixed precision and gradient reduction.
+    """Freeze the frozen parts, and wrap each chunk for mixed precision and gradient reduction.
 
-    Gradients are kept and reduced in fp32; what is frozen has none.
+    Gradients are accumulated and reduced in fp32. Frozen parameters have none.
     """
     freeze(config, model_chunks)
-    _tell_experts_apart(config, model_chunks)
+    _mark_experts(config, model_chunks)
     megatron = model_chunks[0].config
     options = config.optimizer
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=options.overlap_grad_reduce,
-        # Not for parameters: a module would have to be called before its parameters are used, and in the order of their
-        # registration, which codebook tables are not.
+        # Not overlap_param_gather: it requires modules to be called in the order of their registration, which the
+        # codebook tables are not.
         overlap_param_gather=False,
         use_distributed_optimizer=options.use_distributed_optimizer,
     )
     if options.overlap_grad_reduce:
-        # As Megatron would by itself; here because the layout of the buffers is made before them.
+        # Megatron's default, set here because the buffer layout is computed before Megatron sets it.
         ddp_config.bucket_size = _bucket_size()
     is_first_stage = parallel_state.get_pipeline_model_parallel_rank() == 0
     wrapped = []
     for index, chunk in enumerate(model_chunks):
         module = Float16Module(megatron, chunk) if config.precision.dtype == "bf16" else chunk
-        # As in Megatron's own training loop: with virtual stages, only the first chunk is worth splitting into buckets.
+        # As in Megatron's training loop: with virtual stages, only the first chunk is split into buckets.
         is_split = is_first_stage and index == 0
         layout = _buffer_layout(module, ddp_config, is_split) if options.use_distributed_optimizer else None
         wrapped.append(
@@ -60,11 +60,11 @@ def wrap_model(config: RunConfig, model_chunks: list[MoSTModel]) -> list[Distrib
 
 
 def _fuse_weight_gradients(wrapped: list[DistributedDataParallel]) -> None:
-    """Have Transformer Engine's linear layers add to the gradient buffers in the product that makes the gradients.
+    """Let Transformer Engine's linear layers accumulate weight gradients directly in the gradient buffers.
 
-    Megatron's ``gradient_accumulation_fusion`` would tell them so, but it holds for all layers, and those of Megatron
-    itself, which the heads are, refuse it without a kernel of Apex (tensor_parallel/layers.py:1070). A layer of which
-    a weight is frozen stays as it is: that weight has no place in the buffers.
+    Megatron's ``gradient_accumulation_fusion`` does so for all layers, but Megatron's own linear layers, such as the
+    heads, need a kernel of Apex for it (tensor_parallel/layers.py:1070). Layers with a frozen weight are left out: that
+    weight has no gradient buffer.
     """
     for chunk in wrapped:
         for module in chunk.modules():
@@ -74,17 +74,17 @@ def _fuse_weight_gradients(wrapped: list[DistributedDataParallel]) -> None:
 
 
 def _bucket_size() -> int:
-    """Elements of a gradient bucket, which is reduced when it is complete: more where many ranks share it."""
+    """Elements of a gradient bucket. Larger with more data-parallel ranks, as in Megatron."""
     return max(40_000_000, 1_000_000 * parallel_state.get_data_parallel_world_size())
 
 
 def _buffer_layout(
     module: torch.nn.Module, ddp_config: DistributedDataParallelConfig, is_split: bool
 ) -> FullParamLayout:
-    """Where each weight that learns stands in the buffers of which the distributed optimizer's ranks have shares.
+    """Where each trainable parameter is in the buffers that the distributed optimizer shards over ranks.
 
     Args:
-        is_split: into buckets of ``ddp_config.bucket_size`` elements; into one else.
+        is_split: use buckets of ``ddp_config.bucket_size`` elements; otherwise one bucket.
     """
     return DistributedOptimizer.compute_full_param_layout(
         [parameter for parameter in module.parameters() if parameter.requires_grad],
@@ -95,29 +95,27 @@ def _buffer_layout(
     )
 
 
-def _tell_experts_apart(config: RunConfig, model_chunks: list[MoSTModel]) -> None:
-    """Have the gradients of experts reduced over the ranks that hold copies of them.
+def _mark_experts(config: RunConfig, model_chunks: list[MoSTModel]) -> None:
+    """Mark experts, so that their gradients are reduced over the ranks that hold copies of them.
 
-    Megatron does so for experts that are spread over ranks and takes others for a part of the dense model. They are not
-    where they are split over fewer tensor ranks than it: gradients and norms would silently be wrong (0.19.2).
+    Without expert parallelism, Megatron treats experts as dense parameters. That is silently wrong if experts and dense
+    layers have different tensor-parallel sizes (0.19.2).
     """
     layout = config.parallel
     is_dense = layout.expert_model_parallel_size == 1 and layout.expert_tensor_size == layout.tensor_model_parallel_size
     for _, parameter, part in named_parts(config, model_chunks):
         if part.startswith("experts."):
-            parameter.allreduce = is_dense
+            parameter.allreduce = is_dense  # type: ignore[attr-defined]  # an attribute that Megatron reads
 
 
 def build_optimizer(config: RunConfig, wrapped: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """AdamW, or Muon and AdamW, over fp32 master weights, and the hooks by which Megatron's schedules reach them.
+    """AdamW, or Muon and AdamW, on fp32 master weights; also sets the hooks of Megatron's schedules.
 
-    Each part of the model has parameter groups of its own, with the part's learning rate.
-
-    Megatron takes the fused kernel of Transformer Engine or Apex where one is installed, torch's AdamW elsewhere; on a
-    GPU that is fused, too.
+    Every part of the model has its own parameter groups, with the part's learning rate. Megatron uses the fused AdamW
+    of Transformer Engine or Apex if one is installed, else torch's; on a GPU, that is fused as well.
 
     Raises:
-        ConfigError: Muon is asked for and its library is missing.
+        ConfigError: Muon is configured, but its library is not installed.
     """
     options = config.optimizer
     kind = muon_options(config, wrapped) if options.optimizer == "muon" else {"optimizer": "adam"}
@@ -145,29 +143,28 @@ def build_optimizer(config: RunConfig, wrapped: list[DistributedDataParallel]) -
     megatron.finalize_model_grads_func = finalize_model_grads
     megatron.grad_scale_func = optimizer.scale_loss
     if options.overlap_grad_reduce:
-        # Reduce gradients once, with the last micro-batch, not with each.
+        # Reduce gradients with the last micro-batch only.
         no_sync = [chunk.no_sync for chunk in wrapped]
         megatron.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return optimizer
 
 
 def fuse_adam(optimizer: MegatronOptimizer) -> None:
-    """Have torch's AdamW update a parameter group in one pass over its memory, where Megatron took torch's.
+    """Switch torch's AdamW, if Megatron uses it, to torch's fused kernel: one pass over memory instead of many.
 
-    Otherwise a GPU runs a pass for each step of the formula. Megatron has no option for it. Call it before the first
-    update: the fused kernel reads the step counts on the parameters' device.
+    Megatron has no option for this. Call it before the first update: the fused kernel keeps step counts on the device.
     """
     for member in optimizer.chained_optimizers:
-        if isinstance(member.optimizer, torch.optim.Adam):  # AdamW is a kind of it
+        if isinstance(member.optimizer, torch.optim.Adam):  # AdamW is a subclass
             for group in member.optimizer.param_groups:
                 group.update(fused=True, foreach=False)
 
 
 def build_scheduler(config: RunConfig, optimizer: MegatronOptimizer, num_updates: int) -> OptimizerParamScheduler:
-    """The learning-rate schedule after ``num_updates`` updates: a function of them and the configuration alone.
+    """The learning-rate schedule after ``num_updates`` updates. It depends only on that number and the configuration.
 
-    Call ``scheduler.step(1)`` before an update: update n uses the rate at n, so that warm-up starts above zero and the
-    last one ends the decay.
+    Call ``scheduler.step(1)`` before an update: update n, counted from 1, uses the rate at n. Warmup thus starts above
+    zero, and the last update ends the decay.
     """
     options = config.optimizer
     scheduler = OptimizerParamScheduler(
@@ -188,5 +185,5 @@ def build_scheduler(config: RunConfig, optimizer: MegatronOptimizer, num_updates
 
 
 def learning_rate(scheduler: OptimizerParamScheduler) -> float:
-    """The rate of the parts that are not scaled."""
+    """The learning rate of parts without a scale."""
     return scheduler.get_lr({})

@@ -1,7 +1,7 @@
-"""The parts of a model that may learn at rates of their own: which weight is whose, freezing, gradient norms.
+"""The parts of a model, which may have their own learning rates: names of parameters, freezing, gradient norms.
 
-A part is one of :attr:`megatron_most.config.RunConfig.part_names`. The optimizer keeps each part in parameter groups of
-its own, marked ``part``, so that rates and norms need no second list of parameters.
+A part is one of :attr:`megatron_most.config.RunConfig.part_names`. The optimizer has separate parameter groups for each
+part, marked ``part``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ from megatron_most.model import MoSTModel
 from megatron_most.moe import ExpertGroups
 
 _RULES = (
-    # First, because Transformer Engine keeps some norms in the linear layer that follows them.
+    # First, because Transformer Engine stores some norms in the linear layer that follows them.
     ("norms", re.compile(r"norm")),
     ("routers", re.compile(r"\.mlp\.router\.")),
     ("shared_experts", re.compile(r"\.mlp\.shared_experts\.")),
@@ -34,9 +35,9 @@ _RULES = (
 )
 _EXPERTS = re.compile(r"\.mlp\.experts\.")
 _EXPERT_POOL = re.compile(r"\.mlp\.experts\.(.+)_experts\.linear_fc[12]$")
-"""A weight for each pool: :class:`megatron_most.moe.experts.GroupedExperts`."""
+"""One weight per pool: :class:`megatron_most.moe.experts.GroupedExperts`."""
 _EXPERT_INDEX = re.compile(r"\.local_experts\.(\d+)\.|\.linear_fc[12]\.weight(\d+)$")
-"""A weight for each expert of the rank: Megatron's ``SequentialMLP``, and Transformer Engine's grouped layers."""
+"""One weight per local expert: Megatron's ``SequentialMLP`` and Transformer Engine's grouped layers."""
 
 
 def named_parts(config: RunConfig, chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter, str]]:
@@ -51,7 +52,7 @@ def named_parts(config: RunConfig, chunks: Iterable[torch.nn.Module]) -> Iterato
 
 
 def part_of(name: str, pools: list[str]) -> str:
-    """The part of the parameter called ``name``; ``pools`` names the pool of each expert that this rank computes."""
+    """The part of the parameter ``name``. ``pools`` is the pool of each local expert."""
     if _EXPERTS.search(name):
         return f"experts.{_pool_of(name, pools)}"
     for part, pattern in _RULES:
@@ -64,15 +65,17 @@ def _pool_of(name: str, pools: list[str]) -> str:
     if match := _EXPERT_POOL.search(name):
         return match[1]
     match = _EXPERT_INDEX.search(name)
+    if match is None:
+        raise RuntimeError(f"{name}: names neither a pool nor an expert")
     return pools[int(match[1] or match[2])]
 
 
 def freeze(config: RunConfig, chunks: Iterable[MoSTModel]) -> None:
-    """Take the parts whose learning rate is scaled by 0 out of training: no gradients, no optimizer state.
+    """Freeze the parts with a learning-rate scale of 0: no gradients, no optimizer state.
 
-    Where layers above frozen embeddings learn, the embeddings' output has a gradient all the same: all ranks must take
-    part in the backward of an exchange of tokens, also those that have nothing to learn themselves. So it has where
-    layers are recomputed: they have gradients only if their input has one, and their routing is counted in that pass.
+    The output of frozen embeddings still requires a gradient in two cases. If layers above them learn, every rank must
+    take part in the backward of the all-to-all, even if it has nothing to learn. If layers are recomputed, they run
+    with gradients only if their input requires one, and routing is counted in that pass.
     """
     for _, parameter, part in named_parts(config, chunks):
         if config.lr_scale(part) == 0:
@@ -86,14 +89,14 @@ def freeze(config: RunConfig, chunks: Iterable[MoSTModel]) -> None:
 
 
 def group_overrides(config: RunConfig, chunks: Iterable[torch.nn.Module]) -> dict[ParamKey, ParamGroupOverride]:
-    """What Megatron's optimizer sets for the parameter groups of each part: its name and its range of rates."""
+    """Overrides for the parameter groups of each part: its name and its minimum and maximum learning rate."""
     options = config.optimizer
     members: dict[str, set[torch.nn.Parameter]] = {part: set() for part in config.part_names}
     for _, parameter, part in named_parts(config, chunks):
         members[part].add(parameter)
     overrides = {}
     for part, parameters in members.items():
-        override = {"part": part}
+        override: dict[str, Any] = {"part": part}
         scale = config.lr_scale(part)
         if scale != 1:
             override |= {"max_lr": options.lr * scale, "min_lr": options.min_lr * scale}
@@ -103,10 +106,10 @@ def group_overrides(config: RunConfig, chunks: Iterable[torch.nn.Module]) -> dic
 
 @torch.no_grad()
 def part_grad_norms(config: RunConfig, optimizer: MegatronOptimizer) -> dict[str, float]:
-    """L2 norm of the gradient of each part that learns, before clipping; the same on every rank. A collective call.
+    """L2 norm of the gradient of each trainable part, before clipping; the same on every rank. Collective.
 
-    Call it after the backward pass and before ``optimizer.step()``. It reads the gradients where they are, as the norm
-    of all does: a distributed optimizer's ranks each have a share of them, other optimizers' ranks whole ones.
+    Call it after the backward pass and before ``optimizer.step()``. Like Megatron's total norm, it reads the gradients
+    that the optimizer holds: shards in a distributed optimizer, whole gradients otherwise.
     """
     parts = [part for part in config.part_names if config.lr_scale(part) > 0]
     optimizer.prepare_grads()
@@ -124,7 +127,7 @@ def part_grad_norms(config: RunConfig, optimizer: MegatronOptimizer) -> dict[str
 
 
 def _counts(parameter: torch.nn.Parameter, tensor_group: dist.ProcessGroup) -> bool:
-    """Whether this rank adds the parameter to a sum over ranks: one of those that hold copies does."""
+    """Whether this rank includes the parameter in a sum over ranks: of all ranks with a copy, exactly one does."""
     return (
         parameter.grad is not None
         and param_is_not_shared(parameter)

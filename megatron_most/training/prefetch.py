@@ -1,4 +1,4 @@
-"""What comes next is made while the present is used: a thread reads, lays out and copies batches ahead of the steps."""
+"""Prepares the next items in a background thread: reading, collating, and copying batches ahead of the steps."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ from typing import NamedTuple
 
 
 class Prefetch[T, U]:
-    """``prepare(item)`` of each item, in order, made by one thread; ``with`` starts and ends it.
+    """Iterates over ``prepare(item)`` of each item, in order, computed by one thread. Use it as a context manager.
 
-    What ``items`` or ``prepare`` raises is raised to whoever asks for that item, not before. Whoever goes on with fewer
-    items than were made loses nothing that counts: an item is used when it is taken from here.
+    An exception of ``items`` or ``prepare`` is raised when the consumer asks for that item.
 
     Args:
-        items: read by the thread alone from now on.
-        depth: how many items may wait to be used.
+        items: only the thread may read it from now on.
+        depth: how many prepared items may wait.
     """
 
     def __init__(self, items: Iterator[T], prepare: Callable[[T], U], depth: int) -> None:
         self._items, self._prepare = items, prepare
-        self._made: queue.Queue[_Made[U]] = queue.Queue(maxsize=depth)
+        self._ready: queue.Queue[_Item[U] | _End] = queue.Queue(maxsize=depth)
         self._is_stopping = threading.Event()
-        # A process that ends for another reason does not wait for it.
+        # A daemon, so that a failing process does not wait for it.
         self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
 
     def __enter__(self) -> Prefetch[T, U]:
@@ -34,7 +33,7 @@ class Prefetch[T, U]:
         self._is_stopping.set()
         while self._thread.is_alive():
             try:
-                self._made.get(timeout=0.05)  # makes room for one who waits for it, and who then sees the event
+                self._ready.get(timeout=0.05)  # makes room: a waiting put() returns, and the thread sees the event
             except queue.Empty:
                 continue
 
@@ -42,20 +41,23 @@ class Prefetch[T, U]:
         return self
 
     def __next__(self) -> U:
-        item, error = self._made.get()
-        if error is not None:
-            self._made.put(_Made(None, error))  # the thread has ended: nothing else will ever come
-            raise error
-        return item
+        entry = self._ready.get()
+        if isinstance(entry, _End):
+            self._ready.put(entry)  # the thread has ended: every further call gets the same
+            raise entry.error
+        return entry.value
 
     def _work(self) -> None:
         try:
             while not self._is_stopping.is_set():
-                self._made.put(_Made(self._prepare(next(self._items)), None))
-        except BaseException as error:  # StopIteration, too
-            self._made.put(_Made(None, error))
+                self._ready.put(_Item(self._prepare(next(self._items))))
+        except BaseException as error:  # including StopIteration
+            self._ready.put(_End(error))
 
 
-class _Made[U](NamedTuple):
-    item: U | None
-    error: BaseException | None
+class _Item[U](NamedTuple):
+    value: U
+
+
+class _End(NamedTuple):
+    error: BaseException

@@ -1,4 +1,4 @@
-"""From sums of routing statistics to what is logged: means, dead experts, imbalance, per layer and over all layers."""
+"""From sums of routing statistics to logged metrics: means, dead experts, and imbalance, per layer and over layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DIGITS = 5
 
 
 class RoutingMetrics:
-    """Sums of :func:`megatron_most.moe.collect_routing` since the last logged line, the same on every rank."""
+    """Accumulates the results of :func:`megatron_most.moe.collect_routing` between two logged lines."""
 
     def __init__(self, moe: MoEConfig) -> None:
         names = [group.modality for group in moe.groups]
@@ -30,9 +30,12 @@ class RoutingMetrics:
         self.sums = [known[number] for number in sorted(known)]
 
     def layers(self) -> list[Layer]:
-        """A line of ``routing.jsonl``: for each MoE layer its number and, by modality, ``tokens``, ``pairs`` and
-        ``mean_score`` per logical expert, and what :func:`describe_modality` tells; ``outside_group`` pairs; and
-        ``ep_max_over_mean`` with expert parallelism."""
+        """The layers of a line of ``routing.jsonl``, one dict for each MoE layer.
+
+        It holds the number of the ``layer``; by modality, ``tokens``, ``pairs`` and ``mean_score`` per logical expert,
+        and the values of :func:`describe_modality`; ``outside_group``; and, with expert parallelism,
+        ``ep_max_over_mean``.
+        """
         lines = []
         for layer in self.sums:
             modalities = self._modalities(layer)
@@ -56,12 +59,12 @@ class RoutingMetrics:
     def metrics(self) -> dict[str, float]:
         """Scalars over all MoE layers.
 
-        - ``balance_loss``, ``z_loss``, ``orthogonality_loss``: mean over layers and tokens, before the coefficient;
-          each only where it is computed;
-        - ``routing/<modality>/<what>/mean`` and its worst layer ``/max`` (of ``entropy`` ``/min``), for what
-          :func:`describe_modality` tells;
-        - ``routing/ep_max_over_mean/mean`` and ``/max``: pairs of the busiest expert-parallel rank over the mean, mean
-          over micro-batches.
+        - ``balance_loss``, ``z_loss``, ``orthogonality_loss``: mean over layers and tokens, without the coefficient;
+          only those that are computed;
+        - ``routing/<modality>/<key>/mean`` and the worst layer, ``/max`` (for ``entropy``, ``/min``), for each key of
+          :func:`describe_modality`;
+        - ``routing/ep_max_over_mean/mean`` and ``/max``: pairs of the busiest expert-parallel rank over the mean,
+          averaged over micro-batches.
         """
         num_tokens = sum(sum(layer["tokens"].values()) for layer in self.sums)
         totals = {name: sum(layer[name] for layer in self.sums) for name in LOSSES}
@@ -77,7 +80,7 @@ class RoutingMetrics:
         return found
 
     def _modalities(self, layer: Layer) -> dict[str, dict[str, float]]:
-        """What :func:`describe_modality` tells of each modality that had a token."""
+        """:func:`describe_modality` of each modality that had a token."""
         return {
             name: describe_modality(
                 layer["tokens"][name], layer["pairs"][name], layer["scores"][name], layer["entropy"][name], choice
@@ -93,15 +96,15 @@ def describe_modality(
     """How one modality was routed in one layer.
 
     Args:
-        tokens: its tokens, at least one.
-        pairs, scores: ``[E]`` sums over the tokens, in logical order.
+        tokens: number of tokens, at least 1.
+        pairs, scores: ``[E]``, sums over the tokens, in logical order.
         entropy: sum over the tokens.
-        choice: logical experts it may choose.
+        choice: logical experts that the modality may choose.
 
     Returns:
-        ``dead_experts`` (experts of the choice without a pair), ``max_over_mean`` (pairs of the busiest expert of the
-        choice over their mean), ``entropy`` (of the distribution inside the choice, nats, mean over tokens) and
-        ``outside_mass`` (score that went to experts outside the choice, mean over tokens).
+        ``dead_experts``: experts of the choice without a pair; ``max_over_mean``: pairs of the busiest expert of the
+        choice over the mean; ``entropy`` of the distribution over the choice in nats, mean over tokens; and
+        ``outside_mass``: total score of experts outside the choice, mean over tokens.
     """
     mine = [pairs[expert] for expert in choice]
     allowed = set(choice)
@@ -126,12 +129,12 @@ def _mean_imbalance(layer: Layer) -> float:
 
 
 def _short(value: float) -> float:
-    """Enough digits to read and plot; the maps are the bulk of a run's metrics."""
+    """Rounded to a few digits, because these values are most of what a run logs."""
     return value if isinstance(value, int) else float(f"{value:.{_DIGITS}g}")
 
 
 def _add(mine: Any, new: Any) -> Any:
-    """Sum of two equal structures of numbers."""
+    """Sum of two nested structures of numbers with the same shape."""
     if isinstance(mine, dict):
         return {key: _add(value, new[key]) for key, value in mine.items()}
     if isinstance(mine, list):

@@ -1,25 +1,25 @@
-"""The run directory: whose it is, who writes to it, and what it records of its making."""
+"""The run directory: which run it belongs to, its lock, and its record of configuration and environment."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import fcntl
 import importlib.metadata
 import os
 import platform as python_platform
 import shlex
 import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
-import yaml
 
-from megatron_most.checkpointing.directory import complete_checkpoints, remove_leftovers, write_json
+from megatron_most.checkpointing.directory import complete_checkpoints, remove_leftovers
 from megatron_most.checkpointing.metadata import TRAINING_ONLY, first_difference
-from megatron_most.config import CONFIG, RunConfig, dump_config, with_new_names
+from megatron_most.config import CONFIG, RunConfig, dump_config, read_yaml, with_new_names
 from megatron_most.errors import ConfigError
-from megatron_most.files import write_text
+from megatron_most.files import write_json, write_text
+from megatron_most.locks import locked
 
 ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
@@ -29,26 +29,24 @@ _IDENTITY = ("seed", "vocab", "model", "data", "precision.dtype")
 _CHANGEABLE = TRAINING_ONLY | {"data.validation"}
 
 
-def claim(config: RunConfig, world_size: int, device: str) -> TextIO:
-    """Take the run directory for this process: clean up after an interrupted one, record config and environment.
+def claim(config: RunConfig, world_size: int, device: str) -> contextlib.ExitStack:
+    """Lock the run directory, remove what an interrupted run left behind, and record configuration and environment.
 
     Returns:
-        The open lock file; the directory is held until it is closed or the process ends, however it ends.
+        The lock. It is released when it is closed or the process ends.
 
     Raises:
-        ConfigError: the directory cannot be made, or is in use.
+        ConfigError: the directory cannot be created, or another process holds it.
     """
     run_dir = Path(config.run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / ".lock", "a", encoding="utf-8")  # noqa: SIM115 - held as long as the run
+        lock = contextlib.ExitStack()
+        held = lock.enter_context(locked(run_dir / ".lock", wait=False))
     except OSError as error:
         raise ConfigError(f"run_dir={config.run_dir!r}: cannot be created: {error.strerror}") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise ConfigError(f"run_dir={config.run_dir!r}: another process is training there") from None
+    if held is None:
+        raise ConfigError(f"run_dir={config.run_dir!r}: another process is training there")
     remove_leftovers(run_dir)
     write_text(run_dir / CONFIG, dump_config(config))
     write_json(run_dir / ENVIRONMENT, environment(world_size, device))
@@ -56,21 +54,18 @@ def claim(config: RunConfig, world_size: int, device: str) -> TextIO:
 
 
 def check_same_run(config: RunConfig) -> None:
-    """Raise :class:`ConfigError` when ``run_dir`` holds a run with another seed, vocabulary, model, data or precision.
+    """Raise :class:`ConfigError` if ``run_dir`` holds a run with another seed, vocabulary, model, data, or precision.
 
-    Steps, intervals, optimizer, batch size, loss weights, validation sets, logging and parallel layout may change. A
-    directory in which no step was logged belongs to no run yet.
+    Steps, intervals, optimizer, batch size, loss weights, validation sets, logging, and parallel layout may change. A
+    directory without a logged step or checkpoint belongs to no run yet.
     """
     run_dir = Path(config.run_dir)
     path, metrics = run_dir / CONFIG, run_dir / METRICS
     if not (metrics.is_file() and metrics.stat().st_size) and not complete_checkpoints(run_dir)[0]:
         return
-    try:
-        theirs = with_new_names(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    if not path.is_file():
         return
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot tell whose run this is: {' '.join(str(error).split())}") from None
+    theirs = with_new_names(read_yaml(path))
     mine = dataclasses.asdict(config)
     for section in _IDENTITY:
         difference = first_difference(_field(theirs, section), _field(mine, section), section, ignore=_CHANGEABLE)
@@ -83,14 +78,14 @@ def check_same_run(config: RunConfig) -> None:
 
 
 def _field(config: Any, dotted: str) -> Any:
-    """A field of a nested dict by its dotted name, None where there is none."""
+    """A field of a nested dict by its dotted name, or None."""
     for key in dotted.split("."):
         config = config.get(key) if isinstance(config, dict) else None
     return config
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide what a run computes, where installed."""
+    """Versions of Python and of the installed packages that affect what a run computes."""
     found = {"python": python_platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -110,7 +105,7 @@ def environment(world_size: int, device: str) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """What a person calls the device, with its number of cores when it is a CPU."""
+    """The name of the device; for a CPU, with its number of cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{python_platform.machine()} CPU, {os.cpu_count()} cores"

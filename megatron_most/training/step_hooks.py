@@ -1,6 +1,6 @@
-"""What is due around a step: small objects in a list, which the trainer calls one after another.
+"""Hooks that the trainer calls around every step: metrics, validation, checkpoints, profiles.
 
-A hook of one's own needs no change of the trainer::
+Add your own without changing the trainer::
 
     class PrintLoss(StepHook):
         def after_step(self, trainer, result):
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
+from megatron_most import platform
 from megatron_most.checkpointing import CheckpointMetadata, CheckpointSave, Fingerprint, save_checkpoint
 from megatron_most.data.loading.batch import Batch
 from megatron_most.parallel import on_rank_zero
@@ -33,23 +34,23 @@ if TYPE_CHECKING:
 
 
 class StepHook:
-    """Called on every rank around every step, in the order of the trainer's list; what is not needed is left out."""
+    """Base class of hooks. Every rank calls them, in the order of the trainer's list; override what you need."""
 
     def before_step(self, trainer: Trainer) -> None:
-        """``trainer.state.step`` steps were taken; the next one is about to read its batches."""
+        """Called before a step reads its batches. ``trainer.state.step`` is the number of steps taken."""
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        """``trainer.state.step`` counts the step by now. ``trainer.ends`` says whether it was the last one."""
+        """Called after a step. ``trainer.state.step`` includes it; ``trainer.ends`` is True after the last one."""
 
     def close(self) -> None:
-        """The run has ended well."""
+        """Called once at the end of the run, unless an exception ends it."""
 
     def abandon(self) -> None:
-        """The run ends with an error."""
+        """Called once if an exception ends the run."""
 
 
 class MetricsLog(StepHook):
-    """``metrics.jsonl``, ``routing.jsonl``, the console, TensorBoard and wandb. Making one is a collective call."""
+    """Logs to ``metrics.jsonl``, ``routing.jsonl``, the console, TensorBoard, and wandb. Construction is collective."""
 
     def __init__(self, trainer: Trainer) -> None:
         config = trainer.config
@@ -85,7 +86,7 @@ class MetricsLog(StepHook):
             self._log(trainer, result)
 
     def _log(self, trainer: Trainer, result: StepResult) -> None:
-        """Write what was gathered since the last line; loss metrics are sums over targets divided by their number."""
+        """Write the metrics since the last line."""
         state = trainer.state
         trainer.collect()
         threshold = state.config.optimizer.grad_norm_skip_threshold
@@ -101,6 +102,7 @@ class MetricsLog(StepHook):
             **trainer.accumulator.means(),
             "tokens_per_second": self._tokens / self._seconds,
             "step_seconds": self._seconds / self._steps,
+            "max_memory_bytes": platform.peak_memory(),
         }
         if self.writer is not None:
             self.writer.training(values, trainer.accumulator.routing.layers())
@@ -113,10 +115,10 @@ class MetricsLog(StepHook):
 
 
 class Validation(StepHook):
-    """Losses on the validation sets, every ``training.eval_interval`` steps and at the end of training.
+    """Computes losses on the validation sets, every ``training.eval_interval`` steps and at the end of training.
 
     Args:
-        datasets: this rank's batches of each, on its device.
+        datasets: this rank's batches of each dataset, on its device.
     """
 
     def __init__(self, log: MetricsLog, datasets: dict[str, list[Batch]]) -> None:
@@ -132,19 +134,19 @@ class Validation(StepHook):
 
 
 class Checkpoints(StepHook):
-    """Saves every ``checkpoint.save_interval`` steps and after the last one; in the background while training goes on.
+    """Saves every ``checkpoint.save_interval`` steps and after the last one, in the background if so configured.
 
     Args:
-        tokenizer, codec, datasets: fingerprints of what the run is fed with.
+        tokenizer, codec, datasets: fingerprints to store in the checkpoints.
     """
 
     def __init__(self, tokenizer: Fingerprint | None, codec: Fingerprint | None, datasets: list[Fingerprint]) -> None:
-        self._fingerprints = {"tokenizer": tokenizer, "codec": codec, "datasets": datasets}
+        self._tokenizer, self._codec, self._datasets = tokenizer, codec, datasets
         self._saving: CheckpointSave | None = None
 
     @property
     def is_busy(self) -> bool:
-        """Whether this rank is still writing; where the ranks meet before it is done, the others wait for it."""
+        """Whether this rank is still writing. Committing the checkpoint earlier would make the other ranks wait."""
         return self._saving is not None and self._saving.is_busy
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
@@ -154,7 +156,7 @@ class Checkpoints(StepHook):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        """Save this step, after a save that is under way."""
+        """Save this step. Waits for the previous save."""
         if self._saving is not None:
             self._saving.wait()
             self._saving = None
@@ -165,11 +167,13 @@ class Checkpoints(StepHook):
             consumed_samples=state.consumed_samples,
             consumed_tokens=state.consumed_tokens,
             config=dataclasses.asdict(trainer.config),
+            tokenizer=self._tokenizer,
+            codec=self._codec,
             world_size=dist.get_world_size(),
             pending=trainer.accumulator.state(),
             versions=versions(),
+            datasets=self._datasets,
             skipped_steps=state.skipped_steps,
-            **self._fingerprints,
         )
         arguments = (
             trainer.run_dir,
@@ -190,9 +194,9 @@ class Checkpoints(StepHook):
 
 
 class Profile(StepHook):
-    """torch's profile of the steps ``first`` to ``last`` of rank 0, as a trace for Perfetto or ``chrome://tracing``.
+    """Profiles the steps ``first`` to ``last`` on rank 0 with torch's profiler.
 
-    It is written to ``<run_dir>/profile/steps_<first>_<last>.json.gz``.
+    Writes a trace for Perfetto or ``chrome://tracing`` to ``<run_dir>/profile/steps_<first>_<last>.json.gz``.
     """
 
     def __init__(self, first: int, last: int) -> None:

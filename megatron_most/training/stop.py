@@ -1,26 +1,27 @@
-"""A polite end: SIGTERM, Ctrl-C or the loss of the launcher finish the step and save, instead of losing it."""
+"""Graceful stop: after SIGTERM, Ctrl-C, or the end of ``torchrun``, a run finishes its step and saves."""
 
 from __future__ import annotations
 
 import os
 import signal
 from types import FrameType
+from typing import Any
 
 
 class StopRequest:
-    """True once the process was asked to stop or its ``torchrun`` has died; install it around the training loop.
+    """True once the process has been asked to stop, or its ``torchrun`` has ended. Use it around the training loop.
 
-    A ``torchrun`` that is killed cannot end its ranks: they would train on, unseen, and keep the run directory. A
-    process that was started without one may outlive its parent: a shell, with ``nohup``.
+    A ``torchrun`` that is killed cannot stop its ranks, which would keep training unnoticed and hold the run directory.
+    A process without ``torchrun`` may outlive its parent, for example a shell with ``nohup``.
 
-    A second Ctrl-C interrupts at once, whatever came between. ``torchrun`` forwards SIGTERM after a Ctrl-C that the
-    ranks saw themselves, so a SIGTERM after a first request changes nothing; nor does a first Ctrl-C after a SIGTERM.
+    Only a second Ctrl-C interrupts at once. After a Ctrl-C, ``torchrun`` also sends SIGTERM to its ranks, so a SIGTERM
+    after the first request is ignored, and so is a first Ctrl-C after a SIGTERM.
     """
 
     def __init__(self) -> None:
         self.signal: str | None = None
         self._is_interrupted = False
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def __bool__(self) -> bool:

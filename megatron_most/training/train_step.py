@@ -1,4 +1,4 @@
-"""One optimizer step, as a function that anyone can call.
+"""One training step as a public function.
 
     parallel.initialize(config.parallel, config.seed)
     state = build_train_state(config)
@@ -36,14 +36,14 @@ from megatron_most.training.parts import part_grad_norms
 
 @dataclass
 class TrainState:
-    """What a step reads and changes on this rank.
+    """The state of training on this rank.
 
     Args:
         model_chunks: one for each virtual pipeline stage of this rank.
-        wrapped: the same in Megatron's ``DistributedDataParallel``, which has their gradients.
-        step: steps taken.
-        skipped_steps: those of them that left the weights alone, because their gradients were too large.
-        consumed_samples, consumed_tokens: rows, and positions that are not padding, of all ranks.
+        wrapped: the same in Megatron's ``DistributedDataParallel``, which holds their gradients.
+        step: steps taken, including the skipped ones.
+        skipped_steps: steps that did not update the weights because their gradient norm was too large.
+        consumed_samples, consumed_tokens: rows, and positions that are not padding, over all ranks.
     """
 
     config: RunConfig
@@ -60,15 +60,15 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did; the same on every rank.
+    """The result of a step, the same on every rank.
 
     Args:
         names: the ``R`` rows of the metric table (:class:`~megatron_most.training.loss.LossTable`).
-        sums: ``[R][2]``, sum and count of each over all ranks.
+        sums: ``[R][2]``, sum and count of each row over all ranks.
         grad_norm: before clipping.
-        part_grad_norms: that of each part of the model that learns, where it was asked for.
-        is_skipped: the update was left out: ``optimizer.grad_norm_skip_threshold``.
-        votes: what each rank gave to :func:`train_step`, summed over ranks.
+        part_grad_norms: the norm of each trainable part, if requested.
+        is_skipped: whether ``optimizer.grad_norm_skip_threshold`` was exceeded and the weights were not updated.
+        votes: the votes given to :func:`train_step`, summed over ranks.
     """
 
     names: Sequence[str]
@@ -80,31 +80,31 @@ class StepResult:
 
     @property
     def mean_losses(self) -> dict[str, float]:
-        """Sums divided by counts, of the rows that have a target."""
+        """Sum / count of each loss that had a target."""
         return mean_losses(self.names, self.sums)
 
     @property
     def num_tokens(self) -> int:
-        """Positions that are not padding."""
+        """Positions that are not padding, over all ranks."""
         return int(self.sums[-1][0])
 
     @property
     def num_samples(self) -> int:
-        """Rows."""
+        """Rows, over all ranks."""
         return int(self.sums[-1][1])
 
 
 def build_train_state(
     config: RunConfig, load_weights: Callable[[list[MoSTModel]], None] | None = None, num_updates: int = 0
 ) -> TrainState:
-    """Model, optimizer and schedule. Collective; :func:`megatron_most.parallel.initialize` comes before.
+    """Build model, optimizer, and schedule. Call :func:`megatron_most.parallel.initialize` first. Collective.
 
     Args:
-        load_weights: fills the new model, before the optimizer takes its fp32 copy of the weights.
-        num_updates: where the learning-rate schedule stands.
+        load_weights: loads weights into the new model, before the optimizer copies them to fp32.
+        num_updates: updates that the learning-rate schedule has behind it.
 
     Raises:
-        ConfigError: a library that the configuration asks for is missing.
+        ConfigError: a library that the configuration needs is missing.
     """
     chunks = build_model(config)
     if load_weights is not None:
@@ -122,10 +122,10 @@ def build_train_state(
 
 
 def compute_gradients(state: TrainState, batches: list[Batch]) -> torch.Tensor:
-    """Gradients of the global batch and this rank's metric table, as :func:`run_microbatches` returns it. Collective.
+    """Compute the gradients of the global batch; return the table of :func:`run_microbatches`. Collective.
 
     Args:
-        batches: this rank's micro-batches, on its device; every data-parallel rank has as many.
+        batches: this rank's micro-batches, on its device; every data-parallel rank has the same number.
     """
     for chunk in state.wrapped:
         chunk.zero_grad_buffer()
@@ -136,21 +136,21 @@ def compute_gradients(state: TrainState, batches: list[Batch]) -> torch.Tensor:
 def train_step(
     state: TrainState, batches: list[Batch], votes: Sequence[float] = (), wants_part_grad_norms: bool = False
 ) -> StepResult:
-    """Compute gradients and update weights, schedule, routers and FP8 scales. Collective.
+    """Compute gradients and update weights, schedule, expert biases, and FP8 histories. Collective.
 
     Args:
-        batches: as in :func:`compute_gradients`.
-        votes: numbers to be summed over ranks with the metrics, in one reduction: what all ranks must agree on.
-        wants_part_grad_norms: the gradient norm of each part costs a reduction of its own.
+        batches: see :func:`compute_gradients`.
+        votes: numbers to sum over ranks in the same reduction as the metrics, so that ranks can agree on something.
+        wants_part_grad_norms: also compute the gradient norm of each part, which takes another reduction.
 
     Raises:
-        MostError: the loss or the gradient norm is not finite; on rank 0, the others leave with status 1.
+        MostError: the loss or the gradient norm is not finite. Raised on rank 0; the others exit with status 1.
     """
     table = compute_gradients(state, batches)
     ballots = table.new_zeros(len(votes), 2)
     for ballot, vote in zip(ballots, votes, strict=True):
         if vote:
-            ballot[0].fill_(vote)  # a copy of the list would make the host wait for the device
+            ballot[0].fill_(vote)  # copying a list to the device would make the host wait for it
     totals = sum_over_ranks(torch.cat([table, ballots]))
     sums, counted = totals[: len(table)], totals[len(table) :]
     _require_finite(state, "loss", sums[0][0])
@@ -171,12 +171,15 @@ def train_step(
 
 
 def update_weights(state: TrainState) -> float:
-    """Spend the gradients on an update and count the step; the gradient norm before clipping. Collective.
+    """Update the weights with the current gradients and count the step. Collective.
+
+    Returns:
+        The gradient norm before clipping.
 
     Raises:
-        MostError: the norm is not finite; as in :func:`train_step`.
+        MostError: the norm is not finite; see :func:`train_step`.
     """
-    # A step that was skipped left the schedule where this one finds it.
+    # The rate depends on the number of updates: a skipped step does not advance the schedule.
     state.scheduler.step(state.step - state.skipped_steps + 1 - state.scheduler.num_steps)
     _, grad_norm, _ = state.optimizer.step()
     _require_finite(state, "gradient norm", grad_norm)
@@ -185,7 +188,7 @@ def update_weights(state: TrainState) -> float:
     state.step += 1
     threshold = state.config.optimizer.grad_norm_skip_threshold
     if threshold is not None and grad_norm > threshold:
-        state.skipped_steps += 1  # Megatron's optimizer decides so, of the same norm
+        state.skipped_steps += 1  # Megatron's optimizer compared the same norm
     return grad_norm
 
 

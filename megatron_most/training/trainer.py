@@ -1,9 +1,10 @@
-"""The training loop: open, resume, step, and what is due around each step."""
+"""The training loop: open the data, resume, take steps, and call the hooks around them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -21,6 +22,7 @@ from megatron_most.checkpointing import (
 from megatron_most.config import RunConfig
 from megatron_most.data.loading.batch import Batch
 from megatron_most.data.loading.loader import train_batches, validation_batches
+from megatron_most.data.storage.utterances import require_disjoint
 from megatron_most.errors import DataError
 from megatron_most.model import MoSTModel, check_libraries
 from megatron_most.model.fp8 import collect_fp8_padding
@@ -36,15 +38,21 @@ from megatron_most.training.stop import StopRequest
 from megatron_most.training.train_step import StepResult, build_train_state, train_step
 
 
-class Trainer:
-    """Trains one model in one run directory, from its newest checkpoint if it has one.
+class _Resumed(NamedTuple):
+    """The checkpoint that a run resumes from."""
 
-    Every rank runs the same program; rank 0 writes. A run that is killed and started again ends with the weights and
-    metrics of one that was not disturbed, in the same parallel layout bit for bit.
+    path: Path
+    metadata: CheckpointMetadata
+
+
+class Trainer:
+    """Trains one model in one run directory, from its newest checkpoint if there is one.
+
+    All ranks run the same program; rank 0 writes. A run that is killed and started again ends with the weights and
+    metrics of an uninterrupted one, bit for bit in the same parallel layout.
 
     Args:
-        hooks: what is due around each step beside logging, validation and checkpoints: after the former two, so that
-            what they do is done when the step is saved.
+        hooks: additional hooks. They run after logging and validation, and before the checkpoint of the step.
     """
 
     def __init__(self, config: RunConfig, hooks: Sequence[StepHook] = ()) -> None:
@@ -52,39 +60,40 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         self.is_stopping = False
         self.is_any_writing = False
-        """Whether any rank was writing a checkpoint in the background when the step's sums were made."""
+        """Whether any rank was writing a checkpoint in the background when the sums of the last step were reduced."""
         self._own_hooks = hooks
 
     @property
     def ends(self) -> bool:
-        """Whether training ends with the step that was taken last."""
+        """Whether the step taken last is the last of this process."""
         return self.is_stopping or self.state.step == self.config.training.train_iters
 
     def run(self) -> None:
-        """Train to ``training.train_iters`` or until the process is asked to stop; either way the last step is saved.
+        """Train to ``training.train_iters`` or until the process is asked to stop, and save the last step.
 
         Raises:
-            MostError: one line for the user, raised on one rank; the others leave with status 1.
+            MostError: a user error, raised on one rank. The others exit with status 1.
         """
         config = self.config
         platform.install()
         platform.set_threads(config.training.threads_per_rank)
         parallel.initialize(config.parallel, config.seed)
         self.device = platform.device()
-        together(lambda: (check_libraries(config), check_muon(config)))
+        together(lambda: check_libraries(config))
+        together(lambda: check_muon(config))
         on_rank_zero(lambda: check_same_run(config))
-        resume_from = on_rank_zero(self._find_checkpoint)
-        metadata = None if resume_from is None else on_rank_zero(lambda: read_metadata(resume_from))
-        if metadata is not None and metadata.step >= config.training.train_iters:
-            self.say(f"{resume_from}: already trained for training.train_iters={config.training.train_iters}")
+        resumed = on_rank_zero(self._find_checkpoint)
+        if resumed is not None and resumed.metadata.step >= config.training.train_iters:
+            self.say(f"{resumed.path}: already trained for training.train_iters={config.training.train_iters}")
         else:
-            # Whatever can be wrong with what the run reads is found before anything is written.
+            # Find errors in what the run reads before writing anything.
             on_rank_zero(lambda: require_installed(config.logging))
-            checkpoints, validation_sets = self._open_data(resume_from, metadata)
-            if resume_from is None and config.checkpoint.load is not None:
-                on_rank_zero(lambda: find_checkpoint(config.checkpoint.load, config))
+            checkpoints, validation_sets = self._open_data(resumed)
+            load = config.checkpoint.load
+            if resumed is None and load is not None:
+                on_rank_zero(lambda: find_checkpoint(load, config))
             on_rank_zero(self._claim_run_directory)
-            self._build(resume_from, metadata)
+            self._build(resumed)
             log = MetricsLog(self)
             profiles = [Profile(*config.logging.profile_steps)] if config.logging.profile_steps else []
             self.hooks = [*profiles, log, Validation(log, validation_sets), *self._own_hooks, checkpoints]
@@ -93,12 +102,12 @@ class Trainer:
         parallel.destroy()
 
     def say(self, line: str) -> None:
-        """Print a line, once for all ranks."""
+        """Print a line on rank 0."""
         if dist.get_rank() == 0:
             print(line, flush=True)
 
     def collect(self) -> None:
-        """Add what the layers have counted since the last time to :attr:`accumulator`. Collective."""
+        """Add the layers' statistics since the last call to :attr:`accumulator`. Collective."""
         chunks = self.state.model_chunks
         self.accumulator.routing.add(collect_routing(chunks, self.config.model))
         if self.config.precision.uses_fp8:
@@ -107,58 +116,63 @@ class Trainer:
     def _claim_run_directory(self) -> None:
         self._lock = claim(self.config, dist.get_world_size(), device_name(self.device))
 
-    def _find_checkpoint(self) -> Path | None:
+    def _find_checkpoint(self) -> _Resumed | None:
         complete, problems = complete_checkpoints(self.run_dir)
         for problem in problems:
             print(f"warning: skipped checkpoint {problem}", flush=True)
-        return complete[-1] if complete else None
+        return _Resumed(complete[-1], read_metadata(complete[-1])) if complete else None
 
-    def _open_data(
-        self, resume_from: Path | None, metadata: CheckpointMetadata | None
-    ) -> tuple[Checkpoints, dict[str, list[Batch]]]:
-        """Training batches from where the run stands; what saves it, which must know the data, and validation sets."""
+    def _open_data(self, resumed: _Resumed | None) -> tuple[Checkpoints, dict[str, list[Batch]]]:
+        """Open the training data at the position of the run.
+
+        Returns:
+            The hook that saves checkpoints, with fingerprints of the data, and the batches of each validation set.
+        """
         config = self.config
         dp_rank, dp_size = parallel.data_parallel_place()
-        consumed = 0 if metadata is None else metadata.consumed_samples
+        consumed = 0 if resumed is None else resumed.metadata.consumed_samples
         self.num_microbatches = config.num_microbatches(dp_size)
         self.batches: Iterator[Batch] = together(
             lambda: train_batches(config, dp_rank=dp_rank, dp_size=dp_size, consumed_samples=consumed)
         )
         validation_sets: dict[str, list[Batch]] = {}
         if config.training.eval_interval:
+            on_rank_zero(lambda: require_disjoint(config.data))
             read = together(lambda: validation_batches(config, dp_rank=dp_rank, dp_size=dp_size))
             validation_sets = {name: [self._stage(batch) for batch in batches] for name, batches in read.items()}
         tokenizer, codec = on_rank_zero(lambda: (Fingerprint.of_tokenizer(config), Fingerprint.of_codec(config)))
         datasets = on_rank_zero(lambda: [Fingerprint.of_dataset(entry.path) for entry in config.data.train])
-        if metadata is not None:
-            on_rank_zero(lambda: check_same_data(resume_from, metadata, datasets))
+        if resumed is not None:
+            on_rank_zero(lambda: check_same_data(resumed.path, resumed.metadata, datasets))
         return Checkpoints(tokenizer, codec, datasets), validation_sets
 
-    def _build(self, resume_from: Path | None, metadata: CheckpointMetadata | None) -> None:
+    def _build(self, resumed: _Resumed | None) -> None:
         config = self.config
 
         def load_weights(chunks: list[MoSTModel]) -> None:
-            load_model_weights(config.checkpoint.load, config, chunks)
-            self.say(f"starting from the weights of {config.checkpoint.load}")
+            if config.checkpoint.load is not None:
+                load_model_weights(config.checkpoint.load, config, chunks)
+                self.say(f"starting from the weights of {config.checkpoint.load}")
 
-        if metadata is None:
-            self.state = build_train_state(config, load_weights if config.checkpoint.load is not None else None)
-        else:
-            self.state = state = build_train_state(config, num_updates=metadata.num_updates)
-            load_checkpoint(resume_from, config, state.model_chunks, state.optimizer)
-            state.step, state.skipped_steps = metadata.step, metadata.skipped_steps
-            state.consumed_samples, state.consumed_tokens = metadata.consumed_samples, metadata.consumed_tokens
-            self.say(f"resuming from {resume_from}")
-        self.accumulator = MetricAccumulator(self.state.loss_table.names, config.model.moe)
-        if metadata is not None:
-            self.accumulator.load_state(metadata.pending)
+        if resumed is None:
+            self.state = build_train_state(config, load_weights)
+            self.accumulator = MetricAccumulator(self.state.loss_table.names, config.model.moe)
+            return
+        metadata = resumed.metadata
+        self.state = state = build_train_state(config, num_updates=metadata.num_updates)
+        load_checkpoint(resumed.path, config, state.model_chunks, state.optimizer)
+        state.step, state.skipped_steps = metadata.step, metadata.skipped_steps
+        state.consumed_samples, state.consumed_tokens = metadata.consumed_samples, metadata.consumed_tokens
+        self.accumulator = MetricAccumulator(state.loss_table.names, config.model.moe)
+        self.accumulator.load_state(metadata.pending)
+        self.say(f"resuming from {resumed.path}")
 
     def _stage(self, batch: Batch) -> Batch:
         return stage(batch, self.device)
 
     def _train(self, log: MetricsLog, checkpoints: Checkpoints) -> None:
         try:
-            # The next step's batches are made while this one runs.
+            # Prepares the batches of the next step while this one runs.
             prefetch = Prefetch(self.batches, self._stage, depth=self.num_microbatches)
             with StopRequest() as stop, prefetch as batches:
                 while True:
@@ -185,7 +199,7 @@ class Trainer:
     def _step(
         self, batches: Iterator[Batch], log: MetricsLog, checkpoints: Checkpoints, stop: StopRequest
     ) -> StepResult:
-        # These ride along, so that all ranks stop after the same step and meet over a checkpoint when all can.
+        # Reduced with the metrics: all ranks stop after the same step, and commit a checkpoint when all have written.
         votes = (float(bool(stop)), float(checkpoints.is_busy))
         is_logged = log.is_due(self.state.step + 1)
         result = train_step(self.state, self._take(batches), votes, wants_part_grad_norms=is_logged)
@@ -199,7 +213,7 @@ class Trainer:
         return result
 
     def _take(self, batches: Iterator[Batch]) -> list[Batch]:
-        """The micro-batches of this step; of the ranks that share broken rows, one tells it and all leave."""
+        """The micro-batches of this step. All ranks that read a broken row exit; one of them reports it."""
         try:
             return [next(batches) for _ in range(self.num_microbatches)]
         except DataError as error:

@@ -1,4 +1,4 @@
-"""Losses on the validation sets: forward passes only, nothing of the training state changes."""
+"""Losses on the validation sets, computed by forward passes that do not change the training state."""
 
 from __future__ import annotations
 
@@ -17,14 +17,12 @@ from megatron_most.training.microbatches import run_microbatches, sum_over_ranks
 def validate(
     wrapped: list[DistributedDataParallel], datasets: dict[str, list[Batch]], loss_table: LossTable
 ) -> dict[str, float]:
-    """Losses of every dataset as ``validation/<dataset>/<name>``. A collective call.
-
-    Names and reductions are those of :class:`LossTable`.
+    """Losses of every dataset, as ``validation/<dataset>/<name>`` with the names of :class:`LossTable`. Collective.
 
     Args:
-        datasets: this rank's batches on its device; every data-parallel rank holds the same number of them.
+        datasets: this rank's batches, on its device; every data-parallel rank has the same number.
     """
-    losses = {}
+    losses: dict[str, float] = {}
     for chunk in wrapped:
         chunk.eval()
     with torch.no_grad():
@@ -38,9 +36,10 @@ def validate(
 
 
 def _fill_pipeline(batches: list[Batch], num_chunks: int) -> list[Batch]:
-    """Virtual stages need a multiple of the pipeline size; add micro-batches that hold nothing but padding."""
+    """Add micro-batches of padding: with virtual stages, their number must be a multiple of the pipeline size."""
     missing = -len(batches) % parallel_state.get_pipeline_model_parallel_world_size() if num_chunks > 1 else 0
     last = batches[-1]
+    assert last.predicts is not None
     empty = dataclasses.replace(
         last,
         loss_mask=torch.zeros_like(last.loss_mask),

@@ -122,6 +122,20 @@ def test_histories_go_through_a_checkpoint_into_other_layouts(tmp_path: Path) ->
             assert torch.equal(read[key], past), f"{name}: {key}"
 
 
+RUNS_WITH_OTHER_HISTORIES = [
+    {"precision__fp8_recipe": "tensorwise"},
+    {"precision__fp8": "off"},
+    {"precision__fp8_amax_history_len": 3},
+]
+
+
+@pytest.mark.parametrize("saved", RUNS_WITH_OTHER_HISTORIES)
+def test_histories_that_a_checkpoint_does_not_have_start_empty(saved: dict[str, Any], tmp_path: Path) -> None:
+    run_ranks(1, histories, saved, tmp_path, 1)
+    read = assemble(run_ranks(2, histories, {"parallel__expert_model_parallel_size": 2}, tmp_path, 0))
+    assert read and all(past.shape == (2, 3) and not past.any() for past in read.values())
+
+
 @functools.cache
 def one_process(recipe: str, fp8: str = "hybrid") -> list[tuple[float, float]]:
     return run_ranks(1, train, {"precision__fp8_recipe": recipe, "precision__fp8": fp8})[0]

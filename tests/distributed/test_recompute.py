@@ -56,7 +56,7 @@ def test_micro_batches_are_of_one_modality_each():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_recomputed_layers_see_their_own_micro_batch(layout):
     world_size, overrides = LAYOUTS[layout]
-    runs = [(ONE_ROW | overrides | {"training__recompute": mode}, 2) for mode in ("moe", "full")]
+    runs = [(ONE_ROW | overrides | {"training__recompute": mode}, 2) for mode in ("moe_act", "moe", "full")]
     ranks = run_ranks(world_size, observe_each, runs, text_and_audio_in_turn)
     for observations in zip(*ranks, strict=True):
         assert_same(observations, not_recomputed())

@@ -19,6 +19,7 @@ from megatron_most.config import PrecisionConfig, RunConfig
 from megatron_most.data.loading.batch import Batch
 from megatron_most.model.specs import experts_spec
 from megatron_most.model.transformer_config import transformer_config
+from megatron_most.moe import ExpertGroups
 from megatron_most.moe.dispatcher import AlltoAllDispatcher
 from megatron_most.moe.token_planes import pack_planes
 from megatron_most.precision import Fp8Product
@@ -148,7 +149,9 @@ def experts(backend: str, counts: list[int], dtype: str) -> dict[str, torch.Tens
     config = tiny_config(model__transformer_impl="portable", model__moe__expert_backend=backend, precision__dtype=dtype)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     megatron = transformer_config(config)
-    module = experts_spec(config.model.moe)(config.model.moe.num_experts, megatron, pg_collection=groups)
+    moe = config.model.moe
+    spec = experts_spec(moe, ExpertGroups.from_config(moe))
+    module = spec(moe.num_experts, megatron, pg_collection=groups)
     module.to(platform.device())
     fill_weights([module])
     round_to_bf16([module])

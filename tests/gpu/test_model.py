@@ -49,7 +49,7 @@ def test_bf16_is_near_the_cpus_fp32(name: str, on_cpu: Callable[..., Any]) -> No
     assert_near(found, on_cpu("model", name), logits=2e-2, loss=2e-3, gradients=3e-2)
 
 
-@pytest.mark.parametrize("recompute", ["none", "moe", "full"])
+@pytest.mark.parametrize("recompute", ["none", "moe_act", "moe", "full"])
 def test_a_batch_is_learned_by_heart(recompute: str) -> None:
     """Every loss and gradient norm on the way is finite."""
     losses = losses_of_steps({"training__recompute": recompute}, STEPS, same_batch=True)

@@ -18,7 +18,7 @@ from megatron_most import parallel
 from megatron_most.checkpointing import CheckpointSave, complete_checkpoints, read_metadata, saving
 from megatron_most.checkpointing import directory as directories
 from megatron_most.checkpointing.rank_save import RankSave, _Planner
-from megatron_most.checkpointing.region_io import StateReader
+from megatron_most.checkpointing.regions import StateReader
 from megatron_most.checkpointing.state import plan_state
 from megatron_most.config import RunConfig
 from megatron_most.errors import MostError
@@ -136,7 +136,7 @@ def train_on_a_disk_that_fills(config: RunConfig, step: int) -> None:
 
 def test_a_failed_write_ends_the_run_in_a_line_and_the_earlier_checkpoint_stays(tmp_path: Path) -> None:
     config = ep2_config(tmp_path, "full", checkpoint__save_interval=2, checkpoint__keep_last=1)
-    told = r"state: cannot be written: \[Errno 28\] No space left on device \(rank 1\)\n$"
+    told = r"state: cannot be written: No space left on device \(rank 1\)\n$"
     with pytest.raises(RuntimeError, match=rf"CheckpointError: \S+\.tmp-step_00000004/{told}"):
         run_ranks(2, train_on_a_disk_that_fills, config, 4)
     assert saved_steps(config) == [2]

@@ -104,18 +104,18 @@ WRONG = {
         ([*EVALUATE, "--output", "{config}/o.json"], "error: {config}/o.json: cannot be written: ", 1),
     ],
     "plan.py": [
-        (["--config", "{tmp}/absent.yaml", "--gpus", "8"], "error: {tmp}/absent.yaml: no such config file", 1),
+        (["--config", "{tmp}/absent.yaml", "--gpus", "8"], "error: {tmp}/absent.yaml: no such file", 1),
         (["--config", "{config}", "--gpus", "0"], "error: --gpus=0: must be greater than 0", 1),
         (["--config", "{config}", "--gpus", "8", "--gpu", "abacus"], "invalid choice: 'abacus'", 2),
     ],
     "sweep.py": [
-        (["--spec", "{tmp}/absent.yaml"], "error: {tmp}/absent.yaml: no such sweep file", 1),
+        (["--spec", "{tmp}/absent.yaml"], "error: {tmp}/absent.yaml: no such file", 1),
         (["--spec", "{config}"], "error: {config}: ", 1),
         (["--spec", "s", "--executor", "abacus"], "invalid choice: 'abacus'", 2),
         (["--spec", "s", "--collect", "--dry-run"], "not allowed with argument", 2),
     ],
     "pretrain_most.py": [
-        (["--config", "{tmp}/absent.yaml"], "error: {tmp}/absent.yaml: no such config file", 1),
+        (["--config", "{tmp}/absent.yaml"], "error: {tmp}/absent.yaml: no such file", 1),
         (["--config", "{config}", "model.num_layer=4"], "unknown key; did you mean 'num_layers'?", 1),
         (["--config", "{config}", "training.train_iters=many"], "training.train_iters='many': must be an integer", 1),
         (["--config", "{config}", "parallel.expert_model_parallel_size=3"], "must divide the 8 experts", 1),

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from megatron_most import parallel
 from megatron_most.checkpointing import CheckpointMetadata, load_model_weights, read_metadata, save_checkpoint
-from megatron_most.checkpointing.region_io import STATE, StateReader
+from megatron_most.checkpointing.directory import STATE
+from megatron_most.checkpointing.regions import StateReader
 from megatron_most.commands.convert import verify_command
 from megatron_most.config import load_config
 from megatron_most.conversion import ImportOptions, describe, export_model, import_model
@@ -132,7 +133,7 @@ def trained(tmp_path_factory) -> Path:
     wanted = ["--experts", "expand", "--audio-vocab", "frame:2x16", sequential]
     status, out, err = run(tool, "import", "--hf", f"{folder}/hf", "--out", f"{folder}/base", *wanted)
     assert status == 0, err
-    assert "read back equal bit for bit" in out and "same top-1 on 100.0%" in out and " GB/s" in out
+    assert "read back equal bit for bit" in out and "same top-1 on 100.0%" in out and "B/s in 0" in err
     config = load_config(folder / "base" / "config.yaml")
     write_dataset(folder / "asr", config, "asr", seed=1, num_documents=8)
     options = {
@@ -181,9 +182,9 @@ def test_verify_fails_between_models_that_differ_and_says_where(trained):
 
 @pytest.mark.parametrize("line, match", [
     ("[1, 2", "tokens.jsonl: not readable as JSON lines"),
-    ("[1, 2]\n[3]", "tokens.jsonl: must hold lists of ids"),
-    ("[1, -2]", "tokens.jsonl: must hold lists of ids"),
-    ("[1, 90]", "tokens: id 90 is not among the 90 that both models have"),
+    ("[1, 2]\n[3]", "tokens.jsonl: must hold one list of ids per line"),
+    ("[1, -2]", "tokens.jsonl: must hold one list of ids per line"),
+    ("[1, 90]", "tokens: id 90 is not one of the 90 ids that both models have"),
 ])  # fmt: skip
 def test_tokens_that_cannot_be_compared(trained, tmp_path, line, match):
     (tmp_path / "tokens.jsonl").write_text(line)
@@ -194,7 +195,7 @@ def test_tokens_that_cannot_be_compared(trained, tmp_path, line, match):
 
 def test_verify_is_for_one_process(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="verify: holds whole models in one process; start it without torchrun"):
+    with pytest.raises(ConfigError, match="verify: runs in one process; start it without torchrun"):
         verify_command(Namespace())
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_most.checkpointing.region_io import TensorForm
+from megatron_most.checkpointing.regions import TensorForm
 from megatron_most.conversion.architectures import read_foreign
 from megatron_most.conversion.safetensors_files import index_of, plan_shards, write_file
 
@@ -70,7 +70,7 @@ def synthetic(folder: Path, shape: dict, num_layers: int) -> Path:
         write_file(folder / file, {name: forms[name] for name in names}, produce, {"format": "pt"})
     index = index_of(shards, forms)
     if index is not None:
-        (folder / "model.safetensors.index.json").write_text(index)
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
 
 

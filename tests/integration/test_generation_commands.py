@@ -80,7 +80,39 @@ def test_a_recording_becomes_the_same_text_by_generation_and_by_evaluation(workp
     assert [item["hypothesis"] + "\n" for item in evaluation["items"]] == [transcript]
     assert evaluation["items"][0]["reference"] == SENTENCES[0]
     assert evaluation["wer"] > 0 and evaluation["normalizer"] == "whisper-english"
-    assert out == f"asr m: WER {evaluation['wer']:.2%} on 1 utterances (normalizer: whisper-english)\n"
+    assert evaluation["wer_interval"] is None and evaluation["num_failed"] == 0
+    summary = f"asr m: WER {evaluation['wer']:.2%} on 1 utterances (normalizer: whisper-english)"
+    at_limit = "; answers that reached their limit: 1" if evaluation["num_at_limit"] else ""
+    assert out == f"{summary}{at_limit}\n"
+
+
+def test_an_answer_that_reaches_its_limit_is_marked(workplace):
+    checkpoint, recording = ("--checkpoint", workplace / "run"), workplace / "wav" / "0.wav"
+    asr = ("--task", "asr", "--input", recording, "--max-new-tokens", 1)
+    status, _, err = run(ROOT / "tools" / "generate.py", *map(str, (*checkpoint, *asr)))
+    assert status == 0
+    assert f"warning: {recording}: the answer reached its limit (--max-new-tokens=1); its end may be missing" in err
+    output = workplace / "new" / "cut.wav"
+    tts = ("--task", "tts", "--input", "the fox", "--max-seconds", 0.04, "--output", output)
+    status, _, err = run(ROOT / "tools" / "generate.py", *map(str, (*checkpoint, *tts)))
+    assert status == 0
+    assert f"warning: {output}: the answer reached its limit (--max-seconds=0.04); its end may be missing" in err
+
+
+def test_an_utterance_longer_than_the_context_is_one_failed_item(workplace):
+    lines = [json.loads(line) for line in (workplace / "m.jsonl").read_text().splitlines()[:1]]
+    entries = write_wavs(workplace / "long", 1, seconds=4.0)
+    lines.append({**entries[0], "id": "long", "text": "two words"})
+    (workplace / "mixed.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    result = workplace / "new" / "mixed.json"
+    data = ("--suite", "asr", "--data", workplace / "mixed.jsonl", "--output", result)
+    out = call("evaluate", "--checkpoint", workplace / "run", *data)
+    evaluation = json.loads(result.read_text(encoding="utf-8"))
+    good, failed = evaluation["items"]
+    assert "failed" not in good
+    assert failed["hypothesis"] == "" and "data.seq_length is 64" in failed["failed"]
+    assert (evaluation["num_utterances"], evaluation["num_failed"]) == (2, 1)
+    assert "; failed and counted as wrong: 1, first long: a prompt of" in out
 
 
 def test_text_becomes_sound_that_a_recognizer_judges(workplace):
@@ -108,7 +140,7 @@ def test_text_becomes_sound_that_a_recognizer_judges(workplace):
 
 def test_a_failed_generation_leaves_no_file(workplace):
     output = workplace / "too_long.wav"
-    arguments = ("--checkpoint", workplace / "run", "--task", "tts", "--input", "a", "--output", output)
-    status, _, err = run(ROOT / "tools" / "generate.py", *map(str, arguments), "--max-seconds", "60")
+    arguments = ("--checkpoint", workplace / "run", "--task", "tts", "--input", "a " * 99, "--output", output)
+    status, _, err = run(ROOT / "tools" / "generate.py", *map(str, arguments))
     assert status == 1 and "exceed the model's 64" in err.splitlines()[-1]
     assert not list(workplace.glob("*too_long*"))

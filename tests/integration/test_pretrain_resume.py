@@ -61,9 +61,9 @@ def train_and_die(config: RunConfig, step: int, moment: str) -> None:
     else:
         write = RankSave.write
 
-        def write_and_die(share: RankSave) -> object:
-            written = write(share)
-            return die() if share._directory.parent.name.endswith(f"{step:08d}") else written
+        def write_and_die(save: RankSave) -> object:
+            written = write(save)
+            return die() if save._directory.parent.name.endswith(f"{step:08d}") else written
 
         RankSave.write = write_and_die
     train(config, *hooks)

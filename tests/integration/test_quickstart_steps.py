@@ -123,7 +123,7 @@ def test_training_that_was_asked_to_stop_is_gone_on_with(run, training, tmp_path
     (step,) = training("first")
     step.training_steps = 100
     monkeypatch.setattr(run, "read_metadata", lambda path: SimpleNamespace(step=40))
-    with pytest.raises(MostError, match="train was stopped after step 40 of 100; run again to go on"):
+    with pytest.raises(MostError, match="train was stopped after step 40 of 100; run again to continue"):
         run.run_steps([step], tmp_path)
     monkeypatch.setattr(run, "read_metadata", lambda path: SimpleNamespace(step=100))
     run.run_steps([step], tmp_path)

@@ -32,7 +32,7 @@ def test_a_key_has_its_default_and_lists_are_not_shared() -> None:
 
 def test_only_keys_of_the_model_are_marked_as_training_only() -> None:
     found = training_only(RunConfig)
-    assert {"model.transformer_impl", "model.moe.groups[].moe_aux_loss_coeff"} <= found
+    assert {"model.transformer_impl", "model.moe.groups[].moe_aux_loss_coeff", "model.moe.balance_scope"} <= found
     assert all(path.startswith("model.") for path in found)
     assert "model.hidden_size" not in found
 

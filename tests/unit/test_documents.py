@@ -4,6 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
+
+from megatron_most.config.load import build_config
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
@@ -34,6 +37,25 @@ def test_the_file_tree_names_every_package_and_module_of_the_top():
     packages = {f"megatron_most/{path.parent.name}/" for path in package.glob("*/__init__.py")}
     modules = {f"megatron_most/{path.name}" for path in package.glob("*.py") if path.name != "__init__.py"}
     assert packages | modules <= set(paths)
+
+
+def configurations() -> list[tuple[str, str]]:
+    """(place, text) of the examples of a configuration, whole or in part, that documents show; sweeps have axes."""
+    blocks = [
+        (f"{path.relative_to(ROOT)}-{index}", block)
+        for path in DOCUMENTS
+        for index, block in enumerate(re.findall(r"^```yaml\n(.*?)^```", path.read_text(), re.M | re.S))
+    ]
+    return [(place, block) for place, block in blocks if "\naxes:" not in block]
+
+
+@pytest.mark.parametrize(("place", "text"), configurations(), ids=lambda value: value.split("\n")[0])
+def test_an_example_of_a_configuration_is_valid(place: str, text: str) -> None:
+    """A part is laid over the configuration of the 16B model."""
+    values = OmegaConf.create(text)
+    if "run_dir" not in values:
+        values = OmegaConf.merge(OmegaConf.load(ROOT / "examples/configs/most_16b_stage1.yaml"), values)
+    build_config(place, values)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

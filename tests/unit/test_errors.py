@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_most.errors import CheckpointError, ConfigError, DataError, MostError
+from megatron_most.errors import CheckpointError, ConfigError, DataError, MostError, first_line
 
 
 @pytest.mark.parametrize("kind", [ConfigError, DataError, CheckpointError])
@@ -16,3 +16,17 @@ def test_each_kind_is_a_most_error_and_no_other_kind(kind):
 def test_errors_of_the_program_are_not_the_users():
     assert not issubclass(ValueError, MostError)
     assert not issubclass(MostError, (ValueError, OSError, RuntimeError))
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("no such key\n    full_key: a.b\n"), "no such key"),
+        (RuntimeError("\n  CUDA error\nframe #0"), "CUDA error"),
+        (FileNotFoundError(2, "No such file or directory", "a.nemo"), "No such file or directory: a.nemo"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_the_first_line_of_an_error_or_its_type(error, line):
+    assert first_line(error) == line

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LAYERS = (
-    ("errors", "extras", "files", "lazy", "keys", "cli", "platform", "codec_layouts", "vocab"),
+    ("errors", "extras", "files", "locks", "progress", "lazy", "keys", "cli", "platform", "codec_layouts", "vocab"),
     ("config",),
     ("audio", "text"),
     ("parallel",),

@@ -52,6 +52,54 @@ def test_an_old_key_of_a_file_is_answered_with_its_new_name(tmp_path: Path) -> N
     )
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "model.num_layers=${training.steps}",
+            "model.num_layers='${training.steps}': training.steps is now training.train_iters",
+        ),
+        (
+            "training.eval_interval=${.steps}",
+            "training.eval_interval='${.steps}': training.steps is now training.train_iters",
+        ),
+        (
+            "run_dir='runs/${training.steps}'",
+            "run_dir='runs/${training.steps}': training.steps is now training.train_iters",
+        ),
+        (
+            "model.moe.groups.1.size=${model.moe.groups[0].top_k}",
+            "model.moe.groups[1].size='${model.moe.groups[0].top_k}': model.moe.groups[0].top_k is now"
+            " model.moe.groups[0].moe_router_topk",
+        ),
+        (
+            "model.moe.groups.1.size=${..0.top_k}",
+            "model.moe.groups[1].size='${..0.top_k}': model.moe.groups[0].top_k is now"
+            " model.moe.groups[0].moe_router_topk",
+        ),
+    ],
+)
+def test_an_old_key_in_an_interpolation_is_answered_with_its_new_name(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path / "run.yaml", override)
+    assert str(caught.value) == f"override {override!r}: {message}"
+
+
+def test_an_interpolation_that_names_a_key_of_today_is_resolved(tmp_path: Path) -> None:
+    config = load(
+        tmp_path / "run.yaml", "model.moe.groups.1.size=${..0.size}", "model.num_layers=${training.eval_iters}"
+    )
+    assert (config.model.moe.groups[1].size, config.model.num_layers) == (4, config.training.eval_iters)
+
+
+def test_a_user_s_config_yaml_is_answered_as_any_other_file(tmp_path: Path) -> None:
+    """Only what a run, an import or a sweep has recorded is read with old names."""
+    with pytest.raises(ConfigError, match=r"config.yaml: model.moe.groups\[0\].top_k: is now"):
+        load(tmp_path / "config.yaml", top_k="top_k")
+
+
 def test_every_old_name_is_gone_and_every_new_one_is_a_key() -> None:
     known = {found.path for found in keys_of(RunConfig)}
     assert set(RENAMED.values()) <= known

@@ -1,9 +1,9 @@
-"""Counts what a piece of work starts: operators of ATen, waits of the host for a device, bytes and FLOPs.
+"""Counts the ATen operators of a computation, how often the host waits for the device, bytes and FLOPs.
 
-Operators are calls that start work: views and bare allocations are left out. Waits are what makes the host wait for a
-GPU: results whose size depends on values, single values read by the host, and copies of Python lists. On a CPU they are
-told by the operator alone, so a value that is on the host anyway counts too. Bytes are those of all operands and
-results, as if nothing were cached; FLOPs are those of matrix products and attention.
+Operators exclude views and bare allocations. The host waits for results whose size depends on values, for single values
+that it reads, and for copies of Python lists. On a CPU, waits are identified by the operator alone, so values that are
+on the host anyway count too. Bytes are those of all operands and results, without caching. FLOPs are those of matrix
+products and attention.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LIST_COPY = "copy of a list"
 
 @dataclasses.dataclass
 class Count:
-    """What a piece of work started: operators and waits by name, bytes and FLOPs."""
+    """Operators and waits by name, bytes and FLOPs."""
 
     operators: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     waits: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -53,7 +53,7 @@ class Count:
 
 
 class Counting(TorchDispatchMode):
-    """``with Counting() as count``: fills a :class:`Count` with what runs inside, backward passes too."""
+    """``with Counting() as count`` counts the block, including backward passes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Counting(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _list_copies(count: Count) -> Iterator[None]:
-    """Counts Python lists that are copied to a device: at once, or later without ``non_blocking``."""
+    """Counts copies of Python lists to a device: directly, or later without ``non_blocking``."""
     tensor, new_tensor, to = torch.tensor, torch.Tensor.new_tensor, torch.Tensor.to
     on_host = WeakTensorKeyDictionary()
 
@@ -134,7 +134,7 @@ def _crosses_pageable(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], 
 
 def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
     aten, packet = torch.ops.aten, func.overloadpacket
-    if packet is aten._grouped_mm:  # each row of the first operand meets one matrix
+    if packet is aten._grouped_mm:  # each row of the first operand is multiplied by one matrix
         return 2 * args[0].numel() * args[1].shape[-1]
     like = {
         aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""What a generated token costs: milliseconds, and the operators and waits of the host, by batch size.
+"""The cost of a generated token: milliseconds, operators and host waits, by batch size.
 
     python -m tools.bench.decode [--batches N ...] [--layers N] [--tokens N] [--calls N] [--arms NAME ...]
                                  [--config FILE] [key=value ...]
 
-Text and speech after a short prompt, with random weights: on a GPU the first layers of a recipe at full width, with the
-step as a CUDA graph and without; on a CPU the tiny model of tools/bench/launches.py. A token's cost is that of a long
-generation less that of a short one, so that prompts do not count. Prints Markdown.
+Generates text and speech after a short prompt, with random weights. On a GPU the model is the first layers of a recipe
+at full width, with and without a CUDA graph; on a CPU it is the tiny model of tools/bench/launches.py. A token's cost
+comes from the difference between a long and a short generation, so prompts do not count. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ PORTABLE = (
 )
 PROMPT, SHORT = 8, 8
 Speak = Callable[[int], list[list[int]]]
-"""Generates so many tokens in every row and returns them, flat."""
+"""Number of tokens -> the generated tokens of every row, flat."""
 
 
 class Endless(Sampling):
-    """Greedy, but of ids it takes the last that is allowed: a frame stands behind the end of audio."""
+    """Takes the last allowed id, which is a frame and never the end of audio; codes are greedy."""
 
     def choose(self, logits: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         if logits.dim() == 2:
@@ -65,8 +65,8 @@ def measure(config: RunConfig, arms: Sequence[str], batches: Sequence[int], toke
     Args:
         arms: of :data:`ARMS`.
         batches: numbers of prompts.
-        tokens: by which the long generation is longer.
-        calls: timed pairs of generations behind every number.
+        tokens: difference between the long and the short generation.
+        calls: timed pairs of generations for each number.
 
     Returns:
         The report, in Markdown.
@@ -98,7 +98,7 @@ def measure(config: RunConfig, arms: Sequence[str], batches: Sequence[int], toke
 
 
 def speaker(model: MoSTModel, what: str, batch: int, options: dict[str, bool]) -> Speak:
-    """What generates ``text`` or ``speech`` of a length that is given, after ``batch`` prompts."""
+    """A generator of ``text`` or ``speech`` for ``batch`` prompts."""
     generator, vocab = Generator(model, **options), model.vocab
     random = np.random.default_rng(0)
     ids = random.integers(0, vocab.text_vocab_size, (batch, PROMPT))
@@ -116,7 +116,7 @@ def speaker(model: MoSTModel, what: str, batch: int, options: dict[str, bool]) -
 
 
 def count_token(speak: Speak) -> launches.Count:
-    """What the host starts for one token more; asking whether all rows have ended, every so often, is not in it."""
+    """Counts for one more token, without the occasional test whether all rows have ended."""
     counts = []
     for number in (SHORT, SHORT + 1):
         with launches.Counting() as count:
@@ -128,7 +128,7 @@ def count_token(speak: Speak) -> launches.Count:
 def time_token(speak: Speak, tokens: int, calls: int) -> Timing:
     def seconds(number: int) -> float:
         began = time.perf_counter()
-        speak(number)  # its results are on the host
+        speak(number)  # returns when the results are on the host
         return time.perf_counter() - began
 
     return Timing.of([(seconds(SHORT + tokens) - seconds(SHORT)) / tokens for _ in range(calls)])
@@ -139,7 +139,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help=f"recipe (default {RECIPE} on a GPU)")
     parser.add_argument("--layers", type=int, default=3, metavar="N", help="the first has no experts (default 3)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], metavar="N", help="prompts (default 1 16)")
-    parser.add_argument("--tokens", type=int, default=64, metavar="N", help="of a timed generation (default 64)")
+    parser.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens of a timed generation (default 64)")
     parser.add_argument("--calls", type=int, default=5, metavar="N", help="timed generations (default %(default)s)")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=[*ARMS], metavar="NAME", help=", ".join(ARMS))
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the configuration")

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""How fast the routed experts of one layer are: grouped matrix products, one expert after another, a loop over masks.
+"""Speed of the routed experts of one layer: grouped matrix products, sequential experts, a loop over masks.
 
     python -m tools.bench.experts [--tokens N] [--hidden N] [--ffn N] [--experts N] [--top-k N] [--blocks N]
 
-Forward and backward, from tokens and their routing to one output for each token, on one rank. The loop over masks is
-how the published implementations of DeepSeek-V2 and MoST train: every expert looks for its tokens in a boolean mask.
-Defaults are DeepSeek-V2-Lite's experts at full width in bf16 on a GPU, and at a quarter of it in fp32 on a CPU.
+Times forward and backward on one rank, from tokens and their routing to one output per token. The published
+implementations of DeepSeek-V2 and MoST train with the loop over masks: every expert finds its tokens in a boolean mask.
+Defaults are DeepSeek-V2-Lite's experts in bf16 on a GPU, and at a quarter of their width in fp32 on a CPU.
 
 Shape letters: n tokens, k experts of a token, E experts, f width of an expert, h hidden size.
 """
@@ -24,6 +24,7 @@ from megatron_most.config.load import build_config
 from megatron_most.errors import MostError
 from megatron_most.model.specs import experts_spec
 from megatron_most.model.transformer_config import transformer_config
+from megatron_most.moe import ExpertGroups
 from megatron_most.moe.dispatcher import AlltoAllDispatcher
 from tools.bench import paired
 
@@ -66,7 +67,7 @@ def bench_experts(arguments: argparse.Namespace) -> None:
 
     arms = {arm: forward_and_backward(compute) for arm, compute in computations.items()}
     comparison = paired.compare(arms, "grouped", blocks=arguments.blocks)
-    # Three matrices of h x f for each pair, two operations per element, and twice the work again backwards.
+    # Three h x f matrices for each pair, two operations per element; the backward pass takes twice the forward's.
     operations = 3 * 2 * 3 * arguments.tokens * arguments.top_k * arguments.hidden * arguments.ffn
     print(
         f"{arguments.tokens} tokens x top-{arguments.top_k} of {arguments.experts} experts, hidden {arguments.hidden},"
@@ -78,7 +79,7 @@ def bench_experts(arguments: argparse.Namespace) -> None:
 
 
 def layer_config(arguments: argparse.Namespace, backend: str) -> RunConfig:
-    """One MoE layer with a text and an audio half; the rest of the model is as small as may be."""
+    """One MoE layer, half text and half audio experts. The rest of the model is as small as possible."""
     group = {"size": arguments.experts // 2, "moe_router_topk": arguments.top_k}
     values = {
         "vocab": {"text_vocab_size": 8, "num_codebooks": 1, "codebook_size": 8},
@@ -99,8 +100,9 @@ def layer_config(arguments: argparse.Namespace, backend: str) -> RunConfig:
 def build_experts(config: RunConfig) -> torch.nn.Module:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     megatron = transformer_config(config)
-    spec = experts_spec(config.model.moe)
-    return spec(config.model.moe.num_experts, megatron, pg_collection=groups).to(platform.device())
+    moe = config.model.moe
+    spec = experts_spec(moe, ExpertGroups.from_config(moe))
+    return spec(moe.num_experts, megatron, pg_collection=groups).to(platform.device())
 
 
 def build_dispatcher(config: RunConfig) -> AlltoAllDispatcher:
@@ -111,7 +113,7 @@ def build_dispatcher(config: RunConfig) -> AlltoAllDispatcher:
 
 @torch.no_grad()
 def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
-    """From grouped to sequential experts, on one rank."""
+    """Copy grouped to sequential experts, on one rank."""
     places = ((pool, place) for pool in source.children() for place in range(len(pool.experts)))
     for (pool, place), expert in zip(places, target.local_experts, strict=True):
         expert.linear_fc1.weight.copy_(pool.linear_fc1[place])
@@ -119,13 +121,13 @@ def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
 
 
 def separate_matrices(experts: torch.nn.Module) -> list[list[torch.Tensor]]:
-    """Gate ``[f, h]``, up ``[f, h]`` and down ``[h, f]`` of each expert, weights of their own."""
+    """Copies of gate ``[f, h]``, up ``[f, h]`` and down ``[h, f]`` of each expert."""
     halves = [[*expert.linear_fc1.weight.chunk(2), expert.linear_fc2.weight] for expert in experts.local_experts]
     return [[matrix.detach().clone().requires_grad_() for matrix in matrices] for matrices in halves]
 
 
 def routed_tokens(arguments: argparse.Namespace, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens ``[n, h]``, the experts of each ``[n, k]``, drawn evenly within its modality's half, and their weights."""
+    """Tokens ``[n, h]``, their experts ``[n, k]``, uniform over their modality's half, and weights ``[n, k]``."""
     generator = torch.Generator().manual_seed(0)
     half = arguments.experts // 2
     choice = torch.rand(arguments.tokens, half, generator=generator).topk(arguments.top_k, dim=1).indices
@@ -147,7 +149,7 @@ def dispatched(
     choice: torch.Tensor,
     weights: torch.Tensor,
 ) -> torch.Tensor:
-    """What a layer does between its router and its output: sort tokens by expert, compute, add up each token's."""
+    """What a layer does after its router: sort tokens by expert, compute, sum each token's outputs."""
     empty = torch.zeros(tokens.shape[0], dispatcher.num_experts, device=tokens.device)
     routing_map = empty.bool().scatter(1, choice, True)
     probs = empty.scatter(1, choice, weights)

@@ -1,10 +1,10 @@
-"""What one GPU makes of a few layers at full width: tokens/s, TFLOP/s, memory, and FP8 against bf16 on the experts.
+"""A few layers at full width on one GPU: tokens/s, TFLOP/s, memory, and experts in FP8 against bf16.
 
     python -m tools.bench.gpu_layer [--layers N] [--calls N] [--config FILE] [key=value ...]
 
-A training step of the first N layers of a recipe on one row of its length, half of it audio: one document with a target
-at every position, and packed documents as training has them. Then the experts that a rank holds at an expert
-parallelism of 8, at several loads, in bf16 and in FP8 by every backend that is there. Rates are shares of a bf16 matrix
+First, a training step of the first N layers of a recipe on one row, half of it audio: one document with a target at
+every position, and packed documents as in training. Second, the experts that a rank holds at an expert parallelism of
+8, at several loads, in bf16 and in FP8 by every available backend. Rates are also given as shares of a bf16 matrix
 product measured in the same run. Prints Markdown for docs/performance.md.
 
 Shape letters: n tokens of an expert, e experts, f width of an expert, h hidden size.
@@ -27,7 +27,7 @@ from megatron_most.config import RunConfig, load_config
 from megatron_most.data.loading.batch import Batch
 from megatron_most.errors import ConfigError
 from megatron_most.model.transformer_config import transformer_config
-from megatron_most.planning import memory_of_rank, train_flops_per_token
+from megatron_most.planning import RowContents, memory_of_rank, train_flops_per_token
 from megatron_most.precision import fp8_product
 from megatron_most.training.microbatches import stage
 from megatron_most.training.run_directory import device_name, versions
@@ -40,11 +40,12 @@ RECIPE = "examples/configs/most_16b_stage1.yaml"
 ONE_GPU = (
     "parallel.expert_model_parallel_size=1",
     "training.global_batch_size=1",
+    "data.seq_length=4096",  # of the measurements in docs/performance.md
 )
 LOADS = (64, 384, 1536, 3072, 6144)
-"""384: 4096 tokens, top-6 of 64 experts. 3072: those of eight such ranks."""
+"""Tokens per expert. 384: 4096 tokens, top-6 of 64 experts; 3072: eight such ranks."""
 DOCUMENTS = 16
-"""Of a packed row, fewer where it is short."""
+"""Documents of a packed row; fewer if the row is short."""
 EXPERTS = 8
 MATMUL = 8192
 ARMS = {
@@ -52,13 +53,13 @@ ARMS = {
     "transformer_engine": (("tensorwise", "hybrid"), ("delayed", "hybrid")),
     "emulate": (("tensorwise", "e4m3"),),
 }
-"""Recipes and formats that are timed of each FP8 backend."""
+"""FP8 backend -> recipes and formats that are timed."""
 
 
 def bench_gpu_layer(arguments: argparse.Namespace) -> None:
     cli.require_positive(arguments, "layers", "calls")
     if platform.device().type != "cuda":
-        raise ConfigError("tools/bench/gpu_layer.py: needs a CUDA device, and there is none")
+        raise ConfigError("tools/bench/gpu_layer.py: needs a CUDA device, found none")
     overrides = [f"model.num_layers={arguments.layers}", *ONE_GPU, *arguments.overrides]
     backends = ["torch"] if platform.has_grouped_fp8() else []
     if platform.has_fp8() and platform.has_library("Transformer Engine"):
@@ -71,10 +72,10 @@ def measure(config: RunConfig, fp8_backends: Sequence[str], loads: Sequence[int]
     """Measure everything on this process's device.
 
     Args:
-        fp8_backends: of :data:`ARMS`; each must be there.
-        loads: tokens of each expert, of which there are :data:`EXPERTS`.
-        calls: timed calls behind every number.
-        matmul_size: side of the matrices whose product is the ceiling.
+        fp8_backends: available keys of :data:`ARMS`.
+        loads: tokens of each of the :data:`EXPERTS` experts.
+        calls: timed calls for each number.
+        matmul_size: size of the square matrices whose product is the ceiling.
 
     Returns:
         The report, in Markdown.
@@ -98,7 +99,6 @@ def measure(config: RunConfig, fp8_backends: Sequence[str], loads: Sequence[int]
 
 def training_table(config: RunConfig, calls: int, ceiling: float) -> list[str]:
     """Forward, backward and update."""
-    estimate = memory_of_rank(config, world_size=1, pipeline_rank=0, expert_rank=0).total
     lines = [
         "| layers | positions | row | step | tokens/s | TFLOP/s | share of the product | peak memory, GiB"
         " | estimate, GiB |",
@@ -111,7 +111,9 @@ def training_table(config: RunConfig, calls: int, ceiling: float) -> list[str]:
         with _memory_freed():
             timing, peak = training_step(config, batch, calls)
         rate = config.data.seq_length / timing.median
-        flops = rate * flops_per_token(config, batch)
+        row = contents(config, batch)
+        flops = rate * train_flops_per_token(config, row)
+        estimate = memory_of_rank(config, world_size=1, pipeline_rank=0, expert_rank=0, rows=row).total
         measured = f"{peak / 2**30:.1f}" if peak else ""
         lines.append(
             f"| {config.model.num_layers} | {config.data.seq_length} | {name} | {timing} | {rate:.0f}"
@@ -120,18 +122,22 @@ def training_table(config: RunConfig, calls: int, ceiling: float) -> list[str]:
     return lines
 
 
-def flops_per_token(config: RunConfig, batch: Batch) -> float:
-    """The planner's count, for which attention ends where documents do."""
-    if batch.cu_seqlens is None:
-        return train_flops_per_token(config)
-    lengths = batch.cu_seqlens.diff().double()
-    # A position attends to half of its document; the average position's document is longer than the average document.
-    data = dataclasses.replace(config.data, seq_length=round((lengths.square().sum() / lengths.sum()).item()))
-    return train_flops_per_token(dataclasses.replace(config, data=data))
+def contents(config: RunConfig, batch: Batch) -> RowContents:
+    """What the planner's formulas count of a batch of one row."""
+    lengths = [config.data.seq_length] if batch.cu_seqlens is None else batch.cu_seqlens.diff().tolist()
+    positions, targets = batch.ids.numel(), batch.targets()
+    counts = batch.modality.flatten().bincount(minlength=len(config.vocab.modality_names)).tolist()
+    return RowContents(
+        {name: count / positions for name, count in zip(config.vocab.modality_names, counts, strict=True)},
+        targets=len(targets.index) / positions,
+        frame_targets=0.0 if targets.code_index is None else len(targets.code_index) / positions,
+        attended=sum(length * (length + 1) / 2 for length in lengths) / positions,
+        source="of the batch",
+    )
 
 
 def training_step(config: RunConfig, batch: Batch, calls: int) -> tuple[Timing, int]:
-    """Time of a step, and the bytes of the device that tensors held at most (0 on a CPU)."""
+    """Time of a step, and the peak bytes of tensors on the device (0 on a CPU)."""
     state, staged = build_train_state(config), stage(batch, platform.device())
 
     def step() -> None:
@@ -154,7 +160,7 @@ def experts_table(
         "|---|---|---|---|---|---|---|",
     ]
     arms = expert_arms(config, fp8_backends)
-    # Three matrices of h x f for each token, two operations per element, and twice the work again backwards.
+    # Three h x f matrices for each token, two operations per element; the backward pass takes twice the forward's.
     per_token = 3 * 2 * 3 * config.model.hidden_size * config.model.moe.moe_ffn_hidden_size
     for load in loads:
         baseline: Timing | None = None
@@ -171,7 +177,7 @@ def experts_table(
 
 
 def expert_arms(config: RunConfig, fp8_backends: Sequence[str]) -> dict[tuple[str, str], RunConfig]:
-    """(backend, precision) -> configuration; torch in bf16 comes first."""
+    """(backend, precision) -> configuration. The first, torch in bf16, is the baseline."""
     moe = config.model.moe
     groups = [
         dataclasses.replace(moe.groups[0], size=EXPERTS // 2, moe_router_topk=1, modality=g.modality)
@@ -228,7 +234,7 @@ def expert_pass(config: RunConfig, load: int) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def _memory_freed() -> Iterator[None]:
-    """Afterwards what was built inside is gone from the device, as far as nothing outside holds it."""
+    """Free the device memory of objects that were built in the block and are no longer referenced."""
     yield
     gc.collect()
     if platform.device().type == "cuda":

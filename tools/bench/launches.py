@@ -1,13 +1,12 @@
 #!/usr/bin/env python
-"""How many operators each part of a training step starts, forward and backward, and where the host would wait.
+"""Operators that each part of a training step launches, forward and backward, and where the host waits.
 
     python -m tools.bench.launches [--part NAME ...] [--operators] [key=value ...]
 
-A model with the shape of most_16b_stage1 (64 experts, top-6, 13 codebooks, YaRN) and small sizes: the number of
-operators hardly depends on sizes, and on a GPU the host pays for each of them. Every part runs alone, twice, and the
-second time is counted; ``step`` and ``micro-batch`` run all of them together. Prints Markdown.
-
-What is counted, and how, says ``counting.py``. A part is a line of :data:`PARTS`.
+The model has the structure of most_16b_stage1 (64 experts, top-6, 13 codebooks, YaRN) at small sizes: the number of
+operators hardly depends on sizes, and on a GPU each costs host time. Every part (:data:`PARTS`) runs alone, twice, and
+the second run is counted; ``step`` and ``micro-batch`` run all of them. ``counting.py`` says what is counted. Prints
+Markdown.
 
 Shape letters: s positions, h hidden size.
 """
@@ -65,7 +64,7 @@ CONFIG = {
             "moe_router_load_balancing_type": "seq_aux_loss",
         },
     },
-    # Parts run by themselves, where no hook may wait for the gradients of the whole model.
+    # Parts run alone, so no hook may wait for gradients of the whole model.
     "optimizer": {"overlap_grad_reduce": False},
     "data": {"seq_length": 256, "packing": False},
     "training": {"micro_batch_size": 1, "global_batch_size": 1},
@@ -74,7 +73,7 @@ CONFIG = {
 
 
 class Bench:
-    """A model that has taken a step, and what its parts are fed with. Process groups must be there."""
+    """A model that has taken a step, and inputs of its parts. Process groups must be initialized."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -86,7 +85,7 @@ class Bench:
         self.rotations = self.model.rotary(config.data.seq_length)
         self.packed_rotations = self.model.rotary(config.data.seq_length, self.packed.packed_row)
         self.planes = pack_planes(self.batch.modality, self.batch.is_padding, len(config.vocab.modality_names))
-        # The first step sets the scale by which balance losses are weighed in the backward passes after it.
+        # The first step sets the scale of balance losses in later backward passes.
         train_step(self.state, [self.batch])
         parameter = next(self.model.parameters())
         shape = (config.data.seq_length, 1, config.model.hidden_size)
@@ -105,14 +104,14 @@ class Bench:
         )
 
     def _dispatch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows of the experts, their probs, and how many rows each expert has."""
+        """Rows of the experts, their probs, and the number of rows of each expert."""
         dispatcher = self.moe.token_dispatcher
         sent = dispatcher.dispatch_preprocess(self.hidden, self.routing_map, self.probs)
         rows, counts, probs = dispatcher.dispatch_postprocess(*dispatcher.token_dispatch(*sent))
         return rows, probs, counts
 
     def there_and_back(self) -> torch.Tensor:
-        """Dispatch and combine, with experts that return what they are given."""
+        """Dispatch and combine, with experts that return their input."""
         dispatcher, (rows, _, _) = self.moe.token_dispatcher, self._dispatch()
         return dispatcher.combine_postprocess(dispatcher.token_combine(dispatcher.combine_preprocess(rows)))
 
@@ -135,12 +134,15 @@ class Bench:
     def microbatch(self, batch: Batch) -> None:
         run_microbatches(self.state.wrapped, [batch], self.state.loss_table)
 
+    def step(self, batch: Batch) -> None:
+        train_step(self.state, [batch])
+
     def update(self) -> None:
-        """The optimizer's step alone; the gradients are those of the pass before."""
+        """The optimizer's step alone, with the gradients of the previous pass."""
         self.state.optimizer.step()
 
     def tokens(self, number: int) -> None:
-        """Generate ``number`` text ids after a prompt of eight; no id ends them."""
+        """Generate exactly ``number`` text ids after a prompt of eight."""
         prompt = types.SimpleNamespace(ids=self.batch.ids[0, :8].cpu().numpy(), side_codes=None)
         text = Generator(self.model).text([prompt], end=-1, max_new=number, sampling=Sampling(temperature=0.0))
         assert len(text[0]) == number
@@ -148,7 +150,7 @@ class Bench:
 
 
 Part = Callable[[Bench], torch.Tensor | None]
-"""Runs a part; what it returns has a graph, whose backward pass is counted too."""
+"""Runs a part. If it returns a tensor, the tensor's backward pass is counted too."""
 
 PARTS: dict[str, Part] = {
     "attention": lambda bench: bench.attention(),
@@ -166,12 +168,12 @@ PARTS: dict[str, Part] = {
     "embeddings": lambda bench: bench.model._embed(bench.batch.ids, bench.batch.codes),
     "heads and losses": lambda bench: bench.model.losses(bench.hidden, bench.targets),
     "loss": lambda bench: bench.state.loss_table(bench.batch, bench.slot_losses)[0],
-    "packed row": lambda bench: packed_seq_params(bench.packed) and None,  # in training another thread's work
+    "packed row": lambda bench: packed_seq_params(bench.packed) and None,  # another thread does this in training
     "optimizer": lambda bench: bench.update(),
     "micro-batch": lambda bench: bench.microbatch(bench.batch),
     "micro-batch, packed": lambda bench: bench.microbatch(bench.packed),
-    "step": lambda bench: train_step(bench.state, [bench.batch]) and None,
-    "step, packed": lambda bench: train_step(bench.state, [bench.packed]) and None,
+    "step": lambda bench: bench.step(bench.batch),
+    "step, packed": lambda bench: bench.step(bench.packed),
 }
 
 
@@ -179,7 +181,7 @@ DECODE = "decode token"
 
 
 def count_part(bench: Bench, part: Part) -> tuple[Count, Count | None]:
-    """Forward and backward of a part; what fills caches has run before. None for one without a graph."""
+    """Forward and backward of the second run, after caches are filled. The backward is None if there is none."""
     for _ in range(2):
         for chunk in bench.state.wrapped:
             chunk.zero_grad_buffer()
@@ -194,7 +196,7 @@ def count_part(bench: Bench, part: Part) -> tuple[Count, Count | None]:
 
 
 def count_token(bench: Bench) -> Count:
-    """One token of text more, after a cache of ten positions."""
+    """One more text token, after a cache of ten positions."""
     bench.tokens(1)
     counts = []
     for number in (2, 3):
@@ -206,7 +208,7 @@ def count_token(bench: Bench) -> Count:
 
 def count_parts(bench: Bench, parts: Sequence[str]) -> dict[str, tuple[Count, Count | None]]:
     """Counts of :data:`PARTS` and :data:`DECODE`, forward and backward."""
-    # The optimizer's part spends gradients that a step has left.
+    # The optimizer's part needs gradients.
     compute_gradients(bench.state, [bench.batch])
     return {name: (count_token(bench), None) if name == DECODE else count_part(bench, PARTS[name]) for name in parts}
 
@@ -238,7 +240,7 @@ def bench_launches(arguments: argparse.Namespace) -> None:
     names = [*PARTS, DECODE]
     unknown = [name for name in arguments.part if name not in names]
     if unknown:
-        raise ConfigError(f"--part {unknown[0]}: no such part; there are {', '.join(names)}")
+        raise ConfigError(f"--part {unknown[0]}: no such part; parts are {', '.join(names)}")
     platform.install()
     platform.set_threads(1)
     config = build_config("bench", CONFIG, arguments.overrides)

@@ -1,16 +1,15 @@
-"""Time to make training batches: this project's loader against Megatron's ``GPTDataset`` on the same files.
+"""Time to build training batches: this project's loader against Megatron's ``GPTDataset`` on the same files.
 
     python -m tools.bench.loader --documents 20000 --seq-length 4096
 
-A call makes one row of ``seq_length`` positions. For each of the layouts ``flat`` and ``frame``, the arms are
+A call builds one row of ``seq_length`` positions. For each of the layouts ``flat`` and ``frame``, the arms are
 
-    megatron   ``GPTDataset`` on the ids (documents one after the other, cut where the row ends), and what else a row
-               needs (loss masks; codes in ``frame``) read document by document from ``IndexedDataset``, as int64, and
-               put into no place
-    ids alone  ``GPTDataset`` on the ids
-    ours       a batch: ids, labels, loss mask, modality, boundaries of documents, codes and their labels
+    megatron   ``GPTDataset`` for the ids (concatenated documents, cut at the end of the row), and reads of the loss
+               masks (and codes, in ``frame``) of as many documents from ``IndexedDataset``, as int64, not assembled
+    ids alone  ``GPTDataset`` for the ids
+    ours       a batch: ids, labels, loss mask, modality, document boundaries, codes and their labels
 
-Times are per call; the last lines scale them to the positions that are not padding.
+Times are per call. The last lines scale them to positions that are not padding.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ def megatron(prefix: Path, seq_length: int, folder: Path):
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.utils import Split
 
-    # What GPTDataset asks of a tokenizer.
+    # The attributes of a tokenizer that GPTDataset reads.
     tokenizer = types.SimpleNamespace(vocab_size=TEXT_VOCAB, eod=2, pad=1, unique_identifiers={})
     config = GPTDatasetConfig(
         random_seed=0,
@@ -89,7 +88,7 @@ def megatron(prefix: Path, seq_length: int, folder: Path):
 
 
 def read_all(prefix: Path, layout: str, ids, documents_per_row: int):
-    """One call: a row of ids, and the other arrays of about as many documents as a row holds."""
+    """A call that reads a row of ids and the other arrays of as many documents as a row holds on average."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     others = [IndexedDataset(f"{prefix}.{part}") for part in (("mask", "codes") if layout == "frame" else ("mask",))]
@@ -131,7 +130,7 @@ def bench_loader(arguments: argparse.Namespace) -> None:
                 "ours": lambda batches=batches: next(batches),
             }
             comparison = paired.compare(arms, "megatron", arguments.blocks, seconds_per_sample=0.1)
-            print(f"layout {layout}: {documents_per_row} documents a row, rows {filled:.1%} full")
+            print(f"layout {layout}: {documents_per_row} documents per row, rows {filled:.1%} full")
             print(comparison)
             print(f"ours: {filled / comparison.wall['ours'].median:.2f} of megatron's positions per second\n")
 

@@ -1,9 +1,9 @@
-"""Compare the speed of several ways of doing one thing, on a machine that may be busy with other work.
+"""Compare the speed of several implementations (arms) on a machine that may be busy with other work.
 
-All arms run in one process. Each block runs the baseline, every other arm and the baseline once more (the control),
-every second block in reverse order, so that a drift of the machine falls on all arms alike. A ratio is taken within a
-block; medians and quartiles are taken over blocks. The control's ratio shows what the machine itself adds: when its
-median leaves 0.95 to 1.05, nothing can be said of the others.
+All arms run in one process. Each block runs the baseline, every other arm and the baseline once more (the control);
+every second block runs in reverse order, so drift affects all arms alike. Ratios are taken within a block, medians and
+quartiles over blocks. The control's ratio shows the noise: if its median is outside of 0.95 to 1.05, the comparison is
+inconclusive.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -40,11 +40,11 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What :func:`compare` measured.
+    """Result of :func:`compare`.
 
     Args:
         seconds: arm -> median wall seconds of one call.
-        wall, cpu: arm -> ratio to the baseline; CPU time is of all threads of this process.
+        wall, cpu: arm -> ratio to the baseline. CPU time covers all threads of this process.
         control_wall, control_cpu: the baseline against itself.
     """
 
@@ -74,7 +74,7 @@ class Comparison:
 
 
 def compare(
-    arms: dict[str, Callable[[], object]],
+    arms: Mapping[str, Callable[[], object]],
     baseline: str,
     blocks: int = MINIMUM_BLOCKS,
     seconds_per_sample: float = 0.2,
@@ -83,9 +83,9 @@ def compare(
     """Time every arm against ``baseline``.
 
     Args:
-        arms: name -> one call of what is timed, without arguments.
-        blocks: number of ratios of each arm.
-        seconds_per_sample: a sample repeats its call until the baseline takes at least this long.
+        arms: name -> the call that is timed.
+        blocks: number of ratios per arm.
+        seconds_per_sample: calls per sample are chosen so that the baseline takes about this long.
         warm_up: untimed calls of each arm before the first block.
     """
     for call in arms.values():
@@ -118,7 +118,7 @@ def compare(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that every comparison has: ``--blocks`` and ``--threads``."""
+    """Add the options of every comparison, ``--blocks`` and ``--threads``."""
     parser.add_argument("--blocks", type=int, default=MINIMUM_BLOCKS, help="ratios per arm, at least 15 (default: 15)")
     parser.add_argument("--threads", type=int, default=1, help="threads of this process (default: 1)")
 

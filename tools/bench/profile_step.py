@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Where the time of a training step goes: share of matrix products, attention and everything else.
+"""Time of a training step by operator: matrix products, attention and the rest.
 
     python -m tools.bench.profile_step --config examples/configs/quickstart.yaml parallel.expert_model_parallel_size=1
 
-Runs on the data and model of a configuration without writing to its run directory. Times are of this process alone
-(self time of torch's operators); under torchrun, rank 0 speaks for itself.
+Uses the data and model of a configuration and does not write to its run directory. Times are self times of torch's
+operators in this process; under torchrun, those of rank 0.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def profile_step(arguments: argparse.Namespace) -> None:
 
 
 def report(profiler: profile, threads: int) -> None:
-    """Print shares of self time and the operators that take most of it."""
+    """Print shares of self time and the operators that take most."""
     times: dict[str, float] = {}
     for event in profiler.key_averages():
         # Host time on a CPU, kernel time on a GPU.
@@ -56,7 +56,7 @@ def report(profiler: profile, threads: int) -> None:
     total = sum(times.values())
     products = sum(time for key, time in times.items() if key in MATRIX_PRODUCTS)
     attention = sum(time for key, time in times.items() if key.startswith(ATTENTION))
-    print(f"operator time a step: {total / STEPS / 1e3:.1f} ms with {threads} thread(s)")
+    print(f"operator time per step: {total / STEPS / 1e3:.1f} ms with {threads} thread(s)")
     print(f"matrix products {products / total:.1%}, attention kernels {attention / total:.1%}")
     for key, time in sorted(times.items(), key=lambda item: -item[1])[:15]:
         print(f"  {time / total:6.1%}  {time / STEPS / 1e3:8.2f} ms  {key}")

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""What routing by modality costs: against Megatron's plain router, on one MoE layer and on a training step.
+"""The cost of routing by modality against Megatron's plain router, on one MoE layer and on a training step.
 
     python -m tools.bench.router [--tokens N] [--hidden N] [--ffn N] [--experts N] [--top-k N] [--blocks N]
 
-Both arms are the same layers with the same weights, experts, dispatcher and sequence balance loss on one rank; only the
-router is exchanged. Ours also keeps its statistics. Targets: at most 1.02 on the layer, 1.01 on the step. Beside them
-stands the router alone and, on a GPU, its time against that of copying the bytes it must read and write.
-Defaults are DeepSeek-V2-Lite's sizes in bf16 on a GPU, and about a quarter of them in fp32 on a CPU.
+Both arms have the same layers, weights, experts, dispatcher and sequence balance loss on one rank; only the router
+differs. Ours also records statistics. Targets: at most 1.02 on the layer and 1.01 on the step. The router is also timed
+alone and, on a GPU, against a copy of the bytes that it must read and write. Defaults are DeepSeek-V2-Lite's sizes in
+bf16 on a GPU, and about a quarter of them in fp32 on a CPU.
 
 Shape letters: n tokens, E experts, h hidden size.
 """
@@ -34,7 +34,7 @@ PLAIN, AWARE = "plain router", "modality-aware router"
 
 
 class PlainRouter(TopKRouter):
-    """Megatron's router over all experts; it has no use for planes."""
+    """Megatron's router over all experts, which ignores planes."""
 
     def forward(
         self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
@@ -82,7 +82,7 @@ def bench_router(arguments: argparse.Namespace) -> None:
         f"{arguments.tokens} tokens, half of them audio, top-{arguments.top_k} of {arguments.experts} experts,"
         f" hidden {arguments.hidden}, ffn {arguments.ffn}, {dtype}, {platform.device()}"
     )
-    # The step comes first: it sets the scale by which balance losses are weighed in the backward passes after it.
+    # The step comes first: it sets the scale of balance losses in later backward passes.
     for what, call in (
         (f"training step of {LAYERS} layers", training_step),
         ("MoE layer, forward and backward", layer_pass),
@@ -90,7 +90,7 @@ def bench_router(arguments: argparse.Namespace) -> None:
     ):
         arms = {arm: with_router(arm, call) for arm in (PLAIN, AWARE)}
         print(f"{what}: {paired.compare(arms, PLAIN, blocks=arguments.blocks)}")
-    if planes.device.type == "cuda":  # elsewhere the router is no matter of bytes
+    if planes.device.type == "cuda":  # a CPU's router is not bound by memory bandwidth
         with_router(AWARE, lambda: report_floor(arguments, layers[0].router, tokens, planes))()
     parallel.destroy()
 
@@ -112,7 +112,7 @@ def model_config(arguments: argparse.Namespace) -> RunConfig:
                 "moe_router_load_balancing_type": "seq_aux_loss",
             },
         },
-        # Layers are timed by themselves too, where no hook may wait for the gradients of the whole model.
+        # Layers are also timed alone, so no hook may wait for gradients of the whole model.
         "optimizer": {"overlap_grad_reduce": False},
         "data": {"seq_length": arguments.tokens, "packing": False},
         "precision": {"dtype": "bf16" if platform.device().type == "cuda" else "fp32"},
@@ -135,7 +135,7 @@ def plain_router(router: torch.nn.Module) -> PlainRouter:
 def report_floor(
     arguments: argparse.Namespace, router: torch.nn.Module, tokens: torch.Tensor, planes: torch.Tensor
 ) -> None:
-    """Time of a forward pass against that of copying as many bytes as it must read and write.
+    """Time a forward pass against a copy of the bytes that it must read and write.
 
     It reads the hidden states and its weight, and writes a probability (fp32) and a flag for each token and expert.
     """

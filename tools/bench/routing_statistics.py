@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""What routing statistics cost: the passes of a training step with them against the same without.
+"""The cost of routing statistics: forward and backward of a training step with and without them.
 
     python -m tools.bench.routing_statistics [--blocks 15] [--threads 1]
 
-The model is DeepSeek-V2-Lite's shape scaled down (64 experts, top 6, one layer without experts and one with). Timed are
-the forward and backward pass of one micro-batch of 1024 positions; with the update a step takes longer, so that the
-share told here is the larger one. Also printed, because it is steadier than the difference of two large numbers: the
-time of the counting alone over that of the step, and of the reduction that comes once per logged line.
+The model is DeepSeek-V2-Lite scaled down (64 experts, top-6, one dense and one MoE layer). Timed are forward and
+backward of one micro-batch of 1024 positions, without the update, so the share of a whole step is smaller. The time of
+counting alone, which is steadier than the difference of two large numbers, and of the reduction of a logged line are
+also printed.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 def random_batch() -> Batch:
-    """One row, four fifths of it codec frames, without padding."""
+    """One row without padding, four fifths of it codec frames."""
     generator = torch.Generator().manual_seed(0)
     config = build_config("bench", MODEL)
     is_frame = torch.rand(1, LENGTH, generator=generator) < 0.8
@@ -108,7 +108,7 @@ def random_batch() -> Batch:
 
 
 def switched_off(routers: list[ModalityAwareRouter], action: Callable[[], None]) -> None:
-    """Run ``action`` with routers that count nothing but the pairs that their losses take."""
+    """Run ``action`` with routers that count only the pairs that their losses need."""
 
     def pairs_alone(routing_map: torch.Tensor, _scores, _group_probs, membership: torch.Tensor, num_sequences: int):
         return sum_by_modality(membership, routing_map.float(), num_sequences)
@@ -121,7 +121,7 @@ def switched_off(routers: list[ModalityAwareRouter], action: Callable[[], None])
 
 
 def recorded(router: ModalityAwareRouter, action: Callable[[], None]) -> tuple[torch.Tensor, ...]:
-    """What ``router`` hands to its statistics while ``action`` runs."""
+    """Arguments of the first call of the router's statistics during ``action``."""
     calls: list[tuple[torch.Tensor, ...]] = []
     count = type(router.statistics).count
 

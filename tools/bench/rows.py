@@ -1,4 +1,4 @@
-"""Batches of one row that the benchmarks make up: one document, or packed ones as training has them."""
+"""Synthetic batches of one row: one document, or packed documents as in training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TARGET_SHARE = 0.6
 
 
 def half_audio(config: RunConfig) -> Batch:
-    """One row, text and codec frames in runs of 64 positions, a target at every position."""
+    """One row that alternates between 64 positions of text and of codec frames, with a target at every position."""
     vocab, length = config.vocab, config.data.seq_length
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocab.text_vocab_size, (1, length + 1), generator=generator)
@@ -40,17 +40,17 @@ def half_audio(config: RunConfig) -> Batch:
 
 
 def packed_documents(config: RunConfig, count: int) -> Batch:
-    """A full row of ``count`` documents of unequal lengths, :data:`TARGET_SHARE` of its positions targets.
+    """A full row of ``count`` documents of unequal lengths. :data:`TARGET_SHARE` of the positions are targets.
 
-    Half of each document is codec frames: before its text in every second document, after it in the others.
+    Half of each document is codec frames, before or after its text in turn.
 
     Args:
-        config: its ``data.packing`` does not count. Layout ``frame`` only.
+        config: with layout ``frame``; ``data.packing`` is ignored.
     """
     random = np.random.default_rng(0)
     shares = random.lognormal(0.0, 0.6, count).cumsum()
     ends = np.round(config.data.seq_length * shares / shares[-1]).astype(np.int64)
-    # A document has one id more than it takes positions: the last one is only a label.
+    # A document has one more id than positions: the last id is only a label.
     lengths = np.diff(ends, prepend=0) + 1
     assert lengths.min() > 1, "a row too short for so many documents"
     documents = [_document(config.vocab, int(length), bool(i % 2), random) for i, length in enumerate(lengths)]

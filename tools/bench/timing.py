@@ -1,4 +1,4 @@
-"""How long a call takes on the device, and how fast the device multiplies matrices at best."""
+"""Time of a call on the device, and the device's rate of matrix products."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch._dynamo.utils import counters
 from megatron_most import platform
 
 WARM_UP = 5
-"""Untimed calls: kernels are chosen and compiled, memory is taken, the optimizer makes its state."""
+"""Untimed calls, in which kernels are chosen and compiled and memory is allocated."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of a call: median and quartiles; and how often ``torch.compile`` compiled during the timed calls."""
+    """Median and quartiles of a call's seconds, and compilations of ``torch.compile`` during the timed calls."""
 
     median: float
     lower: float
@@ -36,7 +36,7 @@ class Timing:
 
 
 def time_calls(call: Callable[[], object], calls: int) -> Timing:
-    """Time ``calls`` calls one by one, after :data:`WARM_UP` others: by CUDA events, on a CPU by the clock."""
+    """Time ``calls`` calls, each alone, after :data:`WARM_UP` others: with CUDA events, on a CPU with the clock."""
     for _ in range(WARM_UP):
         call()
     compiled = _compilations()
@@ -54,12 +54,12 @@ def time_calls(call: Callable[[], object], calls: int) -> Timing:
 
 
 def _compilations() -> int:
-    """Frames that ``torch.compile`` has worked on in this process."""
+    """Frames that ``torch.compile`` has compiled in this process."""
     return counters["frames"]["total"]
 
 
 def matmul_rate(size: int, dtype: torch.dtype, calls: int) -> float:
-    """FLOP/s of a product of two square matrices: the ceiling that other rates are shares of."""
+    """FLOP/s of a product of two square matrices, the ceiling for other rates."""
     a, b = (torch.randn(size, size, dtype=dtype, device=platform.device()) for _ in range(2))
     out = torch.empty_like(a)
     return 2 * size**3 / time_calls(lambda: torch.mm(a, b, out=out), calls).median

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""How fast audio becomes codes, against the loop that NeMo's model cards show: a file at a time, as long as it is.
+"""Speed of encoding audio into codes, against the loop of NeMo's model cards: one file at a time, unbatched.
 
     python -m tools.bench.tokenize_audio [--codec FILE] [--files N] [--shortest S] [--longest S] [--blocks N]
 
-Both arms decode, resample and encode the same files with one thread of one process; lengths are spread evenly on a
-logarithmic scale, rates and channels vary. A second comparison takes the whole machine: the loop with a thread a core
-against ``most prepare tokenize`` with a process a core, from manifest to finished output.
+Both arms decode, resample and encode the same files with one thread of one process. Durations are log-uniform; sample
+rates and channels vary. A second comparison uses the whole machine: the loop with one thread per core against
+``most prepare tokenize`` with one process per core, from manifest to finished output.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megatron_most.audio import load_codec
 from megatron_most.audio.nemo_codec import NemoCodec
 from megatron_most.data.preparation import tokenize_audio
 from megatron_most.data.preparation.encode_shard import encode_shard
-from megatron_most.data.preparation.shards import Limits, Shard
+from megatron_most.data.preparation.shards import Execution, Limits, Shard
 from megatron_most.data.preparation.sources import Roots
 from megatron_most.data.storage.codes import CodesDataset
 from tools.bench import paired
@@ -47,7 +47,7 @@ def bench_tokenization(arguments: argparse.Namespace) -> None:
         paths, seconds = write_corpus(Path(folder), arguments.files, arguments.shortest, arguments.longest)
         shard = write_shard(Path(folder), paths)
         require_equal(plain(paths), encode(shard, codec), codec)
-        print(f"{len(paths)} files of {arguments.shortest:g} to {arguments.longest:g} s, {seconds:.0f} s in all")
+        print(f"{len(paths)} files of {arguments.shortest:g} to {arguments.longest:g} s, {seconds:.0f} s in total")
         print("\none core:")
         arms = {"NeMo, a file at a time": lambda: plain(paths), "shard of the tokenizer": lambda: encode(shard, codec)}
         show(arms, arguments.blocks, seconds)
@@ -64,11 +64,11 @@ def show(arms: dict, blocks: int, seconds: float) -> None:
     comparison = paired.compare(arms, baseline=next(iter(arms)), blocks=blocks, seconds_per_sample=0.0, warm_up=1)
     print(comparison)
     for arm, elapsed in comparison.seconds.items():
-        print(f"  {arm}: {seconds / elapsed:.0f} hours an hour")
+        print(f"  {arm}: {seconds / elapsed:.0f} hours of audio per hour")
 
 
 def write_corpus(folder: Path, count: int, shortest: float, longest: float) -> tuple[list[Path], float]:
-    """FLAC files of a voice-like sound in several formats, and their seconds in all."""
+    """FLAC files of a voice-like sound in several formats, and their total seconds."""
     generator = np.random.default_rng(0)
     lengths = np.exp(np.linspace(np.log(shortest), np.log(longest), count))
     generator.shuffle(lengths)
@@ -84,7 +84,7 @@ def write_corpus(folder: Path, count: int, shortest: float, longest: float) -> t
 
 
 def write_shard(folder: Path, paths: list[Path]) -> Shard:
-    """All files as one shard of a job."""
+    """A shard of all files."""
     manifest = folder / "m.jsonl"
     entries = [{"id": path.stem, "audio_filepath": path.name, "text": "x", "where": path.stem} for path in paths]
     manifest.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
@@ -92,7 +92,7 @@ def write_shard(folder: Path, paths: list[Path]) -> Shard:
 
 
 class NemoLoop:
-    """NeMo's own model, its own way of loading audio, one file after the other."""
+    """NeMo's model with its way of loading audio, one file after another."""
 
     def __init__(self, path: Path) -> None:
         from nemo.collections.tts.models import AudioCodecModel
@@ -123,17 +123,19 @@ def encode(shard: Shard, codec: NemoCodec) -> Shard:
 
 
 def whole_job(folder: Path, path: Path, codec: NemoCodec, workers: int) -> CodesDataset | None:
-    """The command's work but for loading the codec, which the loop is spared too, in shards as small as this corpus."""
+    """What the command does, without loading the codec (nor does the loop), in shards small enough for this corpus."""
     shutil.rmtree(folder / "out", ignore_errors=True)
     with (
         mock.patch.multiple(tokenize_audio, load_codec=lambda _: codec, SHARD_SIZES=(4, 1024)),
         contextlib.redirect_stderr(io.StringIO()),
     ):
-        return tokenize_audio.tokenize_audio(folder / "m.jsonl", path, folder / "out" / "codes", workers=workers)
+        return tokenize_audio.tokenize_audio(
+            folder / "m.jsonl", path, folder / "out" / "codes", execution=Execution(workers)
+        )
 
 
 def require_equal(expected: list[np.ndarray], shard: Shard, codec: NemoCodec) -> None:
-    """Speed is worth nothing unless nearly all codes are NeMo's: the two resample with different calls."""
+    """Raise if more than one code in 1000 differs; the arms resample with different calls, so a few do."""
     found = [codes for _, codes in shard.utterances(codec.num_codebooks, np.dtype(np.uint16).type)]
     different = sum(int((codes.T.reshape(-1) != got).sum()) for codes, got in zip(expected, found, strict=True))
     total = sum(codes.size for codes in expected)

@@ -1,1 +1,1 @@
-"""Codes, texts and conversations + a task -> a dataset of documents."""
+"""Tokenized audio, text or conversations, and a task -> a dataset."""

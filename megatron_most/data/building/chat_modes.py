@@ -9,27 +9,35 @@ from megatron_most.data.preparation.keyed_choice import choose
 from megatron_most.errors import ConfigError
 
 MODES = ("T-T", "S-T", "T-S", "S-S")
-"""What an exchange is: the user's turn, then the assistant's; T is text, S is speech."""
+"""Modes of an exchange: the user's turn, then the assistant's; T is written (text), S is spoken."""
 
 
 def check_modes(modes: Sequence[str]) -> None:
-    """Raise :class:`ConfigError` unless ``modes`` are some of :data:`MODES`."""
+    """Raise :class:`ConfigError` unless ``modes`` are one or more of :data:`MODES`."""
     for mode in modes:
         if mode not in MODES:
             raise ConfigError(f"modes={mode!r}: must be one of {', '.join(MODES)}")
     if not modes:
-        raise ConfigError(f"modes=[]: needs at least one of {', '.join(MODES)}")
+        raise ConfigError(f"modes=[]: must be at least one of {', '.join(MODES)}")
 
 
-def choose_mode(chat: Chat, place: int, modes: Sequence[str], spoken: Container[str | None]) -> str | None:
-    """The mode of exchange ``place``, drawn in equal shares from those of ``modes`` that its recordings allow.
+def choose_modes(chat: Chat, modes: Sequence[str], recorded: Container[str | None]) -> list[str]:
+    """The mode of each exchange, drawn with equal probability from those ``modes`` that its recordings allow.
 
     Args:
-        spoken: ids of the utterances that are there.
+        recorded: ids of the utterances that a spoken turn may use.
 
     Returns:
-        None when the recordings allow none.
+        An empty list if some exchange has no allowed mode.
     """
-    user, assistant = (message.audio in spoken for message in chat.exchanges[place])
-    possible = [mode for mode in modes if (user or mode[0] == "T") and (assistant or mode[2] == "T")]
-    return choose(possible, "mode", chat.id, place) if possible else None
+    chosen = []
+    for place, (user, assistant) in enumerate(chat.exchanges):
+        allowed = [
+            mode
+            for mode in modes
+            if (mode[0] == "T" or user.audio in recorded) and (mode[2] == "T" or assistant.audio in recorded)
+        ]
+        if not allowed:
+            return []
+        chosen.append(choose(allowed, "mode", chat.id, place))
+    return chosen

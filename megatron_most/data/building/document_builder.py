@@ -1,4 +1,4 @@
-"""How templates put a document together.
+"""Assembles the documents of the templates.
 
 Shape letters: n positions of a document, C codebooks, F codec frames. Codes are ``[F, C]``.
 """
@@ -13,14 +13,14 @@ from megatron_most.text import TextTokenizer
 from megatron_most.vocab import VocabLayout
 
 LOSSES = ("targets", "everything")
-"""What carries the loss: what the template says is to be predicted, or every id after the first."""
+"""Which ids carry loss: the template's targets, or every id after the first."""
 
 
 class DocumentBuilder:
-    """Collects the pieces of a document in order; a piece with ``target`` carries loss.
+    """Collects the pieces of a document in order; a piece added with ``target=True`` carries loss.
 
     Args:
-        where: what errors call this document.
+        where: what an error calls this document.
     """
 
     def __init__(self, vocab: VocabLayout, tokenizer: TextTokenizer, where: str) -> None:
@@ -35,7 +35,7 @@ class DocumentBuilder:
         self._add(np.array([token], dtype=np.int64), target)
 
     def text(self, text: str | None, before: str = "", *, target: bool = False) -> None:
-        """Text without white space at its ends, after ``before``. Raises :class:`DataError` when there is none."""
+        """``before``, then the stripped text; :class:`DataError` if that is empty."""
         stripped = (text or "").strip()
         if not stripped:
             raise DataError(f"{self.where}: text is empty")
@@ -49,7 +49,7 @@ class DocumentBuilder:
         self._add(ids, target)
 
     def frames(self, codes: np.ndarray | None, *, target: bool = False) -> None:
-        """Codes ``[F, C]``; raises :class:`DataError` when there is no frame, or a code outside its codebook."""
+        """Codes ``[F, C]``; :class:`DataError` if there is no frame or a code is outside its codebook."""
         if codes is None or len(codes) == 0:
             raise DataError(f"{self.where}: needs audio of at least one codec frame")
         self.vocab.check_codes(codes, self.where)
@@ -67,7 +67,7 @@ class DocumentBuilder:
         self.id(self.vocab.end_of_audio, target=target)
 
     def document(self, loss: str = "targets") -> Document:
-        """What was collected; ``loss`` is one of :data:`LOSSES`."""
+        """The document so far; ``loss`` is one of :data:`LOSSES`."""
         loss_mask = np.concatenate(self._targets)
         if loss == "everything":
             loss_mask[1:] = True

@@ -1,4 +1,4 @@
-"""Inputs -> the documents of a task: one example after the other, with the template options and the length limit.
+"""Inputs -> the documents of a task, within the length limit.
 
 Shape letters: C codebooks, F codec frames. Codes are ``[F, C]``.
 """
@@ -6,24 +6,24 @@ Shape letters: C codebooks, F codec frames. Codes are ``[F, C]``.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from megatron_most.data.building.chat_modes import MODES, check_modes, choose_mode
+from megatron_most.data.building.chat_modes import MODES, check_modes, choose_modes
 from megatron_most.data.building.document_builder import LOSSES, DocumentBuilder
 from megatron_most.data.building.instructions import choose_instruction
 from megatron_most.data.building.interleave import alternate, groups
 from megatron_most.data.building.length_limit import LengthLimit, sentences
 from megatron_most.data.building.recordings import Recordings
 from megatron_most.data.building.tasks import ChatTurn, make_chat, make_document, make_interleaved
-from megatron_most.data.preparation.chat_files import Chat, read_chats
+from megatron_most.data.preparation.chat_files import Chat, Message, read_chats
 from megatron_most.data.preparation.manifest import manifest_records
 from megatron_most.data.storage.codes import CodesDataset, Utterance
 from megatron_most.data.storage.documents import Document
-from megatron_most.errors import ConfigError, DataError
+from megatron_most.errors import ConfigError
 from megatron_most.text import TextTokenizer
 from megatron_most.vocab import VocabLayout
 
@@ -33,10 +33,10 @@ class TemplateOptions:
     """How documents are made.
 
     Args:
-        wordings: how many wordings of each instruction are used.
-        loss: ``targets`` or ``everything``.
-        limit: the longest document, and what becomes of longer ones.
-        modes: what exchanges of a chat may be, in equal shares.
+        wordings: use the first ``wordings`` wordings of each instruction.
+        loss: one of :data:`~megatron_most.data.building.document_builder.LOSSES`.
+        limit: the maximum length, and what happens to longer documents.
+        modes: the allowed modes of exchanges in a chat, drawn with equal probability.
     """
 
     wordings: int = 1
@@ -53,14 +53,14 @@ class TemplateOptions:
 
 
 class Examples:
-    """Iterates over the documents of ``task``; a source may be read more than once, so it counts anew each time.
+    """Iterates over the documents of ``task``. Each iteration reads the sources and counts from the start.
 
     Attributes:
         counts: ``examples`` read; ``rejected``: examples, or parts of them, that are too long; ``cut``: examples that
-            became several documents; ``textless``: utterances whose text a task needs and nobody gave; for chat
-            ``unspoken``: conversations with an exchange that no mode allows, ``unrecorded``: turns whose recording
-            could not be tokenized (in quarantine, or in chunks), and one count for each mode.
-        licenses: for each manifest of texts and chat file, examples of each license; ``unknown`` where nobody says.
+            became several documents; ``textless``: utterances without the text that the task needs. For chat also
+            ``unspoken``: conversations that have an exchange without an allowed mode; ``unrecorded``: turns whose
+            recording is in quarantine or was cut into chunks; and the exchanges of each mode.
+        licenses: for each text manifest and chat file, the number of examples under each license, or ``unknown``.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Examples:
         self.licenses: dict[str, Counter[str]] = {}
 
     def __iter__(self) -> Iterator[Document]:
-        makers = {"interleaved": self._interleaved, "chat": self._conversations, "text_lm": self._texts_alone}
+        makers = {"interleaved": self._interleaved, "chat": self._conversations, "text_lm": self._plain_texts}
         self.counts = Counter(examples=0, rejected=0, cut=0)
         self.licenses = {str(path): Counter() for path in (*self._texts, *self._chats)}
         for documents in makers.get(self._task, self._utterances)():
@@ -115,7 +115,7 @@ class Examples:
         return self._limited([document])
 
     def _speech_chunks(self, codes: np.ndarray, where: str) -> list[Document]:
-        """The whole, or under the policy ``chunk`` chunks of about equal length."""
+        """One document, or chunks of nearly equal length if it is too long and the policy is ``chunk``."""
 
         def make(part: np.ndarray) -> Document:
             return make_document(
@@ -132,23 +132,24 @@ class Examples:
                 return [document]
         return [make(part) for part in np.array_split(codes, parts)]
 
-    def _texts_alone(self) -> Iterator[list[Document]]:
+    def _plain_texts(self) -> Iterator[list[Document]]:
         for source in self._codes:
             for utterance in source:
                 self.counts["textless"] += not utterance.text
                 where = f"codes {source.prefix}, {utterance.id}"
-                yield self._of_text(utterance.text, where) if utterance.text else []
+                yield self._text(utterance.text, where) if utterance.text else []
         for manifest in self._texts:
             for record in manifest_records(manifest, needs_audio=False):
                 self.licenses[str(manifest)][record.license or "unknown"] += 1
-                yield self._of_text(record.text, f"{manifest}, {record.id}")
+                yield self._text(record.text, f"{manifest}, {record.id}")
 
-    def _of_text(self, text: str, where: str) -> list[Document]:
+    def _text(self, text: str, where: str) -> list[Document]:
+        limit, loss = self._options.limit, self._options.loss
+
         def make(parts: Sequence[str]) -> Document:
             text = "".join(parts)
-            return make_document("text_lm", self._vocab, self._tokenizer, text=text, where=where, loss=options.loss)
+            return make_document("text_lm", self._vocab, self._tokenizer, text=text, where=where, loss=loss)
 
-        options, limit = self._options, self._options.limit
         whole = make([text])
         if limit.fits(whole) or limit.policy == "reject":
             return self._limited([whole])
@@ -157,7 +158,7 @@ class Examples:
         documents: list[Document] = []
         pieces = sentences(text)
         while pieces:
-            # A sentence that alone is too long is chunked where it stands, so that documents keep the text's order.
+            # A sentence that is too long by itself is chunked in its place, so that documents keep the text's order.
             fitting = next((n for n, piece in enumerate(pieces) if not limit.fits(make([piece]))), len(pieces))
             documents += limit.split(pieces[:fitting], make)[0]
             documents += self._text_chunks(make(pieces[fitting : fitting + 1])) if fitting < len(pieces) else []
@@ -165,14 +166,15 @@ class Examples:
         return documents
 
     def _text_chunks(self, document: Document) -> list[Document]:
-        """``document`` in chunks that each begin with ``bos``; the last one has the end."""
-        size = self._options.limit.positions  # and one id for bos, less one that is only a label
+        """``document`` in chunks that begin with ``bos``; only the last one has ``eos``. All other ids carry loss."""
+        size = self._options.limit.positions  # plus bos, minus the last id, which is only a label
+        assert size is not None, "LengthLimit.check refuses chunks without a limit"
         chunks = []
         for start in range(1, len(document), size):
             builder = DocumentBuilder(self._vocab, self._tokenizer, "chunk")
             builder.id(self._tokenizer.bos_id)
             builder.text_ids(document.ids[start : start + size], target=True)
-            chunks.append(builder.document(self._options.loss))
+            chunks.append(builder.document())
         return chunks
 
     def _interleaved(self) -> Iterator[list[Document]]:
@@ -197,22 +199,13 @@ class Examples:
                 yield self._conversation(chat, recordings, f"{path}, {chat.id}")
 
     def _conversation(self, chat: Chat, recordings: Recordings, where: str) -> list[Document]:
-        try:
-            self.counts["unrecorded"] += recordings.num_unusable(chat)
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from None
-        modes = [choose_mode(chat, place, self._options.modes, recordings) for place in range(len(chat.exchanges))]
-        if None in modes:
+        self.counts["unrecorded"] += recordings.num_unusable(chat, where)
+        modes = choose_modes(chat, self._options.modes, recordings)
+        if not modes:
             self.counts["unspoken"] += 1
             return []
         self.counts.update(modes)
-        exchanges = [
-            [
-                ChatTurn(message.role, message.content, recordings.codes_of(message.audio) if kind == "S" else None)
-                for message, kind in zip(pair, mode.split("-"), strict=True)
-            ]
-            for pair, mode in zip(chat.exchanges, modes, strict=True)
-        ]
+        exchanges = [_turns(pair, mode, recordings) for pair, mode in zip(chat.exchanges, modes, strict=True)]
         return self._split(exchanges, lambda parts: self._chat(chat, parts, where))
 
     def _chat(self, chat: Chat, exchanges: Iterable[list[ChatTurn]], where: str) -> Document:
@@ -223,7 +216,8 @@ class Examples:
             self._vocab, self._tokenizer, turns, where=where, key=chat.id, wordings=options.wordings, loss=options.loss
         )
 
-    def _split(self, parts: Sequence, make) -> list[Document]:
+    def _split[Part](self, parts: Sequence[Part], make: Callable[[Sequence[Part]], Document]) -> list[Document]:
+        """One document of all ``parts``, or several if it is too long and the policy is ``split``."""
         whole, limit = make(parts), self._options.limit
         if limit.policy == "reject" or limit.fits(whole):
             return self._limited([whole])
@@ -232,7 +226,19 @@ class Examples:
         return documents
 
     def _limited(self, documents: list[Document]) -> list[Document]:
-        """The documents that fit; the others are counted."""
+        """The documents that fit; the others are counted as rejected."""
         fitting = [document for document in documents if self._options.limit.fits(document)]
         self.counts["rejected"] += len(documents) - len(fitting)
         return fitting
+
+
+def _turns(pair: tuple[Message, Message], mode: str, recordings: Recordings) -> list[ChatTurn]:
+    """One exchange. ``mode`` says who speaks: ``S-T`` is a spoken question and a written answer."""
+    turns = []
+    for message, kind in zip(pair, mode.split("-"), strict=True):
+        codes = None
+        if kind == "S":
+            assert message.audio is not None, "choose_modes allows S only with a recording"
+            codes = recordings.codes_of(message.audio)
+        turns.append(ChatTurn(message.role, message.content, codes))
+    return turns

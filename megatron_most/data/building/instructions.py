@@ -1,4 +1,4 @@
-"""What templates say to the model, in several wordings; which one depends on the document alone."""
+"""The instructions in the templates, each in several wordings; a document's id determines its wording."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ INSTRUCTIONS: dict[str, tuple[str, ...]] = {
         "Write the answer down.",
     ),
 }
-"""The first wording of each is the one that evaluation uses, and the only one unless a dataset asks for more."""
+"""Evaluation uses the first wording of each; so do datasets that do not ask for more."""
 
 FIRST_INSTRUCTIONS = (INSTRUCTIONS["asr"][0], INSTRUCTIONS["tts"][0])
-"""Text for small tokenizers to be trained on, beside the data's own."""
+"""Added to the training text of small tokenizers."""
 
 
 def choose_instruction(purpose: str, key: str, wordings: int) -> str:
-    """One of the first ``wordings`` (or all, if there are fewer) instructions of ``purpose``, chosen by ``key``."""
+    """One of the first ``wordings`` instructions for ``purpose`` (of all, if there are fewer), chosen by ``key``."""
     return choose(INSTRUCTIONS[purpose][:wordings], "instruction", purpose, key)

@@ -1,4 +1,4 @@
-"""Utterances that follow each other in one recording, told in turn by their text and by their sound.
+"""Consecutive utterances of one recording, alternating between text and audio.
 
 Shape letters: C codebooks, F codec frames. Codes are ``[F, C]``.
 """
@@ -18,12 +18,12 @@ _LAST_NUMBER = re.compile(r"[^0-9A-Za-z]*\d+$")
 
 
 def group_of(utterance_id: str) -> str:
-    """What an utterance is a part of: its id without the last number (``84-121123-0007`` -> ``84-121123``)."""
+    """The recording an utterance is from: its id without the last number (``84-121123-0007`` -> ``84-121123``)."""
     return _LAST_NUMBER.sub("", utterance_id)
 
 
 def groups(utterances: Iterable[Utterance]) -> Iterator[tuple[str, list[Utterance]]]:
-    """Runs of at least two utterances of one recording, with its name, in the order they come."""
+    """Each run of at least two consecutive utterances of one recording, with the recording's name."""
     for name, run in itertools.groupby(utterances, key=lambda utterance: group_of(utterance.id)):
         members = list(run)
         if len(members) > 1:
@@ -31,7 +31,7 @@ def groups(utterances: Iterable[Utterance]) -> Iterator[tuple[str, list[Utteranc
 
 
 def alternate(name: str, utterances: Iterable[Utterance]) -> list[str | np.ndarray]:
-    """Each utterance as its text or its codes ``[F, C]``, in alternation; ``name`` draws which comes first."""
+    """The utterances as text and codes ``[F, C]``, alternating; a hash of ``name`` determines which comes first."""
     first = choose((0, 1), "interleave", name)
     return [
         utterance.text if (place + first) % 2 == 0 else utterance.codes for place, utterance in enumerate(utterances)

@@ -1,11 +1,10 @@
-"""What becomes of a document that is longer than a row: rejected, chunked anywhere, or split where it may be."""
+"""Documents longer than a row: reject them, cut them anywhere (chunk), or cut them between parts (split)."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from megatron_most.data.storage.documents import Document
 from megatron_most.errors import ConfigError
@@ -18,34 +17,32 @@ POLICIES: dict[str, tuple[str, ...]] = {
     "interleaved": ("reject", "split"),
     "chat": ("reject", "split"),
 }
-"""What each task can do: a transcript cannot be cut where its audio is, and sound has no places to be split at."""
+"""The policies of each task: a transcript cannot be cut where its audio is cut, and audio has no parts to split at."""
 
 _SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+|\n+")
-
-Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
 class LengthLimit:
-    """``positions``: input positions of a document, as ``data.seq_length`` counts them; None has no limit."""
+    """At most ``positions`` input positions per document, counted like ``data.seq_length``; None for no limit."""
 
     positions: int | None = None
     policy: str = "reject"
 
     def check(self, task: str) -> None:
-        """Raise :class:`ConfigError` for a policy that ``task`` does not have, or one without a limit."""
+        """Raise :class:`ConfigError` if ``task`` does not have the policy, or the policy lacks a limit."""
         if self.policy not in POLICIES[task]:
-            raise ConfigError(f"over_length={self.policy!r}: {task} can {' or '.join(POLICIES[task])}")
+            raise ConfigError(f"over_length={self.policy!r}: must be {' or '.join(POLICIES[task])} for task={task}")
         if self.positions is None and self.policy != "reject":
             raise ConfigError(f"over_length={self.policy!r}: needs max_length")
 
     def fits(self, document: Document) -> bool:
         return self.positions is None or len(document) - 1 <= self.positions
 
-    def split(
+    def split[Part](
         self, parts: Sequence[Part], make: Callable[[Sequence[Part]], Document]
     ) -> tuple[list[Document], list[Part]]:
-        """As few documents of consecutive ``parts`` as fit, and the parts that alone are too long."""
+        """Documents of consecutive ``parts``, as few as possible, and the parts that are too long by themselves."""
         documents: list[Document] = []
         too_long: list[Part] = []
         while parts:
@@ -57,10 +54,10 @@ class LengthLimit:
             parts = parts[max(count, 1) :]
         return documents, too_long
 
-    def _longest(
+    def _longest[Part](
         self, parts: Sequence[Part], make: Callable[[Sequence[Part]], Document]
     ) -> tuple[Document | None, int]:
-        """The document of as many of the first ``parts`` as fit, and how many; it tries about twice as many at most."""
+        """The document of the most leading ``parts`` that fit, and their number, found by galloping search."""
         longest, count, step, growing = None, 0, 1, True
         while step:
             tried = count + step
@@ -73,7 +70,7 @@ class LengthLimit:
 
 
 def sentences(text: str) -> list[str]:
-    """``text`` cut after the ends of sentences and lines; joined they give it back."""
+    """``text`` cut after each sentence and line; the pieces join to ``text``."""
     ends = [match.end() for match in _SENTENCE_END.finditer(text)]
     pieces = [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)], strict=True)]
     return [piece for piece in pieces if piece]

@@ -1,4 +1,4 @@
-"""The one table of ids that templates put between texts and audio, each checked to be a single id."""
+"""The table of special ids that templates put between text and audio. Every build checks it."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ ROLE_MARKERS: dict[str, tuple[str, ...]] = {
     "user": ("<|user|>", "<｜User｜>"),
     "assistant": ("<|assistant|>", "<｜Assistant｜>"),
 }
-"""What begins a turn of each role, by the names that tokenizers give it."""
+"""The token that begins a turn of each role, under the names that tokenizers use."""
 
 
 def special_tokens(vocab: VocabLayout, tokenizer: TextTokenizer, *, roles: bool = False) -> dict[str, int]:
     """Name -> id of every special token: ``bos``, ``eos``, ``begin_of_audio``, ``end_of_audio``, ``frame``, roles.
 
-    A role's marker is the tokenizer's special token of one of the names in :data:`ROLE_MARKERS`. A tokenizer without
-    gets one of the last text ids of the layout, which lie beyond the tokenizer's own: no text is ever made of them.
+    A role's marker is the tokenizer's special token with a name from :data:`ROLE_MARKERS`. If it has none, the marker
+    is one of the layout's last text ids, beyond the tokenizer's, so that no text encodes to it.
 
     Args:
-        roles: with the markers of the roles, which chat needs.
+        roles: include the role markers, which chat needs.
 
     Raises:
-        ConfigError: a marker has no id, or an id is not what it has to be; the marker is named.
+        ConfigError: names a marker that has no id, another marker's id, or an id of the wrong modality.
     """
     table = {
         "bos": tokenizer.bos_id,
@@ -37,7 +37,7 @@ def special_tokens(vocab: VocabLayout, tokenizer: TextTokenizer, *, roles: bool 
         table |= _role_markers(vocab, tokenizer)
     seen: dict[int, str] = {}
     for name, token in table.items():
-        if token in seen and {name, seen[token]} != {"bos", "eos"}:  # some tokenizers have one id for both
+        if token in seen and {name, seen[token]} != {"bos", "eos"}:  # some tokenizers use one id for both
             raise ConfigError(f"special token {name}: id {token} is already that of {seen[token]}")
         seen[token] = name
         is_audio = name in ("begin_of_audio", "end_of_audio", "frame")
@@ -60,8 +60,8 @@ def _role_markers(vocab: VocabLayout, tokenizer: TextTokenizer) -> dict[str, int
         spare -= 1
         if spare < tokenizer.vocab_size:
             raise ConfigError(
-                f"special token {role}: the tokenizer has none of {', '.join(names)} and the layout's"
-                f" {vocab.text_vocab_size} text ids leave no id for it; give text_vocab_size of at least"
+                f"special token {role}: the tokenizer has none of {', '.join(names)}, and the layout's"
+                f" {vocab.text_vocab_size} text ids leave no id for it; set text_vocab_size to at least"
                 f" {tokenizer.vocab_size + len(ROLE_MARKERS)}"
             )
         markers[role] = spare

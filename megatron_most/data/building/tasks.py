@@ -1,4 +1,4 @@
-"""What a document of each task looks like, for training and as a prompt for generation.
+"""The template of each task, for training documents and for prompts.
 
     asr          <bos> "Transcribe:" <begin_of_audio> frames <end_of_audio>  text <eos>
     tts          <bos> "Say: text" <begin_of_audio>  frames <end_of_audio> <eos>
@@ -9,8 +9,8 @@
 
 Shape letters: C codebooks, F codec frames. Codes are ``[F, C]``.
 
-The loss is on what stands after the double space (in chat: up to and with the next ``<eos>``). Text is kept as given,
-without white space at its ends. Instructions have several wordings (:mod:`megatron_most.data.building.instructions`).
+The ids after the double space carry loss (in chat, up to and including the next ``<eos>``). Text is stripped and
+otherwise unchanged. Instructions have several wordings (:mod:`megatron_most.data.building.instructions`).
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from megatron_most.text import TextTokenizer
 from megatron_most.vocab import VocabLayout
 
 UTTERANCE_TASKS = ("asr", "tts", "text_lm", "speech_lm")
-"""Tasks whose documents are one utterance or text each."""
+"""Tasks with one utterance or one text per document."""
 
 TEMPLATE_VERSION = "1"
-"""Raise it when a template changes: datasets of different versions do not mix."""
+"""Increase it when a template changes: datasets of different versions cannot be mixed."""
 
 
 @dataclass
 class ChatTurn:
-    """What one side of a conversation says: spoken where there are ``codes [F, C]``, else written."""
+    """One turn of a conversation: spoken if it has ``codes [F, C]``, otherwise written."""
 
     role: str
     text: str
@@ -59,14 +59,14 @@ def make_document(
 
     Args:
         task: one of :data:`UTTERANCE_TASKS`.
-        text: needed by all but ``speech_lm``.
-        codes: ``[F, C]``, needed by all but ``text_lm``, which refuses them.
-        where: what errors call this document.
-        instruction: another wording than the first, for ``asr`` and ``tts``.
+        text: required by all tasks but ``speech_lm``.
+        codes: ``[F, C]``; required by all tasks but ``text_lm``, which refuses them.
+        where: what an error calls this document.
+        instruction: the wording, for ``asr`` and ``tts``; None for the first one.
         loss: one of :data:`~megatron_most.data.building.document_builder.LOSSES`.
 
     Raises:
-        DataError: empty text, codes that are missing, empty or outside the layout, text ids beyond the text vocabulary.
+        DataError: text is empty; codes are missing, empty or outside the layout; a text id is outside the vocabulary.
     """
     given_text = text if task == "tts" else None
     given_codes = codes if task == "asr" else None
@@ -91,10 +91,10 @@ def prompt(
     where: str = "prompt",
     instruction: str | None = None,
 ) -> Document:
-    """What a model reads before it answers: exactly the part of a training document that carries no loss.
+    """The prompt of a task: exactly the part of its training document that carries no loss.
 
-    ``asr`` needs ``codes [F, C]``, ``tts`` needs ``text``; ``text_lm`` may be given the ``text`` to continue and
-    ``speech_lm`` the ``codes``. Of a codec that has more codebooks than the layout, the first are taken.
+    ``asr`` requires ``codes [F, C]`` and ``tts`` requires ``text``. ``text_lm`` continues ``text`` and ``speech_lm``
+    continues ``codes``, if given. If the codec has more codebooks than the layout, the first ones are used.
     """
     if codes is not None:
         codes = codes[:, : vocab.num_codebooks]
@@ -126,7 +126,7 @@ def _prompt(
         if codes is not None:
             builder.frames(codes)
     else:
-        raise DataError(f"{where}: unknown task {task!r} of an utterance; must be one of {', '.join(UTTERANCE_TASKS)}")
+        raise DataError(f"{where}: task={task!r}: must be one of {', '.join(UTTERANCE_TASKS)}")
     return builder
 
 
@@ -138,7 +138,7 @@ def make_interleaved(
     where: str = "document",
     loss: str = "targets",
 ) -> Document:
-    """A document of written (text) and spoken (codes ``[F, C]``) segments of one whole, all of it to be predicted."""
+    """A document of text and audio (codes ``[F, C]``) segments; every id but the first is a target."""
     builder = DocumentBuilder(vocab, tokenizer, where)
     builder.id(tokenizer.bos_id)
     for segment in segments:
@@ -161,15 +161,15 @@ def make_chat(
     loss: str = "targets",
     answer: str | None = None,
 ) -> Document:
-    """A conversation: an optional ``system`` turn, then ``user`` and ``assistant`` turns in alternation.
+    """A conversation: an optional ``system`` turn, then alternating ``user`` and ``assistant`` turns.
 
-    The answers of the assistant carry the loss, and what begins spoken ones too: the model learns to choose. Before a
-    spoken answer, and before a written one to spoken words, the user says which is wanted.
+    The assistant's turns carry loss, including ``begin_of_audio``, so that the model learns whether to speak. If either
+    turn of an exchange is spoken, the user's turn ends with an instruction to answer in speech or in writing.
 
     Args:
-        key: chooses the wording of each instruction among the first ``wordings``.
-        answer: ``spoken`` or ``written`` makes a prompt: ``turns`` end with the user's, and the document with what
-            begins the answer that is wanted.
+        key: determines the wording of each instruction, among the first ``wordings``.
+        answer: ``spoken`` or ``written`` makes a prompt: ``turns`` end with the user's, and the document ends with the
+            ids that begin the answer.
     """
     tokens = special_tokens(vocab, tokenizer, roles=True)
     builder = DocumentBuilder(vocab, tokenizer, where)
@@ -179,9 +179,9 @@ def make_chat(
         builder.id(tokens[turn.role])
         instruction = None
         if turn.role == "user":
-            following = turns[place + 1].codes is not None if place + 1 < len(turns) else answer == "spoken"
-            if following or turn.codes is not None:
-                purpose = "answer_spoken" if following else "answer_written"
+            speaks_next = turns[place + 1].codes is not None if place + 1 < len(turns) else answer == "spoken"
+            if speaks_next or turn.codes is not None:
+                purpose = "answer_spoken" if speaks_next else "answer_written"
                 instruction = choose_instruction(purpose, f"{key}#{place}", wordings)
         if turn.codes is None:
             builder.text(turn.text if instruction is None else f"{turn.text.strip()}\n{instruction}", target=is_answer)

@@ -1,4 +1,4 @@
-"""The vocabulary layout that a dataset is built for."""
+"""The vocabulary layout of a dataset to build."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from megatron_most.vocab import ModalityRange, VocabLayout
 
 @dataclass(frozen=True)
 class VocabOptions:
-    """What is said of the model's vocabulary; the tokenizer and the codec say the rest.
+    """The model's vocabulary, as far as the tokenizer and the codec do not determine it.
 
-    layout: a name of :mod:`megatron_most.codec_layouts`.
-    text_vocab_size: text ids of the model, which may be more than its tokenizer's; None takes the tokenizer's.
-    num_codebooks: how many of the codec's codebooks the model knows, from the first on; None takes all. Needed where no
-        codes say what the codec has.
-    codebook_size: the codec's, where no codes say it.
-    further_modalities: ranges of text ids that are modalities of their own in the model.
+    layout: a name from :data:`megatron_most.codec_layouts.CODEC_LAYOUTS`.
+    text_vocab_size: the model's text ids; it may have more than its tokenizer. None for the tokenizer's.
+    num_codebooks: use the first ``num_codebooks`` of the codec; None for all. Required for text without codes.
+    codebook_size: values per codebook. Required for text without codes.
+    further_modalities: ranges of text ids that are modalities of their own.
     """
 
     layout: str = "frame"
@@ -29,10 +28,12 @@ class VocabOptions:
     further_modalities: Sequence[ModalityRange] = ()
 
     def vocab_of(self, tokenizer_size: int, codec: CodecIdentity | None) -> VocabLayout:
-        """The layout for a tokenizer of so many ids and a codec; :class:`ConfigError` where they do not fit."""
+        """The layout for a tokenizer of that size and a codec; :class:`ConfigError` if the options do not fit them."""
         text_vocab_size = self.text_vocab_size or tokenizer_size
         if text_vocab_size < tokenizer_size:
-            raise ConfigError(f"text_vocab_size={text_vocab_size}: the tokenizer has {tokenizer_size} ids")
+            raise ConfigError(
+                f"text_vocab_size={text_vocab_size}: must be at least {tokenizer_size}, the tokenizer's size"
+            )
         num_codebooks, codebook_size = self._codebooks(codec)
         return VocabLayout(text_vocab_size, num_codebooks, codebook_size, self.layout, list(self.further_modalities))
 
@@ -40,12 +41,12 @@ class VocabOptions:
         number, size = self.num_codebooks, self.codebook_size
         if codec is None:
             if number is None or size is None:
-                raise ConfigError(
-                    "num_codebooks and codebook_size: needed where no codes say what the model's codec is"
-                )
+                raise ConfigError(f"num_codebooks={number}, codebook_size={size}: both are required without codes")
             return number, size
         if size not in (None, codec.codebook_size):
-            raise ConfigError(f"codebook_size={size}: codec {codec.name} has {codec.codebook_size}")
+            raise ConfigError(f"codebook_size={size}: must be {codec.codebook_size}, as in codec {codec.name}")
         if number is not None and number > codec.num_codebooks:
-            raise ConfigError(f"num_codebooks={number}: codec {codec.name} has {codec.num_codebooks}")
+            raise ConfigError(
+                f"num_codebooks={number}: must be at most {codec.num_codebooks}, as in codec {codec.name}"
+            )
         return number or codec.num_codebooks, codec.codebook_size

@@ -1,1 +1,1 @@
-"""Datasets -> the batches of a run: blended, packed, laid out."""
+"""Datasets -> the batches of a run: blending, packing, layout."""

@@ -1,13 +1,11 @@
 """Rows of documents -> the tensors of one micro-batch.
 
-Shape letters: b rows, s positions of a row, n positions of its documents, r of them that are read, C codebooks;
-t positions of all rows that have a target, c of them that have codes as well.
+Shape letters: b rows, s positions of a row, C codebooks; of all positions, t have a target and c a target with codes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,20 +15,19 @@ import torch
 from megatron_most.config import DataConfig
 from megatron_most.data.loading.blend import Row
 from megatron_most.data.loading.packing import padded_length
-from megatron_most.data.storage.documents import Document
 from megatron_most.vocab import NO_CODE, VocabLayout
 
 PADDING_ID = 0
-"""Any text id does: padding is told by ``is_padding``, never by the id."""
+"""Any text id would do: ``is_padding`` marks padding, not the id."""
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What a micro-batch predicts and where. Positions are numbered as hidden states ``[s, b]`` lie in memory.
+    """The targets of a micro-batch. Positions are indices into hidden states ``[s, b]``, flattened to ``[s * b]``.
 
-    index, labels: ``[t]`` int64, the positions that have a target, in order, and the ids to predict there.
-    code_index: ``[c]`` int64, those whose target has codes. None in the ``flat`` layout.
-    code_labels: ``[c, C]`` int64, ``NO_CODE`` where there is a label for other codebooks only. None as before.
+    index, labels: ``[t]`` int64, the positions that have a target, ascending, and their labels.
+    code_index: ``[c]`` int64, those whose target has codes. None in the ``flat`` layouts.
+    code_labels: ``[c, C]`` int64, ``NO_CODE`` for codebooks without a label there. None in the ``flat`` layouts.
     """
 
     index: torch.Tensor
@@ -41,23 +38,23 @@ class Targets:
 
 @dataclass
 class Batch:
-    """One micro-batch. Position i reads ``ids[:, i]`` and predicts ``labels[:, i]``, the next id of the same document.
+    """One micro-batch. Position i has input ``ids[:, i]`` and label ``labels[:, i]``, the next id of the same document.
 
     ids, labels: ``[b, s]`` int64.
     loss_mask: ``[b, s]`` float32, 1 where the label is a target.
-    modality: ``[b, s]`` int64, :class:`~megatron_most.vocab.Modality` of the input id; text on padding.
+    modality: ``[b, s]`` int64, :class:`~megatron_most.vocab.Modality` of the input id; padding is text.
     is_padding: ``[b, s]`` bool.
     task: ``[b, s]`` int64, index into :data:`~megatron_most.data.storage.documents.TASKS`.
-    codes: ``[b, s, C]`` int64, codes of the input frame; ``NO_CODE`` where there is none or it is hidden. None in the
-        ``flat`` layout.
-    code_labels: ``[b, s, C]`` int64, codes of the label; ``NO_CODE`` where it is no frame or no target. None in the
-        ``flat`` layout.
-    cu_seqlens: ``[documents + 1]`` int32, where documents begin and end in a packed row (b is 1), with the padding that
-        brings each to ``data.document_multiple``; padding at the end of the row counts as a document. It describes the
-        whole row also where a batch holds a share of its positions. None when rows hold one document each.
-    predicts: ``[b, s]`` uint8 on the host: whether a position predicts nothing (0), an id (1), or codes as well (2).
-        It follows from ``loss_mask`` and ``code_labels``.
-    packed_row: what the model works out of ``cu_seqlens`` for all its layers, once someone has had it do so.
+    codes: ``[b, s, C]`` int64, codes of the input; ``NO_CODE`` if it is no frame or is hidden. None in the ``flat``
+        layouts.
+    code_labels: ``[b, s, C]`` int64, codes of the label; ``NO_CODE`` if it is no frame or no target. None in the
+        ``flat`` layouts.
+    cu_seqlens: ``[documents + 1]`` int32, the boundaries of the documents of a packed row (b is 1), each padded to a
+        multiple of ``data.document_multiple``; padding at the end of the row counts as a document. The boundaries are
+        those of the whole row, even if the batch holds only some of its positions. None without packing.
+    predicts: ``[b, s]`` uint8 on the host: 0 without a target, 1 for an id, 2 for an id with codes. Computed from
+        ``loss_mask`` and ``code_labels``.
+    packed_row: what the model derives from ``cu_seqlens`` for all its layers; None until it is computed.
     """
 
     ids: torch.Tensor
@@ -66,9 +63,9 @@ class Batch:
     modality: torch.Tensor
     is_padding: torch.Tensor
     task: torch.Tensor
-    codes: torch.Tensor | None
-    code_labels: torch.Tensor | None
-    cu_seqlens: torch.Tensor | None
+    codes: torch.Tensor | None = None
+    code_labels: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None
     predicts: torch.Tensor | None = None
     packed_row: object | None = None
 
@@ -77,17 +74,18 @@ class Batch:
             is_target = self.loss_mask > 0
             predicts = is_target.byte()
             if self.code_labels is not None:
-                predicts += is_target & (self.code_labels != NO_CODE).any(dim=-1)
+                # NO_CODE is less than every code. The maximum takes less than half the time of a comparison.
+                predicts += is_target & (self.code_labels.amax(dim=-1) != NO_CODE)
             self.predicts = predicts.cpu()
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device, but for ``predicts`` and ``cu_seqlens``, in which the host reads."""
+        """The batch on ``device``, except ``predicts`` and ``cu_seqlens``, which the host reads."""
         device = torch.device(device)
         moved = {name: to_device(value, device) for name, value in self._by_position() if name != "predicts"}
         return dataclasses.replace(self, **moved)
 
     def take_positions(self, positions: torch.Tensor) -> Batch:
-        """The batch with ``positions [k]`` (on the host) only, along s: the share of a context-parallel rank."""
+        """The batch at ``positions [k]`` (on the host) of s: the share of a context-parallel rank."""
         on_device = to_device(positions, self.ids.device)
         taken = {
             name: tensor.index_select(1, positions if name == "predicts" else on_device)
@@ -96,21 +94,22 @@ class Batch:
         return dataclasses.replace(self, **taken)
 
     def _by_position(self) -> list[tuple[str, torch.Tensor]]:
-        """Name and tensor of everything that has a value for each position."""
+        """Name and tensor of every field that has a value per position."""
         values = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
         return [
             (name, value) for name, value in values if name not in ("cu_seqlens", "packed_row") and value is not None
         ]
 
     def targets(self) -> Targets:
-        """The positions that predict something, found on the host, and their labels. It never waits for the device."""
+        """The targets. Their positions are found on the host, so that it never waits for the device."""
+        assert self.predicts is not None, "computed in __post_init__"
         predicts = self.predicts.transpose(0, 1).flatten()
         places = [predicts.nonzero()[:, 0]]
         if self.code_labels is not None:
             places.append((predicts == 2).nonzero()[:, 0])
         index, *rest = to_device(torch.cat(places), self.ids.device).split([len(place) for place in places])
         labels = self.labels.transpose(0, 1).flatten().index_select(0, index)
-        if not rest:
+        if self.code_labels is None:
             return Targets(index, labels, None, None)
         (code_index,) = rest
         code_labels = self.code_labels.transpose(0, 1).flatten(0, 1).index_select(0, code_index)
@@ -118,110 +117,69 @@ class Batch:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on ``device``. The host does not wait for a GPU: what goes there from the host is pinned."""
+    """The tensor on ``device``. Copies from the host to a GPU are pinned and asynchronous."""
     pinned = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
     return pinned.to(device, non_blocking=True)
 
 
 def make_batch(rows: Sequence[Row], vocab: VocabLayout, data: DataConfig) -> Batch:
-    """Lay ``rows`` out as ``[len(rows), data.seq_length]``; a row without documents is all padding."""
+    """Lay ``rows`` out as ``[len(rows), data.seq_length]``; a row without a document is all padding."""
     assert len(rows) == 1 or not data.packing, "a packed batch has one row"
     shape = (len(rows), data.seq_length)
-    ids, labels, task = np.full((3, *shape), PADDING_ID, dtype=np.int64)
-    loss_mask = np.zeros(shape, dtype=np.float32)
-    is_padding = np.ones(shape, dtype=bool)
-    codes = code_labels = None
+    arrays: dict[str, np.ndarray] = {
+        "ids": np.full(shape, PADDING_ID, dtype=np.int64),
+        "labels": np.full(shape, PADDING_ID, dtype=np.int64),
+        "loss_mask": np.zeros(shape, dtype=np.float32),
+        "is_padding": np.ones(shape, dtype=bool),
+        "task": np.repeat(np.array([[row.task] for row in rows]), data.seq_length, axis=1),
+    }
     if vocab.codec_layout.uses_side_codes:
-        codes, code_labels = np.full((2, *shape, vocab.num_codebooks), NO_CODE, dtype=np.int64)
+        for name in ("codes", "code_labels"):
+            arrays[name] = np.full((*shape, vocab.num_codebooks), NO_CODE, dtype=np.int64)
     boundaries = [0]
     for index, row in enumerate(rows):
-        task[index] = row.task
-        if row.document is not None:
-            document, places = row.document, _Places(row.lengths, data.document_multiple)
-            read = places.read
-            ids[index, read] = document.ids[places.is_read]
-            labels[index, read] = places.of_next(document.ids)
-            loss_mask[index, read] = places.of_next(document.loss_mask)
-            is_padding[index, read] = False
-            if codes is not None:
-                _lay_codes_out(document, places, codes[index], code_labels[index])
-            if row.hidden is not None:
-                hidden = places.of_all[row.hidden & places.is_read]
-                if codes is not None:
-                    codes[index, hidden] = NO_CODE
-                else:
-                    ids[index, hidden] = vocab.frame
-            boundaries += places.ends.tolist()
-        if boundaries[-1] < data.seq_length:
-            boundaries.append(data.seq_length)
-    as_tensor = torch.from_numpy
-    return Batch(
-        ids=as_tensor(ids),
-        labels=as_tensor(labels),
-        loss_mask=as_tensor(loss_mask),
-        modality=as_tensor(vocab.modality_of(ids).astype(np.int64, copy=False)),
-        is_padding=as_tensor(is_padding),
-        task=as_tensor(task),
-        codes=None if codes is None else as_tensor(codes),
-        code_labels=None if code_labels is None else as_tensor(code_labels),
-        cu_seqlens=as_tensor(np.array(boundaries, dtype=np.int32)) if data.packing else None,
-    )
+        row_arrays = {name: array[index] for name, array in arrays.items()}
+        boundaries += _lay_out(row, row_arrays, vocab, data.document_multiple)
+    if boundaries[-1] < data.seq_length:
+        boundaries.append(data.seq_length)
+    arrays["modality"] = vocab.modality_of(arrays["ids"]).astype(np.int64, copy=False)
+    if data.packing:
+        arrays["cu_seqlens"] = np.array(boundaries, dtype=np.int32)
+    return Batch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
-class _Places:
-    """Where the documents of a row stand in it. All positions but the last of each document are read.
+def _lay_out(row: Row, arrays: dict[str, np.ndarray], vocab: VocabLayout, document_multiple: int) -> list[int]:
+    """Write the documents of a row, one after another, into ``arrays`` of ``[s]`` and ``[s, C]``.
 
-    Args:
-        lengths: positions of each document; they sum to n.
-        document_multiple: each is padded at its end to a multiple of that many positions.
-
-    Attributes:
-        ends: where each document and its padding end in the row.
-        is_read: ``[n]`` bool, the positions that are read, r of them.
+    Returns:
+        Where each document ends, including its padding to a multiple of ``document_multiple``.
     """
-
-    def __init__(self, lengths: np.ndarray, document_multiple: int) -> None:
-        stops, taken = np.cumsum(lengths), padded_length(lengths - 1, document_multiple)
-        self.ends = np.cumsum(taken)
-        self.is_read = np.ones(stops[-1], dtype=bool)
-        self.is_read[stops - 1] = False
-        self._lengths, self._shifts = lengths, self.ends - taken - (stops - lengths)
-        self._is_padded = document_multiple > 1
-
-    @functools.cached_property
-    def of_all(self) -> np.ndarray:
-        """``[n]``: where each position is read; one before it is where it is predicted, unless it is a first one."""
-        return np.arange(len(self.is_read)) + np.repeat(self._shifts, self._lengths)
-
-    @property
-    def read(self) -> slice | np.ndarray:
-        """The r places at which something is read."""
-        return self.of_all[self.is_read] if self._is_padded else slice(0, len(self.is_read) - len(self._lengths))
-
-    def of_next(self, values: np.ndarray) -> np.ndarray:
-        """Of ``values [n]``, those of the positions that follow one that is read: ``[r]``."""
-        return values[1:][self.is_read[:-1]]
-
-
-def _lay_codes_out(document: Document, places: _Places, codes: np.ndarray, code_labels: np.ndarray) -> None:
-    """Put a row's codes where they are read, into ``codes [s, C]``, and predicted, into ``code_labels [s, C]``."""
-    coded = document.coded
-    if not len(coded):
-        return
-    at, has_loss = places.of_all[coded], document.loss_mask[coded]
-    _scatter(codes, at, document.codes, places.is_read[coded])
-    if has_loss.any():  # what is only heard has no labels
-        _scatter(code_labels, at - 1, document.codes, has_loss & places.is_read[coded - 1])
-
-
-def _scatter(rows: np.ndarray, places: np.ndarray, values: np.ndarray, chosen: np.ndarray) -> None:
-    """``rows[places[i]] = values[i]`` for each i that is ``chosen``; ``places`` ascend."""
-    if not chosen.all():
-        places, values = places[chosen], values[chosen]
-    if not len(places):
-        return
-    # Audio stands in runs of places: copying each run is quicker than looking up every place.
-    edges = (np.flatnonzero(places[1:] - places[:-1] != 1) + 1).tolist()
-    starts, stops = [0, *edges], [*edges, len(places)]
-    for place, start, stop in zip(places[starts].tolist(), starts, stops, strict=True):
-        rows[place : place + stop - start] = values[start:stop]
+    ends: list[int] = []
+    document = row.document
+    if document is None:
+        return ends
+    ids, codes = document.ids, document.side_codes
+    input_ids, input_codes = ids, codes
+    if row.hidden is not None:
+        if codes is None:
+            input_ids = np.where(row.hidden, vocab.frame, ids)
+        else:
+            input_codes = np.where(row.hidden[:, None], NO_CODE, codes)
+    predicts_codes = document.coded is not None and document.loss_mask[document.coded].any()  # often not; saves time
+    stop = place = 0
+    for length in row.lengths.tolist():
+        start, stop = stop, stop + length
+        inputs, targets = slice(start, stop - 1), slice(start + 1, stop)
+        read = slice(place, place + length - 1)
+        is_target = document.loss_mask[targets]
+        arrays["ids"][read] = input_ids[inputs]
+        arrays["labels"][read] = ids[targets]
+        arrays["loss_mask"][read] = is_target
+        arrays["is_padding"][read] = False
+        if codes is not None and input_codes is not None:
+            arrays["codes"][read] = input_codes[inputs]
+            if predicts_codes:
+                np.copyto(arrays["code_labels"][read], codes[targets], where=is_target[:, None])
+        place += padded_length(length - 1, document_multiple)
+        ends.append(place)
+    return ends

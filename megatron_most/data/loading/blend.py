@@ -1,16 +1,16 @@
 """An endless, random-access sequence of rows drawn from several datasets.
 
-Row k depends on the seed, the datasets, their weights, the ``data`` section and k, and on nothing else: any rank can
-compute any row, and a resumed run needs only the number of rows consumed.
+Row k depends only on the seed, the datasets, their weights, the ``data`` section and k. Any rank can compute any row,
+and a resumed run needs only the number of rows consumed.
 
-* A row holds documents of one dataset; attention and loss stay inside each document, so mixing tasks inside a row
-  would change nothing but the bookkeeping.
-* Weights are shares of **tokens**: datasets with longer rows get fewer of them. The order of datasets is fixed for
-  ``BLOCK`` rows and repeats. Every stretch of rows, and so every expert-parallel group at every micro-batch, holds each
-  dataset's share and the share of audio to within a row or two.
-* In every epoch of a dataset each document appears once. Documents are packed once; an epoch then swaps documents that
-  take equally many positions and shuffles rows. So neighbors change and the number of rows of an epoch does not, which
-  is what makes row k computable without computing the rows before it.
+* A row holds documents of one dataset. Attention and loss stay inside each document, so mixing datasets in a row would
+  gain nothing.
+* Weights are shares of **tokens**: a dataset with more tokens per row gets fewer rows. The order of datasets repeats
+  every ``BLOCK`` rows. Any run of consecutive rows, and so the rows that an expert-parallel group reads at the same
+  time, has each dataset's share, and the share of audio, to within about two rows.
+* Each document appears once per epoch of its dataset. Documents are packed once. Each epoch swaps documents that take
+  equally many positions and shuffles the rows: neighbors change, but every epoch has the same number of rows, so row k
+  can be computed without the rows before it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_most.config import DataConfig
 from megatron_most.data.loading.packing import pack, padded_length
@@ -30,17 +31,18 @@ BLOCK = 1 << 16
 
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 
-# What a random stream is for.
+# Purposes of random streams.
 _PACK, _EPOCH, _BLEND, _DROPOUT = range(1, 5)
 
 
 @dataclass
 class Row:
-    """Documents of one task for one row of a batch.
+    """Documents of one task for one row of a batch; n positions in all.
 
-    document: all of them, one after the other; None in a row of padding.
-    lengths: int64, positions of each.
-    hidden: ``[n]`` bool, positions of codec frames to hide from the input; None hides nothing.
+    task: index into :data:`~megatron_most.data.storage.documents.TASKS`.
+    document: the documents, concatenated; None for a row of padding.
+    lengths: int64, positions of each document; they sum to n.
+    hidden: ``[n]`` bool, positions of audio to hide from the input; None hides nothing.
     """
 
     task: int
@@ -50,20 +52,20 @@ class Row:
 
 
 class Rows:
-    """See the module. ``rows[k]`` is a :class:`Row` of at most ``data.seq_length`` input positions, for any k >= 0.
+    """The sequence: ``rows[k]`` is a :class:`Row` of at most ``data.seq_length`` input positions, for any k >= 0.
 
     Args:
-        weights: shares of tokens, in any unit; those that ``data.train`` names do not count here.
-        data: how long rows are, how they are filled and what is hidden.
+        weights: the share of tokens of each dataset, up to a common factor.
+        data: length and packing of rows and the share of frames to hide; its datasets and weights are not used.
 
     Raises:
-        DataError: an empty dataset, or documents longer than a row.
+        DataError: a dataset is empty or has documents longer than a row.
     """
 
     def __init__(
         self,
         datasets: Sequence[TokenDataset],
-        weights: Sequence[float],
+        weights: npt.ArrayLike,
         data: DataConfig,
         seed: int,
     ) -> None:
@@ -77,7 +79,7 @@ class Rows:
 
     @property
     def rows_per_epoch(self) -> list[int]:
-        """Rows in which each dataset's documents appear once."""
+        """The number of rows in an epoch of each dataset."""
         return [stream.num_rows for stream in self._streams]
 
     def __getitem__(self, k: int) -> Row:
@@ -91,7 +93,7 @@ class Rows:
         return Row(TASKS.index(dataset.task), document, dataset.lengths[indices].astype(np.int64), hidden)
 
     def _hide_frames(self, document: Document, dataset: TokenDataset, k: int) -> np.ndarray:
-        """Whole steps, also where a step takes several positions; drawn from the seed and k alone."""
+        """Hide whole steps of the audio that carries loss, drawn from the seed and k alone."""
         generator = _stream(self._seed, _DROPOUT, k)
         vocab = dataset.vocab
         hidden = np.zeros(len(document), dtype=bool)
@@ -120,7 +122,7 @@ class _DatasetRows:
         num_tokens = lengths.sum()
         if data.packing:
             lengths = padded_length(lengths, data.document_multiple)
-        # Slots: the documents in a random order, packed. An epoch puts each document into a slot of its own length.
+        # Slots: places for documents in the packed rows. Each epoch assigns documents to slots of their own length.
         order = _stream(seed, _PACK, index).permutation(len(lengths))
         if data.packing:
             row_of, by_row = pack(lengths[order], data.seq_length)
@@ -136,7 +138,7 @@ class _DatasetRows:
         self._row_order = self._document_in_slot = np.empty(0, dtype=np.int64)
 
     def row(self, ordinal: int) -> np.ndarray:
-        """Indices of the documents of the ``ordinal``-th row that is drawn from this dataset."""
+        """Indices of the documents in the dataset's row number ``ordinal``, counted over all epochs."""
         epoch, place = divmod(ordinal, self.num_rows)
         if epoch != self._epoch:
             self._shuffle(epoch)
@@ -154,30 +156,33 @@ class _DatasetRows:
 
 
 def _stream(seed: int, purpose: int, *place: int) -> np.random.Generator:
-    """Random numbers for one purpose at one place; the purpose comes first, so that no two purposes share a stream."""
+    """A random stream for one purpose and place; the purpose is part of the key, so no two purposes share a stream."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(purpose, *place)))
 
 
 def _blend(row_shares: np.ndarray, audio_shares: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The order of datasets in a block.
 
-    Datasets lie side by side on a line of length 1, from the one with least audio to the one with most, each as long as
-    its share; row k takes the dataset at the fractional part of k times the golden ratio. Such points fill every part
-    of the line evenly in every stretch of rows (low discrepancy: Kuipers and Niederreiter, Uniform Distribution of
-    Sequences, chapter 2), hence each dataset, and audio as a whole: also among the rows that the ranks of an
-    expert-parallel group read at the same time. The ratio being irrational, no data-parallel size ever falls into step
-    with it.
+    Divide a line of length 1 into one interval per dataset, as long as its share, from the dataset with the least audio
+    to the one with the most. Row k takes the dataset at the fractional part of k times the golden ratio. Any
+    consecutive points of this sequence are spread evenly over the line (low discrepancy: Kuipers and Niederreiter,
+    Uniform Distribution of Sequences, chapter 2), so any consecutive rows have nearly each dataset's share and the
+    share of audio. The ratio is irrational, so the order is never periodic in the data-parallel size.
+
+    Args:
+        row_shares: ``[datasets]`` share of rows, up to a common factor.
+        audio_shares: ``[datasets]`` share of audio in each dataset's tokens.
 
     Returns:
         ``[BLOCK]`` dataset of each row; ``[BLOCK]`` how many rows of that dataset come before it in the block; and
-        ``[datasets]`` rows of each dataset in a block (at least one, by largest remainders).
+        ``[datasets]`` rows of each dataset in a block (largest remainders, but at least one).
     """
     exact = row_shares / row_shares.sum() * BLOCK
     counts = np.maximum(np.floor(exact).astype(np.int64), 1)
     missing = BLOCK - int(counts.sum())
     if missing >= 0:
         counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
-    else:  # datasets of tiny weight were given their one row; the largest gives it
+    else:  # the rows of datasets with tiny weights come from the largest dataset
         counts[np.argmax(counts)] += missing
     line = np.argsort(audio_shares, kind="stable")
     points = (np.arange(BLOCK) * _GOLDEN_RATIO + _stream(seed, _BLEND).random()) % 1.0
@@ -188,22 +193,25 @@ def _blend(row_shares: np.ndarray, audio_shares: np.ndarray, seed: int) -> tuple
     return dataset_of, rank, counts
 
 
-def weights_for_audio_share(weights: Sequence[float], audio_shares: Sequence[float], target: float) -> np.ndarray:
-    """The shares of tokens nearest to ``weights`` of which ``target`` is audio.
+def weights_for_audio_share(weights: npt.ArrayLike, audio_shares: npt.ArrayLike, target: float) -> np.ndarray:
+    """The shares of tokens nearest to ``weights`` for which ``target`` of all tokens is audio.
 
-    Nearest in relative entropy: each weight is multiplied by ``exp(x * audio share)`` with the x that meets the target.
+    Nearest in relative entropy: each weight is multiplied by ``exp(x * audio share)``, with the x that meets the target
+    (the exponential tilting of Csiszar, I-divergence geometry of probability distributions, 1975).
 
     Args:
-        audio_shares: of each dataset's tokens.
+        weights: ``[datasets]``, positive, up to a common factor.
+        audio_shares: ``[datasets]`` share of audio in each dataset's tokens.
+        target: share of audio in the tokens of the blend.
 
     Raises:
-        ConfigError: no blend of the datasets has that share.
+        ConfigError: ``target`` is not between the least and the largest share of a dataset.
     """
     shares, base = np.asarray(audio_shares, dtype=np.float64), np.asarray(weights, dtype=np.float64)
     low, high = float(shares.min()), float(shares.max())
     if not low < target < high:
         raise ConfigError(
-            f"data.audio_share={target}: must be between the datasets' least and most, {low:.3f} and {high:.3f}"
+            f"data.audio_share={target}: must be between {low:.3f} and {high:.3f}, the datasets' audio shares"
         )
 
     def tilted(x: float) -> np.ndarray:

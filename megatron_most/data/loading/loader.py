@@ -1,10 +1,12 @@
-"""The batches of a run: the same sample stream at any data-parallel size, from any number of consumed samples."""
+"""The batches of a run: the same stream of samples at any data-parallel size, from any number of consumed samples."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from megatron_most.audio import codec_file, file_fingerprint
 from megatron_most.config import DatasetConfig, RunConfig
@@ -17,21 +19,21 @@ from megatron_most.text import load_tokenizer
 
 
 def train_batches(config: RunConfig, *, dp_rank: int, dp_size: int, consumed_samples: int) -> Iterator[Batch]:
-    """Micro-batches of one data-parallel rank, ``config.num_microbatches(dp_size)`` a step, without end.
+    """Endless micro-batches of one data-parallel rank, ``config.num_microbatches(dp_size)`` per step.
 
-    A sample is a row. Step t after the start takes the ``global_batch_size`` rows that follow those consumed; its
-    micro-batch m on rank r takes ``micro_batch_size`` of them from ``(m * dp_size + r) * micro_batch_size`` on. So
-    which rows a step is made of depends neither on ``dp_size`` nor on where a run was interrupted.
+    A sample is a row. Each step takes the next ``global_batch_size`` rows after those consumed. Of these, micro-batch m
+    on rank r takes ``micro_batch_size`` rows from ``(m * dp_size + r) * micro_batch_size`` on. So the rows of a step
+    depend neither on ``dp_size`` nor on where a run was interrupted.
 
     Raises:
-        ConfigError: no training data is configured, or the batch size does not divide over ``dp_size`` ranks.
-        DataError: datasets that are broken, or do not fit the model or each other.
+        ConfigError: no training data is configured, or the batch size cannot be divided over ``dp_size`` ranks.
+        DataError: a dataset is damaged, or does not fit the model or another dataset.
     """
     data, training = config.data, config.training
     if not data.train:
-        raise ConfigError("data.train=[]: training needs at least one dataset")
+        raise ConfigError("data.train=[]: must name at least one dataset")
     datasets = open_datasets(config, data.train)
-    weights = [entry.weight for entry in data.train]
+    weights = np.array([entry.weight for entry in data.train])
     if data.audio_share is not None:
         weights = weights_for_audio_share(weights, [dataset.audio_share for dataset in datasets], data.audio_share)
     rows = Rows(datasets, weights, data, config.seed)
@@ -50,17 +52,21 @@ def train_batches(config: RunConfig, *, dp_rank: int, dp_size: int, consumed_sam
 
 
 def validation_batches(config: RunConfig, *, dp_rank: int, dp_size: int) -> dict[str, list[Batch]]:
-    """For each validation dataset, by its file name, the micro-batches of one data-parallel rank.
+    """File name of each validation dataset -> the micro-batches of one data-parallel rank.
 
-    Together the ranks hold the first ``eval_iters * global_batch_size`` rows of the dataset in a fixed random order,
-    or all of it when it is smaller: the same rows at any ``dp_size``, seed and step. Every rank has equally many
-    micro-batches; rows of padding without loss fill the last ones.
+    Together the ranks hold the first ``eval_iters * global_batch_size`` rows of the dataset in a fixed random order, or
+    all rows if there are fewer: the same at any ``dp_size`` and seed. Every rank has the same number of micro-batches;
+    rows of padding fill the last ones.
+
+    Raises:
+        ConfigError: two datasets have the same file name.
+        DataError: a dataset is damaged, or does not fit the model or another dataset.
     """
     data, training = config.data, config.training
     names = [Path(entry.path).name for entry in data.validation]
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"data.validation: {names.count(name)} datasets are called {name!r}; names must differ")
+            raise ConfigError(f"data.validation: {names.count(name)} datasets are named {name!r}; names must differ")
     batches: dict[str, list[Batch]] = {}
     for name, dataset in zip(names, open_datasets(config, data.validation), strict=True):
         rows = Rows([dataset], [1.0], dataclasses.replace(data, audio_frame_dropout=0.0), seed=0)
@@ -76,26 +82,26 @@ def validation_batches(config: RunConfig, *, dp_rank: int, dp_size: int) -> dict
 
 
 def open_datasets(config: RunConfig, entries: Sequence[DatasetConfig]) -> list[TokenDataset]:
-    """Open datasets and refuse those that the model was not configured for, or that do not fit each other.
+    """Open datasets and check that their vocabulary, tokenizer and codec are the configured ones.
 
     Raises:
-        DataError: names the dataset and what it differs from, with both values.
+        DataError: a dataset differs from the configuration or from another dataset; names both and what differs.
     """
     datasets = [TokenDataset(entry.path) for entry in entries]
     for dataset in datasets:
         difference = dataset.vocab.describe_difference(config.vocab)
         if difference:
-            raise DataError(f"dataset {dataset.prefix}: its vocab layout differs from the config's: {difference}")
+            raise DataError(f"dataset {dataset.prefix}: its vocabulary differs from the configuration's: {difference}")
     if config.tokenizer is not None:
         fingerprint = load_tokenizer(config.tokenizer).fingerprint
         for dataset in datasets:
             _require_same("tokenizer", dataset, config.tokenizer, fingerprint)
     if config.codec is not None:
-        # A pretrained model's weights may be out of reach of the training machine; then its name has to do.
+        # The training machine may not have a pretrained codec's weights; then only its name can be compared.
         file = codec_file(config.codec)
-        fingerprint = file_fingerprint(file) if file else None
+        codec_fingerprint = file_fingerprint(file) if file else None
         for dataset in datasets:
-            _require_same("codec", dataset, config.codec, fingerprint)
+            _require_same("codec", dataset, config.codec, codec_fingerprint)
     _require_same_sources(datasets)
     return datasets
 
@@ -105,15 +111,16 @@ def _require_same(what: str, dataset: TokenDataset, configured: str, fingerprint
     if made_with is None:  # text needs no codec
         return
     found, wanted = made_with["name"], configured
+    is_same = found == wanted
     if fingerprint is not None:
+        is_same = made_with["fingerprint"] == fingerprint
         found, wanted = f"{found} ({made_with['fingerprint'][:12]})", f"{wanted} ({fingerprint[:12]})"
-    same = made_with["name"] == configured if fingerprint is None else made_with["fingerprint"] == fingerprint
-    if not same:
-        raise DataError(f"dataset {dataset.prefix}: was built with {what} {found}, the config's is {wanted}")
+    if not is_same:
+        raise DataError(f"dataset {dataset.prefix}: was built with {what} {found}, the configuration has {wanted}")
 
 
 def _require_same_sources(datasets: Sequence[TokenDataset]) -> None:
-    """All datasets of a blend need one tokenizer, one codec and one version of the templates."""
+    """Raise :class:`DataError` unless all datasets have the same tokenizer, codec and template version."""
     seen: dict[str, tuple[str, str]] = {}
     for dataset in datasets:
         values = {"template version": dataset.provenance.get("template_version")}

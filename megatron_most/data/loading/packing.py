@@ -7,16 +7,16 @@ import bisect
 import numpy as np
 
 OPEN_ROWS = 128
-"""Rows that may still take a document at any time; more fill better and pack slower."""
+"""Rows that may still take a document; more waste fewer positions but take longer to search."""
 
 
-def padded_length(length: int | np.ndarray, multiple: int) -> int | np.ndarray:
-    """Positions a packed document takes of its row: ``length`` rounded up to a multiple."""
+def padded_length[Length: (int, np.ndarray)](length: Length, multiple: int) -> Length:
+    """Positions that a packed document takes: ``length`` rounded up to a multiple of ``multiple``."""
     return -(-length // multiple) * multiple
 
 
 def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Best fit of documents into rows, in the order given, with a bounded number of open rows.
+    """Best-fit packing of documents into rows, in the given order, with at most ``OPEN_ROWS`` open rows.
 
     Args:
         lengths: ``[n]`` positions of each document, none above ``capacity``.
@@ -24,7 +24,7 @@ def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
 
     Returns:
         ``row_of``: ``[n]`` the row of each document; rows are numbered from 0 without gaps.
-        ``order``: ``[n]`` documents ordered by row, and inside a row as they came.
+        ``order``: ``[n]`` the documents sorted by row, and by their given order inside a row.
     """
     row_of = np.empty(len(lengths), dtype=np.int64)
     open_rows: list[tuple[int, int]] = []  # (positions left, row), ascending

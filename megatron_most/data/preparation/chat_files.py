@@ -14,10 +14,13 @@ from pathlib import Path
 from megatron_most.data.storage.json_lines import license_of, parse_json_object, read_lines
 from megatron_most.errors import DataError
 
+MAX_FAILED = 0.05
+"""Share of the turns to speak that may fail; more is taken for a broken synthesizer."""
+
 
 @dataclass(frozen=True)
 class Message:
-    """One turn as it is on disk; ``audio`` is the id of the utterance that speaks it."""
+    """One turn as stored on disk; ``audio`` is the id of its utterance."""
 
     role: str
     content: str
@@ -26,7 +29,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation; ``exchanges`` are pairs of a user's and an assistant's message, ``license`` is its text's."""
+    """A conversation. ``exchanges`` are pairs of a user's and an assistant's message; ``license`` covers the text."""
 
     id: str
     system: Message | None

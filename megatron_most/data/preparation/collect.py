@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections import Counter
@@ -15,7 +16,7 @@ from megatron_most.errors import DataError
 from megatron_most.files import replacing
 
 MAX_QUARANTINE = 0.01
-"""Share of a source that may be unusable before tokenization calls that an error."""
+"""Default limit on the share of unusable records; tokenization fails above it."""
 
 
 @dataclass(frozen=True)
@@ -44,42 +45,80 @@ class Collected:
     """What :func:`collect` wrote.
 
     num_records, num_rejected: lines of the two files.
+    num_repeated: of the rejected, conversations that an earlier record holds, too.
     sha256: of both, equal for a source in an equal state. It reads ``licence`` for ``license`` as version 0.1 wrote it,
         so that jobs begun then go on.
-    licenses: number of records of each; ``unknown`` where nobody says.
+    audio_sha256: of the size and modification time of each record's audio file.
+    licenses, splits: number of records of each; ``unknown`` if not stated.
     """
 
     num_records: int
     num_rejected: int
+    num_repeated: int
     sha256: str
+    audio_sha256: str
     licenses: dict[str, int]
+    splits: dict[str, int]
+
+    def origin(self) -> dict[str, dict[str, int]]:
+        """What a sidecar states about the records, beside their source."""
+        return {"licenses": self.licenses, "splits": self.splits}
 
 
 def collect(spec: SourceSpec, manifest: Path, quarantine: Path) -> Collected:
-    """Write every record of a source to ``manifest``, and what cannot be used to ``quarantine``, a JSON line each.
+    """Write the usable records of a source to ``manifest`` and the others to ``quarantine``, one JSON line each.
 
     Raises:
-        DataError: a source that cannot be read, or holds nothing.
+        DataError: the source cannot be read or is empty; no file is written.
     """
-    digest = hashlib.sha256()
+    digest, audio_digest = hashlib.sha256(), hashlib.sha256()
     counts: Counter[type] = Counter()
     licenses: Counter[str] = Counter()
+    splits: Counter[str] = Counter()
+    num_repeated = 0
+    state = functools.lru_cache(maxsize=1024)(_state)  # many cuts are of one recording
     with replacing(quarantine) as left, replacing(manifest) as kept, open(kept, "wb") as good, open(left, "wb") as bad:
         for item in checked_records(spec):
             counts[type(item)] += 1
             if isinstance(item, Record):
                 licenses[item.license or "unknown"] += 1
+                splits[item.split or "unknown"] += 1
+                if item.audio is not None:
+                    audio_digest.update(state(item.audio))
+            num_repeated += isinstance(item, Repetition)
             digest.update(_line(item, license_key="licence"))
             (good if isinstance(item, Record) else bad).write(_line(item))
-    if not counts:
-        raise DataError(f"{spec.root}: empty manifest" if spec.name == "nemo" else f"{spec.root}: holds no records")
-    return Collected(counts[Record], counts[Rejection], digest.hexdigest(), dict(sorted(licenses.items())))
+        if not counts:
+            raise DataError(f"{spec.root}: empty manifest" if spec.name == "nemo" else f"{spec.root}: holds no records")
+    return Collected(
+        counts[Record],
+        counts.total() - counts[Record],
+        num_repeated,
+        digest.hexdigest(),
+        audio_digest.hexdigest(),
+        dict(sorted(licenses.items())),
+        dict(sorted(splits.items())),
+    )
+
+
+class Repetition(Rejection):
+    """A conversation that an earlier record has too: some data sets publish the whole beside its parts."""
+
+
+def _state(path: Path) -> bytes:
+    """What changes when a file is edited."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: not readable: {error.strerror}") from None
+    return f"{stat.st_size} {stat.st_mtime_ns}\n".encode()
 
 
 def checked_records(spec: SourceSpec) -> Iterator[Record | Rejection]:
-    """The records of a source with their defaults filled in; those without a place to be read from are rejected."""
+    """The records of a source with defaults filled in; those that cannot be used become rejections."""
     source, options = spec.open(), spec.options
     seen: set[bytes] = set()
+    conversations: dict[bytes, str] = {}
     for item in source.records():
         if isinstance(item, Rejection):
             yield item
@@ -90,8 +129,14 @@ def checked_records(spec: SourceSpec) -> Iterator[Record | Rejection]:
                 raise DataError(f"id {item.id!r} is already that of another record")
             if source.has_audio and options.needs_text and not item.text:
                 raise DataError("has no text (for audio alone: --audio-only)")
+            if item.turns:
+                talk = id_digest("\0".join(part for turn in item.turns for part in (turn.role, turn.text)))
+                if (first := conversations.setdefault(talk, item.where)) != item.where:
+                    yield Repetition(item.where, f"is the conversation of {first} again", item.id)
+                    continue
             record = replace(
                 item,
+                text=item.text.lower() if options.lower_case and item.text.isupper() else item.text,
                 audio=None if item.audio is None else source.roots.resolve(item.audio),
                 language=item.language or options.language,
                 license=item.license or options.license or source.license,
@@ -106,7 +151,7 @@ def checked_records(spec: SourceSpec) -> Iterator[Record | Rejection]:
 
 
 def _line(item: Record | Rejection, license_key: str = "license") -> bytes:
-    """UnicodeEncodeError for a record that cannot be written; what is rejected is only to be read by people."""
+    """Raises UnicodeEncodeError for a record that is not Unicode; rejections, read by people only, are escaped."""
     if isinstance(item, Rejection):
         return json.dumps(item.to_entry(), ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
     entry = {license_key if name == "license" else name: value for name, value in item.to_entry().items()}

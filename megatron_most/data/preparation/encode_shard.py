@@ -20,7 +20,7 @@ from megatron_most.errors import DataError
 from megatron_most.files import replacing, write_text
 
 SILENCE_PEAK = 1e-4
-"""Audio that never exceeds this (-80 dB) is treated as silence."""
+"""Audio whose peak does not exceed this (-80 dB) counts as silence."""
 
 
 def encode_shard(
@@ -34,10 +34,10 @@ def encode_shard(
     """Encode and commit one shard; commits nothing when asked to stop.
 
     Args:
-        report: is told of files done, samples encoded and files rejected, as they come.
+        report: called with the numbers of files done, samples encoded and files rejected.
 
     Raises:
-        DataError: from the codec, or when the disk is full. What is wrong with audio goes to the rejected.
+        DataError: from the codec, or if the disk is full. Audio that cannot be used is listed as rejected instead.
     """
     batches = _Batches(codec)
     rejected: list[str] = []
@@ -70,7 +70,7 @@ def encode_shard(
             chunk = (number, len(pieces_codes)) if len(pieces_codes) > 1 else None
             lines.append(json.dumps(_line(record, len(piece_codes), chunk), ensure_ascii=False) + "\n")
             codes.append(piece_codes.tobytes())
-    with replacing(f"{shard.prefix}.codes") as temporary:
+    with replacing(f"{shard.prefix}.codes", durable=True) as temporary:
         temporary.write_bytes(b"".join(codes))
     write_text(f"{shard.prefix}.rejected.jsonl", "".join(rejected))
     write_text(f"{shard.prefix}.jsonl", "".join(lines))
@@ -85,10 +85,10 @@ def _line(record: Record, num_frames: int, chunk: tuple[int, int] | None) -> dic
 
 
 def utterances_of(record: Record, codec: AudioCodec, roots: Roots, limits: Limits) -> Iterator[np.ndarray]:
-    """The waveforms that a record becomes: one, or chunks of the greatest length and a last one of another length.
+    """The waveforms of a record: one, or chunks of ``limits.max_seconds`` and a remainder.
 
     Raises:
-        DataError: whatever is wrong with the audio; maybe only after some chunks, and then of the record as a whole.
+        DataError: the audio cannot be used. This may happen after some chunks and applies to the whole record.
     """
     roots.resolve(record.audio)  # links may have changed since the manifest was made
     rate = codec.sample_rate
@@ -101,7 +101,7 @@ def utterances_of(record: Record, codec: AudioCodec, roots: Roots, limits: Limit
         channel=record.channel,
         chunk=chunk,
     )
-    peak = samples = 0
+    peak, samples = 0.0, 0
     waiting: np.ndarray | None = None
     for piece in pieces:
         if waiting is not None and len(piece) < codec.min_samples:  # only the last one can be that short
@@ -120,11 +120,12 @@ def utterances_of(record: Record, codec: AudioCodec, roots: Roots, limits: Limit
         raise DataError(f"{record.audio}: {samples} samples at {rate} Hz; the codec needs {codec.min_samples}")
     if peak < SILENCE_PEAK:
         raise DataError(f"{record.audio}: silence: no sample exceeds {SILENCE_PEAK:g}")
+    assert waiting is not None, "the codec needs at least one sample"
     yield waiting
 
 
 class _Batches:
-    """Waveforms wait here for others of their shape; which ones go together changes nothing in their codes."""
+    """Collects waveforms into batches of one shape. Which waveforms share a batch does not change their codes."""
 
     def __init__(self, codec: AudioCodec) -> None:
         self._codec = codec
@@ -145,14 +146,14 @@ class _Batches:
         self._waiting.clear()
 
     def drop(self, index: int) -> None:
-        """Forget what was added of record ``index``."""
+        """Discard all pieces of record ``index``."""
         self._codes = {key: codes for key, codes in self._codes.items() if key[0] != index}
         for shape, batch in list(self._waiting.items()):
             self._waiting[shape] = [item for item in batch if item[0][0] != index]
 
     def take(self, index: int) -> list[np.ndarray]:
-        """Codes ``[F, C]`` of the pieces of record ``index``, in their order."""
-        pieces = []
+        """Codes ``[F, C]`` of the pieces of record ``index``, in order."""
+        pieces: list[np.ndarray] = []
         while (codes := self._codes.pop((index, len(pieces)), None)) is not None:
             pieces.append(codes)
         return pieces

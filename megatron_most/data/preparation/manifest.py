@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,13 +34,13 @@ class Record:
     """One utterance; one text when ``audio`` is None; one conversation when there are ``turns``.
 
     id: unique in its source.
-    text: transcript or text; empty where there is none.
+    text: transcript or text; empty if there is none.
     audio: a file; with ``part``, the file that holds it.
     offset: seconds into the audio where the utterance starts; None takes all of it.
     duration: seconds, as the source says; None when it does not.
     part: first byte and number of bytes of the audio within the file ``audio`` (a member of a tar); None: the file.
-    channel: the only channel to hear; None averages all.
-    where: file and line, or archive and member, that the record stands in; messages name it.
+    channel: the channel to use; None averages all.
+    where: file and line, or archive and member, of the record; messages name it.
     """
 
     id: str
@@ -57,7 +58,7 @@ class Record:
     where: str = ""
 
     def to_entry(self) -> dict[str, Any]:
-        """The record as a line of a manifest; what is not known is left out."""
+        """The record as a line of a manifest, without unknown fields."""
         entry: dict[str, Any] = {"id": self.id}
         if self.audio is not None:
             entry["audio_filepath"] = str(self.audio)
@@ -75,7 +76,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Rejection:
-    """What a source holds and nothing can be made of: ``where`` (file and line, or file) and why."""
+    """An entry of a source that cannot be used: ``where`` (file and line, or file) and why."""
 
     where: str
     reason: str
@@ -88,7 +89,7 @@ class Rejection:
 def iterate_manifest(
     path: Path, lines: Iterable[Line], *, needs_audio: bool = True, needs_text: bool = True
 ) -> Iterator[Record | Rejection]:
-    """Each line of a manifest as a record, or why it is none. Relative audio paths are relative to its folder."""
+    """Each line of a manifest as a record or a rejection. Relative audio paths start at the manifest's folder."""
     for line in lines:
         where = f"{path}, line {line.number}"
         if line.problem:
@@ -107,11 +108,11 @@ def read_manifest(path: str | Path, *, needs_audio: bool = True) -> list[Record]
 
 
 def manifest_records(path: str | Path, *, needs_audio: bool = True) -> Iterator[Record]:
-    """The records of a manifest in which every line has to be right, one after the other: it may be of any size.
+    """The records of a manifest, one at a time; every line must be valid.
 
     Raises:
-        DataError: unreadable or empty manifest; a line (named by its number) that is no JSON object, lacks a field,
-            holds a field of the wrong type, or repeats an id.
+        DataError: the manifest is unreadable or empty, or a line (named by its number) is not a JSON object, lacks a
+            field, has a field of the wrong type, or repeats an id.
     """
     path = Path(path)
     if not path.exists():
@@ -135,19 +136,20 @@ def id_digest(identity: str) -> bytes:
 
 
 def open_audio(record: Record) -> Path | BinaryIO:
-    """What :func:`~megatron_most.audio.read_audio` reads: the record's file, or the bytes of a tar's member."""
+    """The record's file, or the bytes of a tar's member, for :func:`~megatron_most.audio.read_audio`."""
     assert record.audio is not None, f"{record.id} is a text without audio"
     if record.part is None:
         return record.audio
     start, size = record.part
     try:
         with open(record.audio, "rb") as file:
+            missing = start + size - file.seek(0, os.SEEK_END)
+            if missing > 0:
+                raise DataError(f"{record.audio}: cut off: {missing} bytes of a member are missing")
             file.seek(start)
             content = file.read(size)
     except OSError as error:
         raise DataError(f"{record.audio}: not readable: {error.strerror}") from None
-    if len(content) < size:
-        raise DataError(f"{record.audio}: cut off: {size - len(content)} bytes of a member are missing")
     return io.BytesIO(content)
 
 
@@ -166,7 +168,7 @@ def read_waveform(record: Record, sample_rate: int) -> np.ndarray:
 
 
 def check_duration(record: Record, seconds: float) -> None:
-    """A file of another length than the manifest says is another file, or a part of it: the text may not fit."""
+    """Raise if the audio is not as long as the manifest says: its text may belong to other audio."""
     if record.duration is not None and abs(seconds - record.duration) > DURATION_TOLERANCE:
         raise DataError(f"{record.audio}: holds {seconds:.2f} s, the manifest says {record.duration:.2f} s")
 

@@ -22,11 +22,11 @@ from megatron_most.errors import DataError
 
 @dataclass(frozen=True)
 class Limits:
-    """What becomes of long audio.
+    """How long audio is handled.
 
     max_seconds: longest utterance.
-    chunk_transcribed: longer audio with a text is cut into chunks without one; else it is rejected. Audio without a
-        text is always cut into chunks.
+    chunk_transcribed: whether longer audio with text is cut into chunks without text; otherwise it is rejected. Audio
+        without text is always cut into chunks.
     """
 
     max_seconds: float = 60.0
@@ -34,8 +34,22 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Execution:
+    """How a job is run. Only the device can change what comes out.
+
+    workers: processes; None takes one per CPU core this process may use.
+    task: (i, n): every n-th shard from the i-th on, beside other tasks that encode the others.
+    device: ``cpu``, ``cuda``, or ``auto``: CUDA where there is one.
+    """
+
+    workers: int | None = None
+    task: tuple[int, int] = (0, 1)
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
 class Job:
-    """Everything that decides what comes out."""
+    """Everything that determines the output."""
 
     source: SourceSpec
     collected: Collected
@@ -45,8 +59,9 @@ class Job:
 
     def to_dict(self) -> dict:
         return {
-            "source": self.source.to_dict() | {"licenses": self.collected.licenses},
+            "source": self.source.to_dict() | self.collected.origin(),
             "records_sha256": self.collected.sha256,
+            "audio_sha256": self.collected.audio_sha256,
             "codec": self.codec.to_dict(),
             "limits": asdict(self.limits),
             "device": self.device,

@@ -8,7 +8,7 @@ A synthesizer is a command line of one of two kinds:
   ``{"text", "output", "role", "voice"}`` and answers each, once the file is written, with a line ``{}``, or
   ``{"error": reason}``.
 
-Audio files are named after what they say and how, so a second run takes those that are there.
+Audio files are named after text, voice and command, so a second run reuses them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 
 import soundfile
 
-from megatron_most.data.preparation.chat_files import Chat, Message, read_chats
+from megatron_most.data.preparation.chat_files import MAX_FAILED, Chat, Message, read_chats
 from megatron_most.data.preparation.keyed_choice import choose
 from megatron_most.errors import ConfigError, DataError
 from megatron_most.files import replacing, require_writable
@@ -36,16 +36,13 @@ from megatron_most.files import replacing, require_writable
 TIMEOUT = 300
 """Seconds one turn may take."""
 
-MAX_FAILED = 0.05
-"""Share of turns that may fail; more is taken for a broken synthesizer."""
-
 _UNSPEAKABLE = ("```", "|---")
-"""Code and tables, which nobody reads aloud."""
+"""Marks of code and tables, which are not read aloud."""
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One turn to speak; :attr:`path` tells the text, the voice and the synthesizer."""
+    """One turn to speak; :attr:`path` depends on text, voice and synthesizer."""
 
     id: str
     message: Message
@@ -62,6 +59,7 @@ def speak_chats(
     voices: Sequence[str] = (),
     max_characters: int = 600,
     workers: int | None = None,
+    max_failed: float = MAX_FAILED,
 ) -> Counter[str]:
     """Speak the turns of ``roles`` and write ``<output>/{audio/,manifest.jsonl,chats.jsonl,failed.jsonl}``.
 
@@ -78,7 +76,7 @@ def speak_chats(
 
     Raises:
         ConfigError: no such command.
-        DataError: a broken chat file, or more than :data:`MAX_FAILED` of the turns failed.
+        DataError: a broken chat file, or a larger share of the turns failed than ``max_failed``.
     """
     output = Path(output)
     command = _check_command(synthesizer, voices)
@@ -94,7 +92,7 @@ def speak_chats(
                     path = output / "audio" / name.hexdigest()[:2] / f"{name.hexdigest()}.wav"
                     yield _Job(f"{chat.id}#{place}", message, voice, path)
 
-    failed = _speak_all(jobs(read_chats(chat_file)), command, workers or len(os.sched_getaffinity(0)))
+    failed = _speak_all(jobs(read_chats(chat_file)), command, workers or len(os.sched_getaffinity(0)), max_failed)
     spoken_of = ((chat, {job.id: job for job in jobs([chat]) if _is_sound(job.path)}) for chat in read_chats(chat_file))
     return _write_results(output, spoken_of, failed)
 
@@ -160,8 +158,8 @@ def _check_command(synthesizer: str, voices: Sequence[str]) -> list[str]:
     return command
 
 
-def _speak_all(jobs: Iterable[_Job], command: list[str], workers: int) -> dict[str, str]:
-    """Speak what is not there yet; the reason of each turn that failed, by its id."""
+def _speak_all(jobs: Iterable[_Job], command: list[str], workers: int, max_failed: float) -> dict[str, str]:
+    """Speak the turns that have no audio yet; returns the reason of each failure by the turn's id."""
     failed: dict[str, str] = {}
     seen: set[Path] = set()
     total = 0
@@ -172,13 +170,16 @@ def _speak_all(jobs: Iterable[_Job], command: list[str], workers: int) -> dict[s
     def collect(finished: Iterable[Future[None]]) -> None:
         for future in finished:
             job = running.pop(future)
-            if reason := future.exception():
-                if not isinstance(reason, DataError):
-                    raise reason
-                failed[job.id] = str(reason)
-        if len(failed) > max(MAX_FAILED * total, 1) and (total >= 100 or not running):
+            if error := future.exception():
+                if not isinstance(error, DataError):
+                    raise error
+                failed[job.id] = str(error)
+        if len(failed) > max_failed * total and (total >= 100 or not running):
             identity, reason = next(iter(failed.items()))
-            raise DataError(f"speechify: {len(failed)} of {total} turns failed; the first, {identity}: {reason}")
+            raise DataError(
+                f"speechify: {len(failed)} of {total} turns failed, more than {max_failed:.2%} (--max-failed);"
+                f" the first, {identity}: {reason}"
+            )
 
     with ThreadPoolExecutor(workers) as executor:
         try:
@@ -199,7 +200,7 @@ def _speak_all(jobs: Iterable[_Job], command: list[str], workers: int) -> dict[s
 
 
 def _is_sound(path: Path) -> bool:
-    """Whether there is readable audio; what a crash or a full disk left of a file is spoken again."""
+    """Whether the file is readable audio. A file left incomplete by a crash or a full disk is not."""
     try:
         return path.is_file() and soundfile.info(path).frames > 0
     except soundfile.LibsndfileError:
@@ -207,7 +208,7 @@ def _is_sound(path: Path) -> bool:
 
 
 def _speak(speak, job: _Job) -> None:
-    """Speak one turn to a temporary name; it gets its own when it is readable audio."""
+    """Speak one turn to a temporary file; rename it once it is readable audio."""
     job.path.parent.mkdir(parents=True, exist_ok=True)
     temporary = job.path.with_name(f".{job.path.stem}.{os.getpid()}.wav")
     try:
@@ -242,7 +243,7 @@ def _run(command: list[str], job: _Job, path: Path) -> None:
 
 
 class _Servers:
-    """A synthesizer process for each thread that asks for one."""
+    """One synthesizer process per thread."""
 
     def __init__(self, command: list[str]) -> None:
         self._command = command
@@ -255,6 +256,7 @@ class _Servers:
             process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             self._local.process = process
             self._processes.append(process)
+        assert process.stdin is not None and process.stdout is not None, "both are pipes"
         request = {
             "text": job.message.content, "output": str(path), "role": job.message.role, "voice": job.voice,
         }  # fmt: skip
@@ -276,6 +278,7 @@ class _Servers:
 
     def close(self) -> None:
         for process in self._processes:
+            assert process.stdin is not None and process.stdout is not None, "both are pipes"
             process.stdin.close()
             process.stdout.close()
             try:

@@ -17,13 +17,14 @@ import torch
 
 from megatron_most.audio import AudioCodec, codec_file, file_fingerprint, load_codec
 from megatron_most.data.preparation.collect import MAX_QUARANTINE, Collected, SourceSpec, collect
-from megatron_most.data.preparation.shards import Job, Limits, Shard
-from megatron_most.data.preparation.shared_folder import hostname_and_pid, locked, one_line_when_the_disk_is_full
+from megatron_most.data.preparation.shards import Execution, Job, Limits, Shard
+from megatron_most.data.preparation.shared_folder import hostname_and_pid, one_line_when_the_disk_is_full
 from megatron_most.data.preparation.tokenize_merge import merge_shards
 from megatron_most.data.preparation.tokenize_workers import encode_all
 from megatron_most.data.storage.codes import CodecIdentity, CodesDataset
 from megatron_most.data.storage.sidecar import read_sidecar, write_sidecar
 from megatron_most.errors import ConfigError, DataError
+from megatron_most.locks import locked
 
 SHARD_SIZES = (32, 1024)
 """Fewest and most records of a shard: what an interruption can cost each process."""
@@ -32,17 +33,14 @@ NUM_SHARDS = 64
 """How many shards to aim at between these sizes, so that all processes have work to the end."""
 
 
-# Nine arguments: what is encoded, with what, to where, by whom, and what may go wrong have no part in common.
 def tokenize_audio(
     source: SourceSpec | str | Path,
     codec: str | Path,
     output: str | Path,
     *,
-    workers: int | None = None,
-    task: tuple[int, int] = (0, 1),
+    execution: Execution | None = None,
     limits: Limits | None = None,
     max_quarantine: float = MAX_QUARANTINE,
-    device: str = "auto",
     command: str = "",
 ) -> CodesDataset | None:
     """Encode every record of ``source`` with ``codec`` into ``<output>.{codes.bin,codes.idx,jsonl,json}``.
@@ -54,9 +52,7 @@ def tokenize_audio(
     Args:
         source: what to read; a path is a NeMo manifest.
         codec: as :func:`~megatron_most.audio.load_codec` takes it.
-        workers: processes; None takes one per CPU core this process may use.
-        task: (i, n): do only every n-th shard from the i-th on, beside other tasks that do the others.
-        device: ``cpu``, ``cuda``, or ``auto``: CUDA where there is one.
+        max_quarantine: share of the source that may be unusable.
         command: the command line, kept in the sidecar.
 
     Returns:
@@ -66,7 +62,8 @@ def tokenize_audio(
         DataError: a source that cannot be read; more of it in quarantine than ``max_quarantine``; a full disk; or an
             output made from another source, with another codec or other limits.
     """
-    output, limits = Path(output), limits or Limits()
+    output, limits, execution = Path(output), limits or Limits(), execution or Execution()
+    task = execution.task
     if not isinstance(source, SourceSpec):
         source = SourceSpec("nemo", str(source))
     parts, lock, finished = (Path(f"{output}.{ending}") for ending in ("parts", "lock", "json"))
@@ -77,15 +74,15 @@ def tokenize_audio(
     output.parent.mkdir(parents=True, exist_ok=True)
     with one_line_when_the_disk_is_full(output), _tidied(lock, parts):
         with locked(lock, shared=True):  # beside the job's other tasks
-            job, loaded = _prepare(source, codec, output, parts, limits, _device(device))
-            if loaded is not None:
+            prepared = _prepare(source, codec, output, parts, limits, _device(execution.device))
+            if prepared is not None:
+                job, loaded = prepared
                 shards = _shards(parts, job.collected.num_records)
-                mine = shards[task[0] :: task[1]]
-                encode_all(mine, loaded, job, workers or len(os.sched_getaffinity(0)))
-        if not finished.is_file() and not all(shard.is_done for shard in shards):
+                encode_all(shards[task[0] :: task[1]], loaded, job, execution.workers or len(os.sched_getaffinity(0)))
+        if prepared is not None and not finished.is_file() and not all(shard.is_done for shard in shards):
             return None
         with locked(lock):  # alone
-            if not finished.is_file():
+            if prepared is not None and not finished.is_file():
                 merge_shards(shards, job, parts, output, max_quarantine, command)
             shutil.rmtree(parts, ignore_errors=True)
     return CodesDataset(output)
@@ -99,8 +96,8 @@ def _tidied(lock: Path, parts: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             parts.rmdir()  # only if it is empty
-        with locked(lock, wait=False) as is_last:
-            if is_last and not parts.exists():
+        with locked(lock, wait=False) as alone:
+            if alone is not None and not parts.exists():
                 lock.unlink(missing_ok=True)
 
 
@@ -118,8 +115,8 @@ def _device(name: str) -> str:
 
 def _prepare(
     source: SourceSpec, codec: str | Path, output: Path, parts: Path, limits: Limits, device: str
-) -> tuple[Job, AudioCodec | None]:
-    """The job, and the codec unless the output is already there; refuses what another job has begun or finished."""
+) -> tuple[Job, AudioCodec] | None:
+    """The job and its codec, None when the output is already there; refuses what another job has begun or finished."""
     own = parts / f"collecting.{hostname_and_pid()}"
     records, rejected = own / "records.jsonl", own / "rejected.jsonl"
     try:
@@ -130,7 +127,7 @@ def _prepare(
             file = codec_file(codec)
             fingerprint = file_fingerprint(file) if file else load_codec(codec).fingerprint
             _require_same_job(finished, collected, fingerprint, limits, device)
-            return None, None
+            return None
         loaded = load_codec(codec)
         job = Job(source, collected, CodecIdentity.of(loaded), limits, device)
         if (parts / "job.json").is_file():
@@ -152,6 +149,9 @@ def _require_same_job(path: Path, collected: Collected, fingerprint: str, limits
     if found.get("records_sha256") != collected.sha256:
         root = (found.get("source") or {}).get("root")
         raise DataError(f"{path}: was made from {root} in another state; {advice}")
+    # Jobs of version 0.1 do not say.
+    if found.get("audio_sha256", collected.audio_sha256) != collected.audio_sha256:
+        raise DataError(f"{path}: audio files were edited since (another size or time); {advice}")
     for name, value in (("limits", asdict(limits)), ("device", device)):
         if found.get(name) != value:
             raise DataError(f"{path}: was made with {name} {found.get(name)}, not {value}; {advice}")

@@ -18,15 +18,16 @@ import torch
 from megatron_most.audio import AudioCodec
 from megatron_most.data.preparation.encode_shard import encode_shard
 from megatron_most.data.preparation.shards import Job, Shard
-from megatron_most.data.preparation.shared_folder import locked, one_line_when_the_disk_is_full
+from megatron_most.data.preparation.shared_folder import one_line_when_the_disk_is_full
 from megatron_most.data.preparation.sources import Roots
-from megatron_most.data.preparation.tokenize_progress import Progress
 from megatron_most.errors import DataError
+from megatron_most.locks import locked
+from megatron_most.progress import Progress
 
 
 @dataclass
 class _Worker:
-    """What a worker process is born with: the codec, and counters it shares with the parent."""
+    """What the parent hands to a worker process: the job, the codec and shared counters."""
 
     codec: AudioCodec
     job: Job
@@ -61,55 +62,64 @@ def _start_worker(worker: _Worker) -> None:
 
 
 def _end_with_parent(parent: int) -> None:
-    """A parent that was killed cannot stop its workers, and they would wait for its next shard for ever."""
+    """Exit when the parent is gone: a killed parent cannot stop its workers, and they would wait forever."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 
 
 def _encode(shard: Shard, wait_for_others: bool) -> bool:
-    """Whether the shard is done; False when another task is at it and we do not wait."""
+    """Whether the shard is done; False if another task encodes it and ``wait_for_others`` is False."""
     worker = _worker
+    assert worker is not None, "_start_worker has run in this process"
     while not worker.stop.is_set():
         with (
             one_line_when_the_disk_is_full(shard.prefix),
-            locked(f"{shard.prefix}.lock", wait=False) as is_ours,
+            locked(f"{shard.prefix}.lock", wait=False) as lock,
         ):
-            if is_ours and not shard.is_done:
+            if lock is not None and not shard.is_done:
                 encode_shard(shard, worker.codec, worker.roots, worker.job.limits, worker.report, worker.stop.is_set)
-        if is_ours or not wait_for_others:
-            return is_ours
+        if lock is not None or not wait_for_others:
+            return lock is not None
         time.sleep(0.2)
     return True
 
 
 def encode_all(shards: list[Shard], codec: AudioCodec, job: Job, workers: int) -> None:
     todo = [shard for shard in shards if not shard.is_done]
-    total = sum(shard.num_records for shard in shards)
-    progress = Progress(total, total - sum(shard.num_records for shard in todo))
     if not todo:
         return
-    # Forking hands every worker the loaded codec; importing NeMo anew would cost each 8 s. One thread each, also here:
+    total = sum(shard.num_records for shard in shards)
+    done = total - sum(shard.num_records for shard in todo)
+    # Forking gives every worker the loaded codec; importing NeMo again would take 8 s each. One thread each, also here:
     # a forked process must not inherit a thread pool, and sums must not depend on the number of threads.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     context = multiprocessing.get_context("fork")
-    counters = [context.Value("q", 0) for _ in range(4)]
-    shared = _Worker(codec, job, *counters, context.Event(), job.source.open().roots)
+    number, files, samples, rejected = (context.Value("q", 0) for _ in range(4))
+    shared = _Worker(codec, job, number, files, samples, rejected, context.Event(), job.source.open().roots)
     executor = ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker, (shared,))
     try:
         waiting = {executor.submit(_encode, shard, False): shard for shard in todo}
-        while waiting:
-            finished, _ = wait(waiting, timeout=progress.interval, return_when=FIRST_COMPLETED)
-            for future in finished:
-                shard = waiting.pop(future)
-                if not future.result():  # another task is at it: come back when there is nothing else to do
-                    waiting[executor.submit(_encode, shard, True)] = shard
-            seconds = shared.samples.value / codec.sample_rate
-            progress.show(shared.files.value, seconds, shared.rejected.value, last=not waiting)
+        shown, started = 0, time.monotonic()
+        with Progress("tokenize", total, " files", initial=done) as progress:
+            while waiting:
+                finished, _ = wait(waiting, timeout=progress.interval, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    shard = waiting.pop(future)
+                    if not future.result():  # another task encodes it: wait for it when there is nothing else to do
+                        waiting[executor.submit(_encode, shard, True)] = shard
+                before, shown = shown, shared.files.value
+                progress.add(shown - before, _note(shared, codec.sample_rate, time.monotonic() - started))
     except BrokenProcessPool:
         raise DataError("tokenize: a worker process was killed (out of memory?); finished shards are kept") from None
     finally:
         shared.stop.set()
         executor.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
+
+
+def _note(shared: _Worker, sample_rate: int, elapsed: float) -> str:
+    seconds = shared.samples.value / sample_rate
+    note = f"{seconds / 3600:.2f} h of audio at {seconds / elapsed:.0f} h/h"
+    return f"{note}, {shared.rejected.value} rejected" if shared.rejected.value else note

@@ -1,1 +1,1 @@
-"""What lies on disk, and what it is in memory: documents, datasets, codes, lines of JSON."""
+"""Documents, datasets and tokenized audio, on disk and in memory."""

@@ -1,10 +1,11 @@
-"""Tokenized audio on disk: one array of codes per utterance, its text beside it, and the codec that made it.
+"""Tokenized audio on disk: the codes and text of each utterance, and the codec that made the codes.
 
 Shape letters: C codebooks, F codec frames.
 
-A set ``<prefix>`` is ``<prefix>.codes.{bin,idx}`` (a Megatron ``IndexedDataset``; F * C codes an utterance, frame
-after frame), ``<prefix>.jsonl`` (``id``, ``text``, ``num_frames`` and more a line, in the same order),
-``<prefix>.quarantine.jsonl`` (what could not be used, and why) and ``<prefix>.json``, written last.
+    <prefix>.codes.{bin,idx}   a Megatron ``IndexedDataset``: F * C codes per utterance, frame after frame
+    <prefix>.jsonl             one line per utterance, in the same order: ``id``, ``text``, ``num_frames`` and more
+    <prefix>.quarantine.jsonl  records that could not be used, and why
+    <prefix>.json              the sidecar: codec and provenance; written last
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from megatron_most.errors import DataError
 
 @dataclass(frozen=True)
 class CodecIdentity:
-    """Which codec made some codes; stored with them and with every dataset built from them."""
+    """The codec that made some codes; stored with the codes and with every dataset built from them."""
 
     name: str
     fingerprint: str
@@ -49,10 +50,11 @@ class CodecIdentity:
 
 @dataclass(frozen=True)
 class Utterance:
-    """``codes [F, C]`` int64 of one record, or of a chunk of it.
+    """One record of audio, or one chunk of it.
 
-    text: empty where there is none, as for chunks.
-    chunk: (k, n): the k-th of n chunks, from 0; None for a whole record.
+    text: the transcript; empty if there is none. A chunk has none.
+    codes: ``[F, C]`` int64.
+    chunk: (k, n) for chunk k of n, counted from 0; None for a whole record.
     """
 
     id: str
@@ -68,11 +70,10 @@ class CodesDataset:
 
     Attributes:
         codec: the codec that made the codes.
-        provenance: what they were made from: ``source`` with its ``licenses``, ``counts``, ``limits``, ``device``,
-            ``tool_version``, ``command``.
+        provenance: ``source`` with its ``licenses``, ``counts``, ``limits``, ``device``, ``tool_version``, ``command``.
 
     Raises:
-        DataError: files that are missing, unfinished or do not belong together.
+        DataError: a file is missing or unfinished, or the files disagree.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -90,15 +91,15 @@ class CodesDataset:
 
     @property
     def seconds(self) -> float:
-        """Seconds of audio, in whole codec frames."""
+        """Duration of all utterances, in whole codec frames."""
         return int(self._codes.lengths.sum(dtype=np.int64)) / self.codec.num_codebooks / self.codec.frame_rate
 
     def ids(self) -> Iterator[str]:
-        """The id of each utterance, in their order."""
+        """The id of each utterance, in order."""
         return (entry["id"] for _, entry in self._lines())
 
     def set_aside(self) -> Iterator[str]:
-        """Ids of records that no utterance here has: those in quarantine, and those that became chunks."""
+        """Ids of records that are not utterances here: they are in quarantine or were cut into chunks."""
         quarantine = Path(f"{self.prefix}.quarantine.jsonl")
         for line in read_lines(quarantine) if quarantine.is_file() else ():
             if (identity := parse_json_object(line.text).get("id")) is not None:
@@ -124,7 +125,7 @@ class CodesDataset:
             )
 
     def _lines(self) -> Iterator[tuple[int, dict]]:
-        """Place and entry of each line of the JSON-lines file, checked against the codes."""
+        """Index and entry of each utterance, checked against the codes."""
         path = f"{self.prefix}.jsonl"
         index = 0
         try:
@@ -133,7 +134,7 @@ class CodesDataset:
                     entry = json.loads(line)
                     if entry["num_frames"] * self.codec.num_codebooks != self._codes.lengths[index]:
                         raise ValueError(f"{self._codes.lengths[index]} codes for {entry['num_frames']} frames")
-                    yield index, entry | {"id": entry["id"], "text": entry["text"]}  # KeyError where one is missing
+                    yield index, entry | {"id": entry["id"], "text": entry["text"]}  # KeyError if one is missing
         except (OSError, ValueError, KeyError, IndexError) as error:
             raise DataError(f"codes {self.prefix}: {path}, line {index + 1} does not fit the codes: {error}") from None
         if index + 1 != len(self):

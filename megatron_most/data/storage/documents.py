@@ -1,9 +1,9 @@
-"""Documents as ids, loss mask and codes, and the tasks they are of.
+"""Documents (ids, loss mask, codes) and their tasks.
 
 Shape letters: n positions, m positions that hold side codes, C codebooks, F codec frames.
 
-Codes are ``[F, C]`` everywhere in this project, frame after frame, as they lie on disk and beside the ids. NeMo's are
-``[C, F]``; :mod:`megatron_most.audio.nemo_codec` turns them around, and nothing else does.
+Codes are ``[F, C]`` everywhere in this project, on disk and in memory. NeMo's are ``[C, F]``; only
+:mod:`megatron_most.audio.nemo_codec` transposes them.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import numpy as np
 from megatron_most.vocab import NO_CODE
 
 TASKS = ("asr", "tts", "text_lm", "speech_lm", "interleaved", "chat")
-"""A task's index is its id in batches and metrics."""
+"""A task's index here is its id in batches and metrics."""
 
 
 @dataclass
 class Document:
-    """One training example, or several joined one after the other.
+    """One training example, or several concatenated.
 
     ids: ``[n]`` int64.
-    loss_mask: ``[n]`` bool, whether the id is something the model is to predict.
+    loss_mask: ``[n]`` bool, True where the id is a target.
     coded: ``[m]`` int64, the positions that hold side codes, ascending; None in the ``flat`` layouts.
-    codes: ``[m, C]`` of any integer type, their codes; None in the ``flat`` layouts.
+    codes: ``[m, C]``, any integer type: their codes; None in the ``flat`` layouts.
     """
 
     ids: np.ndarray
@@ -38,7 +38,7 @@ class Document:
 
     @property
     def side_codes(self) -> np.ndarray | None:
-        """``[n, C]`` int64: the codes of every position, ``NO_CODE`` where it holds none; None where ``codes`` is."""
+        """``[n, C]`` int64: the codes of each position, or ``NO_CODE``; None in the ``flat`` layouts."""
         if self.codes is None:
             return None
         side_codes = np.full((len(self.ids), self.codes.shape[1]), NO_CODE, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Arrays on disk: Megatron ``IndexedDataset`` pairs (``.bin`` and ``.idx``), written whole or not at all."""
+"""Arrays on disk: Megatron ``IndexedDataset`` pairs (``.bin`` and ``.idx``), written completely or not at all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, type, number of sequ
 
 @functools.cache
 def _megatron():
-    """Megatron's module, imported on first use: it takes seconds and warns about parts that are not needed here."""
+    """Megatron's module. The import takes seconds, and its warnings are about packages that are not used here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron.core.datasets import indexed_dataset
@@ -27,7 +27,7 @@ def _megatron():
 
 
 def smallest_dtype(num_values: int) -> type[np.integer]:
-    """The smallest integer type of Megatron's format that holds ``0 .. num_values - 1``."""
+    """The smallest integer type Megatron can store that holds ``0 .. num_values - 1``."""
     for dtype in (np.uint8, np.uint16, np.int32):
         if num_values - 1 <= np.iinfo(dtype).max:
             return dtype
@@ -35,7 +35,7 @@ def smallest_dtype(num_values: int) -> type[np.integer]:
 
 
 class ArrayWriter:
-    """Writes one ``IndexedDataset`` pair under temporary names; :meth:`commit` gives it its own."""
+    """Writes one ``IndexedDataset`` pair under temporary names; :meth:`commit` renames it."""
 
     def __init__(self, prefix: str, dtype: type[np.integer]) -> None:
         self._prefix = prefix
@@ -49,7 +49,7 @@ class ArrayWriter:
         self._builder.end_document()
 
     def add_all(self, prefix: str) -> None:
-        """Append every document of another pair of the same type."""
+        """Append every document of another pair with the same dtype."""
         self._builder.add_index(prefix)
 
     def commit(self) -> None:
@@ -58,29 +58,29 @@ class ArrayWriter:
             os.replace(self._temporary + ending, self._prefix + ending)
 
     def discard(self) -> None:
-        """Remove what was written, unless it was committed."""
-        with contextlib.suppress(OSError):  # a full disk, once more
+        """Remove the temporary files; committed ones stay."""
+        with contextlib.suppress(OSError):  # closing flushes, which fails again if the disk is full
             self._builder.data_file.close()
         for ending in (".bin", ".idx"):
             Path(self._temporary + ending).unlink(missing_ok=True)
 
 
 def _check_index(path: str) -> None:
-    """Megatron meets a broken index with assertions, and with noise from the half-built objects they leave."""
+    """Megatron's reader meets a damaged index with an assertion, and its half-built objects print more errors."""
     size = Path(path).stat().st_size
     with open(path, "rb") as file:
         header = file.read(_INDEX_HEADER.size)
     if len(header) == _INDEX_HEADER.size:
         magic, version, _, num_sequences, num_documents = _INDEX_HEADER.unpack(header)
-        # For each sequence its length (int32) and where it begins (int64); for each document its first sequence.
+        # Per sequence: its length (int32) and its start (int64). Per document: its first sequence (int64).
         expected = _INDEX_HEADER.size + num_sequences * (4 + 8) + num_documents * 8
         if magic == b"MMIDIDX\x00\x00" and version == 1 and size == expected:
             return
-    raise DataError(f"{path}: not readable as the index of a Megatron dataset")
+    raise DataError(f"{path}: not the index of a Megatron dataset, or damaged")
 
 
 class ArrayReader:
-    """Reads one ``IndexedDataset`` pair, memory-mapped; ``reader[i]`` is a read-only view of document ``i`` on disk."""
+    """Reads one ``IndexedDataset`` pair through a memory map; ``reader[i]`` is a read-only view of document ``i``."""
 
     def __init__(self, prefix: str) -> None:
         for ending in (".bin", ".idx"):
@@ -94,8 +94,7 @@ class ArrayReader:
         actual = Path(prefix + ".bin").stat().st_size
         if actual != expected:
             raise DataError(f"dataset {prefix}: {prefix}.bin has {actual} bytes, the index needs {expected}")
-        # Plain arrays on the mapped file: Megatron's reader makes a new one for each document, which takes longer than
-        # reading a short document.
+        # Megatron's reader makes a new array for each document, which takes longer than reading a short one.
         self._values = np.asarray(np.memmap(prefix + ".bin", dtype, mode="r"))
         self._starts = index.sequence_pointers // dtype.itemsize
 
@@ -107,7 +106,7 @@ class ArrayReader:
         return self._values[start : start + self.lengths[index]]
 
     def read(self, indices: np.ndarray, dtype: type[np.generic] | None = None) -> np.ndarray:
-        """Documents ``indices`` one after the other, in the type they are stored in or another."""
+        """Documents ``indices``, concatenated, as ``dtype`` (default: as they are stored)."""
         starts = self._starts[indices]
         ends = starts + self.lengths[indices]
         parts = [self._values[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]

@@ -1,4 +1,4 @@
-"""What datasets hold: counts, hours, lengths, duplicates; and single documents as text and sound."""
+"""Statistics of datasets, and single documents as text and audio, for ``most prepare inspect``."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from megatron_most.text import TextTokenizer
 from megatron_most.vocab import Modality, VocabLayout
 
 BAR = 50
-"""Characters of the histogram's longest bar."""
+"""Length of a histogram's longest bar, in characters."""
 
 
 def summary(dataset: TokenDataset) -> str:
-    """One line."""
+    """One line: task, layout and counts."""
     counts = dataset.provenance["counts"]
     return (
         f"{dataset.prefix}: task {dataset.task}, layout {dataset.vocab.layout}, {counts['documents']} documents,"
@@ -29,16 +29,16 @@ def summary(dataset: TokenDataset) -> str:
 
 
 def audio_seconds(dataset: TokenDataset) -> float | None:
-    """Seconds of audio, in whole codec frames; None when the dataset was made without a codec."""
+    """Duration of all audio, in whole codec frames; None if the dataset was built without a codec."""
     codec = dataset.provenance["codec"]
     return dataset.provenance["counts"]["audio_frames"] / codec["frame_rate"] if codec else None
 
 
 def statistics(dataset: TokenDataset) -> list[str]:
-    """Audio, positions of each modality, duplicates and lengths, a line each, and the histogram of lengths."""
-    codec, seconds = dataset.provenance["codec"], audio_seconds(dataset)
+    """A line each for audio, input positions by modality, duplicates and lengths, then a histogram of the lengths."""
     lines = []
-    if codec:
+    if (seconds := audio_seconds(dataset)) is not None:
+        codec = dataset.provenance["codec"]
         lines.append(
             f"audio: {seconds / 3600:.2f} h at {codec['sample_rate']} Hz, {codec['frame_rate']:g} frames/s, first"
             f" {dataset.vocab.num_codebooks} of {codec['num_codebooks']} codebooks, codec {codec['name']}"
@@ -48,12 +48,12 @@ def statistics(dataset: TokenDataset) -> list[str]:
     lines.append(f"input positions: {total}: {', '.join(shares)}")
     lines.append(f"duplicates: {num_duplicates(dataset)} documents are equal to an earlier one")
     quantiles = np.percentile(dataset.lengths, (0, 50, 95, 100)).astype(int)
-    lines.append("positions a document: least {}, median {}, 95 % at most {}, most {}".format(*quantiles))
+    lines.append("positions per document: minimum {}, median {}, 95th percentile {}, maximum {}".format(*quantiles))
     return lines + histogram(dataset.lengths)
 
 
 def totals(datasets: Iterable[TokenDataset]) -> list[str]:
-    """Documents, hours and positions of each modality over several datasets, by task and in all."""
+    """A table: documents, hours and input positions by modality, summed over datasets, for each task and in all."""
     rows: dict[str, defaultdict[str, float]] = {}
     for dataset in datasets:
         for name in (dataset.task, "all"):
@@ -72,7 +72,7 @@ def totals(datasets: Iterable[TokenDataset]) -> list[str]:
 
 
 def histogram(lengths: np.ndarray, num_bins: int = 16) -> list[str]:
-    """Bars of how many documents have about which length, a line each."""
+    """A line with a bar and a count for each bin of lengths."""
     edges = np.unique(np.linspace(lengths.min(), lengths.max() + 1, num_bins + 1).astype(int))
     counts, _ = np.histogram(lengths, bins=edges)
     width = len(str(edges[-1]))
@@ -84,19 +84,19 @@ def histogram(lengths: np.ndarray, num_bins: int = 16) -> list[str]:
 
 
 def num_duplicates(dataset: TokenDataset) -> int:
-    """Documents whose ids and codes are those of an earlier one."""
+    """How many documents have the ids and codes of an earlier one."""
     digests = {dataset.digest(index) for index in range(len(dataset))}
     return len(dataset) - len(digests)
 
 
 def describe(document: Document, vocab: VocabLayout, tokenizer: TextTokenizer) -> str:
-    """One line: text as text, audio as a number of frames, other modalities as a number of ids, targets in brackets."""
+    """One line: text, ``<n frames>`` for audio, ``<n name>`` for n ids of another modality; targets in brackets."""
     parts = []
     modality = vocab.modality_of(document.ids)
     edges = np.flatnonzero((np.diff(modality) != 0) | np.diff(document.loss_mask)) + 1
     for start, end in itertools.pairwise((0, *edges.tolist(), len(document))):
         if modality[start] == Modality.TEXT:
-            # Ids beyond the tokenizer's are markers of the layout, and as silent as the tokenizer's own.
+            # Role markers may lie beyond the tokenizer's ids. Like the tokenizer's special tokens, they print nothing.
             ids = document.ids[start:end]
             part = tokenizer.decode(ids[ids < tokenizer.vocab_size].tolist())
         elif modality[start] == Modality.AUDIO:
@@ -110,7 +110,7 @@ def describe(document: Document, vocab: VocabLayout, tokenizer: TextTokenizer) -
 
 
 def audio_of(document: Document, vocab: VocabLayout) -> Sequence[np.ndarray]:
-    """The codes ``[F, C]`` of each audio segment of a document; raises :class:`DataError` when there is none."""
+    """The codes ``[F, C]`` of each audio segment; raises :class:`DataError` if the document has none."""
     segments = vocab.audio_segments(document.ids)
     if not segments:
         raise DataError("the document holds no audio")

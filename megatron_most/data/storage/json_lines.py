@@ -1,10 +1,9 @@
-"""JSON lines of files that may hold anything (too long, not UTF-8, compressed), and the fields of their objects."""
+"""JSON-lines files from others (lines may be too long or not UTF-8, files compressed), and fields of their objects."""
 
 from __future__ import annotations
 
 import gzip
 import json
-import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,14 +13,17 @@ from typing import Any
 from megatron_most.errors import DataError
 
 MAX_LINE_BYTES = 16 << 20
-"""Longer lines are refused, and never held in memory."""
+"""Longer lines are refused and never read into memory as a whole."""
+
+MAX_SECONDS = 1e9
+"""More is no length of audio; 30 years."""
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line without its end; ``problem`` says why its text could not be had."""
+    """One line without its newline; ``problem`` says why ``text`` is missing, if it is."""
 
     number: int
     text: str
@@ -29,10 +31,10 @@ class Line:
 
 
 def read_lines(path: str | Path) -> Iterator[Line]:
-    """Every line of a file, ``.gz`` or plain. Only a newline ends one: JSON text may hold U+2028 and the like as is.
+    """Every line of a plain or ``.gz`` file. Only a newline ends a line: JSON strings may contain U+2028 and the like.
 
     Raises:
-        DataError: no such file, no regular file (a pipe would be waited for), or compressed data that is broken.
+        DataError: the file is missing, unreadable, damaged, or not a regular file (reading a pipe could block forever).
     """
     path = Path(path)
     if not path.is_file():
@@ -54,13 +56,13 @@ def read_lines(path: str | Path) -> Iterator[Line]:
                 except UnicodeDecodeError:
                     yield Line(number, "", "not UTF-8")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: broken or cut off: {error}") from None
+        raise DataError(f"{path}: damaged or truncated: {error}") from None
     except OSError as error:
         raise DataError(f"{path}: not readable: {error.strerror}") from None
 
 
 def parse_json_object(line: str) -> dict[str, Any]:
-    """A line of JSON as a dictionary; DataError when it is none."""
+    """The JSON object in ``line``; :class:`DataError` if it is not one."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -71,25 +73,26 @@ def parse_json_object(line: str) -> dict[str, Any]:
 
 
 def seconds_of(entry: dict[str, Any], field: str) -> float | None:
-    """A field of seconds; None where it is missing, DataError where it is no number of them."""
+    """An optional field in seconds; :class:`DataError` unless it is a finite number of at least 0."""
     value = entry.get(field)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-        raise DataError(f"{field}={value!r}: must be a number of seconds")
+    # The comparison fails for NaN, and takes whole numbers of any size.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_SECONDS:
+        raise DataError(f"{field}={repr(value)[:20]}: must be a number of seconds, at most {MAX_SECONDS:g}")
     return float(value)
 
 
 def license_of(entry: dict[str, Any]) -> str | None:
-    """The field ``license``, which may be spelled ``licence`` too."""
+    """The field ``license``, or ``licence``."""
     return text_of(entry, "license") or text_of(entry, "licence")
 
 
 def text_of(entry: dict[str, Any], field: str) -> str | None:
-    """An optional text field; numbers (speakers often are) become text."""
+    """An optional text field. Integers become text, because many data sets number their speakers."""
     value = entry.get(field)
     if value is None or isinstance(value, str):
         return value or None
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    raise DataError(f"{field}={value!r}: must be a text")
+    raise DataError(f"{field}={value!r}: must be text")

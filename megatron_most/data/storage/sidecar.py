@@ -1,44 +1,40 @@
-"""The JSON file beside what was made: it says what it is and is written last, so what has one is complete."""
+"""The sidecar: a JSON file beside an output that describes it. It is written last: its output is complete."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megatron_most.errors import DataError
-from megatron_most.files import write_json
+from megatron_most.files import read_json, write_json
 
 FORMAT_VERSION = 1
 
 _RENAMED = {"licence": "license", "licences": "licenses", "tokenised": "tokenized"}
-"""Keys that version 0.1 spelled otherwise."""
+"""Keys of version 0.1 and what they are called now."""
 
 
 def write_sidecar(path: str | Path, content: dict[str, Any]) -> None:
-    """Write a sidecar whole or not at all."""
+    """Write a sidecar, completely or not at all."""
     write_json(path, {"format": FORMAT_VERSION, **content})
 
 
 def read_sidecar(path: str | Path, what: str) -> dict[str, Any]:
-    """Read a sidecar as it was written; :class:`DataError` naming ``what`` when it is missing or broken."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{what}: {path} is missing (not built, or not finished)") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{what}: {path} is not readable as JSON: {error}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT_VERSION:
+    """Read a sidecar; :class:`DataError` that names ``what`` if it is missing or damaged."""
+    if not Path(path).is_file():
+        raise DataError(f"{what}: {path} is missing (not built, or not finished)")
+    content = read_json(path, DataError)
+    if content.get("format") != FORMAT_VERSION:
         raise DataError(f"{what}: {path} is not of format {FORMAT_VERSION}")
     return content
 
 
 def with_current_keys(sidecar: dict[str, Any]) -> dict[str, Any]:
-    """A sidecar of any version with the keys of today, at any depth."""
+    """A sidecar of any version with today's keys, at every depth."""
     renamed = {}
     for key, value in sidecar.items():
         name = _RENAMED.get(key, key)
-        # What stands below are names of licenses, or paths, and no keys of ours.
+        # Keys below ``licenses`` are names of licenses, or paths: not ours to rename.
         is_section = isinstance(value, dict) and name != "licenses"
         renamed[name] = with_current_keys(value) if is_section else value
     return renamed

@@ -1,14 +1,14 @@
-"""Datasets on disk: Megatron ``IndexedDataset`` pairs, and a JSON sidecar that says what they hold.
+"""Datasets on disk: Megatron ``IndexedDataset`` pairs and a JSON sidecar.
 
-A dataset ``<prefix>`` is ``<prefix>.ids``, ``<prefix>.mask`` and, for speech in the ``frame`` layouts,
-``<prefix>.codes`` (``.bin`` and ``.idx`` each), and ``<prefix>.json``. The sidecar is written last, so a dataset with
-a sidecar is complete.
+A dataset ``<prefix>`` consists of the pairs (``.bin`` and ``.idx``) ``<prefix>.ids``, ``<prefix>.mask`` and, for speech
+in the ``frame`` layouts, ``<prefix>.codes``, and of ``<prefix>.json``, the sidecar. The sidecar is written last, so a
+dataset that has one is complete.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,19 +21,20 @@ from megatron_most.vocab import NO_CODE, VocabLayout, check_codes
 
 
 def _num_stored(vocab: VocabLayout) -> int:
-    """Values a stored code can take; the unsigned types have no ``NO_CODE``, which is stored as ``codebook_size``."""
+    """Number of values of a stored code. ``NO_CODE`` (-1) does not fit unsigned types: it is stored as the last one."""
     return vocab.codebook_size + vocab.codec_layout.is_delayed
 
 
 def _in_range(values: np.ndarray, stop: int) -> bool:
-    """Whether all values are in ``0 .. stop - 1``; unsigned ones are looked at once."""
+    """Whether all values are in ``0 .. stop - 1``; one pass over unsigned values, two over signed ones."""
     return not values.size or (values.max() < stop and (values.dtype.kind == "u" or values.min() >= 0))
 
 
 class DatasetWriter:
-    """Writes a :class:`TokenDataset`, document by document. Leaving its context without a commit leaves no file.
+    """Context manager that writes a :class:`TokenDataset`. Nothing remains on disk without :meth:`commit`.
 
-    A disk that is full while its context lasts becomes a :class:`DataError`.
+    Raises:
+        DataError: in place of any ``OSError`` inside the context, such as a full disk.
     """
 
     def __init__(self, prefix: str | Path, task: str, vocab: VocabLayout) -> None:
@@ -58,22 +59,23 @@ class DatasetWriter:
             raise DataError(f"dataset {self._prefix}: cannot be written: {reason}") from None
 
     def add(self, document: Document) -> None:
-        assert len(document) > 1, "a document is read at all but its last position"
+        assert len(document) > 1, "a document needs an input and a target"
         self._arrays["ids"].add(document.ids)
         self._arrays["mask"].add(document.loss_mask.astype(np.uint8))
-        # The last id is only a label.
+        # The last id is only a label, never an input.
         modality = self._vocab.modality_of(document.ids[:-1])
         self._modality_positions += np.bincount(modality, minlength=len(self._modality_positions))
         if "codes" in self._arrays:
             is_coded = self._vocab.codec_layout.holds_side_codes(document.ids)
-            assert np.array_equal(document.coded, np.flatnonzero(is_coded)), "codes belong to the ids that hold some"
+            assert document.coded is not None and document.codes is not None, "this layout uses side codes"
+            assert np.array_equal(document.coded, np.flatnonzero(is_coded)), "codes must match the ids that hold some"
             codes = document.codes.reshape(-1)
             self._holds_codes |= codes.size > 0
             self._arrays["codes"].add(np.where(codes == NO_CODE, self._vocab.codebook_size, codes))
 
     def commit(self, provenance: dict) -> None:
-        """Give the files their names; the sidecar comes last."""
-        Path(self._prefix + ".json").unlink(missing_ok=True)  # from here on an older dataset is gone
+        """Rename the files to their final names and write the sidecar last."""
+        Path(self._prefix + ".json").unlink(missing_ok=True)  # an older dataset is invalid from here on
         for name, array in self._arrays.items():
             if name != "codes" or self._holds_codes:
                 array.commit()
@@ -87,20 +89,20 @@ class DatasetWriter:
         write_sidecar(self._prefix + ".json", sidecar)
 
 
-class TokenDataset(Sequence[Document]):
-    """A built dataset: documents of one task.
+class TokenDataset:
+    """Documents of one task, built by :func:`megatron_most.data.building.build.build_dataset`.
 
     Attributes:
         task: one of :data:`TASKS`.
-        vocab: the layout its ids are in.
-        input_positions: modality -> positions a model reads of all documents.
-        provenance: what it was made from: ``tokenizer`` and ``codec`` with their fingerprints, ``template_version``,
+        vocab: the vocabulary layout of its ids.
+        input_positions: modality -> input positions in all documents; the last id of a document is only a label.
+        provenance: ``tokenizer`` and ``codec`` with their fingerprints, ``template_version``,
             ``counts``, ``sources``, ``licenses``, ``tool_version``, ``command``.
         lengths: ``[len(self)]`` int32, positions of each document.
 
     Raises:
-        DataError: files that are missing, truncated or do not belong together; from :meth:`document` and :meth:`read`,
-            ids outside the layout.
+        DataError: a file is missing or truncated, or the files disagree; from :meth:`document` and :meth:`read`, an id
+            or code outside the layout.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -132,22 +134,20 @@ class TokenDataset(Sequence[Document]):
 
     @property
     def audio_share(self) -> float:
-        """Share of audio in the positions a model reads."""
+        """Share of audio in the input positions."""
         return self.input_positions["audio"] / max(1, sum(self.input_positions.values()))
 
-    def __getitem__(self, index: int) -> Document:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return self.document(index)
+    def __iter__(self) -> Iterator[Document]:
+        return map(self.document, range(len(self)))
 
     def document(self, index: int) -> Document:
-        """Document ``index``, checked against the layout."""
+        """Document ``index``; its ids and codes are checked against the layout."""
         return self.read(np.array([index]))
 
     def read(self, indices: np.ndarray) -> Document:
-        """Documents ``indices``, at least one, joined and checked against the layout."""
+        """Documents ``indices``, at least one, concatenated; ids and codes are checked against the layout."""
         ids = self._ids.read(indices, np.int64)
-        if not _in_range(ids.view(np.uint64), self._num_ids):  # negative ones are huge without their sign
+        if not _in_range(ids.view(np.uint64), self._num_ids):  # a negative id becomes a huge one
             for index in indices.tolist():
                 self.vocab.check_ids(self._ids[index].astype(np.int64), f"dataset {self.prefix}, document {index}")
         loss_mask = self._mask.read(indices, np.bool_)
@@ -166,19 +166,22 @@ class TokenDataset(Sequence[Document]):
         return Document(ids, loss_mask, coded, codes.reshape(-1, num_codebooks))
 
     def digest(self, index: int) -> bytes:
-        """A hash of document ``index``: equal for documents of equal ids and codes."""
+        """A hash of the ids and codes of document ``index``."""
         digest = hashlib.blake2b(self._ids[index].tobytes(), digest_size=16)
         if self._codes is not None:
             digest.update(self._codes[index].tobytes())
         return digest.digest()
 
     def _explain_codes(self, indices: np.ndarray) -> None:
-        """Raise for the document whose codes are too many, too few or outside their codebook."""
+        """Raise for the document that has too many codes, too few, or one outside its codebook."""
         for index in indices.tolist():
             where = f"dataset {self.prefix}, document {index}"
+            assert self._codes is not None, "called after reading codes"
             stored = self._codes[index].astype(np.int64)
             num_frames = np.count_nonzero(self._layout.holds_side_codes(self._ids[index]))
             if stored.size != num_frames * self.vocab.num_codebooks:
-                raise DataError(f"{where}: {stored.size} codes for {num_frames} frames of {self.vocab.num_codebooks}")
+                raise DataError(
+                    f"{where}: {stored.size} codes for {num_frames} frames of {self.vocab.num_codebooks} codebooks"
+                )
             codes = stored.reshape(-1, self.vocab.num_codebooks)
             check_codes(codes, self.vocab.num_codebooks, _num_stored(self.vocab), where)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -48,24 +47,24 @@ def test_every_table_is_there_and_full() -> None:
 def test_rates_are_those_of_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_config()
     monkeypatch.setattr(gpu_layer, "training_step", lambda *_: (timing.Timing(0.5, 0.4, 0.6, 2), 3 * 2**30))
-    rows = gpu_layer.training_table(config, calls=2, ceiling=64 * train_flops_per_token(config) * 2)[-2:]
+    flops = train_flops_per_token(config, gpu_layer.contents(config, half_audio(config)))
+    rows = gpu_layer.training_table(config, calls=2, ceiling=64 * flops * 2)[-2:]
     cells = rows[0].split(" | ")
     assert cells[3] == "500.000 ms (IQR 400.000 to 600.000, 2 recompilations)"
     assert cells[4] == "64" and cells[6] == "50.0%" and cells[7] == "3.0"
-    # Attention inside documents is less work in the same time.
+    # Attention inside documents and heads at targets alone are less work in the same time.
     assert 0 < float(rows[1].split(" | ")[6].rstrip("%")) < 50
 
 
-def test_a_packed_row_counts_attention_inside_its_documents() -> None:
+def test_what_a_batch_holds_is_counted() -> None:
     config = small_config()
     batch = packed_documents(config, 4)
-    lengths = batch.cu_seqlens.diff().tolist()
-    per_position = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_length=1))
-    core = train_flops_per_token(config) - train_flops_per_token(per_position)  # of 31 positions more
-    mean = sum(length * length for length in lengths) / sum(lengths)
-    expected = train_flops_per_token(per_position) + core / 31 * (round(mean) - 1)
-    assert gpu_layer.flops_per_token(config, batch) == pytest.approx(expected)
-    assert gpu_layer.flops_per_token(config, half_audio(config)) == train_flops_per_token(config)
+    packed, whole = gpu_layer.contents(config, batch), gpu_layer.contents(config, half_audio(config))
+    seen = sum(sum(range(1, length + 1)) for length in batch.cu_seqlens.diff().tolist())
+    assert packed.attended == seen / 32 < whole.attended == 33 / 2
+    assert packed.targets == batch.loss_mask.sum().item() / 32 < whole.targets == 1
+    assert 0 < packed.frame_targets <= packed.targets
+    assert sum(packed.modalities.values()) == pytest.approx(1)
 
 
 def test_compilations_during_timed_calls_are_counted() -> None:

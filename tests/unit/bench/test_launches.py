@@ -120,7 +120,7 @@ def test_grouped_products_count_as_one_product_of_their_rows() -> None:
 
 
 def test_an_unknown_part_is_refused_in_one_line() -> None:
-    with pytest.raises(ConfigError, match="--part rooter: no such part; there are attention, "):
+    with pytest.raises(ConfigError, match="--part rooter: no such part; parts are attention, "):
         launches.bench_launches(launches.make_parser().parse_args(["--part", "rooter"]))
 
 

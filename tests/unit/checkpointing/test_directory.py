@@ -9,6 +9,7 @@ import pytest
 
 from megatron_most.checkpointing import directory as directories
 from megatron_most.errors import CheckpointError
+from megatron_most.files import write_json
 
 
 def make_checkpoint(run_dir: Path, step: int, content: bytes = b"weights" * 100) -> Path:
@@ -16,7 +17,7 @@ def make_checkpoint(run_dir: Path, step: int, content: bytes = b"weights" * 100)
     temporary = directories.temporary_directory(target)
     (temporary / "state").mkdir(parents=True)
     (temporary / "state" / "shard").write_bytes(content)
-    directories.write_json(temporary / "checkpoint.json", {"step": step})
+    write_json(temporary / "checkpoint.json", {"step": step})
     directories.write_manifest(temporary, directories.checksum(temporary, directories.list_files(temporary)))
     directories.commit(temporary, target)
     return target
@@ -58,7 +59,7 @@ def test_an_interrupted_save_is_not_a_checkpoint_and_is_cleaned(tmp_path: Path) 
         (lambda path: (path / "state" / "shard").write_bytes(b"short"), "torn: state/shard has 5 bytes"),
         (lambda path: (path / "state" / "shard").unlink(), "incomplete: state/shard is missing"),
         (lambda path: (path / "manifest.json").unlink(), "incomplete: manifest.json is missing"),
-        (lambda path: (path / "manifest.json").write_text("{"), "unreadable"),
+        (lambda path: (path / "manifest.json").write_text("{"), "manifest.json: not readable as JSON"),
         (lambda path: (path / "manifest.json").write_text('{"a": 1}'), "not a checkpoint manifest"),
     ],
 )
@@ -85,13 +86,13 @@ def test_a_flipped_bit_is_found_by_content(tmp_path: Path) -> None:
         directories.verify_checksums(path)
 
 
-def test_shares_of_verification_cover_every_file_once(tmp_path: Path) -> None:
+def test_ranks_together_verify_every_file_once(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, 1)
     (path / "state" / "shard").write_bytes(b"weights" * 99 + b"weighty")
     failures = 0
-    for share in range(3):
+    for rank in range(3):
         try:
-            directories.verify_checksums(path, share, 3)
+            directories.verify_checksums(path, rank, 3)
         except CheckpointError:
             failures += 1
     assert failures == 1

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, and which models it fits."""
+"""Metadata of a checkpoint, and which configurations it fits."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_a_dataset_is_known_by_what_it_was_built_from_and_its_sizes(tmp_path: Pa
 def test_a_dataset_with_other_content_is_refused_and_one_of_another_name_is_not() -> None:
     metadata = metadata_of(tiny_config(), datasets=[Fingerprint("data/asr", "ab"), Fingerprint("data/tts", "cd")])
     check_same_data(Path("step"), metadata, [Fingerprint("data/tts", "cd"), Fingerprint("data/new", "ef")])
-    with pytest.raises(CheckpointError, match="step: dataset data/tts was built anew, with other content"):
+    with pytest.raises(CheckpointError, match="step: dataset data/tts was rebuilt with other content"):
         check_same_data(Path("step"), metadata, [Fingerprint("data/asr", "ab"), Fingerprint("data/tts", "00")])
 
 

@@ -1,4 +1,4 @@
-"""Random states go on where they came from: on the same kind of device."""
+"""Random states are restored only on the kind of device that saved them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_random_numbers_go_on() -> None:
 
 
 def test_states_of_a_gpu_are_left_alone_on_a_cpu() -> None:
-    """Its generators are others: the states of a tracker would be taken here and fail at the next random number."""
+    """Its generators differ: the tracker would accept the states and fail at the next random number."""
     state = {**_rng_state().data, "cuda": torch.zeros(16, dtype=torch.uint8)}
     torch.manual_seed(7)
     expected = torch.rand(4)

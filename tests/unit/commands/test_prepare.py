@@ -78,7 +78,7 @@ def test_from_a_written_conversation_to_a_spoken_one(call, manifest, tmp_path):
     build = ("build", "--task", "chat", "--chat", spoken / "chats.jsonl", "--codes", tmp_path / "codes")
     build = (*build, "--tokenizer", tokenizer, "--output", data, "--modes", "S-S", "--layout", "flat_delay")
     status, _, err = call(*build)
-    assert status == 1 and "special token system: " in err and "give text_vocab_size of at least" in err
+    assert status == 1 and "special token system: " in err and "set text_vocab_size to at least" in err
     status, out, _ = call(*build, "--text-vocab-size", 400)
     assert status == 0 and "2 examples, 0 of them cut; 0 examples or parts rejected; 0 conversations without" in out
     assert "exchanges by mode: S-S 2" in out
@@ -95,7 +95,7 @@ def test_further_modalities_are_named_when_data_is_built_and_looked_into(call, m
     tokenizer, data = tmp_path / "t.model", tmp_path / "data"
     call("tokenizer", "--manifest", manifest, "--vocab-size", 320, "--output", tokenizer)
     build = ("build", "--task", "text_lm", "--text", manifest, "--tokenizer", tokenizer, "--output", data)
-    build = (*build, "--num-codebooks", 3, "--codebook-size", 50)
+    build = (*build, "--num-codebooks", 3, "--codebook-size", 50, "--overwrite")
     # Every piece of the tokenizer but its markers.
     status, _, _ = call(*build, "--modality", "image=3:320", "--text-vocab-size", 320)
     assert status == 0
@@ -137,3 +137,26 @@ def test_inspecting_what_is_not_there_is_refused(call, manifest, tmp_path, argum
 def test_every_command_has_help(call, name):
     status, out, _ = call(name, "--help")
     assert status == 0 and ("--dataset" if name == "inspect" else "--output") in out
+
+
+def test_a_dataset_is_replaced_only_when_that_is_asked_for(call, manifest, tmp_path):
+    tokenizer, data = tmp_path / "t.model", tmp_path / "data"
+    call("tokenizer", "--manifest", manifest, "--vocab-size", 320, "--output", tokenizer)
+    build = ("build", "--task", "text_lm", "--text", manifest, "--tokenizer", tokenizer, "--output", data)
+    build = (*build, "--num-codebooks", 3, "--codebook-size", 50)
+    assert call(*build)[0] == 0
+    before = (tmp_path / "data.json").read_bytes()
+    status, _, err = call(*build)
+    assert status == 1 and err == f"error: {data}.json: exists already; name another --output, or add --overwrite\n"
+    assert (tmp_path / "data.json").read_bytes() == before
+    assert call(*build, "--overwrite")[0] == 0
+
+
+def test_a_document_is_not_shown_with_another_tokenizer(call, manifest, tmp_path):
+    tokenizer, other, data = tmp_path / "t.model", tmp_path / "other.model", tmp_path / "data"
+    for path, size in ((tokenizer, 320), (other, 310)):
+        call("tokenizer", "--manifest", manifest, "--vocab-size", size, "--output", path)
+    build = ("build", "--task", "text_lm", "--text", manifest, "--tokenizer", tokenizer, "--output", data)
+    assert call(*build, "--num-codebooks", 3, "--codebook-size", 50)[0] == 0
+    status, _, err = call("inspect", "--dataset", data, "--document", 0, "--tokenizer", other)
+    assert status == 1 and err == f"error: --tokenizer={other}: the dataset was built with another, t.model\n"

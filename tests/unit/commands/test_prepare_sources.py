@@ -38,7 +38,7 @@ def test_from_a_published_data_set_to_codes_directly_or_by_a_manifest(call, tmp_
 
     manifest = tmp_path / "m" / "validated.jsonl"
     status, out, _ = call("manifest", *source, "--output", manifest)
-    assert status == 0 and out == f"{manifest}: 3 records (3 CC0-1.0)\n"
+    assert status == 0 and out == f"{manifest}: 3 records (3 CC0-1.0)\n  splits: 3 validated\n"
     provenance = json.loads((tmp_path / "m" / "validated.provenance.json").read_text())
     assert provenance["source"]["name"] == "common_voice" and provenance["counts"] == {"records": 3, "quarantined": 0}
     assert provenance["command"].startswith("most prepare manifest --source common_voice")
@@ -56,7 +56,7 @@ def test_from_a_published_data_set_to_codes_directly_or_by_a_manifest(call, tmp_
 def test_what_cannot_be_used_is_counted_by_both_commands(call, tmp_path):
     published.librispeech(tmp_path / "data")
     next((tmp_path / "data").rglob("*.flac")).unlink()
-    source = ("--source", "librispeech", "--root", tmp_path / "data")
+    source = ("--source", "librispeech", "--root", tmp_path / "data", "--split", "dev-clean", "train-clean-100")
     status, out, _ = call("manifest", *source, "--output", tmp_path / "m.jsonl")
     assert status == 0 and out.endswith(f"{tmp_path}/m.quarantine.jsonl: 1 that cannot be used\n")
     arguments = ("tokenize", *source, "--codec", "c", "--output", tmp_path / "codes")
@@ -107,3 +107,49 @@ def test_help_lists_every_source(call):
         status, out, _ = call(name, "--help")
         assert status == 0
         assert "libriheavy     libriheavy_cuts_SIZE.jsonl.gz" in out and "--audio-root" in out
+
+
+def test_what_each_split_gave_is_printed_and_written(call, tmp_path):
+    published.librispeech(tmp_path / "data")
+    source = ("--source", "librispeech", "--root", tmp_path / "data")
+    status, out, _ = call("manifest", *source, "--lower-case", "--output", tmp_path / "m.jsonl")
+    assert status == 0 and "  splits: 2 train-clean-100\n" in out
+    assert json.loads((tmp_path / "m.jsonl").read_text().splitlines()[0])["text"] == "chapter 1240 sentence 0"
+    splits = {"dev-clean": 2, "train-clean-100": 2}
+    arguments = (*source, "--split", *splits)
+    status, out, _ = call("tokenize", *arguments, "--codec", "c", "--output", tmp_path / "codes")
+    assert status == 0 and "  splits: 2 dev-clean, 2 train-clean-100\n" in out
+    assert CodesDataset(tmp_path / "codes").provenance["source"]["splits"] == splits
+    call("manifest", *arguments, "--output", tmp_path / "m.jsonl")
+    assert json.loads((tmp_path / "m.provenance.json").read_text())["source"]["splits"] == splits
+
+
+def test_a_manifest_without_a_record_is_an_error_that_leaves_the_reasons(call, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"text": 1}\n')
+    arguments = ("manifest", "--source", "nemo", "--root", tmp_path / "in.jsonl", "--output", tmp_path / "m.jsonl")
+    status, _, err = call(*arguments)
+    assert status == 1 and err.startswith(f"error: {tmp_path}/m.quarantine.jsonl: none of 1 records can be used")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "m.quarantine.jsonl"]
+    (tmp_path / "in.jsonl").write_text("")
+    (tmp_path / "m.quarantine.jsonl").unlink()
+    status, _, err = call(*arguments)
+    assert status == 1 and err == f"error: {tmp_path}/in.jsonl: empty manifest\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"]
+
+
+def test_repeated_conversations_are_warned_about(call, tmp_path):
+    published.chat_parquet(tmp_path / "all" / "train-0.parquet")
+    published.chat_parquet(tmp_path / "part" / "train-0.parquet")
+    status, out, _ = call("manifest", "--source", "chat", "--root", tmp_path, "--output", tmp_path / "out" / "m.jsonl")
+    assert status == 0 and out.endswith("warning: 2 of them repeat a conversation\n")
+
+
+def test_audio_that_was_edited_between_two_shares_is_noticed(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenize_module, "SHARD_SIZES", (1, 1))
+    published.nemo(tmp_path)
+    (tmp_path / "train.jsonl").write_text('{"audio_filepath": "wav/0.wav", "text": "a"}\n' * 2)
+    arguments = ("tokenize", "--manifest", tmp_path / "train.jsonl", "--codec", "c", "--output", tmp_path / "codes")
+    assert call(*arguments, "--shard", "0/2")[0] == 0
+    published.write_audio(tmp_path / "wav/0.wav", published.sound(7, 0.6))
+    status, _, err = call(*arguments, "--shard", "1/2")
+    assert status == 1 and "codes.parts/job.json: audio files were edited since" in err

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_most.checkpointing.region_io import Region
+from megatron_most.checkpointing.regions import Region
 from megatron_most.conversion import ImportOptions, export_model, import_model
 from megatron_most.conversion import importing as importing_module
 from megatron_most.conversion.export_plan import plan_export
@@ -95,7 +95,7 @@ def test_missing_shard(folder):
 @pytest.mark.parametrize("name, file, match", [
     ("model.norm.weight", "model-00001-of-00002.safetensors", "the index says .*00001.* which is in .*00002"),
     ("model.ghost.weight", "model-00001-of-00002.safetensors", "model.ghost.weight, which is in no file"),
-    ("model.norm.weight", "../elsewhere.safetensors", "'../elsewhere.safetensors' is no file name"),
+    ("model.norm.weight", "../elsewhere.safetensors", "'../elsewhere.safetensors' is not a file name"),
     ("model.norm.weight", 7, "holds no weight_map"),
 ])  # fmt: skip
 def test_lying_index(folder, name, file, match):
@@ -150,7 +150,7 @@ def test_wrong_type(folder):
 def test_types_that_cannot_be_one_tensor(folder):
     name = "model.layers.0.mlp.gate_proj.weight"
     edit_tensors(folder, lambda tensors: tensors.update({name: tensors[name].bfloat16()}))
-    refused(folder, "torch.float32, others that go into decoder.layers.0.mlp.linear_fc1.weight are torch.bfloat16")
+    refused(folder, "torch.float32, but others that go into decoder.layers.0.mlp.linear_fc1.weight are torch.bfloat16")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -191,7 +191,7 @@ def test_configuration_that_contradicts_the_weights_or_cannot_be_converted(folde
 
 def test_unreadable_configuration(folder):
     (folder / "config.json").write_text("{")
-    refused(folder, "config.json: unreadable")
+    refused(folder, "config.json: not readable as JSON")
 
 
 def test_nothing_there(tmp_path):
@@ -222,7 +222,7 @@ def test_pickled_code_does_not_run(folder, capsys):
     as_pickle(folder)
     with open(folder / "pytorch_model.bin", "wb") as stream:
         pickle.dump({"model.norm.weight": _Harmful()}, stream)
-    refused(folder, "pytorch_model.bin: unreadable as weights alone", allow_pickle=True)
+    refused(folder, "pytorch_model.bin: unreadable as weights only", allow_pickle=True)
     assert "code ran" not in capsys.readouterr().out
 
 
@@ -231,13 +231,13 @@ def test_links_out_of_the_folder(folder, tmp_path):
     inside = folder / "model-00001-of-00002.safetensors"
     inside.rename(outside)
     inside.symlink_to(outside)
-    refused(folder, "00001-of-00002.safetensors: links to .*outside.safetensors, outside of the directory")
+    refused(folder, "00001-of-00002.safetensors: links to .*outside.safetensors, outside the directory")
 
 
 def test_a_tokenizer_that_is_a_link_out_of_the_folder_is_found_before_anything_is_written(folder, tmp_path):
     (tmp_path / "secret").write_text("{}")
     (folder / "special_tokens_map.json").symlink_to(tmp_path / "secret")
-    with pytest.raises(CheckpointError, match="special_tokens_map.json: links to .*secret, outside of the directory"):
+    with pytest.raises(CheckpointError, match="special_tokens_map.json: links to .*secret, outside the directory"):
         importing_module._plan(folder, tmp_path / "native", options("expand"))
 
 
@@ -255,7 +255,7 @@ def test_links_of_a_hub_cache_are_followed(folder, tmp_path):
 def test_no_room(folder, monkeypatch):
     usage = importing_module.shutil.disk_usage(folder)
     monkeypatch.setattr(importing_module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    refused(folder, "needs 0.0 GB, .* has 0.0 GB left")
+    refused(folder, "needs 0.0 GB, .* has only 0.0 GB free")
 
 
 @pytest.fixture
@@ -293,7 +293,7 @@ def test_interrupted_conversion_leaves_nothing_that_looks_whole_and_can_be_repea
     target = folder.parent / "native"
     with monkeypatch.context() as patch:
         patch.setattr(importing_module, "_finish", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
-        patch.setattr("megatron_most.checkpointing.region_io.shutil.rmtree", lambda *arguments, **options: None)
+        patch.setattr("megatron_most.checkpointing.region_writer.shutil.rmtree", lambda *arguments, **options: None)
         with pytest.raises(KeyboardInterrupt):
             import_model(folder, target, options("expand"))
     assert not target.exists() and (target.parent / ".tmp-native").exists()
@@ -312,12 +312,12 @@ def test_what_an_interrupted_export_left_is_not_in_the_next(folder):
 @pytest.mark.parametrize("change, match", [
     (lambda values: values.pop("ids"), "not the description of an extension"),
     (lambda values: values.update(format=9), "has format 9, this version reads 1"),
-    (lambda values: values["experts"].pop(), "must name 12 for each MoE layer"),
+    (lambda values: values["experts"].pop(), "must list 12 for each MoE layer"),
     (lambda values: values["ids"].append([120, 0, 50]), r"ids \[120, 0, 50\] are outside"),
     (lambda values: values["ids"].append([0, 0, 5]), "row 0 is written twice"),
     (lambda values: values["tensors"]["output_layer.weight[90]"].update(offsets=[0, 0]), "row 0 is written twice"),
-    (lambda values: values["tensors"].popitem(), "in the description or in the files, not in both"),
-    (lambda values: next(iter(values["tensors"].values())).update(key="ghost"), "is no region of a tensor"),
+    (lambda values: values["tensors"].popitem(), "must be both in this file and in the safetensors files"),
+    (lambda values: next(iter(values["tensors"].values())).update(key="ghost"), "is not a region of a tensor"),
 ])  # fmt: skip
 def test_broken_extension(exported, tmp_path, change, match):
     exported = Path(shutil.copytree(exported, tmp_path / "exported"))
@@ -350,5 +350,5 @@ def test_llama_whose_experts_have_parted_is_refused(tmp_path):
         return read(region, target) + 1 if moved else read(region, target)
 
     plan.reader.read = trained
-    with pytest.raises(CheckpointError, match=r"llama has one model.layers.0.mlp.down_proj.weight for what differs"):
+    with pytest.raises(CheckpointError, match=r"llama has one model.layers.0.mlp.down_proj.weight, but"):
         plan.produce("model.layers.0.mlp.down_proj.weight")

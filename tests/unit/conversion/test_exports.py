@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_most.checkpointing.region_io import STATE, StateReader
+from megatron_most.checkpointing.directory import STATE
+from megatron_most.checkpointing.regions import StateReader
 from megatron_most.conversion import ImportOptions, export_model, import_model
 from tests.unit.conversion.models import LLAMA3, YARN, deepseek, llama
 from tests.unit.conversion.test_round_trips import options

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_most.checkpointing import read_metadata
-from megatron_most.checkpointing.region_io import STATE, StateReader
+from megatron_most.checkpointing.directory import STATE
+from megatron_most.checkpointing.regions import StateReader
 from megatron_most.conversion import ImportOptions, export_model, import_model
 from tests.unit.conversion.models import VOCAB, deepseek
 from tests.unit.conversion.test_round_trips import SEQUENTIAL, assert_same_files, native_logits
@@ -40,7 +41,7 @@ def published(*overrides: str) -> ImportOptions:
 
 
 def native_ids(ids: torch.Tensor) -> torch.Tensor:
-    """Begin and end of audio come before the units here, and one id for a hidden code between them."""
+    """Here, begin and end of audio and the id of a hidden code come before the units."""
     place = torch.arange(END + 1)
     place[BEGIN], place[END] = TEXT_IDS, TEXT_IDS + 1
     place[TEXT_IDS:BEGIN] += 3
@@ -90,7 +91,7 @@ def test_import_then_export_is_the_identity_on_what_is_used(tmp_path, lists):
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         found = second[name]
-        # The padding ids of the source behind the one that `frame` takes are left aside.
+        # Padding ids of the source after the one that `frame` gets are not used.
         expected = tensor[: END + 2] if name in ids else tensor
         assert torch.equal(found, expected), name
     config = json.loads((tmp_path / "back" / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""Wishes that make no sense for a model: one line that names the option, its value and the rule; nothing is written."""
+"""Options that do not fit a model: one line that names the option, its value and the rule; nothing is written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("audio_vocab, match", [
-    ("frame", "--audio-vocab=frame: must be LAYOUT:CODEBOOKSxSIZE, as frame:4x4032"),
+    ("frame", "--audio-vocab=frame: must be LAYOUT:CODEBOOKSxSIZE, for example frame:4x4032"),
     ("frame:4", "--audio-vocab=frame:4: must be"),
     ("frame:2x16x3", "must be LAYOUT:CODEBOOKSxSIZE"),
     ("frame:2.0x16", "must be LAYOUT:CODEBOOKSxSIZE"),
@@ -34,7 +34,7 @@ def folder(tmp_path_factory) -> Path:
     ("frame:0x16", "vocab.num_codebooks=0: must be at least 1"),
     ("frame:2x-16", "vocab.codebook_size=-16: must be at least 1"),
     ("flat_delay:1x16", "needs at least 2 codebooks"),
-    (None, "--audio-vocab: is needed"),
+    (None, "--audio-vocab: is required"),
 ])  # fmt: skip
 def test_audio_vocab(folder, audio_vocab, match):
     with pytest.raises(ConfigError, match=match):
@@ -50,12 +50,12 @@ def test_audio_vocab_of_every_layout(folder, layout, size):
 
 @pytest.mark.parametrize("noise", [-0.1, 1.5, float("nan"), float("inf")])
 def test_noise(folder, noise):
-    with pytest.raises(ConfigError, match="--noise=.*: must be a share of the weights' size, from 0 to 1"):
+    with pytest.raises(ConfigError, match="--noise=.*: must be a fraction of the weights' size, from 0 to 1"):
         plan_import(folder, options("expand", noise=noise))
 
 
 def test_noise_is_for_copies(folder):
-    with pytest.raises(ConfigError, match="--noise=0.1: is for --experts expand"):
+    with pytest.raises(ConfigError, match="--noise=0.1: is only for --experts expand"):
         plan_import(folder, options("partition", noise=0.1))
 
 
@@ -64,14 +64,14 @@ COUNTS = [[1, 2, 3, 4, 5, 6]] * 2
 
 @pytest.mark.parametrize("usage, match", [
     ([], "must hold a JSON object"),
-    ({"audio": COUNTS}, "needs counts for text"),
-    ({"text": COUNTS, "speech": COUNTS}, "speech: is no modality of the vocabulary; those are text, audio"),
-    ({"text": COUNTS[:1]}, "text: must hold a list for each of the 2 MoE layers"),
-    ({"text": [COUNTS[0], [1, 2]]}, r"text\[1\]: must hold a finite number, not negative, for each of 6 experts"),
-    ({"text": [COUNTS[0], [1, 2, 3, 4, 5, -6]]}, r"text\[1\]: must hold a finite number"),
-    ({"text": [COUNTS[0], [1, 2, 3, 4, 5, float("inf")]]}, r"text\[1\]: must hold a finite number"),
-    ({"text": [COUNTS[0], [1, 2, 3, 4, 5, float("nan")]]}, r"text\[1\]: must hold a finite number"),
-    ({"text": [COUNTS[0], [1, 2, 3, 4, 5, "6"]]}, r"text\[1\]: must hold a finite number"),
+    ({"audio": COUNTS}, "has no counts for text"),
+    ({"text": COUNTS, "speech": COUNTS}, "speech: is not a modality of the vocabulary; it has text, audio"),
+    ({"text": COUNTS[:1]}, "text: must hold one list per MoE layer, 2"),
+    ({"text": [COUNTS[0], [1, 2]]}, r"text\[1\]: must hold one finite number, at least 0, for each of the 6 experts"),
+    ({"text": [COUNTS[0], [1, 2, 3, 4, 5, -6]]}, r"text\[1\]: must hold one finite number"),
+    ({"text": [COUNTS[0], [1, 2, 3, 4, 5, float("inf")]]}, r"text\[1\]: must hold one finite number"),
+    ({"text": [COUNTS[0], [1, 2, 3, 4, 5, float("nan")]]}, r"text\[1\]: must hold one finite number"),
+    ({"text": [COUNTS[0], [1, 2, 3, 4, 5, "6"]]}, r"text\[1\]: must hold one finite number"),
 ])  # fmt: skip
 def test_usage(folder, tmp_path, usage, match):
     (tmp_path / "usage.json").write_text(json.dumps(usage))
@@ -108,7 +108,7 @@ def test_groups_of_a_most_model_are_its_own(tmp_path):
     ("vocab:", "run.yaml: vocab=None: must be a section"),
     ("vocab: {num_codebooks: two, codebook_size: 4}", "run.yaml: vocab.num_codebooks='two': must be an integer"),
     ("- a list", "must hold a mapping"),
-    ("model: {}", "--audio-vocab: is needed"),
+    ("model: {}", "--audio-vocab: is required"),
 ])  # fmt: skip
 def test_wrong_configuration_file(folder, tmp_path, text, match):
     (tmp_path / "run.yaml").write_text(text)
@@ -120,10 +120,10 @@ def test_wrong_configuration_file(folder, tmp_path, text, match):
     (["model.hidden_size=64"], "model.hidden_size=64: .* has 32"),
     (["model.attention.rope.rotary_base=5"], "model.attention.rope.rotary_base=5"),
     (["model.moe.moe_router_score_function=sigmoid"], "model.moe.moe_router_score_function='sigmoid'"),
-    (["model.moe.groups.0.size=5"], "size=5: expand gives text all of the base's 6 experts"),
+    (["model.moe.groups.0.size=5"], "size=5: expand gives text all 6 experts of the base"),
     (["model.moe.groups.0.moe_router_topk=3"], r"groups\[text\].moe_router_topk=3: the base has 2"),
-    (["model.moe.groups.1.size=3"], "give counts with --usage"),
-    (["model.moe.groups.1.size=9"], "size=9: the base has 6 experts to copy"),
+    (["model.moe.groups.1.size=3"], "give their counts with --usage"),
+    (["model.moe.groups.1.size=9"], "size=9: the base has only 6 experts to copy"),
     (["model.moe.score_rule=all"], "would change text's scores"),
 ])  # fmt: skip
 def test_wishes_that_do_not_fit_the_base(folder, overrides, match):

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from megatron_most import parallel
 from megatron_most.checkpointing import read_metadata
-from megatron_most.checkpointing.region_io import STATE, StateReader
+from megatron_most.checkpointing.directory import STATE
+from megatron_most.checkpointing.regions import StateReader
 from megatron_most.config import ParallelConfig, load_config, with_old_names
 from megatron_most.conversion import ImportOptions, export_model, import_model
 from megatron_most.conversion.export_plan import stored_config
@@ -35,7 +36,7 @@ def tokens(rows: int = 3, length: int = 40) -> torch.Tensor:
 
 
 def native_logits(checkpoint: Path, ids: torch.Tensor) -> torch.Tensor:
-    """Of the model in a checkpoint, built whole by this process."""
+    """Logits of the model in a checkpoint, built whole in this process."""
     config = stored_config(checkpoint, read_metadata(checkpoint))
     parallel.initialize(ParallelConfig(), seed=0)
     try:
@@ -175,7 +176,7 @@ def test_an_extension_brings_everything_back(tmp_path, router):
 
 
 def test_an_extension_of_an_earlier_version_is_read(tmp_path):
-    """It holds a configuration with the old names of keys."""
+    """Its configuration has the old names of keys."""
     deepseek(tmp_path / "hf")
     checkpoint = import_model(tmp_path / "hf", tmp_path / "native", options("expand"))
     export_model(checkpoint, tmp_path / "out", "deepseek-v2")

@@ -1,15 +1,13 @@
-"""Files written a tensor at a time are what the library reads and writes."""
+"""Files written one tensor at a time equal those of the library."""
 
 from __future__ import annotations
-
-import json
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from megatron_most.checkpointing.region_io import TensorForm
+from megatron_most.checkpointing.regions import TensorForm
 from megatron_most.conversion.safetensors_files import index_of, parse_size, plan_shards, write_file
 from megatron_most.errors import ConfigError
 
@@ -36,7 +34,7 @@ def test_shards_hold_every_tensor_once_within_their_size():
     shards = plan_shards(forms, "model", max_size=28)
     assert list(shards.values()) == [["0", "1"], ["2"], ["3"], ["4", "5"]]
     assert list(shards) == [f"model-{place:05d}-of-00004.safetensors" for place in range(1, 5)]
-    index = json.loads(index_of(shards, forms))
+    index = index_of(shards, forms)
     assert index["metadata"]["total_size"] == 4 * 42
     assert index["weight_map"]["3"] == "model-00003-of-00004.safetensors"
     assert plan_shards(forms, "model", 1000) == {"model.safetensors": list(forms)}

@@ -1,4 +1,4 @@
-"""The tokenizer travels with the model."""
+"""The tokenizer is imported and exported with the model."""
 
 from __future__ import annotations
 

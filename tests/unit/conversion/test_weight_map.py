@@ -1,4 +1,4 @@
-"""Rules and blocks by themselves: every row once, in both directions, for any shape."""
+"""Rules and blocks: every row is used once in both directions, for any shape."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_most import parallel
-from megatron_most.checkpointing.region_io import Region
+from megatron_most.checkpointing.regions import Region
 from megatron_most.checkpointing.state import _model_state
 from megatron_most.config import RunConfig
 from megatron_most.config.load import build_config

@@ -28,7 +28,7 @@ def layout(name: str = "frame") -> VocabLayout:
 
 
 class LetterTokenizer:
-    """Letters a to z and the space as ids 3 to 29; anything else vanishes."""
+    """Letters a to z and the space as ids 3 to 29; anything else is dropped."""
 
     vocab_size, bos_id, eos_id, pad_id, fingerprint = 30, 1, 2, 0, "letters"
 
@@ -71,7 +71,7 @@ def random_codes(num_frames: int, seed: int = 0) -> np.ndarray:
 
 
 def example_document(task: str, vocab: VocabLayout, text: str, codes: np.ndarray, **options) -> Document:
-    """A document of any task; conversations answer spoken words in speech, and interleaved ones begin with text."""
+    """A document of any task. In chat both turns are spoken; interleaved documents begin with text."""
     if task == "interleaved":
         return make_interleaved(vocab, LetterTokenizer(), [text, codes], **options)
     if task == "chat":
@@ -82,7 +82,7 @@ def example_document(task: str, vocab: VocabLayout, text: str, codes: np.ndarray
 
 
 def joined(documents: list[Document]) -> Document:
-    """These documents one after the other."""
+    """The documents, concatenated."""
     starts = np.cumsum([0, *map(len, documents)])
     whole = Document(*(np.concatenate([getattr(item, name) for item in documents]) for name in ("ids", "loss_mask")))
     if documents[0].codes is not None:
@@ -92,7 +92,7 @@ def joined(documents: list[Document]) -> Document:
 
 
 def row_of(documents: list[Document], task: int = 0) -> Row:
-    """A row of these documents, with nothing hidden."""
+    """A row of the documents, with nothing hidden."""
     return Row(task, joined(documents), np.array([len(document) for document in documents]))
 
 
@@ -108,14 +108,14 @@ def parts_of(row: Row) -> list[Document]:
 
 
 def hidden_of(row: Row) -> list[np.ndarray]:
-    """What is hidden of each document of a row."""
+    """The hidden positions of each document of a row."""
     return np.split(row.hidden, np.cumsum(row.lengths)[:-1])
 
 
 def write_dataset(
     prefix: Path, task: str, num_documents: int, *, layout_name: str = "frame", seed: int = 0, provenance=None
 ) -> TokenDataset:
-    """Documents of random length; the text of document i spells i, so that every document is unlike the others."""
+    """Documents of random length; the text of document i spells i, so that all documents differ."""
     generator = np.random.default_rng(seed)
     vocab = layout(layout_name)
     with DatasetWriter(prefix, task, vocab) as writer:

@@ -1,16 +1,23 @@
-"""Evaluation suites: how much room an answer gets, and where the sound goes."""
+"""Evaluation suites: how much room an answer gets, what fails, and where the sound goes."""
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from megatron_most.data.building.tasks import prompt
 from megatron_most.data.preparation.manifest import Record
+from megatron_most.errors import DataError
 from megatron_most.evaluation import suites
+from megatron_most.evaluation.suites import EvaluationSet
+from megatron_most.inference import Sampling
 from tests.unit.data.tiny import LAYOUTS, LetterTokenizer, LoudnessCodec, layout, random_codes
 
+CONTEXT = 100
 
-def record(identity: str) -> Record:
-    return Record(identity, "the fox", None, None, None)
+
+def record(identity: str, text: str = "the fox") -> Record:
+    return Record(identity, text, None, None, None)
 
 
 class Deaf:
@@ -20,30 +27,98 @@ class Deaf:
         return ""
 
 
-@pytest.mark.parametrize("layout_name", LAYOUTS)
-def test_a_transcript_may_fill_the_room_beside_the_longest_prompt(monkeypatch, layout_name):
-    asked = []
-    monkeypatch.setattr(suites, "transcribe", lambda model, codes, max_new: asked.append(max_new) or ["the fox"] * 2)
-    vocab, tokenizer = layout(layout_name), LetterTokenizer()
-    model = SimpleNamespace(
-        tokenizer=tokenizer, config=SimpleNamespace(vocab=vocab, data=SimpleNamespace(seq_length=100))
+class Endless:
+    """A generator that never ends an answer; it refuses prompts that do not fit, as the real one does."""
+
+    def __init__(self, vocab):
+        self.vocab = vocab
+
+    def text(self, prompts, end, max_new, sampling, **options):
+        assert all(len(one.ids) + limit <= CONTEXT for one, limit in zip(prompts, max_new, strict=True))
+        return [[3] * limit for limit in max_new]
+
+    def speech(self, prompts, max_frames, sampling):
+        positions = self.vocab.codec_layout.num_positions(max_frames)
+        assert all(len(one.ids) + positions <= CONTEXT for one in prompts)
+        return [np.zeros((max_frames, self.vocab.num_codebooks), dtype=np.int64) for _ in prompts]
+
+
+@pytest.fixture(params=LAYOUTS)
+def model(request):
+    vocab = layout(request.param)
+    config = SimpleNamespace(vocab=vocab, data=SimpleNamespace(seq_length=CONTEXT))
+    return SimpleNamespace(generator=Endless(vocab), tokenizer=LetterTokenizer(), codec=LoudnessCodec(), config=config)
+
+
+def asr_prompt_length(model, num_frames: int) -> int:
+    """bos, "Transcribe:" without its colon, begin and end of audio."""
+    return 1 + len("Transcribe") + 2 + model.config.vocab.codec_layout.num_positions(num_frames)
+
+
+def test_a_transcript_may_fill_the_room_beside_its_own_prompt(model):
+    codes, evaluated = [random_codes(3), random_codes(11)], EvaluationSet("set", [record("a"), record("b")])
+    result = suites.evaluate_asr(model, evaluated, codes)
+    rooms = [CONTEXT - asr_prompt_length(model, 3), CONTEXT - asr_prompt_length(model, 11)]
+    assert [len(item["hypothesis"]) for item in result["items"]] == rooms
+    assert [item["at_limit"] for item in result["items"]] == [True, True]
+    assert result["num_at_limit"] == 2
+    alone = suites.evaluate_asr(model, EvaluationSet("set", [record("a")]), codes[:1])
+    assert alone["items"] == result["items"][:1]
+    bounded = suites.evaluate_asr(model, evaluated, codes, max_new=5)
+    assert [item["hypothesis"] for item in bounded["items"]] == ["a" * 5] * 2
+
+
+def test_an_utterance_that_does_not_fit_fails_alone_and_counts_as_wrong(model):
+    records = [record("a"), record("long", "three more words"), record("broken")]
+    codes = [random_codes(3), random_codes(CONTEXT), DataError("broken.wav: no sound")]
+    result = suites.evaluate_asr(model, EvaluationSet("set", records, "basic"), codes)
+    good, long, broken = result["items"]
+    assert good == suites.evaluate_asr(model, EvaluationSet("set", records[:1], "basic"), codes[:1])["items"][0]
+    length = asr_prompt_length(model, CONTEXT)
+    assert long["failed"] == (
+        f"a prompt of {length} positions leaves no room for an answer: data.seq_length is {CONTEXT}"
     )
-    codes = [random_codes(3), random_codes(11)]
-    suites.evaluate_asr(model, "set", [record("a"), record("b")], codes, max_new=1000)
-    # bos, "Transcribe:" without its colon, begin and end of audio
-    prompt_length = 1 + len("Transcribe") + 2 + vocab.codec_layout.num_positions(11)
-    assert asked == [100 - prompt_length]
-    suites.evaluate_asr(model, "set", [record("a"), record("b")], codes, max_new=5)
-    assert asked[1] == 5
+    assert broken["failed"] == "broken.wav: no sound"
+    assert (long["hypothesis"], broken["hypothesis"]) == ("", "")
+    assert (result["num_utterances"], result["num_failed"]) == (3, 2)
+    # one word of two substituted and one deleted, or worse; all of the words of the others deleted
+    assert result["wer"] == (2 + 3 + 2) / 7
+
+
+def test_speech_fills_the_room_beside_its_own_text_and_fails_alone(model):
+    texts = ["the fox", "a longer text", "x" * CONTEXT]
+    evaluated = EvaluationSet("set", [record(text, text) for text in texts], "basic")
+    result = suites.evaluate_tts(model, evaluated, Deaf())
+    assert [("failed" in item, item.get("at_limit", False)) for item in result["items"]] == [
+        (False, True),
+        (False, True),
+        (True, False),
+    ]
+    assert result["wer"] == 1.0
+
+
+def test_sampled_speech_of_a_text_does_not_depend_on_the_texts_beside_it(model):
+    ids = [prompt("tts", layout(), LetterTokenizer(), text=text).ids.tobytes() for text in ("the fox", "a dog")]
+    cpu, sampling = "cpu", Sampling(temperature=1.0, seed=3)
+    states = [sampling.generator(cpu, one).get_state() for one in (*ids, ids[0])]
+    assert (states[0] == states[2]).all()
+    assert (states[0] != states[1]).any()
+    assert (states[0] != sampling.with_seed(4).generator(cpu, ids[0]).get_state()).any()
+
+
+def test_a_set_of_which_nothing_can_be_evaluated_is_refused(model):
+    with pytest.raises(DataError, match="set: no utterance could be evaluated: no sound"):
+        suites.evaluate_asr(model, EvaluationSet("set", [record("a")]), [DataError("no sound")])
+    with pytest.raises(DataError, match="set: no utterance could be evaluated$"):
+        suites.evaluate_asr(model, EvaluationSet("set", []), [])
 
 
 def test_sound_stays_in_its_folder_whatever_the_ids(tmp_path):
     samples = tmp_path / "run" / "samples"
     records = [record("../../up"), record("/etc/name"), record("käse 1"), record("heldout-0003")]
     codes = [random_codes(2)] * len(records)
-    result = suites.evaluate_reference_audio(
-        LoudnessCodec(), "../set", records, Deaf(), codes, samples=samples, num_samples=4
-    )
+    evaluated = EvaluationSet("../set", records, samples=samples, num_samples=4)
+    result = suites.evaluate_reference_audio(LoudnessCodec(), evaluated, Deaf(), codes)
     written = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.wav"))
     assert written == sorted(f"run/{item['roundtrip_wav']}" for item in result["items"])
     assert [item["roundtrip_wav"] for item in result["items"]] == [
@@ -52,3 +127,10 @@ def test_sound_stays_in_its_folder_whatever_the_ids(tmp_path):
         "samples/.._set_käse_1_roundtrip.wav",
         "samples/.._set_heldout-0003_roundtrip.wav",
     ]
+
+
+def test_results_name_their_normalizer_and_interval(model):
+    evaluated = EvaluationSet("set", [record(str(index), "the fox") for index in range(4)])
+    result = suites.evaluate_asr(model, evaluated, [random_codes(3)] * 4, max_new=1)
+    assert result["normalizer"] == "whisper-english"
+    assert result["wer_interval"] == (1.0, 1.0)

@@ -82,3 +82,24 @@ def test_what_cannot_be_scored_is_refused():
         word_errors(["...", ""], ["a", "b"], "basic")
     with pytest.raises(DataError, match="none"):
         word_errors([], [])
+
+
+def test_the_interval_is_that_of_the_rates_of_resampled_utterances():
+    """Two utterances of one word, one of them wrong: a resample has 0, 1 or 2 errors with probability 1/4, 1/2, 1/4."""
+    assert word_errors(["a", "b"], ["a", "x"]).interval() == (0.0, 1.0)
+    assert word_errors(["a", "b"], ["a", "b"]).interval() == (0.0, 0.0)
+    assert word_errors(["a"], ["x"]).interval() is None
+
+
+def test_the_interval_is_near_the_binomial_one_and_repeats():
+    """100 utterances of one word each with 20 errors: normal approximation 0.2 +- 1.96 * sqrt(0.2 * 0.8 / 100)."""
+    references, hypotheses = ["word"] * 100, ["word"] * 80 + ["other"] * 20
+    low, high = word_errors(references, hypotheses).interval()
+    assert (low, high) == (pytest.approx(0.2 - 0.0784, abs=0.015), pytest.approx(0.2 + 0.0784, abs=0.015))
+    assert word_errors(references, hypotheses).interval() == (low, high)
+
+
+def test_utterances_without_words_are_resampled_with_the_others():
+    low, high = word_errors(["", "a b"], ["x", "a b"], "basic").interval()
+    assert low == 0.0
+    assert high == pytest.approx(0.5)  # each drawn once: the inserted word over two words

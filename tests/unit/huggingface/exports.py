@@ -15,7 +15,9 @@ import torch
 
 from megatron_most import parallel
 from megatron_most.checkpointing import CheckpointMetadata, Fingerprint
-from megatron_most.checkpointing.region_io import STATE, Region, TensorForm, write_checkpoint
+from megatron_most.checkpointing.directory import STATE
+from megatron_most.checkpointing.region_writer import write_checkpoint
+from megatron_most.checkpointing.regions import Region, TensorForm
 from megatron_most.config import ParallelConfig, RunConfig
 from megatron_most.config.load import build_config
 from megatron_most.conversion import export_model

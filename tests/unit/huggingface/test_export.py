@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 import megatron_most.huggingface
 from megatron_most.checkpointing import Fingerprint, read_metadata
-from megatron_most.checkpointing.directory import step_directory
-from megatron_most.checkpointing.region_io import STATE, StateReader
+from megatron_most.checkpointing.directory import STATE, step_directory
+from megatron_most.checkpointing.regions import StateReader
 from megatron_most.conversion import ImportOptions, describe, export_model, import_model
 from megatron_most.data.storage.sidecar import write_sidecar
 from megatron_most.errors import CheckpointError, ConfigError
@@ -92,7 +92,7 @@ def test_a_configuration_that_contradicts_itself_is_refused(tmp_path):
     (folder / "config.json").write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match="run_config=None"):
         import_model(folder, tmp_path / "again", ImportOptions())
-    with pytest.raises(ConfigError, match="--audio-vocab: config.json says"):
+    with pytest.raises(ConfigError, match="--audio-vocab: run_config in config.json already sets these"):
         import_model(exported("frame")[1], tmp_path / "again", ImportOptions(audio_vocab="flat:2x16"))
 
 
@@ -215,12 +215,18 @@ def test_a_tokenizer_in_json_goes_along(kind, tmp_path):
     tokenizer.save(str(tmp_path / "text" / "tokenizer.json"))
     settings = {"bos_token": "<s>", "eos_token": "</s>", **kind}
     (tmp_path / "text" / "tokenizer_config.json").write_text(json.dumps(settings))
+    generation = {"eos_token_id": 2, "do_sample": True, "temperature": 0.6}
+    (tmp_path / "text" / "generation_config.json").write_text(json.dumps(generation))
     config = config_of("frame")
     config.tokenizer = str(tmp_path / "text")
     folder = export_model(write_native(config, tmp_path / "native"), tmp_path / "hf", "hf")
     processor = MoSTProcessor.from_pretrained(folder)
     assert processor(["the old </s>"])["input_ids"].tolist() == [[0, 4, 5, 2, 2, 2]]
     assert processor.role_ids == {"system": 39, "user": 3, "assistant": 38}
+    found = json.loads((folder / "generation_config.json").read_text())
+    ids = {"bos_token_id": 0, "eos_token_id": [1, 2], "pad_token_id": 1}
+    assert found == {**generation, **ids, "suppress_tokens": [0]}
+    assert ids.items() <= json.loads((folder / "config.json").read_text()).items()
 
 
 def test_a_model_without_training_loads(tmp_path):

@@ -103,6 +103,21 @@ def test_the_question_for_the_end_changes_nothing(model: torch.nn.Module, monkey
         assert all(torch.equal(torch.from_numpy(rows[0]), torch.from_numpy(row)) for row in rows)
 
 
+def test_a_row_that_has_ended_is_routed_to_no_expert(model: torch.nn.Module) -> None:
+    """What it goes on with is thrown away: it must not cost an expert's time."""
+    generator = Generator(model)
+    prompts = [asr_prompt(generator, seed, 3) for seed in range(8)]
+    firsts = [row[0] for row in generator.text(prompts, end=-1, max_new=1, sampling=Sampling())]
+    goes_on = [first != firsts[0] for first in firsts]
+    assert any(goes_on)
+    maps: list[torch.Tensor] = []
+    router = model.decoder.layers[1].mlp.router
+    handle = router.register_forward_hook(lambda module, arguments, output: maps.append(output[1]))
+    generator.text(prompts, end=firsts[0], max_new=3, sampling=Sampling())
+    handle.remove()
+    assert [bool(row.any()) for row in maps[1]] == goes_on
+
+
 def test_nothing_is_generated_where_nothing_is_wanted(model: torch.nn.Module) -> None:
     generator = Generator(model)
     assert generator.text([asr_prompt(generator, 0, 3)] * 2, end=2, max_new=0, sampling=Sampling()) == [[], []]

@@ -166,14 +166,18 @@ def test_tables_of_speech_say_what_the_layout_says(name):
 
 def test_text_is_text_and_no_other_modality():
     vocab = VocabLayout(10, 2, 4, further_modalities=[ModalityRange("image", 6, 8)])
-    grammar = text_grammar(vocab, num_text_ids=9, end=2, forbidden=(0, 2))
+    grammar = text_grammar(vocab, num_text_ids=9, ends=(2,), forbidden=(0, 2))
     assert allowed_after(grammar, []) == allowed_after(grammar, [1, 8]) == {1, 2, 3, 4, 5, 8}
     assert allowed_after(grammar, [1, 2]) == {2}
 
 
 def test_a_request_longer_than_the_model_is_refused(generator):
+    prompt = asr_prompt(generator, 0, 3)
+    room = 64 - len(prompt.ids)
+    [row] = generator.text([prompt], end=-1, max_new=room, sampling=Sampling())
+    assert len(row) == room
     with pytest.raises(ConfigError, match="exceed the model's 64"):
-        generator.text([asr_prompt(generator, 0, 3)], end=2, max_new=100, sampling=Sampling())
+        generator.text([prompt], end=2, max_new=room + 1, sampling=Sampling())
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
@@ -194,6 +198,36 @@ def test_top_p_keeps_the_best_choice_and_greedy_is_the_limit():
     assert Sampling().choose(logits, None).tolist() == [1]
 
 
+def kept_by(sampling: Sampling, logits: list[float]) -> set[int]:
+    """The choices that some noise leads to."""
+    noise = torch.full((len(logits), len(logits)), 1e9).fill_diagonal_(1e-9)
+    return set(sampling.choose(torch.tensor(logits).expand(len(logits), -1), noise).tolist())
+
+
+PROBS = [0.1, 0.2, 0.3, 0.4]
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, {0, 1, 2, 3}),
+        ({"top_k": 3}, {1, 2, 3}),
+        ({"top_k": 10}, {0, 1, 2, 3}),  # more than there are
+        ({"top_p": 0.35}, {3}),
+        ({"top_p": 0.5}, {2, 3}),  # the one that reaches top_p is kept
+        ({"top_p": 0.8}, {1, 2, 3}),
+        ({"top_p": 0.8, "temperature": 0.5}, {2, 3}),  # of the probabilities at that temperature: 1, 4, 9, 16 of 30
+        ({"top_p": 0.75, "top_k": 3}, {2, 3}),  # of the probabilities that top-k leaves: 2, 3, 4 of 9
+    ],
+)
+def test_top_k_and_top_p_keep_the_best_choices(options: dict, kept: set[int]) -> None:
+    assert kept_by(Sampling(**{"temperature": 1.0, **options}), torch.tensor(PROBS).log().tolist()) == kept
+
+
+def test_a_choice_that_brings_the_sum_to_exactly_top_p_is_the_last() -> None:
+    assert len(kept_by(Sampling(temperature=1.0, top_p=0.5), [0.0, 0.0])) == 1
+
+
 def test_choices_are_as_frequent_as_they_are_probable():
     logits = torch.tensor([0.1, 0.2, 0.7]).log().expand(20_000, 3)
     noise = torch.empty(20_000, 3).exponential_(generator=torch.Generator().manual_seed(0))
@@ -205,3 +239,14 @@ def test_choices_are_as_frequent_as_they_are_probable():
 def test_wrong_sampling_options_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         Sampling(**wrong)
+
+
+def test_any_of_several_ids_ends_a_text(generator):
+    prompts = [asr_prompt(generator, seed, frames) for seed, frames in enumerate([3, 7, 5])]
+    free = generator.text(prompts, end=-1, max_new=12, sampling=Sampling())
+    ends = [free[0][4], free[1][7]]
+    stopped = generator.text(prompts, end=ends, max_new=12, sampling=Sampling())
+    for row, whole in zip(stopped, free, strict=True):
+        first = next((place for place, token in enumerate(whole) if token in ends), len(whole))
+        assert row == whole[:first]
+    assert len(stopped[0]) <= 4 and len(stopped[1]) <= 7

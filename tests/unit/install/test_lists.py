@@ -103,7 +103,7 @@ def test_what_is_missing_is_installed_without_dependencies_and_what_is_there_sta
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(site)})
     assert done.returncode == 7, done.stderr
     said, asked = done.stdout.splitlines()
-    assert said == "1 of 3 packages are there and stay; installing 2"
+    assert said == "1 of 3 packages are installed and stay; installing 2"
     assert json.loads(asked) == [
         *("install", "--no-build-isolation", "--no-deps", "-c", str(ROOT / "constraints.txt")),
         *("--find-links", "here", "jiwer", "no_such-package"),

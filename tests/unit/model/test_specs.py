@@ -181,16 +181,16 @@ def test_fp8_is_the_engines_where_the_modules_are(engine):
 @pytest.mark.parametrize(
     ("overrides", "match"),
     [
-        ({}, "experts need model.moe.expert_backend=transformer_engine"),
+        ({}, "needs model.moe.expert_backend=transformer_engine, not 'grouped'"),
         ({"precision__fp8_backend": "torch"}, "needs model.transformer_impl=portable"),
         ({"precision__fp8_backend": "emulate"}, "needs model.transformer_impl=portable"),
         (
             {"model__moe__expert_backend": "transformer_engine", "precision__fp8_recipe": "delayed"},
-            "delayed scaling knows no layers in bf16",
+            "fp8_recipe='delayed' in Transformer Engine cannot keep layers in bf16",
         ),
         (
             {"model__transformer_impl": "portable", "precision__fp8_recipe": "blockwise"},
-            "torch's kernels take the recipes delayed and tensorwise, not 'blockwise'",
+            "torch's kernels support fp8_recipe=delayed and tensorwise, not 'blockwise'",
         ),
         (
             {"model__transformer_impl": "portable", "precision__fp8_backend": "transformer_engine"},

@@ -36,7 +36,8 @@ def megatron_config(num_experts: int, expert_parallel_size: int = 1) -> Transfor
 def make_router(moe: MoEConfig, expert_parallel_size: int = 1, seed: int = 0) -> ModalityAwareRouter:
     """Process groups must exist; they need not have the expert-parallel size that gives the physical order."""
     config = megatron_config(moe.num_experts, expert_parallel_size)
-    router = ModalityAwareRouter(config, ProcessGroupCollection.use_mpu_process_groups(), moe=moe)
+    groups = ExpertGroups.from_config(moe, expert_parallel_size)
+    router = ModalityAwareRouter(config, ProcessGroupCollection.use_mpu_process_groups(), moe=moe, groups=groups)
     torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(seed))
     router.set_layer_number(2)
     return router

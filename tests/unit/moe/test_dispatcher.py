@@ -10,6 +10,8 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron_most import parallel
 from megatron_most.model import build_model
 from megatron_most.moe.dispatcher import AlltoAllDispatcher
+from megatron_most.moe.token_planes import pack_planes
+from tests.distributed.shards import fill_weights
 from tests.distributed.tiny import tiny_config
 from tests.unit.moe.operators import Operators
 
@@ -118,6 +120,22 @@ def test_a_gradient_that_repeats_one_number_is_taken(layer: MoELayer, dtype: tor
     rows.sum().backward()
     wanted = torch.tensor(counts, dtype=dtype)[:, None, None].expand_as(tokens)
     assert tokens.grad.dtype == dtype and torch.equal(tokens.grad, wanted)
+
+
+def layer_output(overlap: str) -> list[torch.Tensor]:
+    """Output and gradient of a layer with the weights that all its variants have."""
+    chunks = build_model(tiny_config(model__moe__moe_shared_expert_overlap=overlap))
+    fill_weights(chunks)
+    hidden = torch.randn(6, 2, HIDDEN, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    modality = torch.tensor([[0, 1, 1, 0, 0, 1], [1, 0, 0, 1, 0, 0]])
+    planes = pack_planes(modality, torch.zeros_like(modality, dtype=torch.bool), 2)
+    output, _ = chunks[0].decoder.layers[1].mlp(hidden, padding_mask=planes)
+    return [output, *torch.autograd.grad(output.square().sum(), hidden)]
+
+
+def test_shared_experts_that_overlap_with_the_dispatch_add_the_same() -> None:
+    for found, expected in zip(layer_output("true"), layer_output("false"), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def check(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:

@@ -148,7 +148,7 @@ FOUR = {"size": 4, "moe_router_topk": 2}
         ),
         (
             lambda: text_and_audio(FOUR, FOUR, moe_router_score_function="sigmoid", score_rule="all"),
-            "score_rule='all': sigmoid scores are taken expert by expert",
+            "score_rule='all': must be group with moe_router_score_function=sigmoid",
         ),
         (
             lambda: text_and_audio(FOUR, FOUR, moe_shared_expert_overlap=True, moe_token_dispatcher_type="allgather"),

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from megatron_most import parallel
 from megatron_most.config import RunConfig
 from megatron_most.model.specs import experts_spec
 from megatron_most.model.transformer_config import transformer_config
+from megatron_most.moe import ExpertGroups
 from megatron_most.moe import experts as experts_module
 from tests.distributed.shards import fill_weights, local_pieces
 from tests.distributed.tiny import tiny_config
@@ -35,8 +39,9 @@ def process_groups():
 
 def make_experts(config: RunConfig) -> torch.nn.Module:
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    spec = experts_spec(config.model.moe)
-    return spec(config.model.moe.num_experts, transformer_config(config), pg_collection=groups)
+    moe = config.model.moe
+    spec = experts_spec(moe, ExpertGroups.from_config(moe))
+    return spec(moe.num_experts, transformer_config(config), pg_collection=groups)
 
 
 def filled(config: RunConfig) -> torch.nn.Module:
@@ -96,6 +101,30 @@ def test_grouped_equals_sequential_in_bf16() -> None:
     )
     assert mine[0].dtype == torch.bfloat16 and mine[2].dtype == torch.float32
     assert_equal_runs(mine, theirs, rtol=0.05, atol=0.02)
+
+
+class CountOperators(TorchDispatchMode):
+    """How often each operator runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.counts[str(function)] += 1
+        return function(*arguments, **(keywords or {}))
+
+
+def test_a_recomputed_activation_repeats_no_product() -> None:
+    counts, runs = {}, {}
+    for mode in ("none", "moe_act"):
+        with CountOperators() as counted:
+            runs[mode] = run(filled(tiny_config(**POOLS, training__recompute=mode)), [5, 0, 11, 2, 30])
+        counts[mode] = counted.counts
+    assert_equal_runs(runs["moe_act"], runs["none"], rtol=0, atol=0)
+    products, activation = "aten._grouped_mm.default", "aten.silu.default"
+    assert counts["moe_act"][products] == counts["none"][products] == 12
+    assert (counts["none"][activation], counts["moe_act"][activation]) == (2, 4)
 
 
 @pytest.mark.parametrize("sizes", [(2, 3), (0, 0)])

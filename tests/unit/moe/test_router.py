@@ -127,7 +127,7 @@ def test_a_micro_batch_takes_few_operators():
 
 def test_a_router_without_modality_says_so():
     router = make_router(text_and_audio())
-    with pytest.raises(RuntimeError, match="layer 2: no modality reached the router"):
+    with pytest.raises(RuntimeError, match="layer 2: padding_mask is None"):
         router(make_tokens()[0], None)
 
 

@@ -46,6 +46,15 @@ def test_the_bias_moves_toward_the_mean_load_of_the_modalitys_choice(expert_para
     assert torch.equal(router.expert_bias.values, expected)
 
 
+def test_a_frozen_router_keeps_its_bias():
+    frozen, learning = make_router(biased()), make_router(biased())
+    frozen.weight.requires_grad_(False)
+    for router in (frozen, learning):
+        route(router, *make_tokens())
+    end_routing_step([frozen, learning])
+    assert not frozen.expert_bias.values.any() and learning.expert_bias.values.any()
+
+
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
 def test_repeated_steps_even_out_the_load(score_function):
     router = make_router(

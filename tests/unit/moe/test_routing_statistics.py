@@ -146,8 +146,24 @@ def imbalance_of_many() -> tuple[float, float]:
 
 
 def test_imbalance_keeps_the_latest_micro_batches_and_skips_empty_ones():
-    _, count = run_ranks(2, imbalance_of_many)[0]
+    total, count = run_ranks(2, imbalance_of_many)[0]
     assert count == 2 * (_KEPT - 30)
+    assert 1 <= total / count <= 2
+
+
+def imbalance_of_the_second_line() -> tuple[float, float]:
+    parallel.initialize(ParallelConfig(expert_model_parallel_size=2), seed=1)
+    groups = ExpertGroups.from_config(MOE, 2)
+    router = Router(groups, 2)
+    for seed in range(3):
+        count(router, random_tokens(groups, seed))
+    collect_routing([router], MODEL)
+    count(router, random_tokens(groups, 3))
+    return collect_routing([router], MODEL)[0]["rank_imbalance"]
+
+
+def test_imbalance_forgets_the_micro_batches_of_the_line_before():
+    assert run_ranks(2, imbalance_of_the_second_line)[0][1] == 2  # one for each rank
 
 
 def one_batch(**changes: Callable) -> dict:

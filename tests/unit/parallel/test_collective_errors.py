@@ -1,4 +1,4 @@
-"""One rank's mistake ends the job on every rank, told once."""
+"""An error on one rank ends the job on every rank and is reported once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shares of a context-parallel rank, against chunks cut one by one."""
+"""Positions of a context-parallel rank, compared with chunks cut one by one."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megatron_most.parallel import zigzag_positions, zigzag_positions_packed
 
 
-def share_of(start: int, length: int, rank: int, size: int) -> list[int]:
+def positions_of(start: int, length: int, rank: int, size: int) -> list[int]:
     chunk = length // (2 * size)
     first, second = start + rank * chunk, start + (2 * size - 1 - rank) * chunk
     return [*range(first, first + chunk), *range(second, second + chunk)]
@@ -24,12 +24,12 @@ def test_each_rank_holds_the_front_and_back_chunk_of_every_document(size, chunks
         expected = [
             position
             for start, end in itertools.pairwise(boundaries)
-            for position in share_of(start, end - start, rank, size)
+            for position in positions_of(start, end - start, rank, size)
         ]
         assert zigzag_positions_packed(torch.tensor(boundaries, dtype=torch.int32), rank, size).tolist() == expected
         held += expected
     assert sorted(held) == list(range(boundaries[-1]))
-    assert zigzag_positions(boundaries[1], size - 1, size).tolist() == share_of(0, boundaries[1], size - 1, size)
+    assert zigzag_positions(boundaries[1], size - 1, size).tolist() == positions_of(0, boundaries[1], size - 1, size)
 
 
 def test_one_rank_holds_documents_of_any_length():

@@ -11,8 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_most import parallel
 from megatron_most.model import build_model
-from megatron_most.planning import forward_flops, modality_shares, train_flops_per_token
-from megatron_most.planning.flops import recomputed_flops_per_token
+from megatron_most.planning import RowContents, assumed_contents, forward_flops, modality_shares, train_flops_per_token
 from tests.distributed.tiny import tiny_batch, tiny_config
 
 GQA = {"model__attention__type": "gqa", "model__attention__num_query_groups": 2, "model__attention__kv_channels": 12}
@@ -42,15 +41,43 @@ def test_products_are_those_the_model_executes(overrides: dict[str, Any], modali
         model(batch.ids, batch.modality, batch.is_padding, batch.codes, targets=batch.targets())
     products = counter.get_flop_counts()["Global"]
     executed = sum(count for operator, count in products.items() if "scaled_dot_product" not in str(operator))
-    expected = forward_flops(config, ("text", "audio")[modality])
+    name = ("text", "audio")[modality]
+    rows = dataclasses.replace(
+        assumed_contents(config), modalities={name: 1.0}, targets=1.0, frame_targets=float(name == "audio")
+    )
+    expected = forward_flops(config, name, rows)
     assert executed / batch.ids.numel() == sum(expected.values()) - expected["attention_core"]
 
 
-def test_attention_counts_the_causal_half() -> None:
+def test_heads_count_the_targets_alone() -> None:
     config = tiny_config()
-    length, heads, layers = config.data.seq_length, 4, 4
-    pairs = sum(range(1, length + 1))  # query i sees i keys
-    assert forward_flops(config, "text")["attention_core"] == layers * heads * 2 * (12 + 12) * pairs / length
+    parallel.initialize(config.parallel, seed=1)
+    [model] = build_model(config)
+    batch = tiny_batch(config, seed=1, audio_share=0.5)
+    targets = batch.targets()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        hidden = torch.zeros(config.data.seq_length, len(batch.ids), config.model.hidden_size)
+        model.losses(hidden, targets)
+    positions = batch.ids.numel()
+    rows = dataclasses.replace(
+        assumed_contents(config),
+        targets=len(targets.index) / positions,
+        frame_targets=len(targets.code_index) / positions,
+    )
+    assert 0 < rows.frame_targets < rows.targets < 1
+    mean = sum(share * forward_flops(config, name, rows)["heads"] for name, share in rows.modalities.items())
+    assert counter.get_total_flops() == pytest.approx(mean * positions)
+
+
+def test_attention_counts_what_a_query_may_see() -> None:
+    heads, layers, sizes = 4, 4, 12 + 12
+    rows = assumed_contents(tiny_config())
+    assert rows.attended == sum(range(1, 33)) / 32  # query i of the whole row sees i keys
+    attention = forward_flops(tiny_config(), "text", rows)["attention_core"]
+    assert attention == layers * heads * 2 * sizes * rows.attended
+    packed = tiny_config(data__packing=True, data__seq_length=4096, training__micro_batch_size=1)
+    inside = forward_flops(packed, "text", assumed_contents(packed))["attention_core"]
+    assert inside == layers * heads * 2 * sizes * 100.5  # documents of 200 positions
 
 
 def test_the_mean_follows_the_mix() -> None:
@@ -60,7 +87,8 @@ def test_the_mean_follows_the_mix() -> None:
         " {modality: audio, size: 4, moe_router_topk: 1}]",
     )
     assert modality_shares(config) == {"text": 0.25, "audio": 0.75}
-    text, audio = (sum(forward_flops(config, name).values()) for name in ("text", "audio"))
+    rows = assumed_contents(config)
+    text, audio = (sum(forward_flops(config, name, rows).values()) for name in ("text", "audio"))
     assert train_flops_per_token(config) == pytest.approx(3 * (0.25 * text + 0.75 * audio))
     even = tiny_config(
         vocab__further_modalities="[{name: image, start: 30, stop: 40}]",
@@ -73,22 +101,13 @@ def test_the_mean_follows_the_mix() -> None:
     assert modality_shares(half) == {"text": 0.25, "audio": 0.5, "image": 0.25}
 
 
-def test_recomputation_is_counted_apart() -> None:
-    config = tiny_config()
-    by_part = [forward_flops(config, name) for name in ("text", "audio")]
-    assert recomputed_flops_per_token(config) == 0
-    experts = sum(sum(flops[part] for part in ("routers", "shared_experts", "experts")) for flops in by_part) / 2
-    assert recomputed_flops_per_token(tiny_config(training__recompute="moe")) == pytest.approx(experts)
-    everything = sum(sum(flops.values()) - flops["heads"] for flops in by_part) / 2
-    assert recomputed_flops_per_token(tiny_config(training__recompute="full")) == pytest.approx(everything)
-
-
 def test_deepseek_v2_lite_takes_16_gflop() -> None:
+    """At 4096 positions of one document with a target everywhere."""
     config = tiny_config()
     config = dataclasses.replace(
         config,
         model=type(config.model)(),
         vocab=dataclasses.replace(config.vocab, text_vocab_size=102400),
-        data=dataclasses.replace(config.data, seq_length=4096),
     )
-    assert 3 * sum(forward_flops(config, "text").values()) / 1e9 == pytest.approx(16.4, abs=0.05)
+    rows = RowContents({"text": 1.0, "audio": 0.0}, targets=1, frame_targets=0, attended=4097 / 2, source="a test")
+    assert 3 * sum(forward_flops(config, "text", rows).values()) / 1e9 == pytest.approx(16.4, abs=0.05)

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
+from megatron_most.config import CheckpointConfig
 from megatron_most.errors import ConfigError
 from megatron_most.model import count_parameters
-from megatron_most.planning import describe_run, smallest_world_size
-from megatron_most.planning.overview import describe_experts, describe_memory, describe_shards
+from megatron_most.planning import (
+    GPUS,
+    assumed_contents,
+    describe_run,
+    shard_sizes,
+    smallest_world_size,
+    step_seconds,
+    train_flops_per_token,
+)
+from megatron_most.planning.overview import (
+    describe_experts,
+    describe_memory,
+    describe_shards,
+    describe_storage,
+    describe_time,
+)
+from megatron_most.planning.storage import checkpoint_bytes, host_bytes_of_node, num_checkpoints
 from tests.distributed.tiny import tiny_config
 
 
@@ -92,5 +110,39 @@ def test_memory_names_the_mix_and_the_imbalance() -> None:
     config = tiny_config(
         parallel__expert_model_parallel_size=2, model__moe__expert_order="contiguous", data__audio_share=0.8
     )
-    text = "\n".join(describe_memory(config, 2, 1.5))
+    text = "\n".join(describe_memory(config, 2, 1.5, assumed_contents(config)))
     assert "busiest expert-parallel rank: 1.60 of the mean at text 20%, audio 80%, x 1.5 for uneven routers" in text
+
+
+def test_time_names_its_parts_and_the_days() -> None:
+    config = tiny_config(precision__dtype="bf16", training__train_iters=86_400)
+    rows = assumed_contents(config)
+    seconds = sum(step_seconds(config, 1, GPUS["h100"], 1.25, rows).values())
+    step, parts, days = describe_time(config, 1, "h100", 1.25, rows, tflops=1e-3)
+    assert "estimated by a roofline and not measured" in step and f"{seconds:.3g} s" in step
+    names = ("attention", "router", "dispatch", "experts", "shared expert", "dense layers", "embeddings")
+    for part in (*names, "heads and loss", "weight gradients", "optimizer"):
+        assert f"{part} " in parts
+    assert days.startswith(f"86,400 steps: {seconds:,.2g} days at that speed, ")
+    flops = 8 * 32 * train_flops_per_token(config, rows)
+    assert f"{flops / 1e9:,.2g} days at 0.001 TFLOP/s a GPU" in days
+    assert describe_time(tiny_config(), 1, "h100", 1.25, rows) == []
+
+
+def test_storage_counts_checkpoints_and_host_memory() -> None:
+    config = tiny_config(
+        precision__dtype="bf16", checkpoint__save_interval=100, checkpoint__keep_last=2, training__train_iters=1000
+    )
+    total = count_parameters(config)["total"]
+    assert checkpoint_bytes(config) == 14 * total
+    assert num_checkpoints(config) == 3
+    assert num_checkpoints(dataclasses.replace(config, checkpoint=CheckpointConfig(100, True, 2, 500))) == 5
+    assert num_checkpoints(dataclasses.replace(config, checkpoint=CheckpointConfig(1000))) == 1
+    written, most = host_bytes_of_node(config, 16)
+    assert (written, most) == (14 * total / 2, 14 * total / 2 + 8 * 12 * total)
+    frozen = tiny_config(
+        precision__dtype="bf16", optimizer__lr_scales="[{part: rest, scale: 0}, {part: heads, scale: 1}]"
+    )
+    heads = shard_sizes(frozen, 0, 0)["heads"]
+    assert checkpoint_bytes(frozen) == 2 * total + 12 * heads
+    assert "a checkpoint: " in describe_storage(config, 16)[0]

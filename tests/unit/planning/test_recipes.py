@@ -1,4 +1,4 @@
-"""The configurations in examples/configs are what they say they are."""
+"""The recipes in examples/configs and examples/sweeps are what they say, and fit."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from megatron_most.checkpointing.metadata import check_same_model
 from megatron_most.config import RunConfig, load_config
 from megatron_most.conversion.architectures import read_foreign
 from megatron_most.conversion.import_config import ImportOptions, import_config
-from megatron_most.planning import describe_run
+from megatron_most.planning import GPUS, describe_run
+from megatron_most.sweep.plan import plan_runs
+from megatron_most.sweep.spec import load_sweep
 from tests.unit.checkpointing.test_metadata import metadata_of
 
 CONFIGS = Path(__file__).parents[3] / "examples" / "configs"
+SWEEPS = CONFIGS.parent / "sweeps"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("most_*.yaml"))
 
 DEEPSEEK_V2_LITE = {
@@ -91,7 +94,14 @@ def test_a_recipe_says_for_how_many_gpus_it_is_and_fits_them(name: str) -> None:
 
 
 def test_all_recipes_are_there() -> None:
-    assert RECIPES == ["most_16b_expand", "most_16b_stage1", "most_16b_stage2", "most_3b_upcycled", "most_debug"]
+    assert RECIPES == [
+        "most_16b_expand",
+        "most_16b_librispeech",
+        "most_16b_stage1",
+        "most_16b_stage2",
+        "most_3b_upcycled",
+        "most_debug",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -99,6 +109,7 @@ def test_all_recipes_are_there() -> None:
     [
         ("most_16b_stage1", DEEPSEEK_V2_LITE),
         ("most_16b_stage2", DEEPSEEK_V2_LITE),
+        ("most_16b_librispeech", DEEPSEEK_V2_LITE),
         ("most_16b_expand", DEEPSEEK_V2_LITE),
         ("most_3b_upcycled", LLAMA_3_2_3B),
     ],
@@ -125,6 +136,7 @@ def test_models_are_those_that_conversion_makes_of_the_base(name: str, base: dic
     ("name", "mode", "base"),
     [
         ("most_16b_stage1", "partition", DEEPSEEK_V2_LITE),
+        ("most_16b_librispeech", "partition", DEEPSEEK_V2_LITE),
         ("most_16b_expand", "expand", DEEPSEEK_V2_LITE),
         ("most_3b_upcycled", "upcycle", LLAMA_3_2_3B),
     ],
@@ -189,3 +201,9 @@ def test_debug_has_every_part_of_the_recipes() -> None:
     assert debug.model.attention.rope.rope_type == recipe_of_the_paper.model.attention.rope.rope_type
     on_cpu = load_config(CONFIGS / "most_debug.yaml", ["precision.dtype=fp32", "optimizer.overlap_grad_reduce=false"])
     assert on_cpu.num_microbatches(on_cpu.parallel.data_parallel_size(2)) == 4
+
+
+@pytest.mark.parametrize("path", sorted(SWEEPS.glob("16b_*.yaml")), ids=lambda path: path.stem)
+def test_every_run_of_a_sweep_fits_its_gpus(path: Path) -> None:
+    fullest = {run.variant.name: run.memory for run in plan_runs(load_sweep(path))}
+    assert {name: memory for name, memory in fullest.items() if memory > GPUS["h100"].usable} == {}

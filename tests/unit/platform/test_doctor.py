@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from megatron_most.platform import doctor
+from megatron_most.platform.findings import TESTED
 from tests.unit.install.requirements import ROOT, setup_arguments, setup_requirements
 from tests.unit.install.stand_in_distributions import write_distribution
 
@@ -123,7 +124,7 @@ def test_every_optional_package_is_looked_for_once_and_its_extra_brings_it():
 
 def test_the_torch_that_setup_installs_is_one_that_is_called_tested():
     version = re.search(r"^TORCH_VERSION := (\d+\.\d+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
-    assert version in doctor.TESTED["torch"]
+    assert version in TESTED["torch"]
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ def test_what_can_be_imported_fits(tmp_path, site):
 
 
 def test_a_library_whose_import_hangs_does_not_fit(tmp_path, site, monkeypatch):
-    monkeypatch.setattr(doctor, "_IMPORT_SECONDS", 0.2)
+    monkeypatch.setattr("megatron_most.platform.findings._IMPORT_SECONDS", 0.2)
     write_distribution(site, "apex", "0.1", {"amp_C.py": "import time; time.sleep(60)"})
     assert find(doctor.examine(tmp_path), "apex").value.endswith("its import takes more than 0.2 s")
 

@@ -32,7 +32,7 @@ def test_a_missing_library_is_one_line_that_says_how_to_get_it(library: str, mon
     [(field, value)] = ((field.replace("__", "."), value) for field, value in overrides.items())
     # No process group is there: building would fail otherwise if it got any further.
     for ask in (lambda: check_libraries(config), lambda: build_model(config), lambda: describe_run(config, 2)):
-        with pytest.raises(ConfigError, match=f"{field}='{value}': needs {library}, which is not there") as caught:
+        with pytest.raises(ConfigError, match=f"{field}='{value}': needs {library}, which is not installed") as caught:
             ask()
         assert "\n" not in str(caught.value) and ("pip install" in str(caught.value) or "build" in str(caught.value))
     monkeypatch.setattr(module, flag, True)

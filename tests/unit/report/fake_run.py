@@ -83,6 +83,7 @@ def make_run(
                 **({"balance_loss": 1.4} if before_statistics else statistics.metrics()),
                 "tokens_per_second": 5000 * rng.gauss(1, 0.02),
                 "step_seconds": 0.3 * rng.gauss(1, 0.02),
+                "max_memory_bytes": (3 << 28) + step * 1000,
             }
         )
         if step % (10 * interval) == 0:

@@ -11,6 +11,7 @@ from megatron_most.report.charts import (
     WIDTH,
     Series,
     average_points,
+    figures,
     format_number,
     line_chart,
     nice_ticks,
@@ -101,6 +102,9 @@ def test_a_chart_without_points_is_none_and_empty_series_are_left_out():
 def test_the_description_says_it_in_words():
     assert chart_of(4.0, 0.25).description == "t: a from 4 at step 0 to 0.25 at step 1"
     assert chart_of(4.0).description == "t: a 4 at step 0"
+    [by_both] = figures([chart_of(4.0, 0.25)], [line_chart("t", [Series("a", [(0, 4.0), (2.5e6, 0.25)], 0)])])
+    assert by_both.views[1].description == "t: a from 4 at 0 tokens to 0.25 at 2.5M tokens"
+    assert by_both.views[1].x_ticks[-1][1] == "2.5M"
 
 
 @pytest.mark.parametrize(
@@ -118,6 +122,7 @@ def test_the_description_says_it_in_words():
         (123456, "123k"),
         (4512345, "4.51M"),
         (1.57e10, "15.7G"),
+        (9.89e14, "989T"),
     ],
 )
 def test_numbers_are_short(value, text):

@@ -16,7 +16,7 @@ HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 
 class Page(html.parser.HTMLParser):
     """Collects elements and visible text; complains about elements that are not closed."""
 
-    VOID = {"meta", "link", "img", "br"}
+    VOID = {"meta", "link", "img", "br", "input"}
 
     def __init__(self, text):
         super().__init__()
@@ -71,6 +71,8 @@ def test_every_section_is_filled(page):
         "Loss by task",
         "Gradient norm, before clipping",
         "Throughput tokens/s",
+        "Model FLOP/s FLOP/s",
+        "Peak memory of rank 0 GiB",
         "routed pairs left its group.",
         "Text tokens share of their (token, expert) pairs; even would be 25.0%",
         "Expert load",
@@ -127,15 +129,76 @@ def test_nothing_is_loaded_from_outside(page):
 def test_the_curves_answer_a_pointer_with_their_own_values(whole):
     text = write_report(whole).read_text()
     data = [json.loads(one) for one in re.findall(r'<script type="application/json">(.*?)</script>', text)]
-    assert len(data) == text.count("data-chart>") == 11
-    losses = {one["label"]: one["points"] for one in data[0]["series"]}
+    charts = [one for one in data if "views" in one]
+    assert len(charts) == text.count("data-chart>") == 13
+    by_steps, by_tokens = charts[0]["views"]
+    losses = {one["label"]: one["points"] for one in by_steps["series"]}
     assert set(losses) == {"all targets", "text", "audio"}
     assert losses["text"][-1][0] == 200
+    assert by_steps["axis"] == "step"
+    assert by_tokens["axis"] == "tokens"
+    moved = {one["label"]: one["points"] for one in by_tokens["series"]}
+    assert [(x, value) for x, value, *_ in moved["text"]] == [(1500 * x, value) for x, value, *_ in losses["text"]]
+
+
+def test_every_chart_can_be_downloaded_as_picture_and_as_numbers(page, whole):
+    figures = page.all("figure")
+    buttons = [attributes.get("data-download") for attributes in page.all("button")]
+    assert buttons == ["svg", "csv"] * len(figures)
+    assert len(figures) == 13 + 2
+    text = write_report(whole).read_text()
+    data = [json.loads(one) for one in re.findall(r'<script type="application/json">(.*?)</script>', text)]
+    (text_map, _) = [one["table"] for one in data if "table" in one]
+    assert text_map["columns"] == ["layer", "expert", "kind", "share of pairs"]
+    assert len(text_map["rows"]) == 3 * 8
+    by_layer = [sum(share for layer, _, _, share in text_map["rows"] if layer == wanted) for wanted in (2, 3, 4)]
+    assert by_layer == pytest.approx([1.0] * 3, abs=1e-4)
+
+
+def test_what_was_before_training_stands_away_from_the_results(page):
+    titles = ("Results", "For comparison", "Training")
+    ends = [page.text.index(title, page.text.index("Configuration")) for title in titles]
+    results, comparison = page.text[ends[0] : ends[1]], page.text[ends[1] : ends[2]]
+    assert "before training" not in results
+    assert "98.5%" not in results
+    assert "ASR word error rate before training 98.5%" in comparison
+    assert "the recognizer on the originals 1.0%" in comparison
+
+
+def test_rates_have_intervals_and_name_their_column_on_narrow_screens(tmp_path):
+    run_dir = make_run(tmp_path / "run", steps=40)
+    path = run_dir / "evaluation" / "asr_heldout_s.json"
+    result = json.loads(path.read_text()) | {"wer_interval": [0.0123, 0.091]}
+    result["items"][2] |= {"at_limit": True}
+    result["items"][3] |= {"hypothesis": "", "failed": "a prompt that is too long"}
+    path.write_text(json.dumps(result))
+    page = page_of(run_dir)
+    assert "5.0% (1.2% to 9.1%) of 6" in page.text
+    assert "failed: a prompt that is too long" in page.text
+    assert "reached its limit, so the end may be missing" in page.text
+    labels = [attributes["data-label"] for attributes in page.all("td") if "data-label" in attributes]
+    assert labels == ["ASR", "TTS", "codec round trip", "original recording"] * 2
+
+
+def test_a_run_on_a_known_gpu_has_its_utilization(tmp_path):
+    run_dir = make_run(tmp_path / "run", steps=40)
+    path = run_dir / "environment.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"device": "NVIDIA H100 80GB HBM3"}))
+    page = page_of(run_dir)
+    assert "Model FLOPs utilization (MFU) %" in page.text
+    assert "Model FLOP/s FLOP/s" not in page.text
+
+
+def test_without_tokens_charts_are_by_steps_alone(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": 2.5}\n{"step": 20, "loss": 1.5}\n')
+    page = page_of(tmp_path)
+    assert "x axis of the charts" not in page.text
+    assert not [one for one in page.all("svg") if "by-tokens" in one.get("class", "")]
 
 
 def test_charts_and_maps_have_labels(page):
     images = [attributes for attributes in page.all("svg") if attributes.get("role") == "img"]
-    assert len(images) == 11 + 2
+    assert len(images) == 2 * 13 + 2
     assert all(attributes["aria-label"] for attributes in images)
     assert all(attributes.get("aria-label") for attributes in page.all("audio"))
 
@@ -166,7 +229,7 @@ def test_metrics_alone_make_a_page_that_says_what_is_missing(tmp_path):
     page = page_of(tmp_path)
     assert "loss at the last line 1.5" in page.text
     for wanted in (
-        "summary.json is not there",
+        "summary.json is missing",
         "No routing was recorded.",
         "Nothing was evaluated",
         "No speech samples were kept.",
@@ -182,7 +245,7 @@ def test_any_file_may_be_missing_or_torn(tmp_path, name):
     path.write_bytes(path.read_bytes()[:-25])
     page_of(run_dir)
     path.unlink()
-    assert f"{name} is not there" in page_of(run_dir).text
+    assert f"{name} is missing" in page_of(run_dir).text
 
 
 def test_a_leak_between_groups_is_shown(tmp_path):

@@ -29,7 +29,7 @@ def test_metrics_alone_are_a_run_and_the_rest_is_noted(tmp_path):
     run = read_run(tmp_path)
     assert run.metrics == [{"step": 1, "loss": 2.5}]
     missing = {"routing.jsonl", "summary.json", "environment.json", "config.yaml", "evaluation/*.json"}
-    assert {note.split(" is not there")[0] for note in run.notes} == missing
+    assert {note.split(" is missing")[0] for note in run.notes} == missing
     assert run.modalities == ["text", "audio"]
 
 
@@ -44,7 +44,7 @@ def test_broken_lines_are_counted(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnot json\n[1]\n{"loss": 1}\n{"step": "x"}\n{"step": 2}\n')
     run = read_run(tmp_path)
     assert [line["step"] for line in run.metrics] == [1, 2]
-    assert "4 lines of metrics.jsonl are not readable and left out, the first is 2." in run.notes
+    assert "4 unreadable lines of metrics.jsonl are left out, the first is line 2." in run.notes
 
 
 @pytest.mark.parametrize("text", ["{", "[1, 2]", "null"])
@@ -61,7 +61,7 @@ def test_a_broken_config_is_kept_as_text(tmp_path):
     run = read_run(tmp_path)
     assert run.config_text == "model: [1\n"
     assert run.config == {}
-    assert any("not readable as YAML" in note for note in run.notes)
+    assert any("not valid YAML" in note for note in run.notes)
 
 
 def test_an_evaluation_without_a_list_of_items_is_noted(tmp_path):
@@ -70,7 +70,7 @@ def test_an_evaluation_without_a_list_of_items_is_noted(tmp_path):
     (tmp_path / "evaluation" / "tts.json").write_text(json.dumps({"suite": "tts", "items": []}))
     run = read_run(tmp_path)
     assert list(run.evaluation) == ["tts"]
-    assert "evaluation/asr.json is left out: its items are no list." in run.notes
+    assert "evaluation/asr.json is left out: items must be a list." in run.notes
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path):

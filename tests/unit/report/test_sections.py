@@ -10,7 +10,7 @@ from megatron_most.data.storage.documents import TASKS
 from megatron_most.report.curves import loss_charts, points_of, training_charts
 from megatron_most.report.run_files import RunFiles, read_run
 from megatron_most.report.samples import MAX_SAMPLES, speech_samples
-from megatron_most.report.transcripts import error_rates, transcript_tables
+from megatron_most.report.transcripts import Rate, error_rates, transcript_tables
 from tests.unit.report.fake_run import make_run, write_tone
 
 
@@ -38,7 +38,13 @@ def test_curves_are_grouped_and_validation_takes_its_tasks_color(whole):
     assert not by_task["ASR"].dash
     assert len(charts["Cross entropy by codebook"].curves) == 4
     titles = [chart.title for chart in training_charts(read_run(whole).metrics)]
-    assert titles == ["Learning rate", "Gradient norm, before clipping", "Throughput", "Time of a step"]
+    assert titles == [
+        "Learning rate",
+        "Gradient norm, before clipping",
+        "Throughput",
+        "Peak memory of rank 0",
+        "Time of a step",
+    ]
 
 
 def test_a_validation_set_of_no_known_task_has_a_curve_too():
@@ -62,7 +68,7 @@ def test_transcripts_mark_every_kind_of_error_and_put_the_worst_first(tmp_path):
     ]
     assert (table.errors.substitutions, table.errors.deletions, table.errors.insertions) == (1, 1, 2)
     assert (table.num_utterances, table.num_with_errors) == (3, 2)
-    assert table.wer == 0.44
+    assert table.rate == Rate(0.44, 3)
 
 
 def test_error_rates_stand_by_set_and_suite():
@@ -71,11 +77,12 @@ def test_error_rates_stand_by_set_and_suite():
         evaluation={
             "a": {"suite": "asr", "set": "hard", "wer": 0.2, "num_utterances": 7, "items": []},
             "b": {"suite": "asr", "set": "easy", "wer": 0.0, "items": [{}, {}]},
-            "c": {"suite": "tts", "set": "easy", "wer": 0.1, "num_utterances": 5},
+            "c": {"suite": "tts", "set": "easy", "wer": 0.1, "num_utterances": 5, "wer_interval": [0.05, 0.2]},
             "d": {"suite": "mine", "set": "easy", "wer": None},
         },
     )
-    assert error_rates(run) == (["asr", "tts"], [("easy", [(0.0, 2), (0.1, 5)]), ("hard", [(0.2, 7), None])])
+    easy, hard = [Rate(0.0, 2), Rate(0.1, 5, (0.05, 0.2))], [Rate(0.2, 7), None]
+    assert error_rates(run) == (["asr", "tts"], [("easy", easy), ("hard", hard)])
 
 
 def test_utterances_that_cannot_be_aligned_are_noted(tmp_path):
@@ -117,7 +124,11 @@ def test_sounds_of_one_utterance_come_together_from_several_suites(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("../outside.wav", "lies outside the run directory"), ("absent.wav", "No such file"), ("text.wav", "is no WAV")],
+    [
+        ("../outside.wav", "is outside of the run directory"),
+        ("absent.wav", "No such file"),
+        ("text.wav", "is not a WAV"),
+    ],
 )
 def test_sound_that_cannot_be_used_is_noted(tmp_path, name, reason):
     run_dir = tmp_path / "run"

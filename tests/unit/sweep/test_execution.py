@@ -76,7 +76,9 @@ def test_a_sweep_that_is_killed_and_resumed_runs_each_exactly_once(described):
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert 4 <= finished(runs) < 12
-    with pytest.raises(ConfigError, match=f"{sweep.spec.output}: .* of the 12 runs were begun; --resume goes on"):
+    with pytest.raises(
+        ConfigError, match=f"{sweep.spec.output}: .* of the 12 runs were started before; use --resume to continue"
+    ):
         execution.start(sweep, runs, "local", False, PROGRAMS, said.append)
     execution.start(sweep, runs, "local", True, PROGRAMS, said.append)
     assert finished(runs) == 12
@@ -108,7 +110,7 @@ def test_a_failure_stops_no_other_run_and_is_tried_again(described):
 def test_missing_data_stops_all_before_anything_is_made(described):
     sweep, _ = described
     (sweep.path.parent / "asr.json").unlink()
-    with pytest.raises(ConfigError, match="sweep.yaml: not there: .*asr.json"):
+    with pytest.raises(ConfigError, match="sweep.yaml: no such files: .*asr.json"):
         execution.start(sweep, plan_runs(sweep), "local", False, PROGRAMS, print)
     assert not Path(sweep.spec.output).exists()
 

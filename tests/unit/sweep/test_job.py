@@ -47,6 +47,12 @@ def make(directory: Path, *evaluation: EvaluationConfig) -> Job:
     return Job(str(directory), "abc", ResourcesConfig(), list(evaluation), PROGRAMS)
 
 
+def test_a_normalizer_is_named_only_if_the_sweep_names_one(tmp_path, calls):
+    make(tmp_path, EvaluationConfig("asr", "a.jsonl"), EvaluationConfig("asr", "b.jsonl", normalizer="basic"))()
+    assert "--normalizer" not in calls[1]
+    assert calls[2][-2:] == ["--normalizer", "basic"]
+
+
 def test_it_trains_evaluates_and_leaves_a_result_once(tmp_path, calls):
     job = make(tmp_path, EvaluationConfig("asr", "sets/clean.jsonl", limit=7))
     job()

@@ -66,18 +66,18 @@ def test_lists_and_mappings_are_values(tmp_path):
         (HEAD + "}", "axes: a value is required"),
         (HEAD + "axis: {a.b: [1]}}", "axis: unknown key"),
         (HEAD + "axes: {a.b: []}}", "axes.a.b: must be a list of values, or map names"),
-        (HEAD + "axes: {a.b: [1, 1]}}", "axes.a.b: names a value twice"),
-        (HEAD + "axes: {a: {x: [1]}}}", "axes.a.x: must map keys of the configuration"),
-        (HEAD + "combine: zip, axes: {a.b: [1], a.c: [1, 2]}}", "equally long: a.b 1, a.c 2"),
+        (HEAD + "axes: {a.b: [1, 1]}}", "axes.a.b: must not repeat a value"),
+        (HEAD + "axes: {a: {x: [1]}}}", "axes.a.x: must map configuration keys"),
+        (HEAD + "combine: zip, axes: {a.b: [1], a.c: [1, 2]}}", "equal lengths: a.b 1, a.c 2"),
         (HEAD + "combine: product, axes: {a.b: [1]}}", "combine='product': must be one of grid, zip"),
-        (HEAD + "axes: {a.b: [1]}, baseline: {a.c: 1}}", "baseline: a.c: no such axis; there are a.b"),
-        (HEAD + "axes: {a.b: [1]}, baseline: {a.b: 2}}", "baseline: a.b: no choice '2'; there are 1"),
-        (HEAD + "axes: {a.b: [1, 2], a.c: [1, 2]}, baseline: {a.b: 2}}", "fits 2 variants, must fit one"),
-        (HEAD + "axes: {a.b: [1]}, skip: [{a.b: 1}]}", "skip: leaves no variant"),
+        (HEAD + "axes: {a.b: [1]}, baseline: {a.c: 1}}", "baseline: a.c: no such axis; axes are a.b"),
+        (HEAD + "axes: {a.b: [1]}, baseline: {a.b: 2}}", "baseline: a.b: no choice '2'; choices are 1"),
+        (HEAD + "axes: {a.b: [1, 2], a.c: [1, 2]}, baseline: {a.b: 2}}", "must match one variant, matches 2"),
+        (HEAD + "axes: {a.b: [1]}, skip: [{a.b: 1}]}", "skip: must leave a variant"),
         (HEAD + "axes: {a.b: [1]}, budget: {match: time}}", "budget.match='time': must be one of"),
         (HEAD + "axes: {a.b: [1]}, resources: {concurrent: 0}}", "resources.concurrent"),
         (HEAD + "axes: {a.b: [1]}, evaluation: [{suite: mos, data: d}]}", "evaluation.suite='mos'"),
-        ("{name: s, base: b, output: o, seeds: [1, 1], axes: {a.b: [1]}}", "names a seed twice"),
+        ("{name: s, base: b, output: o, seeds: [1, 1], axes: {a.b: [1]}}", "must not repeat a seed"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(tmp_path, text, match):
@@ -87,5 +87,5 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, text, match):
 
 
 def test_no_such_file(tmp_path):
-    with pytest.raises(ConfigError, match="no such sweep file"):
+    with pytest.raises(ConfigError, match="no such file"):
         load_sweep(tmp_path / "absent.yaml")

@@ -149,3 +149,122 @@ def test_a_vocabulary_too_small_for_the_texts_is_refused_and_nothing_written(tmp
 def test_training_needs_text(tmp_path):
     with pytest.raises(ConfigError, match="no text to train on"):
         train_sentencepiece(["", "  "], tmp_path / "empty.model", 400)
+
+
+@pytest.mark.parametrize("setting", ["truncation", "padding", "both"])
+def test_settings_for_somebodys_batches_are_switched_off(tmp_path, setting):
+    path = write_hugging_face(tmp_path)
+    text = " ".join(["the red fox"] * 20)
+    plain = load_tokenizer(path).encode(text), load_tokenizer(path).encode("fox")
+    saved = tokenizers.Tokenizer.from_file(str(path))
+    if setting != "padding":
+        saved.enable_truncation(16)
+    if setting != "truncation":
+        saved.enable_padding(pad_id=1, pad_token=EOS, length=64)
+    saved.save(str(path))
+    assert (load_tokenizer(path).encode(text), load_tokenizer(path).encode("fox")) == plain
+
+
+def byte_level(folder: Path, added: list[tokenizers.AddedToken], split: str | None, **config: str) -> Path:
+    """A byte-level BPE tokenizer, as DeepSeek-V2, Llama 3, Qwen and SmolLM have it, with the tokens added behind."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=split is not None))
+    steps = [tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)]
+    if split is not None:
+        steps.insert(0, tokenizers.pre_tokenizers.Split(tokenizers.Regex(split), "isolated"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.add_tokens(added)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{added[0].content} $A", special_tokens=[(added[0].content, tokenizer.token_to_id(added[0].content))]
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def special(*contents: str) -> list[tokenizers.AddedToken]:
+    return [tokenizers.AddedToken(content, special=True, normalized=False) for content in contents]
+
+
+WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LAYOUTS = {
+    "deepseek": lambda folder: byte_level(
+        folder, [*special(BOS, EOS), tokenizers.AddedToken("<\uff5cfim\u2581hole\uff5c>", special=False)], WORDS,
+        bos_token=BOS, eos_token=EOS, pad_token=EOS,
+    ),
+    "llama": lambda folder: byte_level(
+        folder, special("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"), WORDS,
+        bos_token="<|begin_of_text|>", eos_token="<|eot_id|>",
+    ),
+    "qwen": lambda folder: byte_level(
+        folder, [*special("<|endoftext|>", "<|im_start|>", "<|im_end|>"), tokenizers.AddedToken("<think>")], WORDS,
+        bos_token="<|endoftext|>", eos_token="<|im_end|>", pad_token="<|endoftext|>",
+    ),
+    "smollm": lambda folder: byte_level(
+        folder, special("<|endoftext|>", "<|im_start|>", "<|im_end|>"), None,
+        bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request, tmp_path) -> Path:
+    return LAYOUTS[request.param](tmp_path)
+
+
+TEXTS = ["the red fox", "  two  spaces", "1234567", "line\n\nbreak ", "na\u00efve \u65e5\u672c \U0001f98a", "<|im_sta"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_published_layout_encodes_as_its_own_library_and_loses_nothing(layout, text):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = load_tokenizer(layout)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(layout)
+    assert tokenizer.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
+
+
+def test_added_tokens_of_a_published_layout_are_ids_that_only_special_ones_keep_from_text(layout):
+    tokenizer, raw = load_tokenizer(layout), tokenizers.Tokenizer.from_file(str(layout / "tokenizer.json"))
+    added = raw.get_added_tokens_decoder()
+    assert tokenizer.vocab_size == max(added) + 1 == raw.get_vocab_size(with_added_tokens=True)
+    for token_id, token in added.items():
+        ids = tokenizer.encode(f"fox {token.content} dog")
+        assert (token_id in ids) is not token.special
+        assert tokenizer.decode(ids) == f"fox {token.content} dog"
+        assert tokenizer.special_id(token.content) == (token_id if token.special else None)
+
+
+def test_a_model_may_have_more_ids_than_its_tokenizer(layout):
+    """Published vocabularies are padded to a round size; the tokenizer knows nothing of the ids beyond its own."""
+    tokenizer = load_tokenizer(layout)
+    with pytest.raises(DataError, match=f"id {tokenizer.vocab_size} at position 1 is outside the tokenizer"):
+        tokenizer.decode([tokenizer.bos_id, tokenizer.vocab_size])
+
+
+def test_bytes_stand_for_characters_that_the_pieces_lack(tmp_path):
+    """As in Llama 2's ``tokenizer.json``: pieces with a lower line for the space, and a piece for each byte."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "f", "o", "x"]
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    model = tokenizers.models.BPE(vocab, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    raw = tokenizers.Tokenizer(model)
+    raw.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+    raw.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("\u2581", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+        ]
+    )
+    raw.add_special_tokens(["<unk>", "<s>", "</s>"])
+    raw.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("fox\u00e9") == [vocab[piece] for piece in ("f", "o", "x", "<0xC3>", "<0xA9>")]
+    for text in ("fox fox", "\u65e5\u672c fox \U0001f98a"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -63,6 +63,7 @@ def test_another_run_is_refused_by_its_first_difference(used: Path, overrides: d
         {"checkpoint__keep_last": 7},
         {"optimizer__lr": 0.5},
         {"model__moe__moe_aux_loss_coeff": 0.5},
+        {"model__moe__balance_scope": "pooled"},
         {"data__validation": "[{path: more}]"},
         {"parallel__expert_model_parallel_size": 2},
     ],

@@ -1,19 +1,131 @@
-"""A step of training: which learning rate an update uses."""
+"""A step of training: its gradients, what it counts, its learning rate, and which steps are skipped or refused."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 
 from megatron_most import parallel
-from megatron_most.training.train_step import build_train_state, train_step
-from tests.distributed.tiny import tiny_batch, tiny_config
+from megatron_most.config import RunConfig
+from megatron_most.errors import MostError
+from megatron_most.training.microbatches import forward_step
+from megatron_most.training.train_step import TrainState, build_train_state, compute_gradients, train_step
+from tests.distributed.tiny import FP8, tiny_batch, tiny_config
+
+
+@pytest.fixture(autouse=True)
+def process_groups() -> Iterator[None]:
+    parallel.initialize(tiny_config().parallel, seed=1)
+    yield
+    parallel.destroy()
+
+
+def built(config: RunConfig) -> TrainState:
+    """Every time the same weights."""
+    parallel.initialize(config.parallel, seed=1)
+    return build_train_state(config)
+
+
+def weights(state: TrainState) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in state.model_chunks[0].parameters()])
+
+
+def test_gradients_are_summed_over_targets_and_divided_once_by_their_number() -> None:
+    """By torch alone, on micro-batches with different numbers of targets; routers add no loss here."""
+    config = tiny_config(
+        model__moe__moe_router_load_balancing_type="none",
+        model__moe__moe_z_loss_coeff=0.0,
+        model__text_loss_weight=3.0,
+    )
+    state = built(config)
+    batches = [tiny_batch(config, seed=0), tiny_batch(config, seed=4, audio_share=0.8)]
+    compute_gradients(state, batches)
+    found = {name: parameter.main_grad.clone() for name, parameter in state.model_chunks[0].named_parameters()}
+
+    model = built(config).model_chunks[0]
+    losses, counts = [], []
+    for batch in batches:
+        output, reduce = forward_step(state.loss_table, iter([batch]), model)
+        loss_sum, count, _ = reduce(output)
+        losses.append(loss_sum)
+        counts.append(int(count))
+    assert counts[0] != counts[1]
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    expected = torch.autograd.grad(sum(losses) / sum(counts), parameters)
+    for name, gradient in zip(names, expected, strict=True):
+        torch.testing.assert_close(
+            found[name], gradient, rtol=1e-4, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_a_step_counts_what_it_consumed_and_sums_the_votes() -> None:
+    config = tiny_config()
+    state = built(config)
+    batches = [tiny_batch(config, seed=0), tiny_batch(config, seed=1)]
+    result = train_step(state, batches, votes=(2.0, 0.0, 0.5))
+    num_tokens = sum(int((~batch.is_padding).sum()) for batch in batches)
+    num_rows = sum(len(batch.ids) for batch in batches)
+    assert (result.num_samples, result.num_tokens) == (state.consumed_samples, state.consumed_tokens)
+    assert (result.num_samples, result.num_tokens) == (num_rows, num_tokens)
+    assert result.votes == [2.0, 0.0, 0.5]
+    assert (state.step, state.skipped_steps) == (1, 0)
+
+
+def test_only_a_norm_above_the_threshold_skips_the_update() -> None:
+    config = tiny_config(optimizer__lr=0.1)
+    batches = [tiny_batch(config, seed=0)]
+    norm = train_step(built(config), batches).grad_norm
+    for threshold, is_skipped in ((0.99 * norm, True), (norm, False), (1.01 * norm, False)):
+        state = built(tiny_config(optimizer__lr=0.1, optimizer__grad_norm_skip_threshold=repr(threshold)))
+        before = weights(state)
+        result = train_step(state, batches)
+        assert (result.is_skipped, state.skipped_steps, state.step) == (is_skipped, int(is_skipped), 1)
+        assert torch.equal(before, weights(state)) == is_skipped
+
+
+def test_a_skipped_step_does_not_advance_the_learning_rate() -> None:
+    config = tiny_config(optimizer__lr=0.4, optimizer__lr_warmup_iters=4, optimizer__lr_decay_style="constant")
+    state = built(config)
+    state.step, state.skipped_steps = 3, 2
+    state.scheduler.step(1)
+    train_step(state, [tiny_batch(config, seed=0)])
+    [rate] = {group["lr"] for group in state.optimizer.param_groups}
+    assert rate == pytest.approx(0.2)
+
+
+def test_a_loss_that_is_not_finite_is_refused_before_the_update() -> None:
+    state = built(tiny_config())
+    with torch.no_grad():
+        state.model_chunks[0].decoder.final_layernorm.weight.fill_(float("nan"))
+    with pytest.raises(MostError, match="step 1: the loss is nan; nothing of this step was saved"):
+        train_step(state, [tiny_batch(state.config, seed=0)])
+    assert state.step == 0
+
+
+def test_a_gradient_norm_that_is_not_finite_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = built(tiny_config())
+    monkeypatch.setattr(state.optimizer, "step", lambda: (True, float("inf"), None))
+    with pytest.raises(MostError, match="step 1: the gradient norm is inf; nothing of this step was saved"):
+        train_step(state, [tiny_batch(state.config, seed=0)])
+    assert state.step == 0
+
+
+def test_a_step_moves_expert_biases_and_fp8_histories() -> None:
+    options = {**FP8, "precision__fp8_recipe": "delayed", "model__moe__moe_router_bias_update_rate": 1e-3}
+    state = built(tiny_config(**options))
+    train_step(state, [tiny_batch(state.config, seed=0)])
+    layer = state.model_chunks[0].decoder.layers[1]
+    assert layer.mlp.router.expert_bias.values.abs().amax().item() == pytest.approx(1e-3)
+    history = layer.self_attention.linear_proj.fp8.history
+    assert history.past.any() and not history.current.any()
 
 
 @pytest.mark.parametrize("updates_before", [0, 2])
 def test_update_n_uses_the_rate_at_n(updates_before: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted from 1: the first update of a warm-up over four is a quarter of the way up, and changes the weights."""
     config = tiny_config(optimizer__lr=0.4, optimizer__lr_warmup_iters=4, optimizer__lr_decay_style="constant")
-    parallel.initialize(config.parallel, seed=1)
     state = build_train_state(config, num_updates=updates_before)
     state.step = updates_before
     used = []
@@ -26,5 +138,4 @@ def test_update_n_uses_the_rate_at_n(updates_before: int, monkeypatch: pytest.Mo
     monkeypatch.setattr(state.optimizer, "step", recorded)
     for _ in range(2):
         train_step(state, [tiny_batch(config, seed=0)])
-    parallel.destroy()
     assert used == pytest.approx([0.1 * (updates_before + 1), 0.1 * (updates_before + 2)])

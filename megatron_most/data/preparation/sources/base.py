@@ -1,8 +1,9 @@
-"""What a source of data is: a class that knows one published layout on disk and yields records."""
+"""A source: a class that reads one published layout and yields records."""
 
 from __future__ import annotations
 
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,17 +16,20 @@ from megatron_most.data.storage.json_lines import Line, read_lines
 from megatron_most.errors import ConfigError, DataError
 
 WRITTEN_BESIDE = (".quarantine.jsonl", ".provenance.json")
-"""What ``most prepare`` itself writes beside a manifest; a folder of manifests may hold it, and it is no data."""
+"""Endings of files that ``most prepare`` writes beside a manifest; they are not read as data."""
+
+_HELD_OUT = {"dev", "eval", "evaluation", "heldout", "test", "val", "valid", "validation"}
 
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """What a user may say of any source.
+    """Options of every source.
 
-    splits: only these parts; empty takes all.
-    language, license: of every record that does not name its own.
-    text_field: which of several texts is meant; None takes the source's first choice.
-    needs_text: whether audio without a text is refused.
+    splits: only these parts; empty takes all but those that are held out (:func:`is_held_out`).
+    lower_case: whether texts without any lower-case letter become lower case.
+    language, license: for records that do not name their own.
+    text_field: which text to read if the source has several; None takes the source's default.
+    needs_text: whether audio without text is rejected.
     """
 
     splits: tuple[str, ...] = ()
@@ -33,6 +37,7 @@ class SourceOptions:
     license: str | None = None
     text_field: str | None = None
     needs_text: bool = True
+    lower_case: bool = False
 
 
 class Source(ABC):
@@ -46,14 +51,14 @@ class Source(ABC):
     """One line for ``--help``: which files are read."""
 
     license: ClassVar[str | None] = None
-    """Under which the data set is published, where that is known."""
+    """License of the published data set, if known."""
 
     has_audio: ClassVar[bool] = True
 
     def __init__(
         self, root: str | Path, options: SourceOptions | None = None, further_roots: Sequence[str | Path] = ()
     ) -> None:
-        # Absolute: audio paths that start with it must mean the same wherever they are resolved.
+        # Absolute, so that audio paths below it do not depend on the working directory.
         self.root = Path(os.path.abspath(root))
         self.options = options or SourceOptions()
         if not self.root.exists():
@@ -67,27 +72,25 @@ class Source(ABC):
 
     @abstractmethod
     def records(self) -> Iterator[Record | Rejection]:
-        """Every record, or why there is none in its place, in an order that is always the same.
+        """Every record, or the reason why one cannot be used, always in the same order.
 
-        Audio paths may be relative to :attr:`folder`; that they exist, lie inside the given folders and that ids
-        differ is checked by whoever reads the source. Raises DataError where a whole file cannot be read.
+        Audio paths may be relative to :attr:`folder`. The caller checks that they exist inside the given folders and
+        that ids are unique. Raises DataError if a whole file cannot be read.
         """
 
     def files(self, *patterns: str) -> list[Path]:
-        """The root itself if it is no folder, else the files below it that match; sorted, of the wanted splits."""
+        """The root if it is a file; otherwise the matching files below it that belong to the chosen splits, sorted."""
         if not self.root.is_dir():
             return [self.root]
         found = sorted({path for pattern in patterns for path in self.root.glob(pattern)})
         found = [path for path in found if not path.name.endswith(WRITTEN_BESIDE)]
-        if self.options.splits:
-            found = [path for path in found if self._split_of(path) in self.options.splits]
         if not found:
-            splits = f" of {', '.join(self.options.splits)}" if self.options.splits else ""
-            raise DataError(f"{self.root}: holds no {' or '.join(patterns)}{splits}")
-        return found
+            raise DataError(f"{self.root}: holds no {' or '.join(patterns)}")
+        splits = choose_splits(sorted({self._split_of(path) for path in found}), self.options.splits, self.root)
+        return [path for path in found if self._split_of(path) in splits]
 
     def real(self, path: Path) -> Path:
-        """Where a file of the source really is: the one that a user named, or one that lies inside the roots."""
+        """The real path of a file that the user named, or that lies inside the roots."""
         if path != self.root:
             return self.roots.resolve(path)
         if not path.is_file():
@@ -99,10 +102,10 @@ class Source(ABC):
         return read_lines(self.real(path))
 
     def table(self, path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str] | Rejection]]:
-        """Rows of a tab-separated table with a header and no quoting: where each stands, and its fields.
+        """Rows of a tab-separated table with a header and no quoting: file and line, and the fields.
 
         Raises:
-            DataError: a header without one of ``columns``.
+            DataError: the header lacks one of ``columns``.
         """
         lines = self.lines(path)
         header = next(lines, Line(1, "")).text.split("\t")
@@ -120,17 +123,25 @@ class Source(ABC):
                 yield where, Rejection(where, f"has {len(fields)} columns, the header has {len(header)}")
 
     def _split_of(self, path: Path) -> str:
-        """The split a file is: its name up to the first dot."""
+        """The split that a file belongs to: its name up to the first dot."""
         return path.name.split(".")[0]
 
 
+def is_held_out(split: str) -> bool:
+    """Whether a split's name says that it is not for training: ``dev-clean``, ``test``, ``validation`` ..."""
+    return not _HELD_OUT.isdisjoint(re.split(r"[^a-z]+", split.lower()))
+
+
 def choose_splits(found: Sequence[str], wanted: Sequence[str], root: Path) -> list[str]:
-    """The wanted ones of the splits that were found, all of them where none is named.
+    """The wanted splits; without any, all that are not held out.
 
     Raises:
-        ConfigError: a split that is not there.
+        ConfigError: a wanted split is missing, or none is wanted and all are held out.
     """
     for split in wanted:
         if split not in found:
             raise ConfigError(f"split {split}: {root} holds {', '.join(found) or 'no split'}")
-    return [split for split in found if not wanted or split in wanted]
+    chosen = [split for split in found if (split in wanted if wanted else not is_held_out(split))]
+    if found and not chosen:
+        raise ConfigError(f"{root}: holds only {', '.join(found)}, which are not for training; name them with --split")
+    return chosen

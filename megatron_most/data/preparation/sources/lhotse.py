@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_most.audio.io import DURATION_TOLERANCE
 from megatron_most.data.preparation.manifest import Record, Rejection
 from megatron_most.data.preparation.sources.base import Source
-from megatron_most.data.storage.json_lines import parse_json_object, seconds_of, text_of
+from megatron_most.data.storage.json_lines import MAX_SECONDS, parse_json_object, seconds_of, text_of
 from megatron_most.errors import ConfigError, DataError
 
 _LANGUAGES = {"english": "en"}
@@ -20,7 +21,7 @@ _LANGUAGES = {"english": "en"}
 class LhotseCuts(Source):
     name = "lhotse"
     layout = "cuts*.jsonl or cuts*.jsonl.gz (or one such file); audio paths are relative to its folder"
-    patterns = ("*cuts*.jsonl", "*cuts*.jsonl.gz")
+    patterns: tuple[str, ...] = ("*cuts*.jsonl", "*cuts*.jsonl.gz")
 
     def records(self) -> Iterator[Record | Rejection]:
         for path in self.files(*self.patterns):
@@ -42,19 +43,17 @@ class LhotseCuts(Source):
     def _record(self, cut: dict[str, Any], where: str, split: str) -> Record:
         if cut.get("type", "MonoCut") != "MonoCut":
             raise DataError(f"type={cut['type']!r}: only MonoCut is read")
-        source = _source_of(_object(cut, "recording"))
-        supervision = _supervision_of(cut)
-        start, duration = seconds_of(cut, "start"), seconds_of(cut, "duration")
-        if start is None or not duration:
-            raise DataError("start and duration: must be numbers of seconds, the latter above 0")
+        source, supervision = _source_of(_object(cut, "recording")), _supervision_of(cut)
+        text = (self._text(supervision) or "").strip()
+        offset, duration = _segment_of(cut, supervision if text else {})
         language = text_of(supervision, "language")
         return Record(
             id=text_of(cut, "id") or where,
-            text=(self._text(supervision) or "").strip(),
+            text=text,
             audio=Path(source["source"]),
-            offset=start,
+            offset=offset,
             duration=duration,
-            channel=_place_of_channel(cut, source),
+            channel=_place_of_channel(cut, supervision, source),
             language=_LANGUAGES.get((language or "").lower(), language),
             speaker=text_of(supervision, "speaker"),
             split=split,
@@ -107,15 +106,39 @@ def _supervision_of(cut: dict[str, Any]) -> dict[str, Any]:
     return supervision
 
 
-def _place_of_channel(cut: dict[str, Any], source: dict[str, Any]) -> int | None:
+def _segment_of(cut: dict[str, Any], supervision: dict[str, Any]) -> tuple[float, float]:
+    """Start and length in seconds, within the recording, of the audio that the supervision's text belongs to.
+
+    That is the supervision, whose start is counted from the cut's; the cut where there is none, or hardly a difference.
+    """
+    start, duration = seconds_of(cut, "start"), seconds_of(cut, "duration")
+    if start is None or not duration:
+        raise DataError("start and duration: must be numbers of seconds, the latter above 0")
+    length, first = seconds_of(supervision, "duration"), supervision.get("start", 0.0)
+    if length is None:
+        return start, duration
+    if isinstance(first, bool) or not isinstance(first, (int, float)) or not abs(first) <= MAX_SECONDS or not length:
+        raise DataError("supervisions[0].start and .duration: must be numbers of seconds, the latter above 0")
+    last = first + length
+    if min(first, duration - last) < -DURATION_TOLERANCE:
+        raise DataError(f"supervisions[0]: its text is of {first:.2f}..{last:.2f} s, the cut holds 0..{duration:.2f} s")
+    if max(first, duration - last) <= DURATION_TOLERANCE:
+        return start, duration
+    first, last = max(first, 0.0), min(last, duration)
+    return start + first, last - first
+
+
+def _place_of_channel(cut: dict[str, Any], supervision: dict[str, Any], source: dict[str, Any]) -> int | None:
     """Which of its file's channels a cut is of, counted from 0; None where there is only one.
 
     Lhotse numbers the channels of a recording, and the file holds them in the order of ``channels``: of a source with
     the channels 1 and 3, channel 3 is the second one in the file.
     """
     channels, channel = source.get("channels") or [0], cut.get("channel", 0)
-    if channel not in channels:
+    if not isinstance(channels, list) or channel not in channels:
         raise DataError(f"channel={channel!r}: the recording has {channels}")
+    if supervision.get("channel", channel) not in (channel, [channel]):
+        raise DataError(f"supervisions[0].channel={supervision['channel']!r}: the cut is of channel {channel}")
     return channels.index(channel) if len(channels) > 1 else None
 
 

@@ -26,6 +26,8 @@ class LibriSpeech(Source):
             name, _, text = line.text.partition(" ")
             if line.problem:
                 yield Rejection(where, line.problem)
+            elif not name and text:
+                yield Rejection(where, "has no id before the transcript")
             elif name:
                 yield Record(
                     id=name,

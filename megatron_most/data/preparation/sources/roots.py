@@ -1,4 +1,4 @@
-"""Which files a data set may name: regular files inside the folders a user gave, and nothing else."""
+"""Which files a data set may name: only regular files inside the folders that the user gave."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_most.errors import DataError
 
 
 class Roots:
-    """The folders that may be read from. Links inside them are followed only to places inside them."""
+    """The folders that may be read. A link is followed only if its target lies inside one of them."""
 
     def __init__(self, folders: Sequence[str | Path]) -> None:
         self.folders = tuple(Path(os.path.realpath(folder)) for folder in folders)
@@ -22,11 +22,13 @@ class Roots:
         self.resolve = functools.lru_cache(maxsize=1024)(self._resolve)  # many cuts are of one recording
 
     def _resolve(self, path: str | Path) -> Path:
-        """The real path of a file; relative ones are of the first folder.
+        """The real path of a file; relative paths start at the first folder.
 
         Raises:
-            DataError: a place outside the folders, no file, or no regular one.
+            DataError: the file lies outside the folders, does not exist, or is not a regular file.
         """
+        if "\0" in str(path):
+            raise DataError(f"{str(path)!r}: must be a path")
         real = Path(os.path.realpath(self.folders[0] / path))
         if not any(real.is_relative_to(folder) for folder in self.folders):
             raise DataError(f"{path}: lies outside of {', '.join(map(str, self.folders))}")

@@ -21,8 +21,9 @@ _AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 _TEXT = (".json", ".txt")
 _MAX_TEXT_BYTES = 16 << 20
 _SHARD_NUMBER = re.compile(r"(\d+)\.tar$")
+_TAR_NUMBER = re.compile(r"[-_]?\d+$")
 _SEGMENT = re.compile(r"-sub\d+(?=\.\w+$)")
-"""NeMo tells several segments of one member apart by such endings in the manifest."""
+"""NeMo tells several segments of one member apart by such endings in the manifest. A member may be called so, too."""
 
 
 @dataclass
@@ -38,6 +39,10 @@ class WebDataset(Source):
 
     name = "webdataset"
     layout = "*.tar with NAME.flac (wav, ogg, opus, mp3) and NAME.json (text, duration ...) or NAME.txt"
+
+    def _split_of(self, path: Path) -> str:
+        """Its folder's name, or its own without the number: ``train`` for ``train/0.tar`` and ``train-000000.tar``."""
+        return path.parent.name if path.parent != self.folder else _TAR_NUMBER.sub("", path.stem) or path.stem
 
     def records(self) -> Iterator[Record | Rejection]:
         for path in self.files("*.tar", "*/*.tar"):
@@ -74,6 +79,7 @@ class WebDataset(Source):
                 language=text_of(entry, "language") or text_of(entry, "lang"),
                 speaker=text_of(entry, "speaker"),
                 license=license_of(entry),
+                split=self._split_of(path),
                 where=where,
             )
         except UnicodeDecodeError:
@@ -113,12 +119,13 @@ class NemoTarred(Source):
     def _shard(
         self, path: Path, shard: int, wanted: dict[tuple[int, str], list[Record]]
     ) -> Iterator[Record | Rejection]:
+        members = [(member.name.removeprefix("./"), member) for member, _ in _members(path, self.real(path))]
+        held = {name for name, _ in members}
         names: dict[str, list[str]] = {}
         for number, name in wanted:
             if number == shard:
-                names.setdefault(_SEGMENT.sub("", name), []).append(name)
-        for member, _ in _members(path, self.real(path)):
-            member_name = member.name.removeprefix("./")
+                names.setdefault(name if name in held else _SEGMENT.sub("", name), []).append(name)
+        for member_name, member in members:
             for name in names.pop(member_name, []):
                 for record in wanted.pop((shard, name)):
                     yield replace(record, audio=path, part=(member.offset_data, member.size))
@@ -143,7 +150,9 @@ def _members(path: Path, real: Path, read: tuple[str, ...] = ()) -> Iterator[tup
                     continue
                 content = None
                 if member.name.endswith(read) and member.size <= _MAX_TEXT_BYTES:
-                    content = archive.extractfile(member).read()
+                    text = archive.extractfile(member)
+                    assert text is not None, "a regular file has content"
+                    content = text.read()
                 yield member, content
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"{path}: not readable as an uncompressed tar: {error}") from None

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_most.data.preparation.chat_files import check_roles
 from megatron_most.data.preparation.manifest import Record, Rejection, parse_turns
 from megatron_most.data.preparation.sources.base import Source
 from megatron_most.data.storage.json_lines import Line, license_of, parse_json_object, text_of
-from megatron_most.errors import DataError
+from megatron_most.errors import DataError, first_line
+
+if TYPE_CHECKING:
+    import pyarrow
 
 _ROWS = 1024
 """Rows of a Parquet file that are held at once."""
@@ -23,7 +26,7 @@ class TextCorpus(Source):
     layout = "*.jsonl, *.jsonl.gz, *.parquet (field or column text) or *.txt (documents between empty lines)"
     has_audio = False
     default_field = "text"
-    patterns = ("**/*.jsonl", "**/*.jsonl.gz", "**/*.parquet", "**/*.txt", "**/*.txt.gz")
+    patterns: tuple[str, ...] = ("**/*.jsonl", "**/*.jsonl.gz", "**/*.parquet", "**/*.txt", "**/*.txt.gz")
 
     def records(self) -> Iterator[Record | Rejection]:
         for path in self.files(*self.patterns):
@@ -40,17 +43,18 @@ class TextCorpus(Source):
                     yield Rejection(where, str(error))
 
     def _record(self, entry: dict[str, Any], identity: str, path: Path, where: str) -> Record:
-        text = text_of(entry, self.options.text_field or self.default_field)
-        if not (text or "").strip():
+        text = (text_of(entry, self.options.text_field or self.default_field) or "").strip()
+        if not text:
             raise DataError(f"{self.options.text_field or self.default_field}: is missing or empty")
         return Record(
-            identity, text.strip(), None, None, None, language=text_of(entry, "language"), license=license_of(entry),
+            identity, text, None, None, None, language=text_of(entry, "language"), license=license_of(entry),
             split=self._split_of(path), where=where,
         )  # fmt: skip
 
     def _split_of(self, path: Path) -> str:
-        """``train`` for ``train-00000-of-00009.parquet``, the hub's way to name the parts of a split."""
-        return super()._split_of(path).split("-")[0]
+        """``train`` for ``train-00000-of-00009.parquet``, as the hub names parts, and for ``train/0.txt``."""
+        name = super()._split_of(path).split("-")[0]
+        return path.parent.name if name.isdigit() else name
 
     def _entries(self, path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
         """What to call each entry, and the entry, or why there is none."""
@@ -69,7 +73,7 @@ class TextCorpus(Source):
                     except DataError as error:
                         yield number, str(error)
 
-    def _parquet(self, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _parquet(self, path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
         import pyarrow
         from pyarrow import parquet
 
@@ -79,11 +83,24 @@ class TextCorpus(Source):
                 columns = [name for name in file.schema_arrow.names if name in wanted]
                 number = 0
                 for batch in file.iter_batches(_ROWS, columns=columns):
-                    for row in batch.to_pylist():
+                    for row in _rows(batch):
                         number += 1
                         yield f"row {number}", row
         except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{path}: not readable as Parquet: {str(error).splitlines()[0]}") from None
+            raise DataError(f"{path}: not readable as Parquet: {first_line(error)}") from None
+
+
+def _rows(batch: pyarrow.RecordBatch) -> Iterator[dict[str, Any] | str]:
+    """Each row, or why it cannot be used; one that is not UTF-8 does not cost the others."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for place in range(batch.num_rows):
+            try:
+                [row] = batch.slice(place, 1).to_pylist()
+                yield row
+            except UnicodeDecodeError:
+                yield "not UTF-8"
 
 
 class Chat(TextCorpus):

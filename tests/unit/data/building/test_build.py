@@ -1,4 +1,4 @@
-"""Building datasets: the right documents, their provenance, and refusals that name the source."""
+"""Building datasets: their documents and provenance, and errors that name the source."""
 
 import json
 import multiprocessing
@@ -32,7 +32,7 @@ from tests.unit.data.tiny import (
 
 
 def build_dataset(output: Path, task: str, tokenizer: str, template=None, command="", **options) -> TokenDataset:
-    """``options`` are those of the inputs and of the vocabulary, by their names."""
+    """``options`` are fields of ``Inputs`` and ``VocabOptions``."""
     inputs = Inputs(**{name: options.pop(name) for name in ("codes", "texts", "chats") if name in options})
     return module.build_dataset(output, task, tokenizer, inputs, VocabOptions(**options), template, command)
 
@@ -55,6 +55,8 @@ def test_every_utterance_becomes_a_document(codes, tmp_path, task, layout_name):
     dataset = build_dataset(tmp_path / "data", task=task, tokenizer="t", codes=[codes, codes], layout=layout_name)
     vocab = VocabLayout(LetterTokenizer.vocab_size, CODEBOOKS, CODEBOOK_SIZE, layout_name)
     assert dataset.vocab == vocab and len(dataset) == 12
+    frames = sum(len(utterance.codes) for utterance in CodesDataset(codes))
+    assert dataset.provenance["counts"]["audio_frames"] == 2 * frames
     for index, utterance in enumerate([*CodesDataset(codes)] * 2):
         expected = example_document(task, vocab, "fox", utterance.codes)
         np.testing.assert_array_equal(dataset.document(index).ids, expected.ids)
@@ -112,7 +114,7 @@ def test_licenses_of_texts_and_conversations_are_kept(codes, tmp_path):
     [
         ("asr", {"limit": LengthLimit(5)}, "none of 6 examples became a document: 6 longer than max_length=5"),
         ("interleaved", {}, "no example was found: interleaved needs recordings of at least two utterances"),
-        ("chat", {"modes": ["S-S"]}, "none of 1 examples became a document: 1 without the recordings for any of S-S"),
+        ("chat", {"modes": ["S-S"]}, "none of 1 examples became a document: 1 without recordings for any of S-S"),
     ],
 )
 def test_a_dataset_of_nothing_says_why(codes, tmp_path, task, options, rule):
@@ -131,7 +133,7 @@ def test_a_dataset_of_nothing_says_why(codes, tmp_path, task, options, rule):
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(codes, tmp_path):
-    """A limit on the size of files stands for the disk: writing fails in the same way."""
+    """A limit on file size stands in for a full disk: writing fails in the same way."""
 
     def on_a_full_disk() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
@@ -167,14 +169,14 @@ def test_further_modalities_are_kept_and_counted(codes, tmp_path):
     [
         ({"task": "sing"}, "task='sing': must be one of"),
         ({"task": "chat", "codes": True}, "task=chat: needs chats"),
-        ({"task": "asr", "codes": True, "chats": ["c.jsonl"]}, "task=asr: takes no chat files"),
-        ({"task": "asr", "codes": True, "num_codebooks": 4}, "num_codebooks=4: codec loudness has 3"),
-        ({"task": "asr"}, "needs codes to build from"),
+        ({"task": "asr", "codes": True, "chats": ["c.jsonl"]}, "task=asr: takes no chats"),
+        ({"task": "asr", "codes": True, "num_codebooks": 4}, "num_codebooks=4: must be at most 3"),
+        ({"task": "asr"}, "needs codes"),
         ({"task": "text_lm"}, "needs texts or codes"),
-        ({"task": "asr", "texts": ["a.jsonl"]}, "needs tokenized speech"),
-        ({"task": "text_lm", "texts": ["a.jsonl"]}, "num_codebooks and codebook_size: needed"),
-        ({"task": "asr", "codes": True, "text_vocab_size": 10}, "text_vocab_size=10: the tokenizer has 30 ids"),
-        ({"task": "asr", "codes": True, "codebook_size": 9}, "codebook_size=9: codec loudness has 50"),
+        ({"task": "asr", "texts": ["a.jsonl"]}, "task=asr: takes no texts"),
+        ({"task": "text_lm", "texts": ["a.jsonl"]}, "num_codebooks=None, codebook_size=None: both are required"),
+        ({"task": "asr", "codes": True, "text_vocab_size": 10}, "text_vocab_size=10: must be at least 30"),
+        ({"task": "asr", "codes": True, "codebook_size": 9}, "codebook_size=9: must be 50, as in codec loudness"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(codes, tmp_path, arguments, rule):
@@ -192,7 +194,7 @@ def test_codes_of_different_codecs_do_not_mix(codes, tmp_path):
     sidecar["codec"]["fingerprint"] = "f" * 64
     (tmp_path / "codes.json").write_text(json.dumps(sidecar))
     with pytest.raises(DataError, match=r"different codecs: loudness \(0+\), loudness \(f+\)"):
-        build_dataset(tmp_path / "data", task="asr", tokenizer="t", codes=[codes, tmp_path / "codes"])
+        build_dataset(tmp_path / "data", task="asr", tokenizer="t", codes=[codes, codes, tmp_path / "codes"])
 
 
 def test_a_document_that_does_not_fit_is_named(codes, tmp_path, monkeypatch):

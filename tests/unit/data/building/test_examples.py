@@ -1,4 +1,4 @@
-"""Examples of every task: what happens to long ones, which turns are spoken, and that everything is counted."""
+"""Examples of every task: cutting long ones, choosing spoken turns, and the counts."""
 
 import gzip
 import itertools
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from megatron_most.data.building.chat_modes import MODES
 from megatron_most.data.building.examples import Examples, TemplateOptions
 from megatron_most.data.building.instructions import INSTRUCTIONS
-from megatron_most.data.building.interleave import group_of
+from megatron_most.data.building.interleave import alternate, group_of
 from megatron_most.data.building.length_limit import POLICIES, LengthLimit, sentences
 from megatron_most.data.building.special_tokens import special_tokens
 from megatron_most.data.preparation.chat_files import read_chats
@@ -23,7 +23,16 @@ from megatron_most.data.storage import json_lines as lines_module
 from megatron_most.data.storage.codes import CodesDataset
 from megatron_most.data.storage.inspection import audio_of
 from megatron_most.errors import ConfigError, DataError
-from tests.unit.data.tiny import LAYOUTS, LetterTokenizer, layout, random_codes, write_codes
+from megatron_most.vocab import VocabLayout
+from tests.unit.data.tiny import (
+    CODEBOOK_SIZE,
+    LAYOUTS,
+    TEXT_VOCAB,
+    LetterTokenizer,
+    layout,
+    random_codes,
+    write_codes,
+)
 
 TOKENIZER = LetterTokenizer()
 NAMES = ("1-2-0000", "1-2-0001", "1-2-0002", "1-3-0000", "chat#0", "chat#1", "talk#0")
@@ -69,12 +78,13 @@ TEXT = "the fox. a dog sees it! what then? " * 3 + "averylongwordthatisnosentenc
 
 
 @pytest.mark.parametrize("policy", ["chunk", "split"])
-@pytest.mark.parametrize("positions", [5, 20, 41])
+@pytest.mark.parametrize("positions", [5, 20, 41, len(TOKENIZER.encode(TEXT))])  # the last: eos alone is the rest
 def test_a_long_text_is_cut_and_nothing_is_lost(tmp_path, policy, positions):
     examples = Examples("text_lm", layout(), TOKENIZER, limited(positions, policy), texts=[write_texts(tmp_path, TEXT)])
     documents = list(examples)
     assert max(map(len, documents)) <= positions + 1 and examples.counts["cut"] == 1
     assert all(document.ids[0] == TOKENIZER.bos_id for document in documents)
+    assert all(not document.loss_mask[0] and document.loss_mask[1:].all() for document in documents)
     assert documents[-1].ids[-1] == TOKENIZER.eos_id
     words = "".join(TOKENIZER.decode(document.ids) for document in documents).replace(" ", "")
     assert words == TOKENIZER.decode(TOKENIZER.encode(TEXT)).replace(" ", "")
@@ -109,7 +119,7 @@ def test_a_split_keeps_the_order_and_fits_as_much_as_it_can(lengths, positions):
 def test_interleaved_documents_tell_one_recording_in_turns(codes):
     examples = Examples("interleaved", layout(), TOKENIZER, TemplateOptions(), codes=[codes])
     documents = list(examples)
-    assert examples.counts["examples"] == len(documents) == 2  # 1-2 and chat; single utterances are no story
+    assert examples.counts["examples"] == len(documents) == 2  # 1-2 and chat; a single utterance makes no document
     spoken = [len(layout().audio_segments(document.ids)) for document in documents]
     assert spoken[0] in (1, 2) and spoken[1] == 1
     utterances = list(codes)[:3]
@@ -171,6 +181,35 @@ def test_modes_are_drawn_in_equal_shares_from_what_recordings_allow(codes, tmp_p
     assert again.counts == counts
 
 
+def test_each_exchange_draws_its_own_mode(codes, tmp_path):
+    path = write_chats(tmp_path, {"chat": exchange("chat#0", "chat#1") * 40})
+    examples = Examples("chat", layout(), TOKENIZER, TemplateOptions(), codes=[codes], chats=[path])
+    assert len(list(examples)) == 1 and all(examples.counts[mode] for mode in MODES)
+
+
+@pytest.mark.parametrize("task", ["interleaved", "chat"])
+def test_spoken_parts_use_the_first_codebooks(codes, tmp_path, task):
+    vocab = VocabLayout(TEXT_VOCAB, 2, CODEBOOK_SIZE)
+    chats = [write_chats(tmp_path, {"chat": exchange("chat#0", "chat#1")})] if task == "chat" else []
+    examples = Examples(task, vocab, TOKENIZER, TemplateOptions(modes=["S-S"]), codes=[codes], chats=chats)
+    found = [part.tolist() for document in examples for part in audio_of(document, vocab)]
+    known = [utterance.codes[:, :2].tolist() for utterance in codes]
+    assert len(found) > 1 and all(part in known for part in found)
+
+
+@pytest.mark.parametrize("task", POLICIES)
+def test_the_loss_option_holds_for_every_task(codes, tmp_path, task):
+    chats = [write_chats(tmp_path, {"chat": exchange("chat#0", "chat#1")})] if task == "chat" else []
+    options = TemplateOptions(loss="everything")
+    documents = list(Examples(task, layout(), TOKENIZER, options, codes=[codes], chats=chats))
+    assert documents and all(document.loss_mask[1:].all() for document in documents)
+
+
+def test_some_recordings_begin_with_text_and_some_with_audio(codes):
+    starts = {type(alternate(f"recording {n}", codes)[0]) for n in range(20)}
+    assert starts == {str, np.ndarray}
+
+
 def test_conversations_without_the_recordings_are_left_out_and_counted(codes, tmp_path):
     path = write_chats(tmp_path, {"talk": exchange("talk#0"), "chat": exchange("chat#0", "chat#1")})
     examples = Examples("chat", layout(), TOKENIZER, TemplateOptions(modes=["S-S"]), codes=[codes], chats=[path])
@@ -199,7 +238,7 @@ def test_texts_are_read_one_after_the_other(tmp_path):
     path = write_texts(tmp_path, "fox", "dog")
     path.write_text(path.read_text() + "{\n")
     documents = iter(Examples("text_lm", layout(), TOKENIZER, TemplateOptions(), texts=[path]))
-    assert TOKENIZER.decode(next(documents).ids) == "fox"  # a corpus larger than memory can be read
+    assert TOKENIZER.decode(next(documents).ids) == "fox"  # so a corpus may be larger than memory
     with pytest.raises(DataError, match="line 3: not JSON"):
         list(documents)
 
@@ -247,7 +286,7 @@ def test_broken_conversations_are_named(tmp_path, line, rule):
         ({"wordings": 0}, "wordings=0: must be at least 1"),
         ({"loss": "some"}, "loss='some': must be one of targets, everything"),
         ({"modes": ["S-X"]}, "modes='S-X': must be one of T-T, S-T, T-S, S-S"),
-        ({"modes": []}, "needs at least one of"),
+        ({"modes": []}, "must be at least one of"),
     ],
 )
 def test_wrong_options_are_refused(options, rule):
@@ -262,7 +301,7 @@ def test_policies_a_task_does_not_have_are_refused(task):
         if policy in POLICIES[task]:
             Examples(task, layout(), TOKENIZER, options)
             continue
-        with pytest.raises(ConfigError, match=f"over_length='{policy}': {task} can reject"):
+        with pytest.raises(ConfigError, match=f"over_length='{policy}': must be reject.* for task={task}"):
             Examples(task, layout(), TOKENIZER, options)
     with pytest.raises(ConfigError, match="over_length='chunk': needs max_length"):
         Examples("text_lm", layout(), TOKENIZER, TemplateOptions(limit=LengthLimit(None, "chunk")))

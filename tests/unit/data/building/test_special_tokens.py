@@ -1,4 +1,4 @@
-"""The table of special tokens: every marker is one id of the tokenizer that is used, and text never makes it."""
+"""The table of special tokens: every marker is a single id, and no text encodes to it."""
 
 import dataclasses
 import json
@@ -67,7 +67,7 @@ def test_every_marker_is_a_single_id_that_no_text_becomes(tmp_path, make, marker
 
 
 def test_a_tokenizer_without_markers_needs_room_for_them():
-    with pytest.raises(ConfigError, match="special token system: .* give text_vocab_size of at least 33"):
+    with pytest.raises(ConfigError, match="special token system: .* set text_vocab_size to at least 33"):
         special_tokens(VocabLayout(30, 3, 50), LetterTokenizer(), roles=True)
     assert "user" not in special_tokens(VocabLayout(30, 3, 50), LetterTokenizer())
 

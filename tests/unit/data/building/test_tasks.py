@@ -1,4 +1,4 @@
-"""Templates: what a document of each task holds, where its loss is, and that prompts are its beginning."""
+"""Templates: the ids and the loss mask of each task, and prompts that equal the beginning of documents."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ BOS, EOS = TOKENIZER.bos_id, TOKENIZER.eos_id
 
 
 def expected_ids(vocab: VocabLayout, task: str, text: str, codes: np.ndarray) -> tuple[list[int], int]:
-    """The template written out, and how many of its ids are the prompt."""
+    """The ids of the template, and the length of its prompt."""
     frames = vocab.codec_layout.encode(codes)[0].tolist()
     audio = [vocab.begin_of_audio, *frames, vocab.end_of_audio]
     if task == "asr":
@@ -88,6 +88,18 @@ def test_codes_come_back_out_of_a_document(codes, layout_name, task):
     np.testing.assert_array_equal(vocab.codec_layout.decode(document.ids[audio], side_codes), codes)
 
 
+def test_a_prompt_uses_the_codebooks_of_the_layout():
+    vocab, codes = VocabLayout(40, 2, CODEBOOK_SIZE), random_codes(3)
+    np.testing.assert_array_equal(prompt("asr", vocab, TOKENIZER, codes=codes).codes, codes[:, :2])
+
+
+def test_each_turn_of_a_conversation_draws_its_own_wording():
+    turns = [ChatTurn("user", "fox", random_codes(1)), ChatTurn("assistant", "dog")] * 12
+    text = TOKENIZER.decode(make_chat(layout(), TOKENIZER, turns, key="chat", wordings=4).ids)
+    wordings = [TOKENIZER.decode(TOKENIZER.encode(wording)) for wording in INSTRUCTIONS["answer_written"]]
+    assert sum(wording in text for wording in wordings) > 1
+
+
 def test_a_text_prompt_may_be_continued():
     start = prompt("text_lm", layout(), TOKENIZER, text="the fox")
     assert start.ids.tolist() == [BOS, *TOKENIZER.encode("the fox")]
@@ -103,7 +115,7 @@ def test_a_text_prompt_may_be_continued():
         ("asr", {"text": "fox", "codes": np.full((2, CODEBOOKS), CODEBOOK_SIZE)}, "code 50 of codebook 0, frame 0"),
         ("asr", {"text": "fox", "codes": np.zeros((2, 2), dtype=np.int64)}, r"shape \[2, 2\]"),
         ("text_lm", {"text": "fox", "codes": random_codes(2)}, "takes no codes"),
-        ("sing", {"text": "fox"}, "unknown task 'sing'"),
+        ("sing", {"text": "fox"}, "task='sing': must be one of"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(task, arguments, rule):

@@ -1,4 +1,4 @@
-"""Batches: every position checked against the documents they were made of, one id at a time."""
+"""Batches: every position is compared with its document, one id at a time."""
 
 import dataclasses
 
@@ -118,7 +118,7 @@ def test_a_share_of_positions_keeps_the_boundaries_of_the_row(datasets):
 
 
 def test_on_a_device_the_boundaries_of_the_row_stay_with_the_host(datasets):
-    """Fetching them back would make the host wait for the device in every micro-batch."""
+    """Copying them back would make the host wait for the device in every micro-batch."""
     batch = make_batch([one_row(datasets["tts", "frame"], True)], layout(), DataConfig(seq_length=80, packing=True)).to(
         "meta"
     )

@@ -1,4 +1,4 @@
-"""Rows: each document once an epoch, weights as shares of tokens, and row k a function of k alone."""
+"""Rows: each document once per epoch, weights are shares of tokens, and row k depends only on k."""
 
 import itertools
 from collections import Counter
@@ -99,7 +99,7 @@ def test_neighbors_change_between_epochs(folder):
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_rows_come_in_another_order_in_every_epoch(folder, packing):
-    """Told by their lengths: documents of one length may change places, but a row keeps the lengths it holds."""
+    """Rows are recognized by their lengths: documents of equal length are exchanged, but a row keeps its lengths."""
     rows = open_rows(folder, ["asr"], [1.0], packing=packing)
     (per_epoch,) = rows.rows_per_epoch
     epochs = [[tuple(rows[k].lengths) for k in range(e * per_epoch, (e + 1) * per_epoch)] for e in range(3)]
@@ -124,9 +124,50 @@ def test_a_row_depends_on_its_number_alone(folder):
     assert sum(content(other_seed[k]) == content(expected[k]) for k in range(200)) < 20
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_weights_are_shares_of_tokens(folder, packing):
-    rows = open_rows(folder, ["asr", "tts", "text"], [5.0, 3.0, 2.0], packing=packing)
+def packed_lengths(stream) -> list[tuple[int, ...]]:
+    """Which lengths share a row, in no particular order."""
+    return sorted(tuple(sorted(stream.dataset.lengths[stream.row(k)])) for k in range(stream.num_rows))
+
+
+def test_the_seed_and_the_dataset_determine_packing_and_order(folder):
+    rows, other = (open_rows(folder, ["asr", "asr", "text"], [1.0, 1.0, 1.0], seed=seed) for seed in (5, 6))
+    first, second, _ = rows._streams
+    assert packed_lengths(first) != packed_lengths(second)
+    assert packed_lengths(first) != packed_lengths(other._streams[0])
+    assert (rows._block != other._block).any()
+    # Unpacked, both copies have equally many rows: generators in the same state would shuffle them equally.
+    first, second = open_rows(folder, ["asr", "asr"], [1.0, 1.0], packing=False)._streams
+    first.row(0), second.row(0)  # shuffles the first epoch
+    assert (first._row_order != second._row_order).any()
+
+
+def test_hidden_frames_depend_on_the_seed_and_the_row(folder):
+    dataset = TokenDataset(folder / "tts")
+    document = dataset.read(np.arange(20))
+
+    def hidden(seed: int, k: int) -> bytes:
+        rows = open_rows(folder, ["tts"], [1.0], seed=seed, audio_frame_dropout=0.5)
+        return rows._hide_frames(document, dataset, k).tobytes()
+
+    assert len({hidden(5, 0), hidden(5, 1), hidden(6, 0)}) == 3 and hidden(5, 0) == hidden(5, 0)
+
+
+def test_a_document_may_fill_a_row(folder):
+    longest = int(TokenDataset(folder / "asr").lengths.max()) - 1
+    assert max(rows_taken(open_rows(folder, ["asr"], [1.0], seq_length=longest))) == longest
+    with pytest.raises(DataError, match=f"the longest needs {longest}"):
+        open_rows(folder, ["asr"], [1.0], seq_length=longest - 1)
+
+
+def rows_taken(rows: Rows) -> list[int]:
+    """Input positions of the rows of an epoch."""
+    return [int((rows[k].lengths - 1).sum()) for k in range(rows.rows_per_epoch[0])]
+
+
+@pytest.mark.parametrize(("packing", "multiple"), [(True, 1), (True, 8), (False, 1)])
+def test_weights_are_shares_of_tokens(folder, packing, multiple):
+    options = {"packing": packing, "document_multiple": multiple}
+    rows = open_rows(folder, ["asr", "tts", "text"], [5.0, 3.0, 2.0], **options)
     tokens = Counter()
     for k in range(1500):
         tokens[TASKS[rows[k].task]] += sum(len(document) - 1 for document in parts_of(rows[k]))
@@ -135,7 +176,7 @@ def test_weights_are_shares_of_tokens(folder, packing):
 
 
 def stretches_off(of_kind: np.ndarray, length: int) -> float:
-    """How many rows of a kind any ``length`` rows in a row have more or less than their share, at most."""
+    """The largest deviation from its share, in rows, of a kind of rows among ``length`` consecutive ones."""
     counts = np.convolve(of_kind.astype(float), np.ones(length), mode="valid")
     return float(np.abs(counts - of_kind.mean() * length).max())
 
@@ -143,7 +184,7 @@ def stretches_off(of_kind: np.ndarray, length: int) -> float:
 @pytest.mark.parametrize("weights", [[1, 1, 1, 1], [5, 1, 2, 8], [40, 40, 10, 10]])
 @pytest.mark.parametrize("length", [2, 4, 8, 16, 64])
 def test_any_rows_in_a_row_hold_their_share_of_each_dataset_and_of_audio(folder, weights, length):
-    """As the ranks of an expert-parallel group do, of any size and in any place, at every micro-batch."""
+    """The ranks of an expert-parallel group read consecutive rows in every micro-batch."""
     names = ["asr", "tts", "text", "tts"]
     rows = open_rows(folder, names, weights)
     block, audio_shares = rows._block, np.array([TokenDataset(folder / name).audio_share for name in names])
@@ -153,7 +194,7 @@ def test_any_rows_in_a_row_hold_their_share_of_each_dataset_and_of_audio(folder,
     assert stretches_off(is_audio, length) < 2.5
     shuffled = np.random.default_rng(0).permutation(is_audio)
     assert length < 8 or stretches_off(shuffled, length) > 1.5 * stretches_off(is_audio, length)
-    # The tokens too: audio per group of ranks, off its mean by less than half of what drawing at random gives.
+    # The same for tokens: audio per group of ranks varies less than half as much as with random draws.
     groups = audio_shares[block[: len(block) // length * length]].reshape(-1, length).mean(axis=1)
     assert length < 8 or groups.std() < 0.5 * audio_shares[block].std() / length**0.5
 
@@ -201,7 +242,7 @@ def test_weights_are_changed_as_little_as_the_share_allows(datasets, place):
     target = shares.min() + place * np.ptp(shares)
     found = weights_for_audio_share(weights, shares, target)
     assert found @ shares == pytest.approx(target, abs=1e-6) and found.sum() == pytest.approx(1)
-    # Datasets of equal audio share keep their proportion; a target that the weights meet changes nothing.
+    # A target that the weights already meet changes nothing.
     base = weights / weights.sum()
     same = weights_for_audio_share(weights, shares, float(np.clip(base @ shares, shares.min(), shares.max())))
     np.testing.assert_allclose(same, base, atol=1e-6)
@@ -212,7 +253,7 @@ def test_weights_are_changed_as_little_as_the_share_allows(datasets, place):
 
 
 def test_an_audio_share_out_of_reach_is_refused():
-    with pytest.raises(ConfigError, match=r"data.audio_share=0.9: must be between .* 0.100 and 0.800"):
+    with pytest.raises(ConfigError, match=r"data.audio_share=0.9: must be between 0.100 and 0.800"):
         weights_for_audio_share([1, 1], [0.1, 0.8], 0.9)
 
 

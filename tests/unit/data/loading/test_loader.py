@@ -1,4 +1,4 @@
-"""The loader: one sample stream at any data-parallel size and after any resume; what does not fit is refused."""
+"""The loader: one stream of samples at any data-parallel size and after any resume; mismatched datasets are refused."""
 
 import itertools
 
@@ -12,6 +12,7 @@ from megatron_most.audio import file_fingerprint
 from megatron_most.data.loading import loader as module
 from megatron_most.data.loading.blend import Rows
 from megatron_most.data.loading.loader import open_datasets, train_batches, validation_batches
+from megatron_most.data.storage.documents import TASKS
 from megatron_most.errors import ConfigError, DataError
 from tests.unit.data.tiny import LetterTokenizer, layout, run_config, write_dataset
 
@@ -31,7 +32,7 @@ def config_of(folder, **overrides):
 
 
 def step_rows(config, dp_size: int, consumed: int, steps: int) -> list[list[tuple]]:
-    """For each step its rows, in the order of their numbers, whichever rank and micro-batch held them."""
+    """The rows of each step, in the order of their numbers, from all ranks and micro-batches."""
     size = config.training.micro_batch_size
     num_microbatches = config.num_microbatches(dp_size)
     streams = [train_batches(config, dp_rank=r, dp_size=dp_size, consumed_samples=consumed) for r in range(dp_size)]
@@ -46,7 +47,7 @@ def step_rows(config, dp_size: int, consumed: int, steps: int) -> list[list[tupl
 
 
 def epochs_read(config, steps: int) -> list[float]:
-    """How often each dataset was read through after some steps."""
+    """Epochs of each dataset after ``steps``."""
     data = config.data
     rows = Rows(open_datasets(config, data.train), [entry.weight for entry in data.train], data, config.seed)
     read = np.bincount(rows._block[: steps * config.training.global_batch_size], minlength=len(data.train))
@@ -64,7 +65,7 @@ def test_the_stream_is_the_same_at_any_data_parallel_size_and_after_any_resume(
 ):
     config = config_of(folder, packing=packing, micro_batch_size=1 if packing else 2, seed=seed)
     undisturbed = step_rows(config, 1, 0, 8)
-    assert max(epochs_read(config, 8)) > 1  # the border of an epoch lies among these steps
+    assert max(epochs_read(config, 8)) > 1  # an epoch ends among these steps
     resumed = step_rows(config, dp_size, resumed_at * 8, 8 - resumed_at)
     assert resumed == undisturbed[resumed_at:]
     assert undisturbed[0] != undisturbed[1]
@@ -88,7 +89,7 @@ def test_the_audio_share_of_the_config_is_that_of_the_batches(folder):
         return audio / sum(int((~batch.is_padding).sum()) for batch in batches)
 
     assert abs(share(audio_share=0.3) - 0.3) < 0.01 < abs(share() - 0.3)
-    with pytest.raises(ConfigError, match=r"data\.audio_share=0.9: must be between the datasets' least and most"):
+    with pytest.raises(ConfigError, match=r"data\.audio_share=0.9: must be between 0.* the datasets' audio shares"):
         share(audio_share=0.9)
 
 
@@ -122,6 +123,7 @@ def test_validation_covers_the_dataset_once_with_equally_many_batches_on_every_r
     assert len({len(batches) for batches in ranks}) == 1
     targets = sum(batch.loss_mask.sum() for batches in ranks for batch in batches)
     assert targets == sum(batch.loss_mask.sum() for batch in whole)
+    assert all((batch.task == TASKS.index("tts")).all() for batches in ranks for batch in batches)
     rows = {row for b in whole for row in _filled_rows(b)}
     assert {row for batches in ranks for b in batches for row in _filled_rows(b)} == rows
 
@@ -146,7 +148,7 @@ def test_validation_is_limited_by_eval_batches(folder):
 
 def test_validation_names_must_differ(folder):
     config = run_config([], [folder / "held", folder / "held"])
-    with pytest.raises(ConfigError, match="2 datasets are called 'held'"):
+    with pytest.raises(ConfigError, match="2 datasets are named 'held'"):
         validation_batches(config, dp_rank=0, dp_size=1)
 
 
@@ -168,7 +170,7 @@ def refusal(*paths, **overrides) -> str:
 
 def test_another_layout_is_refused_naming_both(folder, tmp_path):
     write_dataset(tmp_path / "flat", "tts", 2, layout_name="flat")
-    assert "flat: its vocab layout differs from the config's: layout: flat != frame" in refusal(tmp_path / "flat")
+    assert "flat: its vocabulary differs from the configuration's: layout: flat != frame" in refusal(tmp_path / "flat")
 
 
 def provenance(tokenizer="letters", codec="0" * 64, template="1") -> dict:
@@ -184,17 +186,30 @@ def test_another_tokenizer_is_refused_naming_both(tmp_path, monkeypatch):
     write_dataset(tmp_path / "good", "tts", 2, provenance=provenance())
     write_dataset(tmp_path / "bad", "tts", 2, provenance=provenance(tokenizer="digits"))
     message = refusal(tmp_path / "good", tmp_path / "bad", tokenizer="mine.model")
-    assert "bad: was built with tokenizer t.model (digits), the config's is mine.model (letters)" in message
+    assert "bad: was built with tokenizer t.model (digits), the configuration has mine.model (letters)" in message
 
 
 def test_another_codec_is_refused_naming_both(tmp_path):
     (tmp_path / "codec.nemo").write_bytes(b"weights")
     write_dataset(tmp_path / "bad", "tts", 2, provenance=provenance())
     message = refusal(tmp_path / "bad", codec=str(tmp_path / "codec.nemo"))
-    assert "bad: was built with codec tiny (000000000000), the config's is" in message
+    assert "bad: was built with codec tiny (000000000000), the configuration has" in message
     assert f"codec.nemo ({file_fingerprint(tmp_path / 'codec.nemo')[:12]})" in message
     message = refusal(tmp_path / "bad", codec="nvidia/other")
-    assert "was built with codec tiny, the config's is nvidia/other" in message
+    assert "was built with codec tiny, the configuration has nvidia/other" in message
+
+
+def test_a_codec_of_another_name_but_the_same_weights_is_accepted(tmp_path):
+    path = tmp_path / "codec.nemo"
+    path.write_bytes(b"weights")
+    write_dataset(tmp_path / "data", "tts", 2, provenance=provenance(codec=file_fingerprint(path)))
+    config = run_config([(tmp_path / "data", 1.0)], codec=str(path))
+    assert len(open_datasets(config, config.data.train)) == 1
+
+
+def test_the_seed_of_the_config_determines_the_rows(folder):
+    first, second = (next(_stream(config_of(folder, seed=seed), 0, 1)) for seed in (1, 2))
+    assert _row(first, 0) != _row(second, 0)
 
 
 def test_a_codec_file_that_is_gone_is_named(tmp_path):

@@ -22,8 +22,12 @@ def test_the_fullest_row_that_fits_is_chosen():
     assert row_of.tolist() == [0, 1, 0, 1]
 
 
+def test_a_row_stays_open_while_a_position_is_left():
+    assert pack(np.array([9, 1]), 10)[0].tolist() == [0, 0]
+
+
 def realistic_lengths(kind: str, num_documents: int = 20_000) -> np.ndarray:
-    """Positions of documents: read speech of 2 to 30 s, or web texts (log-normal), cut at the row."""
+    """Positions per document: read speech of 2 to 30 s, or web texts (log-normal), at most a row."""
     random = np.random.default_rng(0)
     if kind == "text":
         return np.clip(random.lognormal(6.0, 1.1, num_documents), 20, 4096).astype(int)
@@ -46,7 +50,7 @@ def test_little_is_wasted_on_realistic_lengths(kind, capacity):
 def test_rows_close_when_too_many_are_open():
     big = np.full(OPEN_ROWS + 5, 6)
     row_of, _ = pack(np.concatenate([big, np.full(len(big), 4)]), 10)
-    # The first five rows were closed before the small documents came, which open three rows of their own.
+    # The first five rows were closed before the small documents came; these open three new rows.
     assert (np.bincount(row_of)[:5] == 1).all() and row_of.max() + 1 == len(big) + 3
 
 

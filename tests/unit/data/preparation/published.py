@@ -211,3 +211,6 @@ PUBLISHED = {
     "nemo_tarred": nemo_tarred,
 }
 """Sources of audio that are made here; a Lhotse set is made by Lhotse itself."""
+
+ALL_SPLITS: dict[str, dict] = {"librispeech": {"splits": ("dev-clean", "train-clean-100")}}
+"""Options that take everything of a source made here, where some of it is held out from training."""

@@ -38,7 +38,7 @@ def rejections(name: str, root: Path, **options) -> list[str]:
 @pytest.mark.parametrize("name", published.PUBLISHED)
 def test_a_published_layout_is_read_with_its_audio(tmp_path, name):
     expected = published.PUBLISHED[name](tmp_path)
-    found = {record.id: record for record in records(name, tmp_path)}
+    found = {record.id: record for record in records(name, tmp_path, **published.ALL_SPLITS.get(name, {}))}
     assert sorted(found) == sorted(item.id for item in expected)
     for item in expected:
         record = found[item.id]
@@ -49,9 +49,10 @@ def test_a_published_layout_is_read_with_its_audio(tmp_path, name):
 @pytest.mark.parametrize("name", published.PUBLISHED)
 def test_a_manifest_of_a_source_is_a_source(tmp_path, name):
     published.PUBLISHED[name](tmp_path / "data")
-    collected = collect(spec(name, tmp_path / "data"), tmp_path / "m.jsonl", tmp_path / "q.jsonl")
+    options = published.ALL_SPLITS.get(name, {})
+    collected = collect(spec(name, tmp_path / "data", **options), tmp_path / "m.jsonl", tmp_path / "q.jsonl")
     again = read_manifest(tmp_path / "m.jsonl")
-    for record, original in zip(again, records(name, tmp_path / "data"), strict=True):
+    for record, original in zip(again, records(name, tmp_path / "data", **options), strict=True):
         assert record.to_entry() == original.to_entry()
     assert (collected.num_records, collected.num_rejected) == (len(again), 0)
     assert (tmp_path / "q.jsonl").read_bytes() == b""
@@ -64,13 +65,14 @@ def test_every_source_of_audio_has_a_published_layout_here():
 
 def test_librispeech_knows_split_speaker_language_and_license(tmp_path):
     published.librispeech(tmp_path)
-    first = records("librispeech", tmp_path)[0]
+    everything = published.ALL_SPLITS["librispeech"]
+    first = records("librispeech", tmp_path, **everything)[0]
     assert (first.split, first.speaker, first.language, first.license) == ("dev-clean", "84", "en", "CC BY 4.0")
     assert [record.speaker for record in records("librispeech", tmp_path, splits=("train-clean-100",))] == ["103"] * 2
     with pytest.raises(ConfigError, match="split train-clean-360: .* holds dev-clean, train-clean-100"):
         records("librispeech", tmp_path, splits=("train-clean-360",))
     (tmp_path / "dev-clean/84/121123/84-121123-0001.flac").unlink()
-    [gone] = rejections("librispeech", tmp_path)
+    [gone] = rejections("librispeech", tmp_path, **everything)
     assert "84-121123.trans.txt, line 2: " in gone and "no such file" in gone
 
 
@@ -128,7 +130,7 @@ def test_lhotse_cuts_as_lhotse_writes_them(tmp_path):
             lhotse.MonoCut(f"cut{channel}", start, 1.0, channel, recording=recording, supervisions=[supervision])
         )
     lhotse.CutSet.from_cuts(cuts).to_file(tmp_path / "talks_cuts_dev.jsonl.gz")
-    found = records("lhotse", tmp_path)
+    found = records("lhotse", tmp_path, splits=("dev",))
     assert [(record.id, record.text, record.speaker, record.split) for record in found] == [
         ("cut0", "side 0", "p0", "dev"),
         ("cut1", "side 1", "p1", "dev"),
@@ -253,7 +255,7 @@ def test_text_corpora(tmp_path):
 def test_chat_data_from_parquet_and_json_lines(tmp_path):
     talks = published.chat_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
     (tmp_path / "more.jsonl").write_text(
-        json.dumps({"id": "m", "messages": talks[0]}) + '\n{"messages": [{"role": 1}]}\n'
+        json.dumps({"id": "m", "messages": talks[0][1:]}) + '\n{"messages": [{"role": 1}]}\n'
     )
     found = [item for item in checked_records(spec("chat", tmp_path)) if isinstance(item, Record)]
     assert [record.id for record in found] == ["data/train-00000-of-00001:1", "data/train-00000-of-00001:2", "m"]
@@ -399,8 +401,8 @@ def test_files_of_a_source_are_read_inside_its_roots_only(tmp_path):
     published.common_voice(tmp_path / "b")
     published.webdataset(tmp_path / "c")
     inside = tmp_path / "inside"
-    (inside / "dev-clean/84/121123").mkdir(parents=True)
-    transcripts = "dev-clean/84/121123/84-121123.trans.txt"
+    (inside / "train-clean-100/103/1240").mkdir(parents=True)
+    transcripts = "train-clean-100/103/1240/103-1240.trans.txt"
     for name, folder in ((transcripts, "a"), ("train.tsv", "b"), ("000000.tar", "c")):
         (inside / name).symlink_to(tmp_path / folder / name)
     for name in ("librispeech", "common_voice", "webdataset"):
@@ -428,7 +430,7 @@ def test_a_root_may_be_named_from_the_folder_that_a_command_runs_in(tmp_path, mo
     expected = published.PUBLISHED[name](tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     for root in ("data", "data/../data"):
-        found = {record.id: record for record in records(name, Path(root))}
+        found = {record.id: record for record in records(name, Path(root), **published.ALL_SPLITS.get(name, {}))}
         for item in expected:
             np.testing.assert_array_equal(read_waveform(found[item.id], published.RATE), item.waveform)
     with pytest.raises(DataError, match="^gone: no such manifest or folder"):

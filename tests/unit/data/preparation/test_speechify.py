@@ -125,7 +125,8 @@ def test_a_turn_that_fails_stays_written_with_its_reason(tmp_path, program, outp
     ],
 )
 def test_a_synthesizer_that_does_not_work_is_an_error(tmp_path, program, reason):
-    with pytest.raises(DataError, match=f"of 8 turns failed; the first, c/0#1: the synthesizer {reason}"):
+    rule = f"of 8 turns failed, more than 5.00% .*; the first, c/0#1: the synthesizer {reason}"
+    with pytest.raises(DataError, match=rule):
         speak_chats(write_chats(tmp_path, 4, "a"), tmp_path / "out", command(tmp_path, program, True), workers=1)
     assert not (tmp_path / "out/manifest.jsonl").exists()
 
@@ -154,3 +155,11 @@ def test_wrong_commands_are_refused_before_anything_is_spoken(tmp_path, synthesi
     with pytest.raises(ConfigError, match=rule):
         speak_chats(write_chats(tmp_path, 1, "a"), tmp_path / "out", synthesizer)
     assert not (tmp_path / "out").exists()
+
+
+def test_one_failure_in_a_few_turns_is_too_many_unless_a_user_allows_it(tmp_path):
+    chats, run = write_chats(tmp_path, 4, *["fine"] * 3, "fail"), command(tmp_path, ONE, True)
+    with pytest.raises(DataError, match=r"1 of 8 turns failed, more than 5\.00% \(--max-failed\); the first, c/3#2: "):
+        speak_chats(chats, tmp_path / "out", run, workers=1)
+    counts = speak_chats(chats, tmp_path / "out", run, workers=1, max_failed=0.2)
+    assert (counts["spoken"], counts["failed"]) == (7, 1)

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -20,7 +21,7 @@ import pytest
 from megatron_most.audio import read_audio
 from megatron_most.data.preparation import tokenize_audio as module
 from megatron_most.data.preparation.collect import SourceSpec
-from megatron_most.data.preparation.shards import Limits
+from megatron_most.data.preparation.shards import Execution, Limits
 from megatron_most.data.preparation.sources import SourceOptions
 from megatron_most.data.preparation.tokenize_audio import tokenize_audio
 from megatron_most.data.storage.codes import CodesDataset
@@ -50,7 +51,8 @@ def write_manifest(folder: Path, num_files: int, seconds: float = 0.2) -> Path:
 
 
 def run(source: Path | SourceSpec, output: Path, workers: int = 2, **options) -> CodesDataset | None:
-    return tokenize_audio(source, "codec", output, workers=workers, **options)
+    execution = Execution(workers, **{name: options.pop(name) for name in ("task", "device") if name in options})
+    return tokenize_audio(source, "codec", output, execution=execution, **options)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -136,7 +138,8 @@ def test_utterances_keep_their_order_text_and_codes(manifest, tmp_path):
 @pytest.mark.parametrize("name", published.PUBLISHED)
 def test_every_source_becomes_codes(tmp_path, name):
     expected = {item.id: item for item in published.PUBLISHED[name](tmp_path / "data")}
-    dataset = run(SourceSpec(name, str(tmp_path / "data")), tmp_path / "codes", workers=1)
+    options = SourceOptions(**published.ALL_SPLITS.get(name, {}))
+    dataset = run(SourceSpec(name, str(tmp_path / "data"), options=options), tmp_path / "codes", workers=1)
     found = {utterance.id: utterance for utterance in dataset}
     assert found.keys() == expected.keys()
     for identity, item in expected.items():
@@ -394,7 +397,8 @@ def test_progress_counts_files_and_audio(manifest, tmp_path, capsys):
     (tmp_path / "wav" / "0.wav").write_bytes(b"")
     run(manifest, tmp_path / "codes", max_quarantine=0.1)
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("tokenize: 11/11 files, 0.00 h of audio at ") and last.endswith(" h/h, 1 rejected")
+    said = r"tokenize: 11/11 files, 0\.00 h of audio at \d+ h/h, 1 rejected, \d+\.\d+ files/s in 00:\d\d"
+    assert re.fullmatch(said, last)
 
 
 def test_texts_that_do_not_fit_the_codes_are_refused(manifest, tmp_path):

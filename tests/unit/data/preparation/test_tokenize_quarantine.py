@@ -14,7 +14,7 @@ from megatron_most.data.preparation import tokenize_audio as module
 from megatron_most.data.preparation.collect import SourceSpec
 from megatron_most.data.preparation.encode_shard import utterances_of
 from megatron_most.data.preparation.manifest import Record
-from megatron_most.data.preparation.shards import Limits
+from megatron_most.data.preparation.shards import Execution, Limits
 from megatron_most.data.preparation.sources import Roots, SourceOptions
 from megatron_most.data.preparation.tokenize_audio import tokenize_audio
 from megatron_most.errors import DataError
@@ -80,12 +80,12 @@ def bad_audio(folder: Path) -> dict[str, str]:
         "inf.wav": "not finite",
         "scale.wav": "they must be in -1..1",
         "cut.wav": "cut off",
-        "cut.flac": "not readable as audio",
+        "cut.flac": "cut off",
         "cut.mp3": "cut off",
         "cut.ogg": "cut off",
-        "lying.flac": "not readable as audio",
+        "lying.flac": "cut off: holds 40000 samples of the 68719476735",
         "less.wav": "its header tells of 9000 bytes of audio, 7000 bytes more follow",
-        "rate.wav": "a rate of 7 Hz is not believable",
+        "rate.wav": "a rate of 7 Hz is outside 1000..768000 Hz",
         "other_length.wav": "holds 1.00 s, the manifest says 2.00 s",
         "too_long.wav": "longer than 10 s",
     }
@@ -108,7 +108,9 @@ def hostile(tmp_path) -> tuple[SourceSpec, dict[str, str]]:
 
 def test_bad_audio_is_set_aside_with_line_and_reason(hostile, tmp_path):
     spec, bad = hostile
-    codes = tokenize_audio(spec, "codec", tmp_path / "codes", workers=2, limits=Limits(10.0), max_quarantine=0.95)
+    codes = tokenize_audio(
+        spec, "codec", tmp_path / "codes", execution=Execution(2), limits=Limits(10.0), max_quarantine=0.95
+    )
     assert [utterance.id for utterance in codes] == ["good0.wav", "good1.wav"]
     found = [json.loads(line) for line in (tmp_path / "codes.quarantine.jsonl").read_text().splitlines()]
     assert found.pop(0)["where"] == f"{tmp_path}/m.jsonl, line {len(bad) + 3}"
@@ -122,7 +124,13 @@ def test_bad_audio_is_set_aside_with_line_and_reason(hostile, tmp_path):
 
 def test_too_much_in_quarantine_is_an_error_that_a_higher_limit_lifts(hostile, tmp_path, monkeypatch):
     spec, bad = hostile
-    run = {"source": spec, "codec": "codec", "output": tmp_path / "codes", "workers": 1, "limits": Limits(10.0)}
+    run = {
+        "source": spec,
+        "codec": "codec",
+        "output": tmp_path / "codes",
+        "execution": Execution(1),
+        "limits": Limits(10.0),
+    }
     total, rejected = len(bad) + 3, len(bad) + 1
     with pytest.raises(DataError) as caught:
         tokenize_audio(**run, max_quarantine=0.5)
@@ -150,7 +158,7 @@ def test_long_audio_becomes_chunks_and_loses_nothing(tmp_path, rate):
     soundfile.write(tmp_path / "long.wav", noise(round(7.3 * rate)), rate, subtype="FLOAT")
     (tmp_path / "m.jsonl").write_text('{"audio_filepath": "long.wav", "speaker": "p"}')
     spec = SourceSpec("nemo", str(tmp_path / "m.jsonl"), options=SourceOptions(needs_text=False))
-    codes = tokenize_audio(spec, "codec", tmp_path / "codes", workers=1, limits=Limits(2.0))
+    codes = tokenize_audio(spec, "codec", tmp_path / "codes", execution=Execution(1), limits=Limits(2.0))
     chunks = list(codes)
     assert [(chunk.id, chunk.text, chunk.chunk, chunk.speaker) for chunk in chunks] == [
         (f"m:1#{number}", "", (number, 4), "p") for number in range(4)
@@ -169,9 +177,11 @@ def test_long_audio_with_a_text_is_chunked_only_when_asked_for(tmp_path):
     soundfile.write(tmp_path / "long.wav", noise(5 * RATE), RATE)
     (tmp_path / "m.jsonl").write_text('{"audio_filepath": "long.wav", "text": "a long story"}')
     with pytest.raises(DataError, match=r"longer than 2 s, .* \(--max-seconds, --chunk-transcribed\)"):
-        tokenize_audio(tmp_path / "m.jsonl", "codec", tmp_path / "codes", workers=1, limits=Limits(2.0))
+        tokenize_audio(tmp_path / "m.jsonl", "codec", tmp_path / "codes", execution=Execution(1), limits=Limits(2.0))
     limits = Limits(2.0, chunk_transcribed=True)
-    chunks = list(tokenize_audio(tmp_path / "m.jsonl", "codec", tmp_path / "chunks", workers=1, limits=limits))
+    chunks = list(
+        tokenize_audio(tmp_path / "m.jsonl", "codec", tmp_path / "chunks", execution=Execution(1), limits=limits)
+    )
     assert [(chunk.text, chunk.chunk) for chunk in chunks] == [("", (0, 3)), ("", (1, 3)), ("", (2, 3))]
 
 

@@ -1,4 +1,4 @@
-"""What is told of datasets: hours, modalities, lengths and duplicates, and documents with several pieces of audio."""
+"""Inspection: hours, modalities, lengths and duplicates, and documents with several audio segments."""
 
 import numpy as np
 
@@ -21,7 +21,7 @@ def test_hours_and_shares_are_those_of_the_documents(tmp_path):
     assert "audio: 1.00 h at 8000 Hz, 80 frames/s, first 3 of 3 codebooks, codec loudness" in text
     total, audio = sum(dataset.input_positions.values()), dataset.input_positions["audio"]
     assert f"input positions: {total}: text {total - audio} " in text and f"audio {audio} ({audio / total:.1%})" in text
-    assert f"most {dataset.lengths.max()}" in text
+    assert f"maximum {dataset.lengths.max()}" in text
 
 
 def test_totals_are_sums_by_task(tmp_path):

@@ -1,4 +1,4 @@
-"""Datasets on disk: what goes in comes out, small, whole or not at all, and broken files are named."""
+"""Datasets on disk: documents come back unchanged, files are complete or absent, and errors name damaged files."""
 
 import json
 from pathlib import Path
@@ -93,7 +93,7 @@ def test_a_corrupt_index_is_named(tmp_path, damage):
     write_dataset(tmp_path / "data", "asr", 4)
     path = tmp_path / "data.ids.idx"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(DataError, match=r"data\.ids\.idx: not readable as the index of a Megatron dataset"):
+    with pytest.raises(DataError, match=r"data\.ids\.idx: not the index of a Megatron dataset, or damaged"):
         TokenDataset(tmp_path / "data")
 
 

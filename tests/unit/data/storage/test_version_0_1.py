@@ -1,4 +1,4 @@
-"""What version 0.1 wrote is read as it was: ``version_0_1/`` was made by it, from three sentences of a toy codec.
+"""Files of version 0.1 can still be read: it wrote ``version_0_1/``, three utterances of a toy codec.
 
 Its sidecars say ``licence``, ``licences`` and ``tokenised``.
 """
@@ -24,7 +24,7 @@ FOLDER = Path(__file__).parent / "version_0_1"
 
 
 def waveform(number: int) -> np.ndarray:
-    """What was encoded then, from a file of 16 bits."""
+    """The waveform of utterance ``number``, as a 16-bit WAV file rounded it."""
     samples = np.random.default_rng(number).uniform(-0.5, 0.5, 600 + 100 * number).astype(np.float32)
     file = io.BytesIO()
     soundfile.write(file, samples, 8000, format="WAV")

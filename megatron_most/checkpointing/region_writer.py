@@ -1,7 +1,7 @@
-"""Native checkpoints written and read a region at a time, so that no model ever lies in memory whole.
+"""Writes a native checkpoint one region at a time, so that the whole model is never in memory.
 
-The files are those that a training job writes and reads (Megatron's ``torch_dist``): regions become the chunks of the
-format, in the cuts that suit the writer, and whoever loads takes what it needs of them.
+The files are those of a training run (Megatron's ``torch_dist`` format). A region becomes a chunk of the format, and
+any parallel layout can load the chunks it needs.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 import torch.distributed as dist
@@ -23,7 +22,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed import checkpoint as torch_checkpoint
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -33,49 +32,31 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    ReadItem,
     SavePlan,
     SavePlanner,
     TensorWriteData,
     WriteItem,
     WriteItemType,
 )
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megatron_most.checkpointing import directory as directories
 from megatron_most.checkpointing.directory import STATE
 from megatron_most.checkpointing.metadata import METADATA, CheckpointMetadata
-from megatron_most.errors import CheckpointError, MostError
+from megatron_most.checkpointing.regions import Region, TensorForm
+from megatron_most.errors import CheckpointError, MostError, first_line
+from megatron_most.files import write_json
 from megatron_most.parallel import fail, on_rank_zero
 
 WRITTEN_AT_ONCE = 1 << 20
-"""Bytes of a single write: some file systems take several times as long for the same bytes in calls of 32 MB."""
+"""Bytes of a single write: with calls of 32 MB, some file systems take several times as long for the same data."""
 
 _FILE_BYTES = 4 << 30
-"""After so many bytes a file ends: several ranks can check a checkpoint at the same time."""
+"""Size at which a new file is started, so that several ranks can verify a checkpoint together."""
 
 _COMMON_STATE = ShardedObject("common_state", None, (1,), (0,)).unique_key
-"""Where Megatron looks for what a checkpoint holds besides sharded tensors: nothing, in ours."""
-
-
-@dataclass(frozen=True)
-class Region:
-    """A box of a native tensor: its key, where the box starts on each axis, and how long it is there."""
-
-    key: str
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class TensorForm:
-    """Shape and element type of a whole native tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+"""The key under which Megatron looks for everything but sharded tensors; empty in these checkpoints."""
 
 
 def write_checkpoint(
@@ -86,45 +67,46 @@ def write_checkpoint(
     produce: Callable[[Region], torch.Tensor],
     finish: Callable[[Path], None],
 ) -> None:
-    """Write and commit a checkpoint of weights alone; a region is made while the one before it is written. Collective.
+    """Write and commit a checkpoint that holds only weights. Each region is made while the last is written. Collective.
 
-    Every rank writes the regions it is given; together they must cover every tensor of ``forms`` exactly once. A kill
-    or an error at any moment leaves at most a ``.tmp-`` directory beside ``directory``, which the next call removes.
+    The regions of all ranks together must cover every tensor of ``forms`` exactly once. A kill or an error leaves at
+    most a ``.tmp-`` directory beside ``directory``, which the next call removes.
 
     Args:
-        directory: the checkpoint to make; must not exist.
+        directory: the checkpoint to create; must not exist.
         forms: every tensor of the checkpoint, the same on all ranks.
-        regions: what this rank writes.
-        produce: makes the tensor of a region; a thread calls it, for one region after the other.
-        finish: called on rank 0 with the temporary directory when the tensors are there, before the commit; it may add
-            files, and an error of it stops the commit.
+        regions: the regions that this rank writes.
+        produce: makes the tensor of a region; called in a thread, for one region after another.
+        finish: called on rank 0 with the temporary directory when all tensors are written, before the commit. It may
+            add files; an error in it stops the commit.
 
     Raises:
-        CheckpointError: the storage refused, regions overlap or leave a gap, or what ``produce`` and ``finish`` raise.
+        CheckpointError: the storage cannot be written, regions overlap or leave a gap, or an error of ``produce`` or
+            ``finish``.
     """
     temporary = directories.temporary_directory(directory)
 
     def prepare() -> None:
         if directory.exists():
-            raise CheckpointError(f"{directory}: exists already; name a directory that does not")
+            raise CheckpointError(f"{directory}: exists already; name a new directory")
         try:
             if temporary.exists():
                 shutil.rmtree(temporary)
             (temporary / STATE).mkdir(parents=True)
-            directories.write_json(temporary / METADATA, metadata.to_dict())
+            write_json(temporary / METADATA, metadata.to_dict(), CheckpointError)
         except OSError as error:
             raise CheckpointError(f"{temporary}: cannot be written: {error.strerror}") from error
 
     on_rank_zero(prepare)
     try:
         written = _write_state(temporary / STATE, forms, regions, produce)
-        shares: list[dict[str, directories.FileEntry]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(shares, written)
+        of_ranks: list[dict[str, directories.FileEntry]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, written)
 
         def commit() -> None:
             try:
                 finish(temporary)
-                entries = {f"{STATE}/{name}": entry for share in shares for name, entry in share.items()}
+                entries = {f"{STATE}/{name}": entry for files in of_ranks for name, entry in files.items()}
                 others = [name for name in directories.list_files(temporary) if name not in entries]
                 directories.write_manifest(temporary, {**entries, **directories.checksum(temporary, others)})
                 directories.commit(temporary, directory)
@@ -138,71 +120,8 @@ def write_checkpoint(
         raise
 
 
-class StateReader:
-    """Regions of the tensors that a checkpoint's ``state`` folder holds, whatever the layout that wrote them.
-
-    ``forms`` has every tensor, those of the optimizer among them.
-    """
-
-    def __init__(self, state: Path) -> None:
-        """Raises :class:`CheckpointError` when the folder's index cannot be read."""
-        self._reader = torch_checkpoint.FileSystemReader(str(state))
-        self._state = state
-        try:
-            metadata = self._reader.read_metadata()
-        except Exception as error:  # a pickle: broken bytes raise anything
-            raise CheckpointError(f"{state}: unreadable: {' '.join(str(error).split())}") from None
-        self._reader.set_up_storage_reader(metadata, True)
-        entries = metadata.state_dict_metadata.items()
-        self._tensors = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
-        self.forms = {
-            key: TensorForm(tuple(entry.size), entry.properties.dtype) for key, entry in self._tensors.items()
-        }
-
-    def read(self, region: Region, target: torch.Tensor | None = None) -> torch.Tensor:
-        """The region in the type it is stored in, or copied into ``target`` of its sizes.
-
-        Raises:
-            CheckpointError: it cannot be read.
-        """
-        entry = self._tensors[region.key]
-        if target is None:
-            target = torch.empty(region.sizes, dtype=entry.properties.dtype)
-        box = ChunkStorageMetadata(torch.Size(region.offsets), torch.Size(region.sizes))
-        items = create_read_items_for_chunk_list(region.key, entry, [box])
-        try:
-            self._reader.read_data(LoadPlan(items), _RegionLoadPlanner(target)).wait()
-        except (OSError, RuntimeError, ValueError) as error:
-            raise CheckpointError(
-                f"{self._state}: {region.key} cannot be read: {' '.join(str(error).split())}"
-            ) from error
-        return target
-
-    def read_whole(self, key: str) -> torch.Tensor:
-        """A whole tensor; errors as in :meth:`read`."""
-        shape = tuple(self._tensors[key].size)
-        return self.read(Region(key, (0,) * len(shape), shape))
-
-
-class _RegionLoadPlanner(DefaultLoadPlanner):
-    """Hands out views of one tensor for the pieces that are read into it."""
-
-    def __init__(self, target: torch.Tensor) -> None:
-        super().__init__()
-        self._target = target
-
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        view = self._target
-        for axis, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            view = view.narrow(axis, offset, length)
-        return view
-
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        pass
-
-
 class _RegionSavePlanner(DefaultSavePlanner):
-    """A plan of regions instead of a state dict; each is made shortly before it is written."""
+    """Plans regions instead of a state dict. Each region is made shortly before it is written."""
 
     def __init__(
         self, forms: Mapping[str, TensorForm], regions: Sequence[Region], produce: Callable[[Region], torch.Tensor]
@@ -221,20 +140,24 @@ class _RegionSavePlanner(DefaultSavePlanner):
         return self.plan
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """torch finds overlaps and raises, but sees no gap on a single rank, and no tensor that has no region."""
+        """Raise for a gap too: torch finds overlaps, but no gap on a single rank and no tensor without a region."""
         plans, metadata = super().create_global_plan(all_plans)
         for key, form in self._forms.items():
             entry = metadata.state_dict_metadata.get(key)
-            written = sum(math.prod(chunk.sizes) for chunk in entry.chunks) if entry else 0
+            chunks = entry.chunks if isinstance(entry, TensorStorageMetadata) else []
+            written = sum(chunk.sizes.numel() for chunk in chunks)
             if written != math.prod(form.shape):
                 raise CheckpointError(f"{written} of the {math.prod(form.shape)} elements of {key} are written")
         return plans, metadata
 
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | list[dict]:
+    def resolve_data(  # type: ignore[override]  # torch's hint leaves out the objects that it saves
+        self, write_item: WriteItem
+    ) -> torch.Tensor | list[dict]:
         if write_item.type is WriteItemType.BYTE_IO:
-            return [{}]  # as Megatron wraps the objects of a key
-        index, chunk = write_item.index, write_item.tensor_data.chunk
-        region = Region(index.fqn, tuple(index.offset), tuple(chunk.sizes))
+            return [{}]  # Megatron wraps the objects of a key in a list
+        index, data = write_item.index, write_item.tensor_data
+        assert index.offset is not None and data is not None
+        region = Region(index.fqn, tuple(index.offset), tuple(data.chunk.sizes))
         tensor, dtype = self._produce(region), self._forms[region.key].dtype
         if tuple(tensor.shape) != region.sizes or tensor.dtype != dtype:
             raise RuntimeError(f"{region}: made {tuple(tensor.shape)} {tensor.dtype} for {dtype}")
@@ -248,9 +171,9 @@ class _RegionSavePlanner(DefaultSavePlanner):
 
 
 class _RegionWriter(torch_checkpoint.FileSystemWriter):
-    """Writes one tensor while the next is made, and forgets it, where torch's own writer keeps one for each key.
+    """Writes one tensor while the next is made, and then frees it; torch's own writer keeps a tensor for each key.
 
-    Size and CRC32 of the files are known when they are written, so that the manifest needs no second reading.
+    It computes size and CRC32 of a file while writing, so that the manifest needs no second pass.
     """
 
     def __init__(self, state: Path) -> None:
@@ -271,10 +194,10 @@ class _RegionWriter(torch_checkpoint.FileSystemWriter):
                     start = stream.size
                     _save(tensor, stream)
                     length = stream.size - start
-                    # Storage starts on these bytes now: it would take as long as all before it at the end.
+                    # Start to write these bytes to storage now: fsync would have to wait for all of them at the end.
                     os.posix_fadvise(raw.fileno(), start, length, os.POSIX_FADV_DONTNEED)
                     results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
-                    del piece, tensor  # before the next one but one is made
+                    del piece, tensor  # free it before the one after the next is made
                     piece = next(pieces, None)
                 raw.flush()
                 os.fsync(raw.fileno())
@@ -285,18 +208,18 @@ class _RegionWriter(torch_checkpoint.FileSystemWriter):
 
 
 def _made_ahead(items: Sequence[WriteItem], planner: SavePlanner) -> Iterator[tuple[WriteItem, Any]]:
-    """Each item with its tensor or object; a thread makes the next one while the caller writes this one."""
+    """Each item with its tensor or object. A thread makes the next one while the caller writes this one."""
     with ThreadPoolExecutor(1) as maker:
-        ahead = maker.submit(planner.resolve_data, items[0]) if items else None
+        ahead = [maker.submit(planner.resolve_data, item) for item in items[:1]]
         for place, item in enumerate(items):
-            tensor = ahead.result()
-            ahead = maker.submit(planner.resolve_data, items[place + 1]) if place + 1 < len(items) else None
+            tensor = ahead.pop().result()
+            ahead += [maker.submit(planner.resolve_data, following) for following in items[place + 1 : place + 2]]
             yield item, tensor
             del tensor
 
 
 def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory as ``torch.save`` would write it: of a view it writes all that lies behind it."""
+    """The same memory as a tensor that is no view: of a view, ``torch.save`` writes the whole storage."""
     if tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
     content = tensor.contiguous().flatten().view(torch.uint8).numpy()
@@ -304,17 +227,17 @@ def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _save(data: torch.Tensor | list[dict], stream: _SummingStream) -> None:
-    """``torch.save`` without its own checksum, which takes as long as all the rest: the manifest has one."""
+    """``torch.save`` without its own checksum, which would double the time; the manifest has a checksum."""
     has_checksum = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
-        torch.save(data, stream)
+        torch.save(data, cast(IO[bytes], stream))
     finally:
         torch.serialization.set_crc32_options(has_checksum)
 
 
 class _SummingStream:
-    """A binary file, written from front to end."""
+    """A binary file that computes its size and CRC32 while it is written from start to end."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self.size, self.crc32 = stream, 0, 0
@@ -333,7 +256,7 @@ class _SummingStream:
 
 
 class _RegionSave(TorchDistSaveShardedStrategy):
-    """What Megatron calls to write the sharded part of a checkpoint."""
+    """The strategy that Megatron calls to write the sharded part of a checkpoint."""
 
     def __init__(self, planner: _RegionSavePlanner) -> None:
         super().__init__()
@@ -352,21 +275,16 @@ def _write_state(
     regions: Sequence[Region],
     produce: Callable[[Region], torch.Tensor],
 ) -> dict[str, directories.FileEntry]:
-    """Write this rank's regions; the files it wrote, by name, with their checksums."""
+    """Write this rank's regions. Returns the files it wrote, by name, with their checksums."""
     strategy = _RegionSave(_RegionSavePlanner(forms, regions, produce))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch's, of interfaces that Megatron uses
+            warnings.simplefilter("ignore", FutureWarning)  # torch warns of interfaces that Megatron uses
             dist_checkpointing.save({}, str(state), strategy, validate_access_integrity=False)
     except torch_checkpoint.CheckpointException as error:
         _, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
-        line = cause if isinstance(cause, MostError) else f"{state.parent}: cannot be written: {_reason(cause)}"
+        line = cause if isinstance(cause, MostError) else f"{state.parent}: cannot be written: {first_line(cause)}"
         fail(CheckpointError(str(line)) if dist.get_rank() == 0 else None)
     except OSError as error:
-        raise CheckpointError(f"{state.parent}: cannot be written: {_reason(error)}") from error
+        raise CheckpointError(f"{state.parent}: cannot be written: {first_line(error)}") from error
     return strategy.entries
-
-
-def _reason(error: BaseException) -> str:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(str(text).split())

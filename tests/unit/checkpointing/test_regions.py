@@ -1,4 +1,4 @@
-"""Checkpoints written region by region: whole or not there, and read back in any cut."""
+"""Checkpoints written by region: complete or absent, and readable in any other regions."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from megatron_most import parallel
-from megatron_most.checkpointing import region_io
-from megatron_most.checkpointing.directory import read_manifest, verify_checksums
+from megatron_most.checkpointing import region_writer
+from megatron_most.checkpointing.directory import STATE, read_manifest, verify_checksums
 from megatron_most.checkpointing.metadata import CheckpointMetadata
-from megatron_most.checkpointing.region_io import STATE, Region, StateReader, TensorForm, write_checkpoint
+from megatron_most.checkpointing.region_writer import write_checkpoint
+from megatron_most.checkpointing.regions import Region, StateReader, TensorForm
 from megatron_most.config import ParallelConfig
 from megatron_most.errors import CheckpointError
 
@@ -39,7 +40,7 @@ def process_groups():
 
 
 def box(region: Region) -> torch.Tensor:
-    """A view of the whole tensor, as a careless producer would give."""
+    """A view of the whole tensor, as a careless producer might return."""
     slices = tuple(slice(at, at + size) for at, size in zip(region.offsets, region.sizes, strict=True))
     return TENSORS[region.key][slices]
 
@@ -64,7 +65,7 @@ def test_what_is_written_is_read_in_any_cut(tmp_path):
 
 def test_large_checkpoints_are_several_files_and_views_are_written_without_what_is_behind_them(tmp_path, monkeypatch):
     write(tmp_path / "one", WHOLE)
-    monkeypatch.setattr(region_io, "_FILE_BYTES", 5000)
+    monkeypatch.setattr(region_writer, "_FILE_BYTES", 5000)
     write(tmp_path / "many", WHOLE)
     files = sorted(path.name for path in (tmp_path / "many" / STATE).glob("*.distcp"))
     assert len(files) > 1
@@ -86,9 +87,9 @@ def test_one_region_is_made_ahead_and_none_is_kept(tmp_path, monkeypatch):
         alive.append(sum(entry() is not None for entry in made))
         return tensor
 
-    save = region_io._save
+    save = region_writer._save
 
-    def wait_for_the_next(data: torch.Tensor | list[dict], stream: region_io._SummingStream) -> None:
+    def wait_for_the_next(data: torch.Tensor | list[dict], stream: region_writer._SummingStream) -> None:
         place = len(saved)
         saved.append(type(data))
         deadline = time.monotonic() + 30
@@ -98,7 +99,7 @@ def test_one_region_is_made_ahead_and_none_is_kept(tmp_path, monkeypatch):
         save(data, stream)
 
     saved: list[type] = []
-    monkeypatch.setattr(region_io, "_save", wait_for_the_next)
+    monkeypatch.setattr(region_writer, "_save", wait_for_the_next)
     write_checkpoint(tmp_path / "new", METADATA, FORMS, WHOLE, count, lambda directory: None)
     assert len(made) == len(WHOLE) and max(alive) == 2
     assert saved == [torch.Tensor] * len(WHOLE) + [list]  # the list is what a checkpoint has besides tensors
@@ -116,11 +117,11 @@ def test_what_goes_wrong_while_a_region_is_made_ahead_leaves_nothing(tmp_path):
 
 
 def test_no_write_is_larger_than_a_file_system_likes(tmp_path, monkeypatch):
-    monkeypatch.setattr(region_io, "WRITTEN_AT_ONCE", 1000)
+    monkeypatch.setattr(region_writer, "WRITTEN_AT_ONCE", 1000)
     sizes: list[int] = []
     with open(tmp_path / "file", "wb") as raw:
         write_raw = raw.write
-        stream = region_io._SummingStream(
+        stream = region_writer._SummingStream(
             SimpleNamespace(write=lambda part: sizes.append(len(part)) or write_raw(part))
         )
         assert stream.write(bytes(range(256)) * 10) == 2560
