@@ -7,10 +7,11 @@ import dataclasses
 import functools
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from megatron_most import parallel
@@ -93,8 +94,15 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 """Name -> overrides of the tiny configuration."""
+FAST = ("frame", "flat_delay", "gqa_yarn", "common", "bias", "per_modality_bias")
+"""Cases of the fast suite: together they have each kind of attention, of ids, of experts and of router."""
 
 _MADE = tempfile.TemporaryDirectory(prefix="most-exports-")  # deleted when the process ends
+
+
+def parameters(cases: Iterable[str]) -> list[Any]:
+    """``cases`` to parametrize a test with: each costs seconds, so those outside :data:`FAST` are slow."""
+    return [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 def config_of(case: str, **overrides: Any) -> RunConfig:

@@ -26,7 +26,7 @@ from megatron_most.huggingface import MoSTForConditionalGeneration, MoSTProcesso
 from megatron_most.text import train_sentencepiece
 from megatron_most.text.tokenizer import SentencePieceTokenizer
 from tests.distributed.tiny import tiny_batch
-from tests.unit.huggingface.exports import config_of, exported, exported_model, write_native
+from tests.unit.huggingface.exports import config_of, exported, exported_model, parameters, write_native
 
 WITH_OTHER_TENSORS = (
     "frame",
@@ -51,7 +51,7 @@ def assert_same_weights(first: Path, second: Path) -> None:
         assert torch.equal(mine.read_whole(key), theirs.read_whole(key)), key
 
 
-@pytest.mark.parametrize("case", WITH_OTHER_TENSORS)
+@pytest.mark.parametrize("case", parameters(WITH_OTHER_TENSORS))
 def test_import_brings_everything_back(case, tmp_path):
     checkpoint, folder = exported(case)
     again = import_model(folder, tmp_path / "again", ImportOptions())
@@ -161,6 +161,7 @@ print(type(model).__module__)
 """
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_it_loads_where_this_package_is_not_installed(trained, tmp_path):
     cases = {}

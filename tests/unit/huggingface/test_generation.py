@@ -16,7 +16,7 @@ from megatron_most.huggingface.generation_most import Sampler, SpeechState
 from megatron_most.inference import Generator, Sampling
 from megatron_most.text import load_tokenizer, train_sentencepiece
 from megatron_most.vocab import CODEC_LAYOUTS, NO_CODE, VocabLayout
-from tests.unit.huggingface.exports import exported_model, native_model
+from tests.unit.huggingface.exports import exported_model, native_model, parameters
 
 LAYOUTS = ["frame", "frame_delay", "flat", "flat_delay"]
 BEGIN = 40  # of audio: the tiny models have 40 text ids
@@ -71,7 +71,7 @@ def test_what_may_follow_in_speech_is_what_the_layout_allows(layout, num_codeboo
         assert state.is_done and list(state.allowed()) == [range(vocab.end_of_audio, vocab.end_of_audio + 1)]
 
 
-@pytest.mark.parametrize("case", [*LAYOUTS, "gqa_yarn", "bias", "per_modality"])
+@pytest.mark.parametrize("case", parameters([*LAYOUTS, "gqa_yarn", "bias", "per_modality"]))
 def test_greedy_text_and_speech_are_the_native_generators(case):
     """Prompts of unequal length, in one batch."""
     model = exported_model(case)

@@ -8,7 +8,7 @@ import torch
 from megatron_most.training.loss import LossTable
 from megatron_most.vocab import NO_CODE
 from tests.distributed.tiny import tiny_batch
-from tests.unit.huggingface.exports import CASES, config_of, exported_model, native_model
+from tests.unit.huggingface.exports import CASES, config_of, exported_model, native_model, parameters
 
 TOLERANCE = 1e-5  # of the largest
 
@@ -18,7 +18,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float =
     assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", parameters(CASES))
 @torch.no_grad()
 def test_logits_and_loss_are_the_native_models(case):
     config, model = config_of(case), exported_model(case)
@@ -51,7 +51,7 @@ def test_logits_and_loss_are_the_native_models(case):
     assert found.loss.item() == pytest.approx((loss_sum / count).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("case", ["frame", "flat", "gqa_yarn", "q_lora", "per_modality"])
+@pytest.mark.parametrize("case", parameters(["frame", "flat", "gqa_yarn", "q_lora", "per_modality"]))
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
 def test_cache_and_left_padding_change_nothing(case, attention):
