@@ -1,7 +1,7 @@
 """Convert checkpoints from and to Hugging Face formats, compare and inspect them.
 
     most convert import --hf base --out most --experts expand --audio-vocab frame:4x4032
-    most convert export --checkpoint runs/most --format deepseek-v2 --out model
+    most convert export --checkpoint runs/most --format hf --out model
     most convert verify --hf model --checkpoint runs/most
     most convert inspect runs/most
 
@@ -34,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_import(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--hf", required=True, help="folder of a DeepSeek-V2, MoST or Llama model")
+    sub.add_argument("--hf", required=True, help="folder of a DeepSeek-V2, MoST or Llama model, or of an exported one")
     sub.add_argument("--out", required=True, help="checkpoint directory to write; must not exist")
     sub.add_argument(
         "--experts",
@@ -61,7 +61,12 @@ def _add_export(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--checkpoint", required=True, help="checkpoint directory, or run directory (its newest checkpoint)"
     )
-    sub.add_argument("--format", required=True, choices=("deepseek-v2", "most", "llama"), help="architecture to write")
+    sub.add_argument(
+        "--format",
+        required=True,
+        choices=("hf", "deepseek-v2", "most", "llama"),
+        help="hf: the whole model, with code for transformers; the others: an architecture that transformers has",
+    )
     sub.add_argument("--out", required=True, help="folder to write; must not exist")
     sub.add_argument("--dtype", choices=("bf16", "fp32"), help="type of the weights (default: as stored)")
     sub.add_argument("--max-shard-size", default="5GB", help="maximum size of a weights file (default %(default)s)")

@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 import torch
 
 from megatron_most.config import RunConfig
+from megatron_most.conversion import hf_format
 from megatron_most.conversion.config_json import Config, Values, max_positions, read_rope, write_rope
 from megatron_most.conversion.tables import DEEPSEEK_V2, HEAD_RULE, LLAMA, TIED_HEAD_RULE
 from megatron_most.conversion.weight_map import Rule
@@ -32,6 +33,7 @@ class ForeignModel:
         num_experts: experts in each MoE layer; 0 in a dense model.
         top_k, n_group, topk_group: routing of the format, by its names.
         choices: the experts that text and audio may choose, for the MoST format only.
+        has_audio_ids: whether its ids are those of this project, audio included.
     """
 
     model: Values
@@ -43,6 +45,7 @@ class ForeignModel:
     n_group: int = 1
     topk_group: int = 1
     choices: tuple[tuple[int, ...], ...] = ()
+    has_audio_ids: bool = False
 
 
 @dataclass(frozen=True)
@@ -230,6 +233,19 @@ def _read_llama(config: Config) -> ForeignModel:
     return ForeignModel(model=_read_common(config, attention, moe, first_k_dense_replace=0), **_shared(config))
 
 
+def _read_hf(config: Config) -> ForeignModel:
+    """What is checked before the run configuration beside it is read."""
+    attention = {"type": config.values.get("attention_type"), "num_query_groups": 0}
+    if attention["type"] == "gqa":
+        attention["num_query_groups"] = config.integer("num_key_value_heads")
+    model = {
+        "num_layers": config.integer("num_hidden_layers"),
+        "hidden_size": config.integer("hidden_size"),
+        "attention": attention,
+    }
+    return ForeignModel(model, **_shared(config), num_experts=config.integer("n_routed_experts"), has_audio_ids=True)
+
+
 def _write_llama(config: RunConfig, foreign: ForeignModel) -> Values:
     attention = config.model.attention
     return {
@@ -265,5 +281,12 @@ ARCHITECTURES = (
     Architecture("deepseek-v2", ("deepseek_v2",), DEEPSEEK_V2, _read_deepseek, _write_deepseek),
     Architecture("most", ("MoST",), DEEPSEEK_V2, _read_most, _write_most),
     Architecture("llama", ("llama",), LLAMA, _read_llama, _write_llama),
+    Architecture(
+        hf_format.NAME,
+        (hf_format.MODEL_TYPE,),
+        hf_format.RULES,
+        _read_hf,
+        lambda config, foreign: hf_format.model_config(config),
+    ),
 )
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}

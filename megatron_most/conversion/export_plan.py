@@ -133,7 +133,10 @@ def plan_export(
         blocks=blocks,
         forms=forms,
         extension=extension,
-        extension_forms={} if extension is None else _extension_forms(rest, reader, dtype),
+        extension_forms={
+            name: TensorForm(region.sizes, _written_dtype(region.key, reader, dtype))
+            for name, region in (rest if extension is not None else {}).items()
+        },
         left_out=[] if with_extension else list(rest),
         same_text=target.same_text,
         note=target.note,
@@ -154,7 +157,7 @@ def _foreign_form(blocks: list[Block], reader: StateReader, dtype: str | None) -
     shape = (max(block.row + block.rows for block in blocks), *blocks[0].shape[1:])
     # A scaled fp16 tensor was imported as fp32: without its scale it fits the model's own type again.
     key = blocks[0].region.key if blocks[0].scale == 1 else EMBEDDING
-    return TensorForm(shape, reader.forms[key].dtype if dtype is None else DTYPES[dtype])
+    return TensorForm(shape, _written_dtype(key, reader, dtype))
 
 
 def _regions_without_place(config: RunConfig, blocks: Blocks) -> dict[str, Region]:
@@ -164,15 +167,10 @@ def _regions_without_place(config: RunConfig, blocks: Blocks) -> dict[str, Regio
     return {_region_name(piece): piece for region in rest for piece in cut(region)}
 
 
-def _extension_forms(regions: dict[str, Region], reader: StateReader, dtype: str | None) -> dict[str, TensorForm]:
-    """Types as in the model's files, because the parts of one tensor must agree; expert biases keep theirs."""
-    is_bias = EXPERT_BIAS.rpartition("{layer}")[2]
-    forms = {}
-    for name, region in regions.items():
-        keeps_type = region.key.endswith(is_bias)
-        stored = reader.forms[region.key].dtype
-        forms[name] = TensorForm(region.sizes, stored if dtype is None or keeps_type else DTYPES[dtype])
-    return forms
+def _written_dtype(key: str, reader: StateReader, dtype: str | None) -> torch.dtype:
+    """The type in which the parts of a native tensor are written, alike for all of them; expert biases keep theirs."""
+    is_bias = key.endswith(EXPERT_BIAS.rpartition("{layer}")[2])
+    return reader.forms[key].dtype if dtype is None or is_bias else DTYPES[dtype]
 
 
 def stored_config(directory: Path, metadata: CheckpointMetadata) -> RunConfig:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megatron_most.config import RunConfig
+from megatron_most.conversion import hf_format
 from megatron_most.conversion.architectures import ForeignModel
 from megatron_most.conversion.import_plan import RECORD, most_ids
 from megatron_most.conversion.weight_map import Correspondence, IdRun, Origin
@@ -47,6 +48,8 @@ def choose_target(directory: Path, config: RunConfig, name: str, experts: str) -
     """
     if experts == "all" and name != "deepseek-v2":
         raise ConfigError(f"--experts=all: is only for --format deepseek-v2, not {name}")
+    if name == hf_format.NAME:
+        return _as_itself(config)
     if name == "most":
         return _as_most(config)
     if name == "llama":
@@ -61,6 +64,12 @@ def _import_record(directory: Path, config: RunConfig) -> dict[str, Any] | None:
     places = [directory, *([Path(config.checkpoint.load)] if config.checkpoint.load else [])]
     found = next((place / RECORD for place in places if (place / RECORD).is_file()), None)
     return None if found is None else read_json(found, CheckpointError)
+
+
+def _as_itself(config: RunConfig) -> Target:
+    """The whole model: every tensor has a place."""
+    foreign = _foreign(config, config.model.moe.num_experts, 1, 1, 1)
+    return Target(dataclasses.replace(foreign, has_audio_ids=True), hf_format.correspondence(config))
 
 
 def _as_text_model(config: RunConfig) -> Target:

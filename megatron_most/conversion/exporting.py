@@ -15,8 +15,10 @@ from megatron_most import parallel, platform
 from megatron_most.checkpointing import directory as directories
 from megatron_most.checkpointing.regions import TensorForm
 from megatron_most.config import ParallelConfig
+from megatron_most.conversion import hf_format
 from megatron_most.conversion.export_plan import DTYPES, ExportPlan, plan_export
 from megatron_most.conversion.extension import EXTENSION, EXTENSION_TENSORS
+from megatron_most.conversion.hf_folder import write_companions
 from megatron_most.conversion.hugging_face import CONFIG, MODEL, TOKENIZER_FILES, HuggingFaceModel
 from megatron_most.conversion.importing import CHECKED_BYTES, SPECIAL_IDS, TOKENIZER, require_space
 from megatron_most.conversion.safetensors_files import index_of, parse_size, plan_shards, size_of, write_file
@@ -128,7 +130,10 @@ def _finish(plan: ExportPlan, made: Path, out: Path, max_size: int) -> None:
         index = index_of(plan_shards(forms, stem, max_size), forms)
         if index is not None:
             write_json(made / f"{stem}.safetensors.index.json", index, CheckpointError)
-    write_json(made / CONFIG, _config(plan, made), CheckpointError)
+    values = _config(plan, made)
+    if plan.architecture.name == hf_format.NAME:
+        values = write_companions(plan.config, values, plan.checkpoint, made)
+    write_json(made / CONFIG, values, CheckpointError)
     if plan.extension is not None:
         write_json(made / EXTENSION, plan.extension.to_dict(), CheckpointError)
     if plan.note:

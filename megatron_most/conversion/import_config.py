@@ -12,6 +12,7 @@ import torch
 from megatron_most.checkpointing.metadata import first_difference
 from megatron_most.config import RunConfig, read_yaml
 from megatron_most.config.load import build_config, check_shape
+from megatron_most.conversion import hf_format
 from megatron_most.conversion.architectures import Architecture, ForeignModel
 from megatron_most.conversion.experts import default_groups, most_groups
 from megatron_most.conversion.hugging_face import HuggingFaceModel
@@ -63,6 +64,8 @@ def import_mode(architecture: Architecture, has_extension: bool, options: Import
                 " the model without it"
             )
         mode = "extension"
+    elif architecture.name == hf_format.NAME and (options.config is not None or options.audio_vocab is not None):
+        raise ConfigError("--config, --audio-vocab: run_config in config.json already sets these")
     elif options.experts is None:
         if valid:
             raise ConfigError(f"--experts: a {architecture.name} model needs one of {', '.join(valid)}")

@@ -10,6 +10,7 @@ import torch
 from megatron_most.checkpointing.regions import Region, TensorForm
 from megatron_most.config import RunConfig
 from megatron_most.config.load import build_config
+from megatron_most.conversion import hf_format
 from megatron_most.conversion.architectures import Architecture, ForeignModel, read_foreign
 from megatron_most.conversion.experts import origins, read_usage
 from megatron_most.conversion.extension import EXTENSION, Extension
@@ -108,13 +109,16 @@ def plan_import(directory: str | Path, options: ImportOptions) -> ImportPlan:
     check_counts(source, foreign)
     extension = Extension.read(source) if options.experts is None else None
     mode = import_mode(architecture, extension is not None, options)
-    if extension is None:
-        config = import_config(source, architecture, foreign, mode, options)
-        both = _correspondence(mode, config, foreign, options)
-    else:
+    if extension is not None:
         config = build_config(f"{source.directory}: extension", extension.config, options.overrides)
         extension.check(config)
         both = extension.both
+    elif architecture.name == hf_format.NAME:
+        config = hf_format.run_config(source, options.overrides)
+        both = hf_format.correspondence(config)
+    else:
+        config = import_config(source, architecture, foreign, mode, options)
+        both = _correspondence(mode, config, foreign, options)
     blocks = all_blocks(architecture.rules_for(foreign.tied), config, both)
     if extension is not None:
         # Export did not read the copies, which may have changed since: they are in the extension.

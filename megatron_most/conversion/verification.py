@@ -18,6 +18,7 @@ import torch
 from megatron_most.checkpointing.state import load_model_state
 from megatron_most.config import RunConfig
 from megatron_most.config.load import build_config
+from megatron_most.conversion import hf_format
 from megatron_most.conversion.architectures import ForeignModel, read_foreign
 from megatron_most.conversion.hugging_face import CONFIG, HuggingFaceModel
 from megatron_most.conversion.import_plan import most_ids
@@ -157,6 +158,8 @@ def shared_ids(config: RunConfig, foreign: ForeignModel) -> tuple[IdRun, ...]:
     """The ids that both models have."""
     if foreign.choices:
         return most_ids(config.vocab, foreign.vocab_size)
+    if foreign.has_audio_ids:
+        return (IdRun(0, 0, config.vocab.size),)
     return (IdRun(0, 0, min(config.vocab.text_vocab_size, foreign.vocab_size)),)
 
 
@@ -191,10 +194,24 @@ def _foreign_outputs(
     modality: torch.Tensor,
     ids: torch.Tensor,
 ) -> Outputs:
+    model = _transformers_model(source)
+    if foreign.choices:
+        _choose_by_modality(model, foreign, modality.flatten())
+    return _run(model.eval(), model.model.layers, lambda: model(tokens).logits.flatten(0, 1)[:, ids])
+
+
+def _transformers_model(source: HuggingFaceModel) -> Any:
+    """The model of a folder in fp32; what code a folder brings along is not run."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if source.config["model_type"] == hf_format.MODEL_TYPE:
+        from megatron_most.huggingface import MoSTForConditionalGeneration
+
+        return MoSTForConditionalGeneration.from_pretrained(
+            source.directory, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+        )
     values = {key: value for key, value in source.config.items() if key not in ("model_type", "architectures")}
     kind = "Llama" if source.config["model_type"] == "llama" else "DeepseekV2"
     config = getattr(transformers, f"{kind}Config")(**values)
@@ -203,9 +220,7 @@ def _foreign_outputs(
     )
     # Frequencies are not weights: transformers leaves them unset if torch's tensor factories have stand-ins.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    if foreign.choices:
-        _choose_by_modality(model, foreign, modality.flatten())
-    return _run(model.eval(), model.model.layers, lambda: model(tokens).logits.flatten(0, 1)[:, ids])
+    return model
 
 
 def _choose_by_modality(model: Any, foreign: ForeignModel, modality: torch.Tensor) -> None:

@@ -33,9 +33,10 @@ class Rule:
         native: key, with ``{layer}``.
         foreign: names, with ``{layer}`` and, if each expert has its own tensor, ``{expert}``. Several tensors are
             stacked by rows.
-        layers: the layers that have the tensor: ``all``, ``dense``, ``moe``, or ``none`` for a tensor outside layers.
+        layers: the layers that have the tensor: ``all``, ``dense``, ``moe``, or ``none`` for a tensor outside layers;
+            ``codebooks`` for one tensor per codebook, with ``{codebook}`` in its names.
         along: what indexes the native tensor: ``rows`` (as in the foreign one), ``experts`` (its first axis),
-            ``expert_rows`` (one row per expert) or ``ids``.
+            ``expert_rows`` (one row per expert), ``matrices`` (the foreign one stacks them by rows) or ``ids``.
         rounds: how often the stacking repeats: each foreign tensor is cut into that many equal parts, which alternate
             (queries, keys and values of one query group after another).
         parts: rows that each foreign tensor gives to a round; by default all give the same number.
@@ -112,6 +113,7 @@ def all_blocks(rules: Sequence[Rule], config: RunConfig, both: Correspondence) -
         "all": range(config.model.num_layers),
         "dense": range(dense),
         "moe": range(dense, config.model.num_layers),
+        "codebooks": range(config.vocab.num_codebooks if config.vocab.codec_layout.uses_side_codes else 0),
     }
     blocks = [
         block
@@ -150,13 +152,18 @@ def open_regions(shapes: Shapes, regions: Iterable[Region]) -> list[Region]:
 
 
 def _rule_blocks(rule: Rule, config: RunConfig, shapes: Shapes, both: Correspondence, layer: int) -> Iterator[Block]:
-    key = rule.native.format(layer=layer)
+    """The blocks of one rule for one ``layer`` or, if the rule is about codebooks, for the codebook of that number."""
+    key = rule.native.format(layer=layer, codebook=layer)
     shape, scale = shapes[key], rule.scale(config)
-    names = [name.replace("{layer}", str(layer)) for name in rule.foreign]
+    names = [name.replace("{layer}", str(layer)).replace("{codebook}", str(layer)) for name in rule.foreign]
     origins = both.experts[layer - config.model.first_k_dense_replace] if rule.layers == "moe" else ()
     if rule.along == "ids":
         for run in both.ids:
             yield Block(_rows(key, (), run.native, run.count, shape), names[0], run.foreign, scale)
+    elif rule.along == "matrices":
+        rows = shape[_row_axis(shape)]
+        for matrix, place in enumerate(_places(shape)):
+            yield Block(_rows(key, place, 0, rows, shape), names[0], matrix * rows, scale)
     elif rule.along == "expert_rows":
         for place in _places(shape):
             for first, origin, count in _expert_runs(origins):

@@ -89,6 +89,10 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode(_checked(ids, self.vocab_size))
 
+    def piece(self, token_id: int) -> str:
+        """What the model calls an id."""
+        return self._processor.id_to_piece(token_id)
+
 
 class HuggingFaceTokenizer:
     """A ``tokenizer.json`` through the ``tokenizers`` library."""

@@ -24,7 +24,7 @@ LAYERS = (
     ("model",),
     ("checkpointing",),
     ("training",),
-    ("conversion", "inference"),
+    ("conversion", "huggingface", "inference"),
     ("evaluation", "planning"),
     ("sweep", "report"),
     ("commands",),
