@@ -25,6 +25,8 @@ HEAD = """# Configuration
 Every key of a training configuration, as `section.key=value` on a command line or as nested YAML. `[]` stands for each
 entry of a list; on a command line, give its index (`model.moe.groups.0.size=8`).
 
+Relative paths start from the working directory. In a file, `${config_dir}` stands for the folder of that file.
+
 A key has Megatron's name where Megatron has it, otherwise Hugging Face's or the paper's. The last column is the
 Megatron-LM flag; the values a key takes are those named here. A key marked *training only* does not change what given
 weights compute, and may differ between a checkpoint and the run that loads it.

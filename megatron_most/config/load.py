@@ -38,12 +38,17 @@ _SCALARS: dict[type, tuple[str, tuple[type, ...]]] = {
 }
 """Type of a field: its name in an error, and the types that YAML may hold for it (a path may look like a number)."""
 
+CONFIG_DIR = "${config_dir}"
+"""In a configuration file: the folder of that file. Other relative paths start from the working directory."""
+
 _INTERPOLATION = re.compile(r"\$\{\s*(\.*)([\w.\[\]]+)\s*\}")
 """``${section.key}``; each leading dot of ``${.key}`` goes up one level."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, apply ``section.key=value`` overrides and check everything.
+
+    :data:`CONFIG_DIR` in a value stands for the file's folder. Paths are relative to the working directory otherwise.
 
     An entry of a list is named by its index: ``model.moe.groups.0.size=8``. The ``config.yaml`` that a run, an import
     or a sweep of an earlier version recorded is read with its old key names.
@@ -52,10 +57,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: unreadable file, unknown key (with the nearest valid name), a key's old name (with the new one),
             wrong type, or a broken rule.
     """
-    values = read_yaml(path)
+    values = read_config_file(path)
     if Path(path).name == CONFIG and values.keys() >= _RECORDED:  # a hand-written file leaves out what has a default
         values = with_new_names(values)
     return build_config(str(path), values, overrides)
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """:func:`read_yaml`, with :data:`CONFIG_DIR` replaced."""
+    folder = str(Path(path).parent)
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: replaced(entry) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [replaced(entry) for entry in value]
+        return value.replace(CONFIG_DIR, folder) if isinstance(value, str) else value
+
+    return {key: replaced(value) for key, value in read_yaml(path).items()}
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from megatron_most.checkpointing.metadata import first_difference
-from megatron_most.config import RunConfig, read_yaml
-from megatron_most.config.load import build_config, check_shape
+from megatron_most.config import RunConfig
+from megatron_most.config.load import build_config, check_shape, read_config_file
 from megatron_most.conversion import hf_format
 from megatron_most.conversion.architectures import Architecture, ForeignModel
 from megatron_most.conversion.experts import default_groups, most_groups
@@ -92,7 +92,7 @@ def import_config(
     Raises:
         ConfigError: a value is invalid, or contradicts the source.
     """
-    wanted = read_yaml(options.config) if options.config else {}
+    wanted = read_config_file(options.config) if options.config else {}
     values: dict[str, Any] = {
         "model": copy.deepcopy(foreign.model),
         "precision": {"dtype": "fp32" if foreign.dtype == torch.float32 else "bf16"},
@@ -110,6 +110,10 @@ def import_config(
         moe["groups"] = default_groups(mode, foreign, names, options.usage is not None)
     config = build_config(options.config or str(source.directory), values, options.overrides)
     _check_same_as_source(source, architecture, foreign, mode, config)
+    if config.vocab.codec_layout.uses_side_codes and not config.model.codebook_loss_weights:
+        num_codebooks = config.vocab.num_codebooks
+        # A frame then counts the mean of its codebooks, however many there are.
+        config.model.codebook_loss_weights = [round(1 / num_codebooks, 4)] * num_codebooks
     return config
 
 

@@ -147,14 +147,14 @@ def plan_import(directory: str | Path, options: ImportOptions) -> ImportPlan:
 def _new_weights(
     source: HuggingFaceModel, foreign: ForeignModel, config: RunConfig, blocks: list[Block], seed: int
 ) -> NewWeights:
-    """New rows are drawn from the distributions of the source's text ids."""
+    """New rows follow the distributions of the source's text ids."""
     num_text_ids = min(config.vocab.text_vocab_size, foreign.vocab_size)
 
     def distribution(key: str) -> RowDistribution:
         name = next(block.name for block in blocks if block.region.key == key)
         return RowDistribution.of(lambda start, rows: source.read(name, start, rows), num_text_ids)
 
-    return NewWeights(config, seed, distribution(EMBEDDING), distribution(HEAD))
+    return NewWeights(config, seed, distribution(EMBEDDING), distribution(HEAD).mean)
 
 
 def _sources(

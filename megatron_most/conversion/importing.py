@@ -12,11 +12,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_most import parallel, platform
+from megatron_most.audio.codec import codec_file
 from megatron_most.checkpointing import CheckpointMetadata, Fingerprint
 from megatron_most.checkpointing.directory import STATE
 from megatron_most.checkpointing.region_writer import write_checkpoint
 from megatron_most.checkpointing.regions import Region, StateReader, TensorForm
-from megatron_most.config import CONFIG, ParallelConfig, dump_config
+from megatron_most.config import CONFIG, ParallelConfig, RunConfig, dump_config
+from megatron_most.config.load import CONFIG_DIR
 from megatron_most.conversion.hugging_face import CONFIG as MODEL_CONFIG
 from megatron_most.conversion.hugging_face import TOKENIZER_FILES, HuggingFaceModel
 from megatron_most.conversion.import_config import ImportOptions
@@ -133,12 +135,28 @@ def _metadata(plan: ImportPlan, out: Path) -> CheckpointMetadata:
 def _finish(plan: ImportPlan, metadata: CheckpointMetadata, made: Path, out: Path) -> None:
     """Write the files beside the tensors and check the result. Only on rank 0."""
     _copy_tokenizer(plan.source, made / TOKENIZER)
-    config = dataclasses.replace(plan.config, checkpoint=dataclasses.replace(plan.config.checkpoint, load=str(out)))
+    config = _training_config(plan.config, out)
     write_text(made / CONFIG, dump_config(config), CheckpointError)
     checks = {"tensors": _check_tensors(plan, made), "logits": _check_logits(plan, made)}
     for what, result in checks.items():
         print(f"checked {what}: {result['said']}", flush=True)
     write_json(made / RECORD, _record(plan, checks), CheckpointError)
+    missing = [name for name in ("tokenizer", "codec") if getattr(config, name) is None]
+    if missing:
+        print(
+            f"{out / CONFIG}: {', '.join(missing)}: not set, and generation needs it; name what the data is built with"
+        )
+
+
+def _training_config(config: RunConfig, out: Path) -> RunConfig:
+    """The configuration of a run that starts from the import: valid in any directory, and after ``out`` was moved."""
+    tokenizer, codec = config.tokenizer, config.codec
+    if tokenizer == str(out / TOKENIZER):
+        tokenizer = f"{CONFIG_DIR}/{TOKENIZER}"
+    if codec is not None and (file := codec_file(codec)):
+        codec = str(file.absolute())
+    checkpoint = dataclasses.replace(config.checkpoint, load=CONFIG_DIR)
+    return dataclasses.replace(config, tokenizer=tokenizer, codec=codec, checkpoint=checkpoint)
 
 
 def _copy_tokenizer(source: HuggingFaceModel, folder: Path) -> None:

@@ -1,10 +1,15 @@
 """Weights without a counterpart in the base model: audio ids, codebooks, routers of an upcycled model.
 
-New rows, padding included, are drawn from a normal distribution fitted per dimension to the base's own rows. So they
-have the scale that the network knows: the sum of a frame's C codebook embeddings that of one text embedding, and the
-logit of a new id that of any other id.
+Embeddings are drawn from a normal distribution fitted per dimension to the base's own rows, so a new id has the scale
+of a text id. So has the sum of a frame's C codebook embeddings; its mean comes from the id that they are added to.
 
-Shape letters: h hidden size, C codebooks.
+Output rows are not drawn: independent rows of the base's scale, multiplied by a trained base's large hidden states,
+give confident and wrong predictions. Codebook heads start at zero, which makes all codes equally likely. A new row of
+the text head starts as the mean of the base's rows: its logit is the mean text logit, so by Jensen's inequality it is
+at most as likely as the average text id, and n new rows take at most n / (V + n) of the probability. Gradients differ
+by label, so equal rows do not stay equal. Padding rows are new rows like any other.
+
+Shape letters: h hidden size, C codebooks, V text ids.
 """
 
 from __future__ import annotations
@@ -34,10 +39,10 @@ class RowDistribution:
     @classmethod
     def of(cls, rows: Callable[[int, int], torch.Tensor], count: int) -> RowDistribution:
         """Fit to at most 4096 of ``count`` rows, in 16 evenly spaced blocks; ``rows(start, n)`` reads a block."""
-        length = min(count, _SAMPLED_ROWS) // 16
-        if length == 0:
+        if count <= _SAMPLED_ROWS:
             sample = rows(0, count)
         else:
+            length = _SAMPLED_ROWS // 16
             starts = [place * (count - length) // 15 for place in range(16)]
             sample = torch.cat([rows(start, length) for start in starts])
         sample = sample.float()
@@ -45,19 +50,23 @@ class RowDistribution:
 
 
 class NewWeights:
-    """Draws the weights of regions. They depend only on the seed, not on the rank or the order."""
+    """Makes the weights of regions. They depend only on the seed, not on the rank or the order.
 
-    def __init__(self, config: RunConfig, seed: int, embedding: RowDistribution, head: RowDistribution) -> None:
+    Args:
+        embedding: of the base's text ids.
+        head: ``[h]``, the mean of the text head's rows.
+    """
+
+    def __init__(self, config: RunConfig, seed: int, embedding: RowDistribution, head: torch.Tensor) -> None:
         self._seed = seed
         num = config.vocab.num_codebooks
         zero = torch.zeros_like(embedding.mean)
         router = RowDistribution(zero, torch.full_like(zero, config.model.init_method_std))
-        self._distributions: dict[str, RowDistribution | None] = {
+        self._distributions: dict[str, RowDistribution | None] = {  # None: zeros
             EMBEDDING: embedding,
-            HEAD: head,
-            CODEBOOK_EMBEDDING: RowDistribution(embedding.mean / num, embedding.std / math.sqrt(num)),
-            # Each codebook has its own softmax, which a mean of all its logits does not change.
-            CODEBOOK_HEAD: RowDistribution(zero, head.std),
+            HEAD: RowDistribution(head, zero),
+            CODEBOOK_EMBEDDING: RowDistribution(zero, embedding.std / math.sqrt(num)),
+            CODEBOOK_HEAD: None,
             ROUTER: router,
             EXPERT_BIAS: None,
         }

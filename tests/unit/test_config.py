@@ -86,6 +86,13 @@ def test_interpolation_is_resolved(load, monkeypatch):
     assert config.optimizer.min_lr == config.optimizer.lr
 
 
+def test_config_dir_is_the_folder_of_the_file(load, tmp_path):
+    paths = "tokenizer: ${config_dir}/tokenizer\ncheckpoint: {load: '${config_dir}'}\n"
+    config = load("codec=./x.nemo", text=paths + YAML.replace("data/asr", "'${config_dir}/data/asr'"))
+    assert (config.tokenizer, config.checkpoint.load) == (f"{tmp_path}/tokenizer", str(tmp_path))
+    assert (config.codec, config.data.train[0].path) == ("./x.nemo", f"{tmp_path}/data/asr")
+
+
 def test_a_dumped_config_loads_to_an_equal_one(load, tmp_path):
     config = load("optimizer.lr=3e-4", "model.moe.groups.0.size=6", "codec=x.nemo")
     path = tmp_path / "dumped.yaml"

@@ -251,7 +251,7 @@ def test_noise_is_on_copies_alone(tmp_path):
         assert torch.equal(reader.read_whole(f"decoder.layers.1.{key}.weight"), hf[f"model.layers.1.{name}.weight"])
 
 
-def test_new_rows_have_the_scale_of_the_old(expanded):
+def test_new_embeddings_have_the_scale_of_the_old(expanded):
     reader = StateReader(expanded / STATE)
     embedding = reader.read_whole("embedding.word_embeddings.weight")
     old, new = embedding[:VOCAB], embedding[VOCAB:]
@@ -260,8 +260,7 @@ def test_new_rows_have_the_scale_of_the_old(expanded):
         assert 0.9 < rows.std() / old.std() < 1.1
     head = reader.read_whole("output_layer.weight")
     codes = [reader.read_whole(f"codebook_heads.heads.{codebook}.weight") for codebook in range(2)]
-    for rows in (head[VOCAB:], *codes):
-        assert 0.9 < rows.std() / head[:VOCAB].std() < 1.1
+    assert not any(rows.any() for rows in codes)
     for table in (embedding, head, *codes):
         assert len(table) % 128 == 0  # any tensor-parallel size up to that fits
 
