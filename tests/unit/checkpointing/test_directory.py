@@ -86,6 +86,42 @@ def test_a_flipped_bit_is_found_by_content(tmp_path: Path) -> None:
         directories.verify_checksums(path)
 
 
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_damage_names_the_newest_intact_checkpoint_and_how_to_go_on(tmp_path: Path) -> None:
+    first, second, third, fourth = (make_checkpoint(tmp_path, step) for step in (1, 2, 3, 4))
+    flip(third / "state" / "shard"), flip(second / "state" / "shard")
+    with pytest.raises(CheckpointError, match="step_00000003: corrupt") as caught:
+        directories.verify_checksums(third)
+    line = str(caught.value)
+    assert line.endswith(f"; to go on from {first}, which is intact: mv {third} {third}.damaged")
+    assert "\n" not in line
+    directories.verify_checksums(fourth)
+
+    third.rename(f"{third}.damaged")
+    assert complete_steps(tmp_path) == [1, 2, 4]
+
+
+def test_damage_without_an_intact_checkpoint_says_so(tmp_path: Path) -> None:
+    first, second = make_checkpoint(tmp_path, 1), make_checkpoint(tmp_path, 2)
+    flip(first / "state" / "shard"), flip(second / "checkpoint.json")
+    with pytest.raises(
+        CheckpointError, match="corrupt: the content of checkpoint.json .*; no earlier checkpoint is in"
+    ):
+        directories.verify_small_files(second)
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../other", "state/../../other", "a\0b"])
+def test_a_manifest_names_only_files_of_the_checkpoint(tmp_path: Path, name: str) -> None:
+    write_json(tmp_path / "manifest.json", {name: {"size": 0, "crc32": 0}})
+    with pytest.raises(CheckpointError, match="which is not inside the checkpoint"):
+        directories.verify_sizes(tmp_path)
+
+
 def test_ranks_together_verify_every_file_once(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, 1)
     (path / "state" / "shard").write_bytes(b"weights" * 99 + b"weighty")
