@@ -11,14 +11,13 @@ import contextlib
 import dataclasses
 import os
 import re
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from isal import isal_zlib
 
 from megatron_most.errors import CheckpointError
-from megatron_most.files import read_json, sync_folder, write_json
+from megatron_most.files import read_json, remove, sync_folder, write_json
 
 STATE = "state"
 """Folder of the sharded tensors in a checkpoint."""
@@ -147,7 +146,7 @@ def _newest_intact_before(directory: Path) -> Path | None:
 
 def commit(temporary: Path, directory: Path) -> None:
     """Rename a complete checkpoint to its final name. A torn checkpoint of that name is deleted first."""
-    if directory.exists():
+    if os.path.lexists(directory):
         _discard(directory)
     os.replace(temporary, directory)
     sync_folder(directory.parent)
@@ -188,10 +187,17 @@ def resolve(path: str | Path) -> Path:
 
 
 def remove_leftovers(run_dir: str | Path) -> None:
-    """Delete what an interrupted save or deletion left behind. Only for the process that owns the run directory."""
+    """Delete what an interrupted save or deletion left behind. Only for the process that owns the run directory.
+
+    Raises:
+        CheckpointError: the storage refuses to delete it.
+    """
     parent = checkpoints_directory(run_dir)
     for path in parent.glob(f"{TEMPORARY_PREFIX}*") if parent.is_dir() else ():
-        shutil.rmtree(path)
+        try:
+            remove(path)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be deleted: {error.strerror}") from error
 
 
 def retain(run_dir: str | Path, keep_last: int, keep_every: int = 0) -> None:
@@ -227,7 +233,6 @@ def _entry(path: Path) -> FileEntry:
 def _discard(directory: Path) -> None:
     """Rename a checkpoint, so that no search finds it half deleted after a kill, and then delete it."""
     doomed = directory.with_name(f"{TEMPORARY_PREFIX}old-{directory.name}")
-    if doomed.exists():
-        shutil.rmtree(doomed)
+    remove(doomed)
     os.replace(directory, doomed)
-    shutil.rmtree(doomed)
+    remove(doomed)

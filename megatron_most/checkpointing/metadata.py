@@ -25,7 +25,7 @@ METADATA = "checkpoint.json"
 FORMAT = 2
 """Version of the format. In 2, routers and experts are in logical order; in 1 they were in the writer's order."""
 
-_TYPES = {
+_TYPES: dict[str, type] = {
     **dict.fromkeys(("step", "consumed_samples", "consumed_tokens", "world_size"), int),
     **dict.fromkeys(("config", "pending", "versions"), dict),
 }

@@ -168,12 +168,34 @@ def test_what_cannot_be_deleted_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     make_checkpoint(tmp_path, 2)
 
     def refuse(path: Path) -> None:
-        raise OSError(errno.EACCES, "Permission denied")
+        if path.exists():
+            raise OSError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(directories.shutil, "rmtree", refuse)
+    monkeypatch.setattr(directories, "remove", refuse)
     with pytest.raises(CheckpointError, match=f"{first}: cannot be deleted: Permission denied"):
         directories.retain(tmp_path, keep_last=1)
     assert complete_steps(tmp_path) == [2]
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link", "a dangling link", "a folder"])
+def test_leftovers_of_any_kind_are_removed(tmp_path: Path, kind: str) -> None:
+    """Also those in the way of the next save and of the next deletion. What a link points to stays."""
+    good = make_checkpoint(tmp_path, 1)
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    for name in (".tmp-step_00000002", ".tmp-old-step_00000001"):
+        leftover = good.with_name(name)
+        if kind == "a file":
+            leftover.write_text("")
+        elif kind == "a folder":
+            (leftover / "state").mkdir(parents=True)
+        else:
+            leftover.symlink_to(kept if kind == "a link" else tmp_path / "nothing")
+    make_checkpoint(tmp_path / "other", 1)
+    directories.commit(directories.step_directory(tmp_path / "other", 1), good)  # deletes the one that is there
+    directories.remove_leftovers(tmp_path)
+    assert [path.name for path in good.parent.iterdir()] == [good.name]
+    assert kept.is_dir()
 
 
 def test_saving_a_step_again_replaces_a_torn_directory(tmp_path: Path) -> None:
