@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,22 @@ def require_writable(path: str | Path) -> None:
         raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from None
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise ConfigError(f"{path}: cannot be written: no permission for its folder")
+
+
+def remove(path: Path) -> None:
+    """Delete a folder with all in it, a file, or a link but not what it points to. Nothing there is no error."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename ``path`` to ``<name>.damaged``, or the first free ``<name>.damaged2``, ...; returns the new path."""
+    names = (path.with_name(f"{path.name}.damaged{number if number > 1 else ''}") for number in itertools.count(1))
+    aside = next(name for name in names if not os.path.lexists(name))
+    path.rename(aside)
+    return aside
 
 
 def sync_folder(folder: Path) -> None:

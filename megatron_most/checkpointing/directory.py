@@ -7,17 +7,17 @@ directory named ``step_`` is complete unless the storage lost data, which the ma
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from isal import isal_zlib
 
 from megatron_most.errors import CheckpointError
-from megatron_most.files import read_json, sync_folder, write_json
+from megatron_most.files import read_json, remove, sync_folder, write_json
 
 STATE = "state"
 """Folder of the sharded tensors in a checkpoint."""
@@ -25,6 +25,7 @@ STATE = "state"
 MANIFEST = "manifest.json"
 TEMPORARY_PREFIX = ".tmp-"
 _STEP_NAME = re.compile(r"step_(\d{8,})")
+_TENSORS = ".distcp"
 _CHUNK = 1 << 22
 
 
@@ -72,15 +73,23 @@ def write_manifest(directory: Path, entries: dict[str, FileEntry]) -> None:
 
 
 def read_manifest(directory: Path) -> dict[str, FileEntry]:
-    """The manifest of ``directory``. Raises :class:`CheckpointError` if it is missing or unreadable."""
+    """The manifest of ``directory``.
+
+    Raises:
+        CheckpointError: it is missing or unreadable, or names a file outside ``directory``.
+    """
     path = directory / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{directory}: incomplete: {MANIFEST} is missing")
     values = read_json(path, CheckpointError)
     try:
-        return {name: FileEntry(**entry) for name, entry in values.items()}
+        entries = {name: FileEntry(**entry) for name, entry in values.items()}
     except (AttributeError, TypeError):
         raise CheckpointError(f"{path}: not a checkpoint manifest") from None
+    for name in entries:
+        if name.startswith("/") or ".." in name.split("/") or "\0" in name:
+            raise CheckpointError(f"{path}: names {name!r}, which is not inside the checkpoint")
+    return entries
 
 
 def verify_sizes(directory: Path) -> None:
@@ -99,15 +108,45 @@ def verify_checksums(directory: Path, rank: int = 0, num_ranks: int = 1) -> None
 
     Each of ``num_ranks`` ranks reads every ``num_ranks``-th file, so that together they read each file once.
     """
+    _verify(directory, sorted(read_manifest(directory))[rank::num_ranks])
+
+
+def verify_small_files(directory: Path) -> None:
+    """As :func:`verify_checksums`, for every file but those of tensors."""
+    _verify(directory, [name for name in read_manifest(directory) if not name.endswith(_TENSORS)])
+
+
+def _verify(directory: Path, names: Iterable[str]) -> None:
+    damaged = _first_damaged(directory, names)
+    if damaged is None:
+        return
+    message = f"{directory}: corrupt: the content of {damaged} does not match its checksum"
+    if step_of(directory) is not None:
+        good = _newest_intact_before(directory)
+        aside = f"mv {directory} {directory.with_name(directory.name + '.damaged')}"
+        message += f"; to go on from {good}, which is intact: {aside}" if good else "; no earlier checkpoint is intact"
+    raise CheckpointError(message)
+
+
+def _first_damaged(directory: Path, names: Iterable[str]) -> str | None:
     entries = read_manifest(directory)
-    for name in sorted(entries)[rank::num_ranks]:
-        if _entry(directory / name) != entries[name]:
-            raise CheckpointError(f"{directory}: corrupt: the content of {name} does not match its checksum")
+    return next((name for name in names if _entry(directory / name) != entries[name]), None)
+
+
+def _newest_intact_before(directory: Path) -> Path | None:
+    """The newest earlier checkpoint of the same run, all of whose files have the content that was written."""
+    step = step_of(directory) or 0
+    for path in reversed(complete_checkpoints(directory.parent.parent)[0]):
+        if (step_of(path) or 0) < step and path.parent == directory.parent:
+            with contextlib.suppress(CheckpointError):
+                if _first_damaged(path, read_manifest(path)) is None:
+                    return path
+    return None
 
 
 def commit(temporary: Path, directory: Path) -> None:
     """Rename a complete checkpoint to its final name. A torn checkpoint of that name is deleted first."""
-    if directory.exists():
+    if os.path.lexists(directory):
         _discard(directory)
     os.replace(temporary, directory)
     sync_folder(directory.parent)
@@ -148,10 +187,17 @@ def resolve(path: str | Path) -> Path:
 
 
 def remove_leftovers(run_dir: str | Path) -> None:
-    """Delete what an interrupted save or deletion left behind. Only for the process that owns the run directory."""
+    """Delete what an interrupted save or deletion left behind. Only for the process that owns the run directory.
+
+    Raises:
+        CheckpointError: the storage refuses to delete it.
+    """
     parent = checkpoints_directory(run_dir)
     for path in parent.glob(f"{TEMPORARY_PREFIX}*") if parent.is_dir() else ():
-        shutil.rmtree(path)
+        try:
+            remove(path)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be deleted: {error.strerror}") from error
 
 
 def retain(run_dir: str | Path, keep_last: int, keep_every: int = 0) -> None:
@@ -187,7 +233,6 @@ def _entry(path: Path) -> FileEntry:
 def _discard(directory: Path) -> None:
     """Rename a checkpoint, so that no search finds it half deleted after a kill, and then delete it."""
     doomed = directory.with_name(f"{TEMPORARY_PREFIX}old-{directory.name}")
-    if doomed.exists():
-        shutil.rmtree(doomed)
+    remove(doomed)
     os.replace(directory, doomed)
-    shutil.rmtree(doomed)
+    remove(doomed)

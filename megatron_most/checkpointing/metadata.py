@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_most.audio import codec_file, file_fingerprint
-from megatron_most.checkpointing.directory import resolve
+from megatron_most.checkpointing.directory import MANIFEST, read_manifest, resolve, step_of, verify_small_files
 from megatron_most.config import RunConfig, number_experts, with_new_names
 from megatron_most.data.storage.sidecar import read_sidecar
 from megatron_most.errors import CheckpointError
@@ -24,6 +24,11 @@ from megatron_most.vocab import VocabLayout
 METADATA = "checkpoint.json"
 FORMAT = 2
 """Version of the format. In 2, routers and experts are in logical order; in 1 they were in the writer's order."""
+
+_TYPES: dict[str, type] = {
+    **dict.fromkeys(("step", "consumed_samples", "consumed_tokens", "world_size"), int),
+    **dict.fromkeys(("config", "pending", "versions"), dict),
+}
 
 TRAINING_ONLY = training_only(RunConfig)
 """Keys of the ``model`` section that do not change what given weights compute."""
@@ -125,10 +130,16 @@ class CheckpointMetadata:
 def read_metadata(path: str | Path) -> CheckpointMetadata:
     """Metadata of a checkpoint directory, or of the newest complete one of a run directory.
 
+    Every file but those of tensors is verified first, so that nothing acts on a damaged one.
+
     Raises:
-        CheckpointError: there is no checkpoint, it cannot be read, or it has another format.
+        CheckpointError: there is no checkpoint, it is damaged, it has another format, or it is of another step than the
+            name of its directory says.
     """
     directory = resolve(path)
+    if METADATA not in read_manifest(directory):
+        raise CheckpointError(f"{directory}: incomplete: {MANIFEST} does not list {METADATA}")
+    verify_small_files(directory)
     values = read_json(directory / METADATA, CheckpointError)
     written = values.get("format", 1)
     if written != FORMAT:
@@ -136,9 +147,18 @@ def read_metadata(path: str | Path) -> CheckpointMetadata:
             f"{directory}: written in checkpoint format {written!r}; this version reads and writes format {FORMAT}"
         )
     try:
-        return CheckpointMetadata.from_dict(values)
-    except (KeyError, TypeError) as error:
+        for name, kind in _TYPES.items():
+            if not isinstance(values[name], kind):
+                raise TypeError(f"{name} is {values[name]!r}")
+        metadata = CheckpointMetadata.from_dict(values)
+    except (AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{directory / METADATA}: not the metadata of a checkpoint: {error}") from None
+    if step_of(directory) not in (None, metadata.step):
+        raise CheckpointError(
+            f"{directory}: holds step {metadata.step!r}, which is not the step in its name; rename it or move it out of"
+            " the run"
+        )
+    return metadata
 
 
 def check_same_model(directory: Path, metadata: CheckpointMetadata, config: RunConfig) -> None:

@@ -46,7 +46,7 @@ from megatron_most.checkpointing.directory import STATE
 from megatron_most.checkpointing.metadata import METADATA, CheckpointMetadata
 from megatron_most.checkpointing.regions import Region, TensorForm
 from megatron_most.errors import CheckpointError, MostError, first_line
-from megatron_most.files import write_json
+from megatron_most.files import remove, write_json
 from megatron_most.parallel import fail, on_rank_zero
 
 WRITTEN_AT_ONCE = 1 << 20
@@ -90,8 +90,7 @@ def write_checkpoint(
         if directory.exists():
             raise CheckpointError(f"{directory}: exists already; name a new directory")
         try:
-            if temporary.exists():
-                shutil.rmtree(temporary)
+            remove(temporary)
             (temporary / STATE).mkdir(parents=True)
             write_json(temporary / METADATA, metadata.to_dict(), CheckpointError)
         except OSError as error:

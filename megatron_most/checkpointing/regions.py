@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_most.checkpointing.pickles import read_index
 from megatron_most.errors import CheckpointError, first_line
 
 
@@ -39,13 +40,10 @@ class StateReader:
     """
 
     def __init__(self, state: Path) -> None:
-        """Raises :class:`CheckpointError` if the folder's index cannot be read."""
+        """Errors are those of :func:`read_index`."""
         self._reader = torch_checkpoint.FileSystemReader(str(state))
         self._state = state
-        try:
-            metadata = self._reader.read_metadata()
-        except Exception as error:  # a pickle: broken bytes can raise anything
-            raise CheckpointError(f"{state}: unreadable: {first_line(error)}") from None
+        metadata = read_index(state)
         self._reader.set_up_storage_reader(metadata, True)
         entries = metadata.state_dict_metadata.items()
         self._tensors = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}

@@ -7,7 +7,6 @@ exchange in a step whether all of them are ready. Threads never communicate.
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -23,7 +22,7 @@ from megatron_most.checkpointing.metadata import METADATA, CheckpointMetadata
 from megatron_most.checkpointing.rank_save import RankSave, Written
 from megatron_most.checkpointing.state import plan_state
 from megatron_most.errors import CheckpointError
-from megatron_most.files import write_json
+from megatron_most.files import remove, write_json
 from megatron_most.model import MoSTModel
 from megatron_most.parallel import on_rank_zero, together
 
@@ -107,8 +106,7 @@ class CheckpointSave:
 
     def _prepare(self, metadata: CheckpointMetadata) -> None:
         try:
-            if self._temporary.exists():
-                shutil.rmtree(self._temporary)
+            remove(self._temporary)
             (self._temporary / STATE).mkdir(parents=True)
             write_json(self._temporary / METADATA, metadata.to_dict(), CheckpointError)
         except OSError as error:

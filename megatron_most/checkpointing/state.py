@@ -8,6 +8,7 @@ that number, too.
 from __future__ import annotations
 
 import contextlib
+import pickle
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,11 +29,12 @@ from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_most.checkpointing.optimizer_state import OptimizerState
+from megatron_most.checkpointing.pickles import read_index, weights_only
 from megatron_most.checkpointing.rank_save import PlannedSave, RankSave
 from megatron_most.errors import CheckpointError, first_line
 from megatron_most.model import MoSTModel
 from megatron_most.model.fp8 import fp8_state, load_fp8_state
-from megatron_most.parallel import fail
+from megatron_most.parallel import fail, on_rank_zero
 
 StateDict = dict[str, Any]
 
@@ -79,7 +81,7 @@ def load_state(
     state = _model_state(model_chunks)
     optimizer_state = OptimizerState(optimizer, state, loading=True)
     histories = fp8_state(model_chunks)
-    stored = _stored_shapes(directory) if had_frozen_parts or histories else {}
+    stored = on_rank_zero(lambda: _stored_shapes(directory)) if had_frozen_parts or histories else {}
     if had_frozen_parts:
         optimizer_state.leave_out_all_but(stored)
     known = {key: history for key, history in histories.items() if stored.get(key) == history.global_shape}
@@ -104,11 +106,15 @@ def load_model_state(directory: Path, model_chunks: list[MoSTModel]) -> None:
 
 
 def _load(directory: Path, state: StateDict) -> StateDict:
+    def check() -> None:
+        read_index(directory)
+
+    on_rank_zero(check)  # because Megatron opens the index with torch's reader
     strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), _replica_group())
     try:
-        with _without_torch_warnings():
+        with _without_torch_warnings(), weights_only():
             return dist_checkpointing.load(state, str(directory), strategy)
-    except (OSError, CheckpointingException) as error:
+    except (OSError, CheckpointingException, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{directory}: cannot be loaded: {first_line(error)}") from error
     except torch_checkpoint.CheckpointException as error:
         _fail_once(f"{directory}: cannot be loaded", error)
@@ -116,7 +122,7 @@ def _load(directory: Path, state: StateDict) -> StateDict:
 
 def _stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     """The tensors of a checkpoint and their shapes."""
-    entries = torch_checkpoint.FileSystemReader(str(directory)).read_metadata().state_dict_metadata
+    entries = read_index(directory).state_dict_metadata
     return {key: tuple(entry.size) for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 

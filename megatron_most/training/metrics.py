@@ -82,25 +82,44 @@ def mean_losses(names: Sequence[str], table: list[list[float]]) -> dict[str, flo
 
 
 class JsonLines:
-    """An append-only file of JSON objects, one per line, flushed after each.
+    """An append-only file of JSON objects, one per line, each written at once.
 
     Args:
-        resume_step: lines of later steps and an incomplete last line are dropped from an existing file.
+        resume_step: lines of later steps and an incomplete last line are dropped from an existing file, and so are
+            damaged lines, with a warning.
+
+    Raises:
+        ConfigError: here and in :meth:`write`: the file cannot be read or written.
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
         self.path = path
-        if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= resume_step]
-            write_text(path, "".join(f"{line}\n" for line in kept))
-        self.stream = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        try:
+            *lines, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
+            steps = [_step(line) for line in lines]
+            kept = [line for line, step in zip(lines, steps, strict=True) if step is not None and step <= resume_step]
+            write_text(path, "".join(f"{line.decode()}\n" for line in kept))
+            # Unbuffered: after an error, nothing is left to be written again when the file is closed.
+            self.stream = open(path, "ab", buffering=0)  # noqa: SIM115 - open as long as the run
+        except OSError as error:
+            raise _unwritable(path, error) from None
+        if None in steps:
+            print(f"warning: {path}: dropped {steps.count(None)} damaged lines", flush=True)
 
     def write(self, values: dict[str, Any]) -> None:
-        self.stream.write(json.dumps(values, allow_nan=False) + "\n")
-        self.stream.flush()
+        rest = json.dumps(values, allow_nan=False).encode() + b"\n"
+        try:
+            while rest:
+                rest = rest[self.stream.write(rest) :]
+        except OSError as error:
+            raise _unwritable(self.path, error) from None
 
     def close(self) -> None:
         self.stream.close()
+
+
+def _unwritable(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"{path}: cannot be read or written: {error.strerror}; repair that, and run again to continue")
 
 
 def require_installed(logging: LoggingConfig) -> None:
@@ -197,12 +216,13 @@ def _duration(seconds: float) -> str:
     return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
-def _step(line: str) -> float:
-    """The step of a JSON line; infinite for an incomplete line."""
+def _step(line: bytes) -> float | None:
+    """The step of a JSON line; None for a damaged line."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        step = json.loads(line.decode())["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if isinstance(step, int | float) else None
 
 
 def _tensorboard(run_dir: Path, resume_step: int) -> Any:

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from megatron_most.checkpointing.directory import complete_checkpoints, remove_leftovers
-from megatron_most.checkpointing.metadata import TRAINING_ONLY, first_difference
+from megatron_most.checkpointing.directory import checkpoints_directory, complete_checkpoints, remove_leftovers
+from megatron_most.checkpointing.metadata import TRAINING_ONLY, first_difference, read_metadata
 from megatron_most.config import CONFIG, RunConfig, dump_config, read_yaml, with_new_names
 from megatron_most.errors import ConfigError
-from megatron_most.files import write_json, write_text
+from megatron_most.files import set_aside, write_json, write_text
 from megatron_most.locks import locked
 
 ENVIRONMENT = "environment.json"
@@ -48,24 +48,44 @@ def claim(config: RunConfig, world_size: int, device: str) -> contextlib.ExitSta
     if held is None:
         raise ConfigError(f"run_dir={config.run_dir!r}: another process is training there")
     remove_leftovers(run_dir)
+    _make_way(run_dir)
     write_text(run_dir / CONFIG, dump_config(config))
     write_json(run_dir / ENVIRONMENT, environment(world_size, device))
     return lock
+
+
+def _make_way(run_dir: Path) -> None:
+    """Set aside whatever is not a file where the run writes one: it must not keep the run from going on."""
+    for path in (run_dir / name for name in (CONFIG, ENVIRONMENT, METRICS, ROUTING)):
+        if os.path.lexists(path) and not path.is_file():
+            try:
+                print(f"warning: {path} is not a file: moved to {set_aside(path)}", flush=True)
+            except OSError as error:
+                raise ConfigError(f"{path}: is not a file, and cannot be moved: {error.strerror}") from None
+    checkpoints = checkpoints_directory(run_dir)
+    if os.path.lexists(checkpoints) and not checkpoints.is_dir():
+        raise ConfigError(f"{checkpoints}: is not a directory; if it is a link, mount what it points to")
 
 
 def check_same_run(config: RunConfig) -> None:
     """Raise :class:`ConfigError` if ``run_dir`` holds a run with another seed, vocabulary, model, data, or precision.
 
     Steps, intervals, optimizer, batch size, loss weights, validation sets, logging, and parallel layout may change. A
-    directory without a logged step or checkpoint belongs to no run yet.
+    directory without a logged step or checkpoint belongs to no run yet. The configuration of the newest checkpoint
+    counts, which has a checksum; before the first checkpoint, ``config.yaml``.
+
+    Raises:
+        CheckpointError: the newest complete checkpoint is damaged.
     """
     run_dir = Path(config.run_dir)
     path, metrics = run_dir / CONFIG, run_dir / METRICS
-    if not (metrics.is_file() and metrics.stat().st_size) and not complete_checkpoints(run_dir)[0]:
+    checkpoints, _ = complete_checkpoints(run_dir)
+    if checkpoints:
+        theirs = read_metadata(checkpoints[-1]).config
+    elif metrics.is_file() and metrics.stat().st_size and path.is_file():
+        theirs = with_new_names(read_yaml(path))
+    else:
         return
-    if not path.is_file():
-        return
-    theirs = with_new_names(read_yaml(path))
     mine = dataclasses.asdict(config)
     for section in _IDENTITY:
         difference = first_difference(_field(theirs, section), _field(mine, section), section, ignore=_CHANGEABLE)

@@ -86,6 +86,42 @@ def test_a_flipped_bit_is_found_by_content(tmp_path: Path) -> None:
         directories.verify_checksums(path)
 
 
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_damage_names_the_newest_intact_checkpoint_and_how_to_go_on(tmp_path: Path) -> None:
+    first, second, third, fourth = (make_checkpoint(tmp_path, step) for step in (1, 2, 3, 4))
+    flip(third / "state" / "shard"), flip(second / "state" / "shard")
+    with pytest.raises(CheckpointError, match="step_00000003: corrupt") as caught:
+        directories.verify_checksums(third)
+    line = str(caught.value)
+    assert line.endswith(f"; to go on from {first}, which is intact: mv {third} {third}.damaged")
+    assert "\n" not in line
+    directories.verify_checksums(fourth)
+
+    third.rename(f"{third}.damaged")
+    assert complete_steps(tmp_path) == [1, 2, 4]
+
+
+def test_damage_without_an_intact_checkpoint_says_so(tmp_path: Path) -> None:
+    first, second = make_checkpoint(tmp_path, 1), make_checkpoint(tmp_path, 2)
+    flip(first / "state" / "shard"), flip(second / "checkpoint.json")
+    with pytest.raises(
+        CheckpointError, match="corrupt: the content of checkpoint.json .*; no earlier checkpoint is in"
+    ):
+        directories.verify_small_files(second)
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../other", "state/../../other", "a\0b"])
+def test_a_manifest_names_only_files_of_the_checkpoint(tmp_path: Path, name: str) -> None:
+    write_json(tmp_path / "manifest.json", {name: {"size": 0, "crc32": 0}})
+    with pytest.raises(CheckpointError, match="which is not inside the checkpoint"):
+        directories.verify_sizes(tmp_path)
+
+
 def test_ranks_together_verify_every_file_once(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, 1)
     (path / "state" / "shard").write_bytes(b"weights" * 99 + b"weighty")
@@ -132,12 +168,34 @@ def test_what_cannot_be_deleted_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     make_checkpoint(tmp_path, 2)
 
     def refuse(path: Path) -> None:
-        raise OSError(errno.EACCES, "Permission denied")
+        if path.exists():
+            raise OSError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(directories.shutil, "rmtree", refuse)
+    monkeypatch.setattr(directories, "remove", refuse)
     with pytest.raises(CheckpointError, match=f"{first}: cannot be deleted: Permission denied"):
         directories.retain(tmp_path, keep_last=1)
     assert complete_steps(tmp_path) == [2]
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link", "a dangling link", "a folder"])
+def test_leftovers_of_any_kind_are_removed(tmp_path: Path, kind: str) -> None:
+    """Also those in the way of the next save and of the next deletion. What a link points to stays."""
+    good = make_checkpoint(tmp_path, 1)
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    for name in (".tmp-step_00000002", ".tmp-old-step_00000001"):
+        leftover = good.with_name(name)
+        if kind == "a file":
+            leftover.write_text("")
+        elif kind == "a folder":
+            (leftover / "state").mkdir(parents=True)
+        else:
+            leftover.symlink_to(kept if kind == "a link" else tmp_path / "nothing")
+    make_checkpoint(tmp_path / "other", 1)
+    directories.commit(directories.step_directory(tmp_path / "other", 1), good)  # deletes the one that is there
+    directories.remove_leftovers(tmp_path)
+    assert [path.name for path in good.parent.iterdir()] == [good.name]
+    assert kept.is_dir()
 
 
 def test_saving_a_step_again_replaces_a_torn_directory(tmp_path: Path) -> None:

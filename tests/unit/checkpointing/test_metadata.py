@@ -175,6 +175,49 @@ def test_broken_metadata_is_one_line(tmp_path: Path) -> None:
     assert (path / METADATA).is_file()
 
 
+def described(run_dir: Path, step: int, config: RunConfig, changes: dict[str, Any] | None = None) -> Path:
+    """A checkpoint of ``config`` with its metadata, in which ``changes`` replace values."""
+    path = make_checkpoint(run_dir, step)
+    (path / METADATA).write_text(json.dumps({**metadata_of(config, step=step).to_dict(), **(changes or {})}, indent=2))
+    directories.write_manifest(path, directories.checksum(path, directories.list_files(path)))
+    return path
+
+
+def test_no_flipped_bit_of_the_metadata_is_believed(tmp_path: Path) -> None:
+    older, newer = (described(tmp_path, step, tiny_config()) for step in (3, 8))
+    content = (newer / METADATA).read_bytes()
+    for position in range(0, len(content), 7):
+        for bit in (1, 0x80):
+            damaged = bytearray(content)
+            damaged[position] ^= bit
+            (newer / METADATA).write_bytes(damaged)
+            with pytest.raises(CheckpointError, match="corrupt: the content of checkpoint.json") as caught:
+                read_metadata(tmp_path)
+            assert f"to go on from {older}" in str(caught.value)
+    (newer / METADATA).write_bytes(content)
+    assert read_metadata(tmp_path).step == 8
+
+
+def test_a_directory_of_another_step_is_refused(tmp_path: Path) -> None:
+    described(tmp_path, 3, tiny_config()).rename(directories.step_directory(tmp_path, 9))
+    with pytest.raises(CheckpointError, match="step_00000009: holds step 3, which is not the step in its name"):
+        read_metadata(tmp_path)
+
+
+def test_metadata_without_a_checksum_is_refused(tmp_path: Path) -> None:
+    path = described(tmp_path, 3, tiny_config())
+    directories.write_manifest(path, directories.checksum(path, ["state/shard"]))
+    with pytest.raises(CheckpointError, match="manifest.json does not list checkpoint.json"):
+        read_metadata(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"config": []}, {"datasets": 3}, {"tokenizer": "x"}, {"step": "3"}])
+def test_metadata_of_other_types_is_one_line(tmp_path: Path, changes: dict) -> None:
+    path = described(tmp_path, 3, tiny_config(), changes)
+    with pytest.raises(CheckpointError, match="not the metadata of a checkpoint"):
+        read_metadata(path)
+
+
 def test_first_difference_walks_in_order_and_skips_what_is_ignored() -> None:
     theirs, mine = {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 5, "d": 4}}
     assert first_difference(theirs, mine, "x") == ("x.b.c", 2, 5)

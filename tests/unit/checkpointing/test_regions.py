@@ -158,5 +158,5 @@ def test_what_goes_wrong_at_the_end_leaves_nothing(tmp_path):
 def test_an_index_that_is_broken(tmp_path):
     write(tmp_path / "new", WHOLE)
     (tmp_path / "new" / STATE / ".metadata").write_bytes(b"nonsense")
-    with pytest.raises(CheckpointError, match="state: unreadable"):
+    with pytest.raises(CheckpointError, match=r"state/.metadata: unreadable"):
         StateReader(tmp_path / "new" / STATE)

@@ -53,6 +53,26 @@ def test_json_lines_drop_later_and_torn_lines_on_resume(tmp_path: Path) -> None:
     lines.close()
 
 
+@pytest.mark.parametrize("damage", [b"\xb0", b"{", b'{"loss": 1}', b'{"step": "1"}', b"3", b"[" * 100_000])
+def test_a_damaged_line_is_dropped_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture, damage: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n')
+    JsonLines(path, resume_step=5).close()
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 3}\n'
+    assert f"warning: {path}: dropped 1 damaged lines" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_to_write(tmp_path: Path) -> None:
+    """A buffer that could not be written would raise once more, without a name, when the file is closed."""
+    lines = JsonLines(tmp_path / "metrics.jsonl", 0)
+    lines.write({"step": 1})
+    lines.close()
+    lines.stream = open("/dev/full", "ab", buffering=0)  # noqa: SIM115 - closed by lines
+    with pytest.raises(ConfigError, match="metrics.jsonl: cannot be read or written: No space left on device"):
+        lines.write({"step": 2})
+    lines.close()
+
+
 def test_json_lines_refuse_what_is_not_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         JsonLines(tmp_path / "metrics.jsonl", 0).write({"step": 1, "loss": float("nan")})

@@ -10,8 +10,9 @@ import yaml
 
 from megatron_most.config import RunConfig
 from megatron_most.errors import ConfigError
-from megatron_most.training.run_directory import METRICS, check_same_run, claim
+from megatron_most.training.run_directory import METRICS, ROUTING, check_same_run, claim
 from tests.distributed.tiny import tiny_config
+from tests.unit.checkpointing.test_metadata import described
 
 
 def config_of(directory: Path, **overrides: object) -> RunConfig:
@@ -96,3 +97,36 @@ def test_leftovers_of_an_interrupted_save_are_removed(tmp_path: Path) -> None:
     leftover.mkdir(parents=True)
     claim(config_of(tmp_path), 1, "a CPU").close()
     assert not leftover.exists()
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "environment.json", METRICS, ROUTING])
+def test_what_is_no_file_is_set_aside(tmp_path: Path, name: str, capsys: pytest.CaptureFixture) -> None:
+    for number in ("", "2"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        (tmp_path / "run" / name / "kept").write_text("")
+        claim(config_of(tmp_path), 1, "a CPU").close()
+        assert (tmp_path / "run" / f"{name}.damaged{number}" / "kept").is_file()
+        assert f"{name} is not a file: moved to " in capsys.readouterr().out
+        (tmp_path / "run" / name).unlink(missing_ok=True)
+
+
+def test_a_dangling_link_to_the_checkpoints_does_not_start_the_run_again(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "not mounted")
+    with pytest.raises(ConfigError, match="checkpoints: is not a directory; if it is a link, mount"):
+        claim(config_of(tmp_path), 1, "a CPU")
+
+
+@pytest.mark.parametrize("content", [None, b"seed: 7\n", b"\xff"])
+def test_the_configuration_of_the_checkpoint_counts(tmp_path: Path, content: bytes | None) -> None:
+    """It has a checksum; config.yaml may be lost, edited or damaged."""
+    config = config_of(tmp_path)
+    claim(config, 1, "a CPU").close()
+    described(tmp_path / "run", 3, config)
+    if content is None:
+        (tmp_path / "run" / "config.yaml").unlink()
+    else:
+        (tmp_path / "run" / "config.yaml").write_bytes(content)
+    check_same_run(config)
+    with pytest.raises(ConfigError, match="belongs to another run: seed is 1234 there, 7 in this config"):
+        check_same_run(config_of(tmp_path, seed=7))
