@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import io
 import re
 import sys
 import types
@@ -24,7 +25,9 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_most.config.renamed import RENAMED, with_new_names
 from megatron_most.config.run import RunConfig
 from megatron_most.errors import ConfigError, first_line, shown
+from megatron_most.files import read_text
 from megatron_most.keys import LARGEST_INTEGER
+from megatron_most.yaml_text import check_yaml
 
 CONFIG = "config.yaml"
 """The file in which a run, an import or a sweep records its whole configuration."""
@@ -39,6 +42,9 @@ _SCALARS: dict[type, tuple[str, tuple[type, ...]]] = {
     str: ("text", (str, int, float)),
 }
 """Type of a field: its name in an error, and the types that YAML may hold for it (a path may look like a number)."""
+
+_NOT_YAML = (yaml.YAMLError, OSError, ValueError, RecursionError, OmegaConfBaseException)
+"""What OmegaConf raises for text that is no YAML; ``ValueError`` for ``!!int x`` and numbers of thousands of digits."""
 
 _INTERPOLATION = re.compile(r"\$\{\s*(\.*)([\w.\[\]]+)\s*\}")
 """``${section.key}``; each leading dot of ``${.key}`` goes up one level."""
@@ -64,13 +70,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping; interpolations (``${section.key}``) are not resolved.
 
     Raises:
-        ConfigError: the file is missing, is not YAML (with the place), names a key twice, or holds no mapping.
+        ConfigError: the file is missing, is not YAML (with the place), is too large or too deep, names a key twice, or
+            holds no mapping.
     """
     try:
-        content: Any = OmegaConf.to_container(OmegaConf.load(path))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (yaml.YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        text = read_text(path)
+        check_yaml(text)
+        content: Any = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
+    except _NOT_YAML as error:
         raise ConfigError(f"{path}: not readable as YAML: {_reason(error)}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must hold a mapping of keys to values")
@@ -106,13 +113,14 @@ def dump_config(config: RunConfig) -> str:
 
 
 def _apply_override(config: DictConfig, override: str) -> None:
-    source = f"override {override!r}"
+    source = f"override {shown(override)}"
     key, equals, text = override.partition("=")
     if not key or not equals:
         raise ConfigError(f"{source}: must have the form key=value")
     try:
+        check_yaml(text)
         parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except _NOT_YAML as error:
         raise ConfigError(f"{source}: the value is not readable as YAML: {_reason(error)}") from None
     value = parsed["value"] if text else None
 

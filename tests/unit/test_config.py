@@ -1,6 +1,7 @@
 """Loading, overriding and checking configurations; every error is one line that names field, value and rule."""
 
 import math
+import os
 import typing
 
 import pytest
@@ -158,7 +159,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
     with pytest.raises(ConfigError, match="binary.yaml: not readable as YAML"):
         load_config(tmp_path / "binary.yaml")
-    with pytest.raises(ConfigError, match="not readable as YAML"):
+    with pytest.raises(ConfigError, match="not a regular file"):
         load_config(tmp_path)
 
 
@@ -411,3 +412,69 @@ def test_values_from_the_environment_are_checked(error, monkeypatch):
 
 def test_a_long_value_is_cut_in_the_message(error):
     assert len(error("optimizer.lr=" + "x" * 100_000).partition(": optimizer.lr=")[2]) < 300
+
+
+ALIAS_BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"a{level}: &a{level} [{','.join([f'*a{level - 1}'] * 10)}]\n" for level in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: !!int x", "not readable as YAML: invalid literal"),
+        ("seed: !!float x", "not readable as YAML: could not convert"),
+        ("seed: " + "9" * 5000, "not readable as YAML: Exceeds the limit"),
+        ("a: " + "[" * 5000, "not readable as YAML: nested deeper than 64 levels in line 5"),
+        ("\n".join(" " * depth + "a:" for depth in range(200)), "not readable as YAML: nested deeper than 64 levels"),
+        (ALIAS_BOMB, "not readable as YAML: more than 100,000 values"),
+        ("a: &a [*a]", "not readable as YAML: *a in line 5 stands inside what it repeats"),
+        ("a: *nowhere", "not readable as YAML: found undefined alias"),
+        ("a: !!python/object/apply:os.getcwd []", "not readable as YAML: could not determine a constructor"),
+        ("# " + "x" * (4 << 20), "not readable as YAML: larger than 4 MiB"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_hostile_yaml_is_one_line(error, text, message):
+    preamble = "\n" * 4
+    assert message in error(text=preamble + text + "\n")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("!!int x", "the value is not readable as YAML: invalid literal"),
+        ("9" * 5000, "the value is not readable as YAML: Exceeds the limit"),
+        ("[" * 5000, "the value is not readable as YAML: nested deeper than 64 levels"),
+        ("{a: &a [x], b: *c}", "the value is not readable as YAML: found undefined alias"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_hostile_overrides_are_one_line(error, value, message):
+    found = error(f"seed={value}")
+    assert message in found and len(found) < 500
+
+
+def test_aliases_and_merged_keys_are_read(load):
+    text = YAML.replace(
+        "{modality: text, size: 4, moe_router_topk: 2}", "&group {modality: text, size: 4, moe_router_topk: 2}"
+    )
+    text = text.replace("{modality: audio, size: 4, moe_router_topk: 2}", "{<<: *group, modality: audio}")
+    assert [
+        group.size
+        for group in load(
+            text=text,
+        ).model.moe.groups
+    ] == [4, 4]
+
+
+def test_an_interpolation_of_itself_is_one_line(error):
+    assert "Recursive interpolation" in error("seed=${seed}")
+    assert "Recursive interpolation" in error("run_dir=${tokenizer}", "tokenizer=${run_dir}")
+
+
+def test_a_pipe_does_not_block(tmp_path):
+    os.mkfifo(tmp_path / "run.yaml")
+    for path in (tmp_path / "run.yaml", tmp_path, "/dev/zero"):
+        with pytest.raises(ConfigError, match="not a regular file"):
+            load_config(path)
