@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 
-from megatron_most.errors import ConfigError, MostError
+from megatron_most.errors import ConfigError, MostError, shown
 from megatron_most.extras import MissingExtra, is_optional
+from megatron_most.keys import LARGEST_INTEGER
 
 _DEBUG_HELP = "show the traceback of errors"
 
@@ -72,6 +74,18 @@ def require_positive(arguments: argparse.Namespace, *names: str) -> None:
         value = getattr(arguments, name)
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"--{name.replace('_', '-')}={value}: must be greater than 0")
+
+
+def launcher_integer(name: str, default: int, least: int = 0) -> int:
+    """An integer that torchrun or SLURM sets in the environment, such as ``RANK``.
+
+    Raises:
+        ConfigError: the variable holds anything but an integer from ``least`` to 2^31 - 1.
+    """
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,10}", text) or not least <= int(text) <= LARGEST_INTEGER:
+        raise ConfigError(f"environment variable {name}={shown(text)}: must be an integer of at least {least}")
+    return int(text)
 
 
 def _subparsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:

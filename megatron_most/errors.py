@@ -24,3 +24,12 @@ def first_line(error: BaseException) -> str:
         text = error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
     lines = text.strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def shown(value: object, length: int = 200) -> str:
+    """``repr(value)`` for a message, cut to ``length``: one line whatever a file holds."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= length else f"{text[: length - 3]}..."

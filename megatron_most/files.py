@@ -8,11 +8,15 @@ import itertools
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_most.errors import ConfigError, MostError, first_line
+from megatron_most.errors import ConfigError, MostError, first_line, shown
+
+MAX_BYTES = 256 << 20
+"""Bytes of the largest small file: the list of weights of a large model, or a tokenizer, has some tens of MiB."""
 
 
 @contextlib.contextmanager
@@ -53,18 +57,47 @@ def write_json(path: str | Path, content: object, raises: type[MostError] = Conf
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n", raises)
 
 
+def read_text(
+    path: str | Path, raises: type[MostError] = ConfigError, *, limit: int = MAX_BYTES, errors: str = "strict"
+) -> str:
+    """Read a small UTF-8 text file.
+
+    Args:
+        errors: as for ``bytes.decode``.
+
+    Raises:
+        raises: the file is missing, is no regular file (reading a pipe could block forever), cannot be read, or holds
+            more than ``limit`` bytes.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    try:
+        # A pipe that was put in place after a look at the path must not block either.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise raises(f"{path}: not a regular file")
+            content = file.read(limit + 1)
+    except FileNotFoundError:
+        raise raises(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise raises(f"{path}: not a regular file") from None
+    except OSError as error:
+        raise raises(f"{path}: cannot be read: {error.strerror or error}") from None
+    except ValueError as error:  # NUL in the path
+        raise raises(f"{shown(str(path))}: cannot be read: {error}") from None
+    if len(content) > limit:
+        raise raises(f"{path}: larger than {limit >> 20} MiB")
+    return content.decode("utf-8", errors)
+
+
 def read_json(path: str | Path, raises: type[MostError] = ConfigError) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        raises: the file is missing, is not UTF-8 or not JSON (with the place), or holds anything but an object.
+        raises: as :func:`read_text`, or the file is not UTF-8 or not JSON (with the place), or holds anything but an
+            object.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise raises(f"{path}: no such file") from None
-    except OSError as error:
-        raise raises(f"{path}: cannot be read: {error.strerror or error}") from None
+        content = json.loads(read_text(path, raises))
     except (ValueError, RecursionError) as error:
         raise raises(f"{path}: not readable as JSON: {first_line(error)}") from None
     if not isinstance(content, dict):

@@ -10,7 +10,11 @@ from typing import Any
 REQUIRED = dataclasses.MISSING
 
 
-def key(default: Any, meaning: str, flag: str = "", *, training_only: bool = False) -> Any:
+LARGEST_INTEGER = 2**31 - 1
+"""Limit of an integer key that states no smaller one: libraries below hold seeds, sizes and counts in 32 bits."""
+
+
+def key(default: Any, meaning: str, flag: str = "", *, training_only: bool = False, most: int = LARGEST_INTEGER) -> Any:
     """A field of a configuration section.
 
     Args:
@@ -19,8 +23,9 @@ def key(default: Any, meaning: str, flag: str = "", *, training_only: bool = Fal
         flag: the Megatron-LM command-line flag for the same thing, if there is one.
         training_only: of a key in ``model``: it does not change what given weights compute, so that a checkpoint may
             be loaded with another value.
+        most: the largest value of an integer, for what takes memory or time before a library can refuse it.
     """
-    metadata = {"meaning": meaning, "flag": flag, "training_only": training_only}
+    metadata = {"meaning": meaning, "flag": flag, "training_only": training_only, "most": most}
     if callable(default) and default is not REQUIRED:
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

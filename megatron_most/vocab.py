@@ -60,9 +60,9 @@ class ModalityRange:
 class VocabLayout:
     """The id space of a model and its data; stored with every dataset and checkpoint."""
 
-    text_vocab_size: int = key(REQUIRED, "number of text ids, which start at 0")
-    num_codebooks: int = key(REQUIRED, "codebooks of the model: the first ones of a codec that has more")
-    codebook_size: int = key(REQUIRED, "codes in a codebook, the same for all codebooks")
+    text_vocab_size: int = key(REQUIRED, "number of text ids, which start at 0", most=1 << 24)
+    num_codebooks: int = key(REQUIRED, "codebooks of the model: the first ones of a codec that has more", most=1024)
+    codebook_size: int = key(REQUIRED, "codes in a codebook, the same for all codebooks", most=1 << 24)
     layout: str = key(
         "frame", "one position per codec frame (`frame`, `frame_delay`) or per code (`flat`, `flat_delay`)"
     )

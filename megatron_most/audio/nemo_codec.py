@@ -183,6 +183,8 @@ class NemoCodec:
         else:
             audio, _ = self._model.decode(tokens=tokens, tokens_len=lengths)
         waveform = audio[0].float().cpu().numpy()
+        if not np.isfinite(waveform).all():
+            raise DataError(f"codec {self.name}: gave samples that are not finite numbers for {num_frames} frames")
         rate = int(self._model.output_sample_rate)
         if rate != self.sample_rate:  # some codecs raise the rate while decoding
             waveform = resample(waveform, rate, self.sample_rate)
@@ -288,6 +290,9 @@ def _check_weights(model, path: Path) -> None:
     missing = [name for name in model.state_dict() if name.startswith(parts) and name not in stored]
     if missing:
         raise DataError(f"codec {path}: the weights lack {missing[0]} and {len(missing) - 1} other tensors")
+    for name, tensor in model.state_dict().items():  # a NaN would give codes of no sound
+        if name.startswith(parts) and torch.isnan(tensor).any():
+            raise DataError(f"codec {path}: the weights {name} hold NaN")
 
 
 def _fold_weight_norm(model) -> None:

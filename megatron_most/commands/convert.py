@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -146,7 +145,7 @@ def export_command(arguments: argparse.Namespace) -> None:
 
 def verify_command(arguments: argparse.Namespace) -> None:
     """Compare logits, print and write the result, and fail if they differ by more than the tolerance."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if cli.launcher_integer("WORLD_SIZE", 1, least=1) > 1:
         raise ConfigError("verify: runs in one process; start it without torchrun")
     cli.require_positive(arguments, "tolerance")
     require("safetensors", "transformers")

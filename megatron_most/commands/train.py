@@ -10,7 +10,6 @@ Start it again with the same run_dir to continue from the newest checkpoint.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -71,8 +70,8 @@ def describe(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     if not arguments.no_check_files:
         check_files(config)
-    started = os.environ.get("WORLD_SIZE")
-    print(describe_run(config, arguments.world_size or int(started or smallest_world_size(config.parallel))))
+    started = cli.launcher_integer("WORLD_SIZE", smallest_world_size(config.parallel), least=1)
+    print(describe_run(config, arguments.world_size or started))
 
 
 def read_config(arguments: argparse.Namespace) -> RunConfig:
@@ -81,7 +80,7 @@ def read_config(arguments: argparse.Namespace) -> RunConfig:
 
     try:
         config = load_config(arguments.config, arguments.overrides)
-        config.num_microbatches(config.parallel.data_parallel_size(int(os.environ.get("WORLD_SIZE", "1"))))
+        config.num_microbatches(config.parallel.data_parallel_size(cli.launcher_integer("WORLD_SIZE", 1, least=1)))
         return config
     except MostError:
         # All ranks find the same error and rank 0 reports it. The others wait: torchrun kills all ranks once one exits.
@@ -92,7 +91,7 @@ def read_config(arguments: argparse.Namespace) -> RunConfig:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return cli.launcher_integer("RANK", 0)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

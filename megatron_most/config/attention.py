@@ -50,7 +50,7 @@ class AttentionConfig:
     """Multi-latent attention (``mla``, arXiv 2405.04434, section 2.1) or grouped-query attention (``gqa``)."""
 
     type: str = key("mla", "`mla` (DeepSeek-V2) or `gqa` (Llama)", "--multi-latent-attention")
-    num_attention_heads: int = key(16, "query heads", "--num-attention-heads")
+    num_attention_heads: int = key(16, "query heads", "--num-attention-heads", most=1 << 16)
     kv_lora_rank: int = key(512, "`mla`: rank of the latent of keys and values", "--kv-lora-rank")
     q_lora_rank: int | None = key(None, "`mla`: rank of the latent of queries; null for none", "--q-lora-rank")
     qk_head_dim: int = key(128, "`mla`: size of a query or key head without its rotated part", "--qk-head-dim")

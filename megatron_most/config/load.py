@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import io
 import re
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -22,7 +24,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_most.config.renamed import RENAMED, with_new_names
 from megatron_most.config.run import RunConfig
-from megatron_most.errors import ConfigError, first_line
+from megatron_most.errors import ConfigError, first_line, shown
+from megatron_most.files import read_text
+from megatron_most.keys import LARGEST_INTEGER
+from megatron_most.yaml_text import check_yaml
 
 CONFIG = "config.yaml"
 """The file in which a run, an import or a sweep records its whole configuration."""
@@ -40,6 +45,9 @@ _SCALARS: dict[type, tuple[str, tuple[type, ...]]] = {
 
 CONFIG_DIR = "${config_dir}"
 """In a configuration file: the folder of that file. Other relative paths start from the working directory."""
+
+_NOT_YAML = (yaml.YAMLError, OSError, ValueError, RecursionError, OmegaConfBaseException)
+"""What OmegaConf raises for text that is no YAML; ``ValueError`` for ``!!int x`` and numbers of thousands of digits."""
 
 _INTERPOLATION = re.compile(r"\$\{\s*(\.*)([\w.\[\]]+)\s*\}")
 """``${section.key}``; each leading dot of ``${.key}`` goes up one level."""
@@ -81,13 +89,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping; interpolations (``${section.key}``) are not resolved.
 
     Raises:
-        ConfigError: the file is missing, is not YAML (with the place), names a key twice, or holds no mapping.
+        ConfigError: the file is missing, is not YAML (with the place), is too large or too deep, names a key twice, or
+            holds no mapping.
     """
     try:
-        content: Any = OmegaConf.to_container(OmegaConf.load(path))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (yaml.YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        text = read_text(path)
+        check_yaml(text)
+        content: Any = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
+    except _NOT_YAML as error:
         raise ConfigError(f"{path}: not readable as YAML: {_reason(error)}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must hold a mapping of keys to values")
@@ -110,6 +119,7 @@ def build_config(source: str, values: Mapping[str, Any], overrides: Sequence[str
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise ConfigError(f"{source}: {', '.join(missing)}: a value is required")
+        check_shape(OmegaConf.to_container(merged), RunConfig, "", source)  # what interpolations became
         return typing.cast(RunConfig, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         where = f"{source}: {error.full_key}" if error.full_key else source
@@ -122,21 +132,23 @@ def dump_config(config: RunConfig) -> str:
 
 
 def _apply_override(config: DictConfig, override: str) -> None:
-    source = f"override {override!r}"
+    source = f"override {shown(override)}"
     key, equals, text = override.partition("=")
     if not key or not equals:
         raise ConfigError(f"{source}: must have the form key=value")
     try:
+        check_yaml(text)
         parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except _NOT_YAML as error:
         raise ConfigError(f"{source}: the value is not readable as YAML: {_reason(error)}") from None
     value = parsed["value"] if text else None
 
     hint: Any = RunConfig
-    path = ""
+    path, most = "", LARGEST_INTEGER
     for part in key.split("."):
         if dataclasses.is_dataclass(hint):
-            hint = _field_types(hint, part, path, source)[part]
+            section, hint = hint, _field_types(hint, part, path, source)[part]
+            most = _most(section, part)
             path = _join(path, part)
             if dataclasses.is_dataclass(hint) and OmegaConf.select(config, path) is None:
                 OmegaConf.update(config, path, OmegaConf.structured(hint))  # a required section the file left out
@@ -150,17 +162,20 @@ def _apply_override(config: DictConfig, override: str) -> None:
             raise ConfigError(f"{source}: {path} is a single value and has no {part!r}")
     if path == "precision.fp8":
         value = _off(value)
-    check_shape(value, hint, path, source)
+    check_shape(value, hint, path, source, most)
     OmegaConf.update(config, path, value, merge=True)
 
 
-def check_shape(value: Any, hint: Any, path: str, source: str) -> None:
+def check_shape(value: Any, hint: Any, path: str, source: str, most: int = LARGEST_INTEGER) -> None:
     """Raise :class:`ConfigError` unless ``value``, plain data from YAML, has the keys and types of ``hint``.
+
+    Numbers must be finite, integers within their key's range, and texts what a file name can hold.
 
     Args:
         hint: a dataclass, a list of something, an optional or a scalar type.
         path: dotted name of ``value`` inside the file, empty for the whole.
         source: the file, for errors.
+        most: the largest absolute value of an integer.
     """
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         if value is None:
@@ -173,18 +188,39 @@ def check_shape(value: Any, hint: Any, path: str, source: str) -> None:
 
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{source}: {path}={value!r}: must be a section (key: value), not a single value or list")
+            rule = "must be a section (key: value), not a single value or list"
+            raise ConfigError(f"{source}: {path}={shown(value)}: {rule}")
         for key, entry in value.items():
-            check_shape(entry, _field_types(hint, str(key), path, source)[key], _join(path, key), source)
+            types_of = _field_types(hint, str(key), path, source)
+            check_shape(entry, types_of[key], _join(path, key), source, _most(hint, key))
     elif typing.get_origin(hint) is list:
         if not isinstance(value, Sequence) or isinstance(value, str):
-            raise ConfigError(f"{source}: {path}={value!r}: must be a list")
+            raise ConfigError(f"{source}: {path}={shown(value)}: must be a list")
         for index, entry in enumerate(value):
-            check_shape(entry, typing.get_args(hint)[0], _join(path, index), source)
+            check_shape(entry, typing.get_args(hint)[0], _join(path, index), source, most)
     else:
         name, accepted = _SCALARS[hint]
         if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
-            raise ConfigError(f"{source}: {path}={value!r}: must be {name}")
+            raise ConfigError(f"{source}: {path}={shown(value)}: must be {name}")
+        if rule := _broken_range(value, hint, most):
+            raise ConfigError(f"{source}: {path}={shown(value)}: {rule}")
+
+
+def _broken_range(value: Any, hint: type, most: int) -> str:
+    """The rule that a scalar of the right type breaks; empty if none."""
+    if hint is int and not -most <= value <= most:
+        return f"must be at most {most:,}" if value > 0 else f"must be at least -{most:,}"
+    # The comparison fails for NaN, and takes an integer of any size.
+    if hint is float and not abs(value) <= sys.float_info.max:
+        return "must be a finite number"
+    if isinstance(value, str) and ("\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value)):
+        return "must hold no NUL and no half of a surrogate pair"
+    return ""
+
+
+def _most(section: Any, key: str) -> int:
+    field = next(field for field in dataclasses.fields(section) if field.name == key)
+    return field.metadata.get("most", LARGEST_INTEGER)
 
 
 def _check_interpolated_names(value: str, path: str, source: str) -> None:

@@ -28,9 +28,9 @@ class ModelConfig:
         "--transformer-impl",
         training_only=True,
     )
-    num_layers: int = key(27, "transformer layers", "--num-layers")
-    hidden_size: int = key(2048, "width of the hidden states", "--hidden-size")
-    ffn_hidden_size: int = key(10944, "inner width of the dense layers", "--ffn-hidden-size")
+    num_layers: int = key(27, "transformer layers", "--num-layers", most=10_000)
+    hidden_size: int = key(2048, "width of the hidden states", "--hidden-size", most=1 << 20)
+    ffn_hidden_size: int = key(10944, "inner width of the dense layers", "--ffn-hidden-size", most=1 << 24)
     first_k_dense_replace: int = key(
         1,
         "number of first layers that are dense; all others have experts (Hugging Face's name; Megatron takes a list)",

@@ -18,7 +18,7 @@ class ExpertGroupConfig:
     """
 
     modality: str = key(REQUIRED, "`text`, `audio`, or a name in `vocab.further_modalities`")
-    size: int = key(0, "experts in the pool", "--num-experts")
+    size: int = key(0, "experts in the pool", "--num-experts", most=1 << 16)
     moe_router_topk: int = key(6, "experts per token", "--moe-router-topk")
     experts: list[int] = key(list, "instead of `size`: the numbers that the pool's experts have in the base model")
     moe_router_num_groups: int = key(
@@ -63,7 +63,7 @@ class ExpertGroupConfig:
 class CommonExpertsConfig:
     """Routed experts that tokens of several modalities may choose beside those of their own pool; none by default."""
 
-    size: int = key(0, "common experts")
+    size: int = key(0, "common experts", most=1 << 16)
     experts: list[int] = key(list, "instead of `size`: the numbers that they have in the base model")
     modalities: list[str] = key(list, "modalities whose tokens may choose them; all when empty")
 
@@ -111,7 +111,7 @@ class MoEConfig:
         _text_and_audio, "one group per modality, in the vocabulary's order; by default text and audio, 32 experts each"
     )
     common: CommonExpertsConfig = key(CommonExpertsConfig, "experts that modalities share")
-    moe_ffn_hidden_size: int = key(1408, "inner width of a routed expert", "--moe-ffn-hidden-size")
+    moe_ffn_hidden_size: int = key(1408, "inner width of a routed expert", "--moe-ffn-hidden-size", most=1 << 24)
     moe_shared_expert_intermediate_size: int = key(
         2816,
         "inner width of all shared experts together; 0 for none",

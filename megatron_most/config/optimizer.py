@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from megatron_most.config.rules import require, require_not_negative, require_one_of, require_positive
@@ -53,7 +52,7 @@ class OptimizerConfig:
         "Muon: Newton-Schulz coefficients: `simple`, `quintic`, `polar_express`, `cans` or `aol`",
         "--muon-coefficient-type",
     )
-    muon_num_ns_steps: int = key(5, "Muon: number of Newton-Schulz iterations", "--muon-num-ns-steps")
+    muon_num_ns_steps: int = key(5, "Muon: number of Newton-Schulz iterations", "--muon-num-ns-steps", most=100)
     muon_fp32_matmul_prec: str = key(
         "medium",
         "Muon: torch's fp32 matmul precision in the iterations: `medium`, `high` or `highest`",
@@ -84,7 +83,7 @@ class OptimizerConfig:
         require(self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, f"must not exceed optimizer.lr, {self.lr}")
         threshold = self.grad_norm_skip_threshold
         require(
-            threshold is None or 0 < threshold < math.inf,
+            threshold is None or threshold > 0,
             "optimizer.grad_norm_skip_threshold",
             threshold,
             "must be greater than 0, or null",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from megatron_most.errors import ConfigError
+from megatron_most.errors import ConfigError, shown
 
 
 def require(condition: bool, field: str, value: object, rule: str) -> None:
     """Raise :class:`ConfigError` ``field=value: rule`` unless ``condition`` holds."""
     if not condition:
-        raise ConfigError(f"{field}={value!r}: {rule}")
+        raise ConfigError(f"{field}={shown(value)}: {rule}")
 
 
 def require_positive(section: str, config: object, fields: Iterable[str]) -> None:

@@ -23,7 +23,9 @@ class TrainingConfig:
     )
     eval_interval: int = key(0, "steps between validations; 0 for none", "--eval-interval")
     eval_iters: int = key(8, "batches from each validation dataset", "--eval-iters")
-    threads_per_rank: int = key(0, "CPU threads per rank; 0 divides the cores of the machine among its ranks")
+    threads_per_rank: int = key(
+        0, "CPU threads per rank; 0 divides the cores of the machine among its ranks", most=1024
+    )
 
     def __post_init__(self) -> None:
         require_positive("training", self, ("train_iters", "micro_batch_size", "global_batch_size", "eval_iters"))

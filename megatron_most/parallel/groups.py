@@ -11,7 +11,9 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_most import platform
+from megatron_most.cli import launcher_integer
 from megatron_most.config import ParallelConfig
+from megatron_most.errors import ConfigError
 
 _STAGE_STRIDE = 1 << 20
 """Distance between the seeds of two pipeline stages: more than Megatron adds for tensor and expert ranks (100 per
@@ -22,9 +24,13 @@ def initialize(layout: ParallelConfig, seed: int) -> None:
     """Start torch.distributed from ``torchrun``'s environment, or for one process; build the groups and set all seeds.
 
     Raises:
-        ConfigError: ``layout`` does not fit the world size; then nothing is started.
+        ConfigError: ``layout`` does not fit the world size, or the launcher's variables are no ranks; then nothing is
+            started.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = launcher_integer("WORLD_SIZE", 1, least=1)
+    rank = launcher_integer("RANK", 0)
+    if rank >= world_size:
+        raise ConfigError(f"environment variable RANK={rank}: must be less than WORLD_SIZE, {world_size}")
     layout.data_parallel_size(world_size)
     if not dist.is_initialized():
         if world_size == 1:

@@ -9,11 +9,13 @@ import subprocess
 
 import torch
 
+from megatron_most.cli import launcher_integer
+
 
 def device() -> torch.device:
     """The GPU of this local rank, or the CPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", launcher_integer("LOCAL_RANK", 0))
     return torch.device("cpu")
 
 
@@ -57,6 +59,6 @@ def set_threads(count: int = 0) -> int:
     """
     if count == 0:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        count = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        count = max(1, cores // launcher_integer("LOCAL_WORLD_SIZE", 1, least=1))
     torch.set_num_threads(count)
     return count

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from megatron_most.cli import launcher_integer
 from megatron_most.config import CONFIG, load_config
 from megatron_most.errors import DataError, MostError
 from megatron_most.files import read_json, write_json
@@ -61,7 +62,7 @@ class Job:
 
     def __call__(self) -> None:
         directory = Path(self.directory)
-        node = int(os.environ.get("SLURM_NODEID", "0"))
+        node = launcher_integer("SLURM_NODEID", 0)
         if node > 0:  # the first node evaluates and writes the result
             self._train(directory, directory / f"sweep_node_{node}.log", ())
             return

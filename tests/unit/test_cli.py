@@ -133,3 +133,17 @@ def test_a_reader_that_has_enough_is_no_error():
     process.stdout.close()
     assert process.wait(60) == 141
     assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize("text", ["two", "-1", "0", "1.5", "", "9" * 5000, "\u0663"])
+def test_a_world_size_that_is_no_number_is_one_line(monkeypatch, text):
+    monkeypatch.setenv("WORLD_SIZE", text)
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE=.*: must be an integer of at least 1"):
+        cli.launcher_integer("WORLD_SIZE", 1, least=1)
+
+
+def test_the_launcher_names_ranks(monkeypatch):
+    monkeypatch.setenv("RANK", "12")
+    assert cli.launcher_integer("RANK", 0) == 12
+    monkeypatch.delenv("RANK")
+    assert cli.launcher_integer("RANK", 0) == 0

@@ -1,10 +1,15 @@
 """Loading, overriding and checking configurations; every error is one line that names field, value and rule."""
 
+import math
+import os
+import typing
+
 import pytest
 
 from megatron_most.config import RunConfig, dump_config, load_config
-from megatron_most.config.load import build_config
+from megatron_most.config.load import build_config, check_shape
 from megatron_most.errors import ConfigError
+from megatron_most.keys import Key, keys_of
 
 YAML = """
 vocab: {text_vocab_size: 100, num_codebooks: 4, codebook_size: 1000}
@@ -161,7 +166,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
     with pytest.raises(ConfigError, match="binary.yaml: not readable as YAML"):
         load_config(tmp_path / "binary.yaml")
-    with pytest.raises(ConfigError, match="not readable as YAML"):
+    with pytest.raises(ConfigError, match="not a regular file"):
         load_config(tmp_path)
 
 
@@ -301,7 +306,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         (["optimizer.lr_scales=[{part: heads, scale: 0}, {part: heads, scale: 1}]"], "names a part twice"),
         (["optimizer.min_lr=1"], "optimizer.min_lr=1.0: must not exceed optimizer.lr"),
         (["optimizer.grad_norm_skip_threshold=0"], "grad_norm_skip_threshold=0.0: must be greater than 0, or null"),
-        (["optimizer.grad_norm_skip_threshold=.inf"], "grad_norm_skip_threshold=inf: must be greater than 0, or null"),
+        (["optimizer.grad_norm_skip_threshold=.inf"], "grad_norm_skip_threshold=inf: must be a finite number"),
         (["data.audio_frame_dropout=1"], "data.audio_frame_dropout=1.0: must be in [0, 1)"),
         (["data.train.0.weight=0"], "data: weight of data/asr=0.0: must be greater than 0"),
         (["data.validation=[{path: data/dev, weight: 0}]"], "data: weight of data/dev=0.0: must be greater than 0"),
@@ -356,3 +361,127 @@ def test_values_may_come_from_a_program():
     assert config.vocab.size == 4
     with pytest.raises(ConfigError, match="here: vocab.layuot: unknown key; did you mean 'layout'"):
         build_config("here", {"vocab": {"layuot": "flat"}})
+
+
+def nested(key: Key, value: object) -> object:
+    """The configuration that holds nothing but ``value`` at ``key``."""
+    if typing.get_origin(key.hint) is list:
+        value = [value]
+    for name in reversed(key.path.split(".")):
+        value = {name[:-2]: [value]} if name.endswith("[]") else {name: value}
+    return value
+
+
+def values_of(*hints: object) -> list:
+    return [pytest.param(key, id=key.path) for key in keys_of(RunConfig) if key.hint in hints]
+
+
+@pytest.mark.parametrize("key", values_of(float, float | None, list[float]))
+def test_every_number_is_finite(key):
+    for number in (math.inf, -math.inf, math.nan, 10**400):
+        with pytest.raises(ConfigError, match="must be a finite number"):
+            check_shape(nested(key, number), RunConfig, "", "run.yaml")
+
+
+@pytest.mark.parametrize("key", values_of(int, int | None, list[int]))
+def test_every_integer_has_a_range(key):
+    for number, rule in ((2**31, "must be at most "), (10**5000, "must be at most "), (-(2**31), "must be at least -")):
+        with pytest.raises(ConfigError, match=rule):
+            check_shape(nested(key, number), RunConfig, "", "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=" + "9" * 30, "seed=" + "9" * 30 + ": must be at most 2,147,483,647"),
+        ("seed=-3000000000", "seed=-3000000000: must be at least -2,147,483,647"),
+        ("seed=0x" + "f" * 9000, "seed=a number of thousands of digits: must be at most 2,147,483,647"),
+        ("training.threads_per_rank=1000000", "training.threads_per_rank=1000000: must be at most 1,024"),
+        ("model.num_layers=1000000000", "model.num_layers=1000000000: must be at most 10,000"),
+        ("model.moe.groups.0.size=100000000", "model.moe.groups[0].size=100000000: must be at most 65,536"),
+        ("optimizer.lr=.inf", "optimizer.lr=inf: must be a finite number"),
+        ("data.train.0.weight=1e999", "data.train[0].weight=inf: must be a finite number"),
+        ("optimizer.lr_scales=[{part: heads, scale: .nan}]", "lr_scales[0].scale=nan: must be a finite number"),
+        (r'run_dir="a\0b"', "must hold no NUL and no half of a surrogate pair"),
+        (r'data.train.0.path="\ud800"', "must hold no NUL and no half of a surrogate pair"),
+    ],
+)
+def test_values_that_no_run_can_have_are_refused(error, override, message):
+    assert message in error(override)
+    key, _, value = override.partition("=")
+    assert message in error(text=YAML + f"{key}: {value}\n") or "." in key
+
+
+def test_values_from_the_environment_are_checked(error, monkeypatch):
+    monkeypatch.setenv("RATE", "inf")
+    assert "optimizer.lr=inf: must be a finite number" in error("optimizer.lr=${oc.env:RATE}")
+
+
+def test_a_long_value_is_cut_in_the_message(error):
+    assert len(error("optimizer.lr=" + "x" * 100_000).partition(": optimizer.lr=")[2]) < 300
+
+
+ALIAS_BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"a{level}: &a{level} [{','.join([f'*a{level - 1}'] * 10)}]\n" for level in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: !!int x", "not readable as YAML: invalid literal"),
+        ("seed: !!float x", "not readable as YAML: could not convert"),
+        ("seed: " + "9" * 5000, "not readable as YAML: Exceeds the limit"),
+        ("a: " + "[" * 5000, "not readable as YAML: nested deeper than 64 levels in line 5"),
+        ("\n".join(" " * depth + "a:" for depth in range(200)), "not readable as YAML: nested deeper than 64 levels"),
+        (ALIAS_BOMB, "not readable as YAML: more than 100,000 values"),
+        ("a: &a [*a]", "not readable as YAML: *a in line 5 stands inside what it repeats"),
+        ("a: *nowhere", "not readable as YAML: found undefined alias"),
+        ("a: !!python/object/apply:os.getcwd []", "not readable as YAML: could not determine a constructor"),
+        ("# " + "x" * (4 << 20), "not readable as YAML: larger than 4 MiB"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_hostile_yaml_is_one_line(error, text, message):
+    preamble = "\n" * 4
+    assert message in error(text=preamble + text + "\n")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("!!int x", "the value is not readable as YAML: invalid literal"),
+        ("9" * 5000, "the value is not readable as YAML: Exceeds the limit"),
+        ("[" * 5000, "the value is not readable as YAML: nested deeper than 64 levels"),
+        ("{a: &a [x], b: *c}", "the value is not readable as YAML: found undefined alias"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_hostile_overrides_are_one_line(error, value, message):
+    found = error(f"seed={value}")
+    assert message in found and len(found) < 500
+
+
+def test_aliases_and_merged_keys_are_read(load):
+    text = YAML.replace(
+        "{modality: text, size: 4, moe_router_topk: 2}", "&group {modality: text, size: 4, moe_router_topk: 2}"
+    )
+    text = text.replace("{modality: audio, size: 4, moe_router_topk: 2}", "{<<: *group, modality: audio}")
+    assert [
+        group.size
+        for group in load(
+            text=text,
+        ).model.moe.groups
+    ] == [4, 4]
+
+
+def test_an_interpolation_of_itself_is_one_line(error):
+    assert "Recursive interpolation" in error("seed=${seed}")
+    assert "Recursive interpolation" in error("run_dir=${tokenizer}", "tokenizer=${run_dir}")
+
+
+def test_a_pipe_does_not_block(tmp_path):
+    os.mkfifo(tmp_path / "run.yaml")
+    for path in (tmp_path / "run.yaml", tmp_path, "/dev/zero"):
+        with pytest.raises(ConfigError, match="not a regular file"):
+            load_config(path)

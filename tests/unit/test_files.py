@@ -1,6 +1,7 @@
 """Small files: whole or not at all, and one line where they cannot be."""
 
 import json
+import os
 
 import pytest
 
@@ -69,3 +70,17 @@ def test_what_cannot_be_written_is_an_error_of_the_caller_s_kind(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match=f"^{tmp_path}/file/a.json: cannot be written: "):
         files.write_json(tmp_path / "file" / "a.json", {}, CheckpointError)
+
+
+def test_only_regular_files_within_the_limit_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, "/dev/zero"):
+        with pytest.raises(CheckpointError, match="not a regular file$"):
+            files.read_json(path, CheckpointError)
+    with pytest.raises(DataError, match="cannot be read: embedded null byte"):
+        files.read_json("a\0b", DataError)
+    path = tmp_path / "large.json"
+    with path.open("wb") as file:
+        file.truncate(files.MAX_BYTES + 1)
+    with pytest.raises(ConfigError, match=r"large\.json: larger than 256 MiB$"):
+        files.read_json(path)

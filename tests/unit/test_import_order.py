@@ -14,7 +14,20 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LAYERS = (
-    ("errors", "extras", "files", "locks", "progress", "lazy", "keys", "cli", "platform", "codec_layouts", "vocab"),
+    (
+        "errors",
+        "extras",
+        "files",
+        "yaml_text",
+        "locks",
+        "progress",
+        "lazy",
+        "keys",
+        "cli",
+        "platform",
+        "codec_layouts",
+        "vocab",
+    ),
     ("config",),
     ("audio", "text"),
     ("parallel",),

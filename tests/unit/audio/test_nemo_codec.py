@@ -164,6 +164,19 @@ def test_weights_that_are_incomplete_are_refused(codec_path, tmp_path):
         load_codec(path)
 
 
+def test_weights_with_nan_are_refused(codec_path, tmp_path):
+    with tarfile.open(codec_path) as archive:
+        files = [member for member in archive.getmembers() if member.isfile()]
+        members = {Path(member.name).name: archive.extractfile(member) for member in files}
+        config = yaml.safe_load(members["model_config.yaml"])
+        weights = torch.load(members["model_weights.ckpt"], weights_only=True)
+    name = next(name for name, tensor in weights.items() if name.startswith("audio_encoder.") and tensor.ndim == 1)
+    weights[name][0] = torch.nan
+    path = write_archive(tmp_path / "nan.nemo", config, weights)
+    with pytest.raises(DataError, match=rf"nan\.nemo: the weights {name} hold NaN"):
+        load_codec(path)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"absent\.nemo: no such file"):
         load_codec(tmp_path / "absent.nemo")
@@ -237,6 +250,19 @@ def test_a_codec_that_does_not_keep_the_length_is_refused():
     with pytest.raises(DataError, match="codec wrong: gave 3 frames for 1280 samples, 2 are expected"):
         codec.encode(noise(1000))
     with pytest.raises(DataError, match="codec wrong: gave 1919 samples for 3 frames, 1920 are expected"):
+        codec.decode(np.zeros((3, 2), dtype=np.int64))
+
+
+class NotFinite(WrongLengths):
+    """Stands for a NeMo model whose decoder overflows."""
+
+    def decode(self, tokens, tokens_len):
+        return torch.full((1, 640 * tokens.shape[2]), torch.nan), None
+
+
+def test_sound_that_is_not_finite_is_refused():
+    codec = NemoCodec(NotFinite(), name="loud", fingerprint="")
+    with pytest.raises(DataError, match="codec loud: gave samples that are not finite numbers for 3 frames"):
         codec.decode(np.zeros((3, 2), dtype=np.int64))
 
 

@@ -74,6 +74,8 @@ def test_rates_that_make_no_sense_are_refused_in_one_line(scales, message):
 
 
 def test_recomputation_by_block_is_refused_in_one_line():
-    with pytest.raises(ConfigError, match=r"training\.recompute='block': must be one of none, moe_act, moe, full") as error:
+    with pytest.raises(
+        ConfigError, match=r"training\.recompute='block': must be one of none, moe_act, moe, full"
+    ) as error:
         tiny_config(training__recompute="block")
     assert "\n" not in str(error.value)
