@@ -75,15 +75,16 @@ def _total(tail: bytes, block_size: int, said: int) -> int | None:
         tail = tail[:-_ID3V1]
     at = len(tail)
     while (at := max(tail.rfind(b"\xff\xf8", 0, at), tail.rfind(b"\xff\xf9", 0, at))) >= 0:
-        total = _end_of_frame(tail[at : at + 16], block_size)
+        # A frame of silence has 11 bytes.
+        total = _end_of_frame(tail[at : at + 16].ljust(16, b"\0"), block_size)
         if total is not None and (total == said or _crc16(tail[at:]) == 0):
             return total
     return None
 
 
 def _end_of_frame(head: bytes, block_size: int) -> int | None:
-    """Number of the sample after a frame (section 9.1); None for bytes that are no head of a frame."""
-    code = head[2] >> 4 if len(head) == 16 else 0
+    """Number of the sample after a frame (section 9.1), given its first 16 bytes; None if they are no head of a frame."""
+    code = head[2] >> 4
     number, at = _coded_number(head) if code else (None, 0)
     if number is None:
         return None

@@ -77,7 +77,7 @@ def test_slurm_runs_each_on_two_nodes_and_a_second_call_collects(cluster: Cluste
     settings = {key: cluster.environment[key] for key in ("SLURM_CONF", "PATH")}
     assert "submitted 3 runs" in sweep(spec, "--executor", "slurm", **settings)
     assert [row["state"] for row in rows(tmp_path)] != ["finished"] * 3
-    assert "3 runs are in the queue already" in sweep(spec, "--executor", "slurm", "--resume", **settings)
+    assert "3 runs are already in the queue" in sweep(spec, "--executor", "slurm", "--resume", **settings)
     wait_for("three results", lambda: len(list(tmp_path.glob("out/runs/*/sweep_result.json"))) == 3, 300)
     sweep(spec, "--executor", "slurm", "--resume", **settings)
     found = rows(tmp_path)

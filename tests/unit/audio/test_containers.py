@@ -117,6 +117,14 @@ def test_flac_that_says_less_than_it_holds_is_read_to_its_end(said):
         read(_with_total(whole, said)[:-700])
 
 
+@pytest.mark.parametrize("extra", [16, 17, 300, 767, 4095])
+def test_flac_whose_last_frame_is_short_and_silent_is_whole(extra):
+    """Such a frame has 11 or 12 bytes; the frame before it ends where the header does not say."""
+    waveform = np.concatenate([speech(8192 / RATE), np.zeros(extra, dtype=np.float32)])
+    content = encoded(waveform, format="FLAC")
+    np.testing.assert_array_equal(read_audio(io.BytesIO(content), RATE), soundfile.read(io.BytesIO(content))[0])
+
+
 def test_flac_that_says_more_than_it_holds_is_refused():
     whole = encoded(speech(), format="FLAC")
     with pytest.raises(DataError, match="cut off: holds 32000 samples of the 32001"):
