@@ -83,7 +83,7 @@ def _total(tail: bytes, block_size: int, said: int) -> int | None:
 
 
 def _end_of_frame(head: bytes, block_size: int) -> int | None:
-    """Number of the sample after a frame (section 9.1), given its first 16 bytes; None if they are no head of a frame."""
+    """Number of the sample after a frame (section 9.1), from its first 16 bytes; None if they are no head of one."""
     code = head[2] >> 4
     number, at = _coded_number(head) if code else (None, 0)
     if number is None:
