@@ -19,7 +19,7 @@ class TrainingConfig:
         "none",
         "activations recomputed in the backward pass: `none`, `moe_act` (those of the experts' activation function),"
         " `moe` (those of expert layers) or `full`",
-        "--recompute-granularity, --recompute-modules",
+        "--recompute-granularity",
     )
     eval_interval: int = key(0, "steps between validations; 0 for none", "--eval-interval")
     eval_iters: int = key(8, "batches from each validation dataset", "--eval-iters")
