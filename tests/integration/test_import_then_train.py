@@ -30,7 +30,7 @@ def test_the_written_configuration_trains_from_another_directory(tmp_path, monke
     import_command = ("import", "--hf", "hf", "--out", "base", "--experts", "expand", "--audio-vocab", "frame:2x1000")
     status, out, err = run(ROOT / "tools" / "convert_checkpoint.py", *import_command, *TINY)
     assert status == 0, err
-    assert "base/config.yaml: codec: not set; generation needs what the data is built with" in out
+    assert "base/config.yaml: codec: not set, and generation needs it" in out
     config = load_config(tmp_path / "base" / "config.yaml")
     assert config.model.codebook_loss_weights == [0.5, 0.5]
     write_dataset(tmp_path / "tts", config, "tts", seed=1, num_documents=8)
