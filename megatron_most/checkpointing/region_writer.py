@@ -77,8 +77,8 @@ def write_checkpoint(
         forms: every tensor of the checkpoint, the same on all ranks.
         regions: the regions that this rank writes.
         produce: makes the tensor of a region; called in a thread, for one region after another.
-        finish: called on rank 0 with the temporary directory when all tensors are written, before the commit. It may
-            add files; an error in it stops the commit.
+        finish: called on every rank with the temporary directory when all tensors are written, before the commit. It
+            may communicate, and add files on rank 0; an error in it stops the commit.
 
     Raises:
         CheckpointError: the storage cannot be written, regions overlap or leave a gap, or an error of ``produce`` or
@@ -102,9 +102,10 @@ def write_checkpoint(
         of_ranks: list[dict[str, directories.FileEntry]] = [{}] * dist.get_world_size()
         dist.all_gather_object(of_ranks, written)
 
+        finish(temporary)
+
         def commit() -> None:
             try:
-                finish(temporary)
                 entries = {f"{STATE}/{name}": entry for files in of_ranks for name, entry in files.items()}
                 others = [name for name in directories.list_files(temporary) if name not in entries]
                 directories.write_manifest(temporary, {**entries, **directories.checksum(temporary, others)})

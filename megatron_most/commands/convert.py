@@ -53,6 +53,7 @@ def _add_import(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--seed", type=int, default=1234, help="seed of new weights and noise (default %(default)s)")
     _add_allow_pickle(sub)
+    _add_no_verify(sub)
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the configuration")
 
 
@@ -80,6 +81,7 @@ def _add_export(sub: argparse.ArgumentParser) -> None:
         action="store_true",
         help="drop what the format has no place for, instead of writing it beside the model",
     )
+    _add_no_verify(sub)
 
 
 def _add_verify(sub: argparse.ArgumentParser) -> None:
@@ -110,6 +112,11 @@ def _add_allow_pickle(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--allow-pickle", action="store_true", help=text)
 
 
+def _add_no_verify(sub: argparse.ArgumentParser) -> None:
+    text = "do not compare the logits with those of transformers, which reads both models once more"
+    sub.add_argument("--no-verify", action="store_true", help=text)
+
+
 def import_command(arguments: argparse.Namespace) -> None:
     require("safetensors")
     from megatron_most.conversion.import_config import ImportOptions
@@ -124,6 +131,7 @@ def import_command(arguments: argparse.Namespace) -> None:
         noise=arguments.noise,
         seed=arguments.seed,
         allow_pickle=arguments.allow_pickle,
+        verify=not arguments.no_verify,
     )
     import_model(arguments.hf, arguments.out, options)
 
@@ -140,6 +148,7 @@ def export_command(arguments: argparse.Namespace) -> None:
         arguments.max_shard_size,
         arguments.experts,
         not arguments.without_extension,
+        not arguments.no_verify,
     )
 
 

@@ -13,7 +13,9 @@ class LrScaleConfig:
     """The learning rate of a part of the model.
 
     Parts are ``experts.<modality>``, ``experts.common``, ``shared_experts``, ``routers``, ``dense_ffn``, ``attention``,
-    ``norms``, ``embeddings`` and ``heads`` (each of ids and codes); ``rest`` stands for every part not named.
+    ``norms``, ``embeddings``, ``embeddings.audio``, ``heads`` and ``heads.audio``. ``rest`` stands for every part not
+    named. The parts in ``.audio`` are the rows of audio ids and all codebooks; where they are not named, they follow
+    the part before the dot.
     """
 
     part: str = key(REQUIRED, "name of the part")

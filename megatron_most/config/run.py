@@ -257,7 +257,9 @@ class RunConfig:
             "attention",
             "norms",
             "embeddings",
+            "embeddings.audio",
             "heads",
+            "heads.audio",
         )
 
     @property
@@ -267,13 +269,13 @@ class RunConfig:
         return self.training.micro_batch_size * self.data.seq_length // ranks
 
     def lr_scale(self, part: str) -> float:
-        """The factor on the learning rate of ``part``; 0 if it is frozen."""
+        """The factor on the learning rate of ``part``; 0 if it is frozen. ``heads.audio`` follows ``heads``."""
         scales = {entry.part: entry.scale for entry in self.optimizer.lr_scales}
-        return scales.get(part, scales.get("rest", 1.0))
+        return scales.get(part, scales.get(part.removesuffix(".audio"), scales.get("rest", 1.0)))
 
     def uses_muon(self, part: str) -> bool:
         """Whether Muon updates the weights of ``part``: all matrices but those of embeddings and output heads."""
-        return self.optimizer.optimizer == "muon" and part not in ("norms", "embeddings", "heads")
+        return self.optimizer.optimizer == "muon" and not part.startswith(("norms", "embeddings", "heads"))
 
     def num_microbatches(self, data_parallel_size: int) -> int:
         """Micro-batches per step on each data-parallel rank; :class:`ConfigError` if they do not come out even."""

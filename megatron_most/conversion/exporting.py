@@ -22,8 +22,9 @@ from megatron_most.conversion.hf_folder import write_companions
 from megatron_most.conversion.hugging_face import CONFIG, MODEL, TOKENIZER_FILES, HuggingFaceModel
 from megatron_most.conversion.importing import CHECKED_BYTES, SPECIAL_IDS, TOKENIZER, require_space
 from megatron_most.conversion.safetensors_files import index_of, parse_size, plan_shards, size_of, write_file
-from megatron_most.conversion.verification import check_logits, is_small
+from megatron_most.conversion.verification import check_logits
 from megatron_most.errors import CheckpointError
+from megatron_most.extras import require
 from megatron_most.files import read_json, write_json
 from megatron_most.progress import Progress
 from megatron_most.text import load_tokenizer
@@ -38,18 +39,22 @@ def export_model(
     max_shard_size: str = "5GB",
     experts: str = "text",
     with_extension: bool = True,
+    verify: bool = True,
 ) -> Path:
     """Convert a native checkpoint into the folder ``out``. Collective under ``torchrun``: each rank writes some files.
 
     Args:
         checkpoint, name, dtype, experts, with_extension: see :func:`plan_export`.
         max_shard_size: largest size of a file, for example ``5GB``.
+        verify: compare the logits with those of ``transformers``.
 
     Raises:
         ConfigError, CheckpointError: one line; then ``out`` does not exist.
     """
     out = Path(out)
     max_size = parse_size(max_shard_size)
+    if verify:
+        require("transformers")
     platform.install()
     parallel.initialize(ParallelConfig(), seed=0)
     try:
@@ -60,7 +65,9 @@ def export_model(
         parallel.on_rank_zero(lambda: _prepare(made))
         try:
             parallel.together(lambda: _write_tensors(plan, made, max_size))
-            parallel.on_rank_zero(lambda: _finish(plan, made, out, max_size))
+            parallel.on_rank_zero(lambda: _write_companions(plan, made, max_size))
+            said = _check_logits(plan, made) if verify else "not compared (--no-verify)"
+            parallel.on_rank_zero(lambda: _finish(plan, made, out, said))
         except BaseException:
             if rank == 0:
                 shutil.rmtree(made, ignore_errors=True)
@@ -124,8 +131,8 @@ def _write_tensors(plan: ExportPlan, made: Path, max_size: int) -> None:
                 raise CheckpointError(f"{made / file}: cannot be written: {error.strerror or error}") from error
 
 
-def _finish(plan: ExportPlan, made: Path, out: Path, max_size: int) -> None:
-    """Write the files beside the tensors, check the result and give it its name. Only on rank 0."""
+def _write_companions(plan: ExportPlan, made: Path, max_size: int) -> None:
+    """Write the files beside the tensors, and check the tensors. Only on rank 0."""
     for stem, forms, _ in _groups(plan):
         index = index_of(plan_shards(forms, stem, max_size), forms)
         if index is not None:
@@ -139,7 +146,11 @@ def _finish(plan: ExportPlan, made: Path, out: Path, max_size: int) -> None:
     if plan.note:
         print(plan.note, flush=True)
     print(f"checked tensors: {_check_tensors(plan, made)}", flush=True)
-    print(f"checked logits: {_check_logits(plan, made)['said']}", flush=True)
+
+
+def _finish(plan: ExportPlan, made: Path, out: Path, said_of_logits: str) -> None:
+    """Say the rest and give the result its name. Only on rank 0."""
+    print(f"checked logits: {said_of_logits}", flush=True)
     print(f"without a place in {plan.architecture.name}: {_said_of_the_rest(plan)}", flush=True)
     os.replace(made, out)
 
@@ -211,12 +222,9 @@ def _check_tensors(plan: ExportPlan, made: Path) -> str:
     return f"{total} tensors; {checked} of them, of every kind, read back equal bit for bit"
 
 
-def _check_logits(plan: ExportPlan, made: Path) -> dict[str, Any]:
-    if dist.get_world_size() > 1:
-        return {"said": "not compared under torchrun; run most convert verify"}
-    if not is_small(plan.config):
-        return {"said": "not compared, the model is large; run most convert verify"}
+def _check_logits(plan: ExportPlan, made: Path) -> str:
+    """Compare the logits of the files with those of the checkpoint; a line about it. Collective."""
     stored = (plan.reader.forms[blocks[0].region.key].dtype for blocks in plan.blocks.values())
     rounded = plan.dtype is not None and any(DTYPES[plan.dtype].itemsize < dtype.itemsize for dtype in stored)
     tolerance = 1e-4 if plan.same_text and not rounded else None
-    return check_logits(HuggingFaceModel(made), plan.config, plan.state, tolerance)
+    return check_logits(HuggingFaceModel(made), plan.config, plan.state, tolerance)["said"]

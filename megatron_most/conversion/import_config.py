@@ -38,6 +38,7 @@ class ImportOptions:
             square.
         seed: seed of new weights and noise.
         allow_pickle: read ``pytorch_model.bin``.
+        verify: compare the logits with those of ``transformers``.
     """
 
     experts: str | None = None
@@ -48,6 +49,7 @@ class ImportOptions:
     noise: float = 0.0
     seed: int = 1234
     allow_pickle: bool = False
+    verify: bool = True
 
 
 def import_mode(architecture: Architecture, has_extension: bool, options: ImportOptions) -> str:

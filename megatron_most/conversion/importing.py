@@ -23,8 +23,9 @@ from megatron_most.conversion.hugging_face import CONFIG as MODEL_CONFIG
 from megatron_most.conversion.hugging_face import TOKENIZER_FILES, HuggingFaceModel
 from megatron_most.conversion.import_config import ImportOptions
 from megatron_most.conversion.import_plan import RECORD, ImportPlan, num_bytes, plan_import
-from megatron_most.conversion.verification import check_logits, is_small
+from megatron_most.conversion.verification import check_logits
 from megatron_most.errors import CheckpointError, ConfigError
+from megatron_most.extras import require
 from megatron_most.files import read_json, write_json, write_text
 from megatron_most.progress import Progress
 from megatron_most.text import load_tokenizer
@@ -90,6 +91,8 @@ def regions_of_rank(
 def _plan(directory: str | Path, out: Path, options: ImportOptions) -> ImportPlan:
     if out.exists():
         raise CheckpointError(f"{out}: exists already; name a new directory")
+    if options.verify:
+        require("transformers")
     plan = plan_import(directory, options)
     require_space(out, plan.num_bytes)
     # What is copied later is checked now: links, stop ids and the tokenizer, without which training would not start.
@@ -133,14 +136,26 @@ def _metadata(plan: ImportPlan, out: Path) -> CheckpointMetadata:
 
 
 def _finish(plan: ImportPlan, metadata: CheckpointMetadata, made: Path, out: Path) -> None:
-    """Write the files beside the tensors and check the result. Only on rank 0."""
-    _copy_tokenizer(plan.source, made / TOKENIZER)
+    """Write the files beside the tensors and check the result. Collective; rank 0 does the work."""
     config = _training_config(plan.config, out)
-    write_text(made / CONFIG, dump_config(config), CheckpointError)
-    checks = {"tensors": _check_tensors(plan, made), "logits": _check_logits(plan, made)}
+
+    def check_and_copy() -> dict[str, Any]:
+        try:
+            _copy_tokenizer(plan.source, made / TOKENIZER)
+        except OSError as error:
+            raise CheckpointError(f"{out}: cannot be written: {error.strerror}") from error
+        write_text(made / CONFIG, dump_config(config), CheckpointError)
+        return _check_tensors(plan, made)
+
+    checks = {"tensors": parallel.on_rank_zero(check_and_copy), "logits": _check_logits(plan, made)}
+    parallel.on_rank_zero(lambda: write_json(made / RECORD, _record(plan, checks), CheckpointError))
+    if dist.get_rank() == 0:
+        _say(checks, config, out)
+
+
+def _say(checks: dict[str, dict[str, Any]], config: RunConfig, out: Path) -> None:
     for what, result in checks.items():
         print(f"checked {what}: {result['said']}", flush=True)
-    write_json(made / RECORD, _record(plan, checks), CheckpointError)
     missing = [name for name in ("tokenizer", "codec") if getattr(config, name) is None]
     if missing:
         print(
@@ -228,10 +243,8 @@ def _nth(regions: list[Region], place: int) -> list[Region]:
 
 
 def _check_logits(plan: ImportPlan, made: Path) -> dict[str, Any]:
-    if dist.get_world_size() > 1:
-        return {"said": "not compared under torchrun; run most convert verify"}
-    if not is_small(plan.config):
-        return {"said": "not compared, the model is large; run most convert verify"}
+    if not plan.options.verify:
+        return {"said": "not compared (--no-verify)"}
     # A partition takes experts away from text: its logits change, and the difference is only reported.
     tolerance = None if plan.mode == "partition" or plan.options.noise else 1e-4
     return check_logits(plan.source, plan.config, made / STATE, tolerance)

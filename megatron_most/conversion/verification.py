@@ -1,42 +1,35 @@
-"""Compares transformers' implementation of a model with this project's on the same tokens, one after the other.
+"""Compares transformers' implementation of a model with this project's on the same tokens, layer by layer.
 
-Shape letters: b rows, s positions, n = b * s tokens, h hidden size, V ids that both models have.
+Of each model, one layer is in memory at a time, and the hidden states of a few hundred tokens are carried along. So a
+model of any size can be compared in the memory of its largest layer.
+
+Shape letters: b rows, s positions, n = b * s tokens, h hidden size, V ids that both models have, k of them in a block.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import functools
 import json
-import math
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_most.checkpointing.state import load_model_state
 from megatron_most.config import RunConfig
 from megatron_most.config.load import build_config
-from megatron_most.conversion import hf_format
 from megatron_most.conversion.architectures import ForeignModel, read_foreign
+from megatron_most.conversion.foreign_layers import ForeignLayers, blocks
 from megatron_most.conversion.hugging_face import CONFIG, HuggingFaceModel
 from megatron_most.conversion.import_plan import most_ids
-from megatron_most.conversion.native import native_shapes
-from megatron_most.conversion.weight_map import IdRun
+from megatron_most.conversion.native_layers import PORTABLE, NativeLayers
+from megatron_most.conversion.weight_map import MAX_ELEMENTS, IdRun
 from megatron_most.errors import CheckpointError, DataError, first_line
 from megatron_most.model import MoSTModel, build_model
-
-_SMALL = 1 << 27
-"""Largest number of parameters with which import and export compare logits: 512 MB in fp32."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Outputs:
-    """Logits ``[n, V]`` and the hidden states ``[n, h]`` after each layer, fp32."""
-
-    logits: torch.Tensor
-    hidden: list[torch.Tensor]
+from megatron_most.parallel import on_rank_zero
+from megatron_most.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +70,8 @@ class Comparison:
         )
 
 
-def is_small(config: RunConfig) -> bool:
-    return sum(math.prod(shape) for shape in native_shapes(config).values()) <= _SMALL
-
-
 def check_logits(source: HuggingFaceModel, config: RunConfig, state: Path, tolerance: float | None) -> dict[str, Any]:
-    """Compare logits on random tokens in this process. Returns the comparison as a dict, with a line ``said``.
+    """Compare logits on random tokens. Returns the comparison as a dict, with a line ``said``. Collective.
 
     Args:
         state: folder of the sharded tensors of a native checkpoint.
@@ -91,8 +80,6 @@ def check_logits(source: HuggingFaceModel, config: RunConfig, state: Path, toler
     Raises:
         CheckpointError: the difference is larger than ``tolerance``.
     """
-    if importlib.util.find_spec("transformers") is None:
-        return {"said": "not compared, transformers is not installed"}
     _, foreign = read_foreign(source.config, str(source.path_of(CONFIG)))
     comparison = compare(source, foreign, config, state, random_tokens(config, foreign))
     require_close(comparison, tolerance, str(source.directory))
@@ -114,44 +101,124 @@ def require_close(comparison: Comparison, tolerance: float | None, what: str) ->
 def compare(
     source: HuggingFaceModel, foreign: ForeignModel, config: RunConfig, state: Path, tokens: torch.Tensor
 ) -> Comparison:
-    """Run both models, one after the other, on the foreign ids ``tokens [b, s]``."""
-    runs = shared_ids(config, foreign)
-    to_native = torch.full((foreign.vocab_size,), -1)
-    for run in runs:
-        to_native[run.foreign : run.foreign + run.count] = torch.arange(run.native, run.native + run.count)
-    unknown = [token for token in tokens.flatten().tolist() if token >= foreign.vocab_size or to_native[token] < 0]
-    if unknown:
-        raise DataError(
-            f"tokens: id {unknown[0]} is not one of the {int((to_native >= 0).sum())} ids that both models have"
+    """Run both models, layer by layer, on the foreign ids ``tokens [b, s]``. Collective: rank 0 does the work.
+
+    The ranks meet after every layer, so that none waits for longer than a layer takes.
+
+    Raises:
+        DataError: a token is not one of the ids that both models have.
+        CheckpointError: a tensor cannot be read, or is missing.
+    """
+    started: list[_BothModels] = []
+    on_rank_zero(lambda: started.append(_BothModels(source, foreign, config, state, tokens)))
+
+    def run(layer: int) -> None:
+        started[0].run(layer)
+
+    num_layers = config.model.num_layers
+    with Progress("verify", num_layers, "layers", enabled=dist.get_rank() == 0) as progress:
+        for layer in range(num_layers):
+            on_rank_zero(functools.partial(run, layer))
+            progress.add(1)
+    return on_rank_zero(lambda: started[0].compare_logits())
+
+
+class _BothModels:
+    """Both models after the layers that have been run."""
+
+    def __init__(
+        self, source: HuggingFaceModel, foreign: ForeignModel, config: RunConfig, state: Path, tokens: torch.Tensor
+    ) -> None:
+        self._runs = shared_ids(config, foreign)
+        to_native = torch.full((foreign.vocab_size,), -1)
+        for run in self._runs:
+            to_native[run.foreign : run.foreign + run.count] = torch.arange(run.native, run.native + run.count)
+        unknown = [token for token in tokens.flatten().tolist() if token >= foreign.vocab_size or to_native[token] < 0]
+        if unknown:
+            raise DataError(
+                f"tokens: id {unknown[0]} is not one of the {int((to_native >= 0).sum())} ids that both models have"
+            )
+        native_tokens = to_native[tokens]
+        modality = config.vocab.modality_of(native_tokens)
+        self._tokens = tokens
+        self._models = (
+            ForeignLayers(source, foreign, tokens, modality),
+            NativeLayers(config, state, native_tokens, modality),
         )
-    foreign_ids = (to_native >= 0).nonzero().flatten()
-    native_tokens = to_native[tokens]
-    modality = config.vocab.modality_of(native_tokens)
-    theirs = _foreign_outputs(source, foreign, tokens, modality, foreign_ids)
-    mine = _native_outputs(config, state, native_tokens, modality, to_native[foreign_ids])
-    place = torch.full((foreign.vocab_size,), -1)
-    place[foreign_ids] = torch.arange(len(foreign_ids))
-    return difference(theirs, mine, place[tokens])
+        self._hidden = [model.embed() for model in self._models]
+        self._normed = self._hidden
+        self._layers: list[float] = []
+
+    def run(self, layer: int) -> None:
+        """Run a layer of each model, one after the other."""
+        results = [model.run(layer, hidden) for model, hidden in zip(self._models, self._hidden, strict=True)]
+        self._hidden, self._normed = ([result[place] for result in results] for place in (0, 1))
+        first, second = self._hidden
+        self._layers.append(((first - second).abs().max() / first.abs().max()).item())
+
+    def compare_logits(self) -> Comparison:
+        """After the last layer: the logits of all shared ids, a block of them at a time."""
+        hidden = [states.flatten(0, 1) for states in self._normed]
+        logits, at_once = _Logits(self._tokens), max(1, MAX_ELEMENTS // hidden[0].shape[1])
+        for run in self._runs:
+            for start, rows in blocks(run.foreign, run.count, at_once):
+                heads = (
+                    self._models[0].head(start, rows),
+                    self._models[1].head(start + run.native - run.foreign, rows),
+                )
+                logits.add(start, *(states @ head.T for states, head in zip(hidden, heads, strict=True)))
+        return logits.comparison(self._layers)
 
 
-def difference(first: Outputs, second: Outputs, tokens: torch.Tensor) -> Comparison:
-    """Compare outputs. ``tokens [b, s]`` are columns of the logits."""
-    gap = (first.logits - second.logits).abs()
-    labels = tokens[:, 1:].flatten()
-    perplexities = []
-    for outputs in (first, second):
-        logits = outputs.logits.view(*tokens.shape, -1)[:, :-1].flatten(0, 1)
-        perplexities.append(torch.nn.functional.cross_entropy(logits, labels).exp().item())
-    same = first.logits.argmax(dim=-1) == second.logits.argmax(dim=-1)
-    return Comparison(
-        max_difference=gap.max().item(),
-        mean_difference=gap.mean().item(),
-        largest_logit=first.logits.abs().max().item(),
-        top1_agreement=same.float().mean().item(),
-        perplexities=(perplexities[0], perplexities[1]),
-        layers=[((a - b).abs().max() / a.abs().max()).item() for a, b in zip(first.hidden, second.hidden, strict=True)],
-        tokens=tokens.numel(),
-    )
+class _Logits:
+    """What is said of the logits of two models, collected from blocks of them.
+
+    Args:
+        tokens: ``[b, s]``, foreign ids.
+    """
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self._tokens = tokens
+        n = tokens.numel()
+        self._labels = tokens.roll(-1, dims=1).flatten()  # the last one of each row is left out later
+        self._gap = self._total = self._largest = torch.zeros(())
+        self._count = 0
+        self._best = [(torch.full((n,), -torch.inf), torch.full((n,), -1)) for _ in range(2)]
+        self._normalizers = [torch.full((n,), -torch.inf) for _ in range(2)]
+        self._of_labels = [torch.zeros(n) for _ in range(2)]
+
+    def add(self, start: int, first: torch.Tensor, second: torch.Tensor) -> None:
+        """Logits ``[n, k]`` of both models for the ``k`` foreign ids from ``start``."""
+        gap = (first - second).abs()
+        # torch's maximum keeps NaN, Python's does not.
+        self._gap, self._total = torch.maximum(self._gap, gap.max()), self._total + gap.double().sum()
+        self._largest = torch.maximum(self._largest, first.abs().max())
+        self._count += gap.numel()
+        here = ((self._labels >= start) & (self._labels < start + first.shape[1])).nonzero().flatten()
+        for model, logits in enumerate((first, second)):
+            values, places = logits.max(dim=1)
+            best, ids = self._best[model]
+            is_better = values > best
+            self._best[model] = (values.where(is_better, best), (places + start).where(is_better, ids))
+            self._normalizers[model] = torch.logaddexp(self._normalizers[model], logits.logsumexp(dim=1))
+            self._of_labels[model][here] = logits[here, self._labels[here] - start]
+
+    def comparison(self, layers: list[float]) -> Comparison:
+        losses = [
+            (normalizer - of_label).view(self._tokens.shape)[:, :-1].mean()
+            for normalizer, of_label in zip(self._normalizers, self._of_labels, strict=True)
+        ]
+        first, second = (loss.exp().item() for loss in losses)
+        (_, ids), (_, others) = self._best
+        return Comparison(
+            max_difference=self._gap.item(),
+            mean_difference=self._total.item() / self._count,
+            largest_logit=self._largest.item(),
+            top1_agreement=(ids == others).float().mean().item(),
+            perplexities=(first, second),
+            layers=layers,
+            tokens=self._tokens.numel(),
+        )
 
 
 def shared_ids(config: RunConfig, foreign: ForeignModel) -> tuple[IdRun, ...]:
@@ -187,105 +254,16 @@ def read_tokens(path: str | Path) -> torch.Tensor:
     return torch.tensor(rows)
 
 
-def _foreign_outputs(
-    source: HuggingFaceModel,
-    foreign: ForeignModel,
-    tokens: torch.Tensor,
-    modality: torch.Tensor,
-    ids: torch.Tensor,
-) -> Outputs:
-    model = _transformers_model(source)
-    if foreign.choices:
-        _choose_by_modality(model, foreign, modality.flatten())
-    return _run(model.eval(), model.model.layers, lambda: model(tokens).logits.flatten(0, 1)[:, ids])
-
-
-def _transformers_model(source: HuggingFaceModel) -> Any:
-    """The model of a folder in fp32; what code a folder brings along is not run."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if source.config["model_type"] == hf_format.MODEL_TYPE:
-        from megatron_most.huggingface import MoSTForConditionalGeneration
-
-        return MoSTForConditionalGeneration.from_pretrained(
-            source.directory, dtype=torch.float32, attn_implementation="eager", local_files_only=True
-        )
-    values = {key: value for key, value in source.config.items() if key not in ("model_type", "architectures")}
-    kind = "Llama" if source.config["model_type"] == "llama" else "DeepseekV2"
-    config = getattr(transformers, f"{kind}Config")(**values)
-    model = getattr(transformers, f"{kind}ForCausalLM").from_pretrained(
-        source.directory, config=config, dtype=torch.float32, attn_implementation="eager", local_files_only=True
-    )
-    # Frequencies are not weights: transformers leaves them unset if torch's tensor factories have stand-ins.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    return model
-
-
-def _choose_by_modality(model: Any, foreign: ForeignModel, modality: torch.Tensor) -> None:
-    """Replace DeepSeek-V2's routers by MoST's (arXiv 2601.10272): softmax over all experts, scores of the other group
-    set to zero, top-k without normalization."""
-    allowed = torch.zeros(len(foreign.choices), foreign.num_experts, dtype=torch.bool)
-    for index, experts in enumerate(foreign.choices):
-        allowed[index, list(experts)] = True
-
-    def forward(gate: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        logits = torch.nn.functional.linear(hidden.flatten(0, -2).float(), gate.weight.float())
-        scores = logits.softmax(dim=-1).masked_fill(~allowed[modality], 0.0)
-        weights, experts = scores.topk(foreign.top_k, dim=-1)
-        return logits, weights * gate.routed_scaling_factor, experts
-
-    for layer in model.model.layers:
-        if hasattr(layer.mlp, "gate"):
-            gate = layer.mlp.gate
-            gate.forward = lambda hidden, gate=gate: forward(gate, hidden)
-
-
-def _native_outputs(
-    config: RunConfig, state: Path, tokens: torch.Tensor, modality: torch.Tensor, ids: torch.Tensor
-) -> Outputs:
-    model = whole_model(config, state)
-    is_padding = torch.zeros_like(tokens, dtype=torch.bool)
-    codes = None
-    if config.vocab.codec_layout.uses_side_codes:
-        codes = torch.full((*tokens.shape, config.vocab.num_codebooks), -1)
-    device = next(model.parameters()).device
-    inputs = [None if x is None else x.to(device) for x in (tokens, modality, is_padding, codes)]
-    return _run(
-        model.eval(), model.decoder.layers, lambda: model(*inputs)[0].flatten(0, 1)[:, ids.to(device)], batch_axis=1
-    )
-
-
 def whole_model(config: RunConfig, state: Path) -> MoSTModel:
     """The whole model in this process, in fp32, with the weights of a checkpoint's ``state`` folder.
 
     Call :func:`megatron_most.parallel.initialize` for one process before.
     """
     values = dataclasses.asdict(config)
-    moe = {"expert_backend": "sequential", "moe_token_dispatcher_type": "alltoall", "moe_shared_expert_overlap": False}
-    values["model"]["moe"] |= moe
+    values["model"]["moe"] |= PORTABLE
     values["model"]["transformer_impl"] = "portable"
     precision = {"precision": {"dtype": "fp32"}}
     sections = {name: values[name] for name in ("vocab", "model")}
     chunks = build_model(build_config(str(state.parent), {**sections, **precision}))
     load_model_state(state, chunks)
     return chunks[0]
-
-
-@torch.inference_mode()
-def _run(
-    model: torch.nn.Module, layers: Iterable[torch.nn.Module], forward: Callable[[], torch.Tensor], batch_axis: int = 0
-) -> Outputs:
-    """Logits and the output of each layer, with tokens in the order ``[b, s]``."""
-    hidden: list[torch.Tensor] = []
-
-    def keep(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-        states = output[0] if isinstance(output, tuple) else output
-        hidden.append(states.transpose(0, batch_axis).flatten(0, 1).float().cpu())
-
-    handles = [layer.register_forward_hook(keep) for layer in layers]
-    logits = forward().float().cpu()
-    for handle in handles:
-        handle.remove()
-    return Outputs(logits, hidden)

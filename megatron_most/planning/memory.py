@@ -15,7 +15,7 @@ from megatron_most.moe import ExpertGroups
 from megatron_most.planning.flops import head_sizes
 from megatron_most.planning.gpus import DEFAULT_IMBALANCE
 from megatron_most.planning.rows import RowContents, assumed_contents
-from megatron_most.planning.shards import code_rows, is_moe_layer, shard_sizes, stage_layers
+from megatron_most.planning.shards import code_rows, is_moe_layer, learning_sizes, shard_sizes, stage_layers
 
 _PACKED_FILL = 0.75
 """Share of documents in the padded batches that attention makes of a packed row where torch's flash kernel takes none:
@@ -66,31 +66,27 @@ def memory_of_rank(
 ) -> MemoryEstimate:
     """What the ranks at this place of the pipeline and of the expert-parallel group need; ``rows``: else assumed."""
     rows = rows or assumed_contents(config)
-    sizes = shard_sizes(config, pipeline_rank, expert_rank)
-    state = optimizer_state(config, sizes)
+    learning = learning_sizes(config, pipeline_rank, expert_rank)
+    state = optimizer_state(config, learning)
     expert_state = sum(size for part, size in state.items() if part.startswith("experts."))
     dense_ranks, expert_ranks = _copies(config, world_size) if config.optimizer.use_distributed_optimizer else (1, 1)
     pairs = computed_pairs(config, expert_rank, rows) * imbalance
     return MemoryEstimate(
-        weights=sum(sizes.values()) * element_size(config),
-        gradients=4 * sum(size for part, size in sizes.items() if config.lr_scale(part) > 0),
+        weights=sum(shard_sizes(config, pipeline_rank, expert_rank).values()) * element_size(config),
+        gradients=4 * sum(learning.values()),
         optimizer=(sum(state.values()) - expert_state) / dense_ranks + expert_state / expert_ranks,
         activations=_activations(config, world_size, pipeline_rank, pairs, rows),
         moe_buffers=_moe_buffers(config, pairs, rows),
     )
 
 
-def optimizer_state(config: RunConfig, sizes: dict[str, int]) -> dict[str, int]:
-    """Bytes of the whole optimizer state of parts with these numbers of parameters; frozen parts have none.
+def optimizer_state(config: RunConfig, learning: dict[str, int]) -> dict[str, int]:
+    """Bytes of the whole optimizer state of parts, of which these numbers of parameters learn.
 
     AdamW has two fp32 moments, Muon one momentum, and beside bf16 weights stands an fp32 master copy.
     """
     master = 4 if config.precision.dtype == "bf16" else 0
-    return {
-        part: size * (master + (4 if config.uses_muon(part) else 8))
-        for part, size in sizes.items()
-        if config.lr_scale(part) > 0
-    }
+    return {part: size * (master + (4 if config.uses_muon(part) else 8)) for part, size in learning.items()}
 
 
 def _copies(config: RunConfig, world_size: int) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 
 from megatron_most.config import MoEConfig, ParallelConfig, RunConfig, dump_config
@@ -200,30 +200,42 @@ def _mix(rows: RowContents) -> str:
 def describe_shards(config: RunConfig) -> list[str]:
     """Parameters on every rank by part, exactly; ranks that hold equal sizes share a line."""
     parallel = config.parallel
-    places = [
-        (stage, expert)
-        for stage in range(parallel.pipeline_model_parallel_size)
-        for expert in range(parallel.expert_model_parallel_size)
-    ]
-    shards = [shard_sizes(config, *place) for place in places]
-    rows = [(f"{sum(shard.values()):,}", *(f"{size:,}" for size in shard.values())) for shard in shards]
-    return ["parameters on a rank:", *_by_place(("total", *config.part_names), places, rows)]
+    axes = {
+        "pipeline rank": parallel.pipeline_model_parallel_size,
+        "tensor rank": parallel.tensor_model_parallel_size,  # a rank's ids may be text, audio, or both
+        "expert rank": parallel.expert_model_parallel_size,
+    }
+
+    def row(stage: int, tensor: int, expert: int) -> tuple[str, ...]:
+        shard = shard_sizes(config, stage, expert, tensor)
+        return (f"{sum(shard.values()):,}", *(f"{size:,}" for size in shard.values()))
+
+    if parallel.tensor_model_parallel_size == 1:
+        del axes["tensor rank"]
+        return ["parameters on a rank:", *_by_place(axes, ("total", *config.part_names), lambda s, e: row(s, 0, e))]
+    return ["parameters on a rank:", *_by_place(axes, ("total", *config.part_names), row)]
 
 
 def describe_memory(config: RunConfig, world_size: int, imbalance: float, rows: RowContents) -> list[str]:
     """The estimate of every rank, and which GPUs it fits."""
     estimates = memory_per_rank(config, world_size, imbalance, rows)
     names = [field.name for field in fields(MemoryEstimate)]
-    table = [
-        (f"{estimate.total / _GIB:.2f}", *(f"{getattr(estimate, name) / _GIB:.2f}" for name in names))
-        for estimate in estimates.values()
-    ]
+
+    def row(stage: int, expert: int) -> tuple[str, ...]:
+        estimate = estimates[stage, expert]
+        return (f"{estimate.total / _GIB:.2f}", *(f"{getattr(estimate, name) / _GIB:.2f}" for name in names))
+
+    parallel = config.parallel
+    axes = {
+        "pipeline rank": parallel.pipeline_model_parallel_size,
+        "expert rank": parallel.expert_model_parallel_size,
+    }
     worst = max(estimate.total for estimate in estimates.values())
     fits = ", ".join(f"{name}: {'yes' if worst <= gpu.usable else 'no'}" for name, gpu in GPUS.items())
     load = max(expert_load(config, rows))
     return [
         "memory on a rank, GiB, estimated:",
-        *_by_place(("total", *(name.replace("_", " ") for name in names)), list(estimates), table),
+        *_by_place(axes, ("total", *(name.replace("_", " ") for name in names)), row),
         f"  (busiest expert-parallel rank: {load:.2f} of the mean at {_mix(rows)}, x {imbalance:g} for uneven routers)",
         f"fits, with room for CUDA and fragments: {fits}",
     ]
@@ -254,20 +266,20 @@ def describe_experts(moe: MoEConfig, expert_parallel_size: int) -> list[str]:
     return lines + align(rows)
 
 
-def _by_place(names: Sequence[str], places: list[tuple[int, int]], rows: list[tuple[str, ...]]) -> list[str]:
-    """A table with a line for each run of equal ``rows`` among the (pipeline rank, expert-parallel rank) ``places``."""
-    table = [("pipeline rank", "expert rank", *names)]
-    by_stage: dict[int, list[tuple[str, tuple[str, ...]]]] = {}
-    for stage, group in itertools.groupby(zip(places, rows, strict=True), key=lambda entry: entry[0][0]):
-        runs = []
-        for row, run in itertools.groupby(group, key=lambda entry: entry[1]):
-            ranks = [expert for (_, expert), _ in run]
-            runs.append((_span(ranks[0], ranks[-1]), row))
-        by_stage[stage] = runs
-    for runs, stages in itertools.groupby(by_stage, key=lambda stage: by_stage[stage]):
-        numbers = list(stages)
-        table += [(_span(numbers[0], numbers[-1]), ranks, *row) for ranks, row in runs]
-    return align(table)
+def _by_place(axes: dict[str, int], names: Sequence[str], row: Callable[..., tuple[str, ...]]) -> list[str]:
+    """A table of ``row(*place)`` for every place of ``axes``, name -> size; places with equal rows share a line."""
+
+    def lines(place: tuple[int, ...], sizes: list[int]) -> list[tuple[str, ...]]:
+        if not sizes:
+            return [row(*place)]
+        found, first = [], 0
+        for run, group in itertools.groupby(lines((*place, index), sizes[1:]) for index in range(sizes[0])):
+            last = first + len(list(group)) - 1
+            found += [(_span(first, last), *line) for line in run]
+            first = last + 1
+        return found
+
+    return align([(*axes, *names), *lines((), list(axes.values()))])
 
 
 def align(table: Sequence[Sequence[str]]) -> list[str]:

@@ -1,8 +1,9 @@
 """How many parameters each rank holds, part by part: exact for every layout.
 
 Parts are those of :attr:`megatron_most.config.RunConfig.part_names`. What a rank holds depends on its pipeline rank
-(its layers; the embeddings on the first stage, the heads on the last) and on its expert-parallel rank (experts of each
-pool). Ranks that share both hold equal sizes.
+(its layers; the embeddings on the first stage, the heads on the last), on its expert-parallel rank (experts of each
+pool) and on its tensor-parallel rank (which ids). Ranks that share all three hold equal sizes. Those that share the
+first two hold as much in total: only how much of it is text's or audio's may differ.
 
 Letters: E experts, M modalities, V ids (padded), C codebooks, K codes (padded).
 """
@@ -31,22 +32,22 @@ def is_moe_layer(config: RunConfig, layer: int) -> bool:
     return layer >= config.model.first_k_dense_replace
 
 
-def shard_sizes(config: RunConfig, pipeline_rank: int, expert_rank: int) -> dict[str, int]:
-    """Parameters of each part on the ranks at this place of the pipeline and of the expert-parallel group."""
-    parallel = config.parallel
+def shard_sizes(config: RunConfig, pipeline_rank: int, expert_rank: int, tensor_rank: int = 0) -> dict[str, int]:
+    """Parameters of each part on the ranks at this place of the pipeline, expert- and tensor-parallel groups."""
     sizes = dict.fromkeys(config.part_names, 0)
-    groups = ExpertGroups.from_config(config.model.moe, parallel.expert_model_parallel_size)
-    pools = {pool: len(experts) for pool, experts in groups.local_experts(expert_rank).items()}
-    weights = [weight for layer in stage_layers(config, pipeline_rank) for weight in _layer(config, layer, pools)]
-    if pipeline_rank == 0:
-        weights.append(
-            ("embeddings", config.model.hidden_size * _table_rows(config), parallel.tensor_model_parallel_size)
-        )
-    if pipeline_rank == parallel.pipeline_model_parallel_size - 1:
-        weights.append(("heads", config.model.hidden_size * _table_rows(config), parallel.tensor_model_parallel_size))
-        weights.append(("norms", config.model.hidden_size, 1))
-    for part, size, split in weights:
-        sizes[part] += size // split
+    for parameter in _parameters(config, pipeline_rank, expert_rank, tensor_rank):
+        for part, size in parameter.items():
+            sizes[part] += size
+    return sizes
+
+
+def learning_sizes(config: RunConfig, pipeline_rank: int, expert_rank: int) -> dict[str, int]:
+    """Those of :func:`shard_sizes` with gradients and optimizer state: frozen rows of a table that learns have both."""
+    sizes = dict.fromkeys(config.part_names, 0)
+    for parameter in _parameters(config, pipeline_rank, expert_rank, tensor_rank=0):
+        if any(config.lr_scale(part) > 0 for part in parameter):
+            for part, size in parameter.items():
+                sizes[part] += size
     return sizes
 
 
@@ -55,7 +56,32 @@ def shard_of_rank(config: RunConfig, world_size: int, rank: int) -> dict[str, in
     parallel = config.parallel
     pipeline_rank = rank // (world_size // parallel.pipeline_model_parallel_size)
     expert_rank = rank // parallel.expert_tensor_size % parallel.expert_model_parallel_size
-    return shard_sizes(config, pipeline_rank, expert_rank)
+    return shard_sizes(config, pipeline_rank, expert_rank, rank % parallel.tensor_model_parallel_size)
+
+
+def _parameters(config: RunConfig, pipeline_rank: int, expert_rank: int, tensor_rank: int) -> Iterator[dict[str, int]]:
+    """Part -> elements on the rank, for one or more parameters at a time that have the same parts."""
+    parallel, hidden = config.parallel, config.model.hidden_size
+    groups = ExpertGroups.from_config(config.model.moe, parallel.expert_model_parallel_size)
+    pools = {pool: len(experts) for pool, experts in groups.local_experts(expert_rank).items()}
+    for layer in stage_layers(config, pipeline_rank):
+        for part, size, split in _layer(config, layer, pools):
+            yield {part: size // split}
+    is_last = pipeline_rank == parallel.pipeline_model_parallel_size - 1
+    if is_last:
+        yield {"norms": hidden}
+    for part, is_here in {"embeddings": pipeline_rank == 0, "heads": is_last}.items():
+        if is_here:
+            yield _table(config, part, tensor_rank)
+            yield {f"{part}.audio": hidden * code_rows(config) // parallel.tensor_model_parallel_size}
+
+
+def _table(config: RunConfig, part: str, tensor_rank: int) -> dict[str, int]:
+    """The embedding or the head of all ids: rows of text ids come first, those of audio ids and padding after them."""
+    hidden = config.model.hidden_size
+    rows = padded(config.vocab.size) // config.parallel.tensor_model_parallel_size
+    text = min(max(config.vocab.text_vocab_size - tensor_rank * rows, 0), rows)
+    return {part: hidden * text, f"{part}.audio": hidden * (rows - text)}
 
 
 def _layer(config: RunConfig, layer: int, pools: dict[str, int]) -> Iterator[tuple[str, int, int]]:
@@ -106,8 +132,3 @@ def code_rows(config: RunConfig) -> int:
     """Rows of all codebook tables: C x K, 0 where codes are ids."""
     vocab = config.vocab
     return vocab.num_codebooks * padded(vocab.codebook_size) if vocab.codec_layout.uses_side_codes else 0
-
-
-def _table_rows(config: RunConfig) -> int:
-    """V and the codebooks' rows, of the embeddings as of the heads."""
-    return padded(config.vocab.size) + code_rows(config)

@@ -30,7 +30,7 @@ from megatron_most.planning.memory import (
     sent_pairs,
 )
 from megatron_most.planning.rows import RowContents
-from megatron_most.planning.shards import code_rows, is_moe_layer, shard_sizes, stage_layers
+from megatron_most.planning.shards import code_rows, is_moe_layer, learning_sizes, shard_sizes, stage_layers
 
 RECOMPUTED = {
     "none": (),
@@ -84,9 +84,7 @@ class _Roofline:
             parts["embeddings"] += self._embeddings
         if pipeline_rank == parallel.pipeline_model_parallel_size - 1:
             parts["heads and loss"] += self._heads
-        learning = sum(
-            size for part, size in shard_sizes(config, pipeline_rank, 0).items() if config.lr_scale(part) > 0
-        )
+        learning = sum(learning_sizes(config, pipeline_rank, 0).values())
         parts["weight gradients"] += self._memory(learning * (element_size(config) + 8))  # added to an fp32 buffer
         parts["communication"] += self._messages(len(stage_layers(config, pipeline_rank)))
         return parts

@@ -7,14 +7,14 @@ import dataclasses
 from megatron_most.config import ParallelConfig, RunConfig
 from megatron_most.planning.gpus import GPUS_PER_NODE
 from megatron_most.planning.memory import element_size, optimizer_state
-from megatron_most.planning.shards import shard_sizes
+from megatron_most.planning.shards import learning_sizes, shard_sizes
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
     """Size of a checkpoint: weights, and the optimizer state of the parts that learn."""
     whole = dataclasses.replace(config, parallel=ParallelConfig())
-    sizes = shard_sizes(whole, 0, 0)
-    return sum(sizes.values()) * element_size(config) + sum(optimizer_state(config, sizes).values())
+    state = optimizer_state(config, learning_sizes(whole, 0, 0))
+    return sum(shard_sizes(whole, 0, 0).values()) * element_size(config) + sum(state.values())
 
 
 def num_checkpoints(config: RunConfig) -> int:
@@ -36,7 +36,7 @@ def host_bytes_of_node(config: RunConfig, world_size: int) -> tuple[float, float
     if not config.optimizer.use_distributed_optimizer:
         return written, written
     gathered = max(
-        sum(optimizer_state(config, shard_sizes(config, stage, expert)).values())
+        sum(optimizer_state(config, learning_sizes(config, stage, expert)).values())
         for stage in range(parallel.pipeline_model_parallel_size)
         for expert in range(parallel.expert_model_parallel_size)
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -22,7 +24,8 @@ from megatron_most import platform
 from megatron_most.config import RunConfig
 from megatron_most.model import MoSTModel
 from megatron_most.training.muon import muon_options
-from megatron_most.training.parts import freeze, group_overrides, named_parts
+from megatron_most.training.parts import Table, find_tables, freeze, group_overrides, named_parts
+from megatron_most.training.table_rows import drop_frozen_gradients, set_row_rates
 
 
 def wrap_model(config: RunConfig, model_chunks: list[MoSTModel]) -> list[DistributedDataParallel]:
@@ -137,16 +140,24 @@ def build_optimizer(config: RunConfig, wrapped: list[DistributedDataParallel]) -
     )
     overrides = {**get_standard_config_overrides(megatron_config), **group_overrides(config, wrapped)}
     optimizer = get_megatron_optimizer(megatron_config, wrapped, overrides)
+    tables = find_tables(config, wrapped)
+    set_row_rates(config, tables, optimizer)
     if platform.device().type == "cuda":
         fuse_adam(optimizer)
     megatron = wrapped[0].config
-    megatron.finalize_model_grads_func = finalize_model_grads
+    megatron.finalize_model_grads_func = functools.partial(_finalize_gradients, config, tables)
     megatron.grad_scale_func = optimizer.scale_loss
     if options.overlap_grad_reduce:
         # Reduce gradients with the last micro-batch only.
         no_sync = [chunk.no_sync for chunk in wrapped]
         megatron.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return optimizer
+
+
+def _finalize_gradients(config: RunConfig, tables: list[Table], *args: Any, **kwargs: Any) -> None:
+    """Megatron's reductions, which its schedules call after the last micro-batch."""
+    finalize_model_grads(*args, **kwargs)
+    drop_frozen_gradients(config, tables)
 
 
 def fuse_adam(optimizer: MegatronOptimizer) -> None:

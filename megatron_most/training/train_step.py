@@ -31,7 +31,7 @@ from megatron_most.training.loss import LossTable
 from megatron_most.training.metrics import mean_losses
 from megatron_most.training.microbatches import run_microbatches, sum_over_ranks
 from megatron_most.training.optimizer import build_optimizer, build_scheduler, wrap_model
-from megatron_most.training.parts import part_grad_norms
+from megatron_most.training.part_norms import part_grad_norms
 
 
 @dataclass
@@ -154,7 +154,9 @@ def train_step(
     totals = sum_over_ranks(torch.cat([table, ballots]))
     sums, counted = totals[: len(table)], totals[len(table) :]
     _require_finite(state, "loss", sums[0][0])
-    part_norms = part_grad_norms(state.config, state.optimizer) if wants_part_grad_norms else {}
+    part_norms = {}
+    if wants_part_grad_norms:
+        part_norms = part_grad_norms(state.config, state.wrapped, state.optimizer)
     skipped_before = state.skipped_steps
     grad_norm = update_weights(state)
     result = StepResult(

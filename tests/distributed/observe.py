@@ -18,7 +18,7 @@ from megatron_most.data.loading.batch import Batch
 from megatron_most.model import build_model
 from megatron_most.moe import collect_routing
 from megatron_most.training.microbatches import sum_over_ranks
-from megatron_most.training.parts import part_grad_norms
+from megatron_most.training.part_norms import part_grad_norms
 from megatron_most.training.train_step import build_train_state, compute_gradients, train_step, update_weights
 from tests.distributed.shards import Piece, assemble, fill_weights, local_pieces
 from tests.distributed.tiny import tiny_batch, tiny_config
@@ -78,7 +78,7 @@ def observe(overrides: dict[str, Any], num_steps: int = 5, batches_of: BatchMake
             first = {
                 "table": sum_over_ranks(compute_gradients(state, batches)),
                 "routing": collect_routing(state.model_chunks, config.model),
-                "part_norms": part_grad_norms(config, state.optimizer),
+                "part_norms": part_grad_norms(config, state.wrapped, state.optimizer),
                 "gradients": _gradients(config, state.wrapped, state.model_chunks),
             }
             first["grad_norm"] = update_weights(state)

@@ -13,7 +13,7 @@ from megatron_most.model import build_model, count_parameters
 from megatron_most.planning import memory_of_rank, shard_of_rank
 from megatron_most.planning.shards import shard_sizes
 from megatron_most.training.optimizer import build_optimizer, wrap_model
-from megatron_most.training.parts import named_parts
+from megatron_most.training.parts import find_tables, named_parts
 from tests.distributed.harness import run_ranks
 from tests.distributed.tiny import tiny_config
 
@@ -57,6 +57,8 @@ MODELS: dict[str, Overrides] = {
         "model__moe__moe_shared_expert_intermediate_size": 0,
         "model__moe__expert_backend": "sequential",
         "precision__dtype": "bf16",
+        "optimizer__lr_scales": "[{part: embeddings, scale: 0}, {part: embeddings.audio, scale: 1},"
+        " {part: heads.audio, scale: 0}]",
     },
 }
 
@@ -70,8 +72,10 @@ def differences(cases: list[Overrides]) -> list[str]:
         world_size, rank = dist.get_world_size(), dist.get_rank()
         chunks = build_model(config)
         sizes = dict.fromkeys(config.part_names, 0)
+        split = {id(table.parameter): table.pieces for table in find_tables(config, chunks)}
         for _, parameter, part in named_parts(config, chunks):
-            sizes[part] += parameter.numel()
+            for piece, elements in split.get(id(parameter), [(part, slice(0, parameter.numel()))]):
+                sizes[piece] += elements.stop - elements.start
         planned = shard_of_rank(config, world_size, rank)
         if sizes != planned:
             found.append(f"rank {rank} of {overrides}: {sizes}, planned {planned}")

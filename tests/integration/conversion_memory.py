@@ -1,6 +1,6 @@
 """A process of its own that converts and reports its peak of anonymous memory.
 
-    python conversion_memory.py import HF OUT | export CHECKPOINT OUT
+    python conversion_memory.py import HF OUT | verified-import HF OUT | export CHECKPOINT OUT
 
 Prints ``{"peak": bytes, "before": bytes, "seconds": float}`` as the last line; ``before`` is what the imports take.
 """
@@ -41,18 +41,19 @@ class Peak:
 
 def main() -> None:
     from megatron_most import platform
-    from megatron_most.conversion import ImportOptions, export_model, exporting, import_model, importing
+    from megatron_most.conversion import ImportOptions, export_model, import_model
 
-    # Logits of small models are compared, which takes both models' memory; here small ones stand for large ones.
-    importing.is_small = exporting.is_small = lambda config: False
     platform.install()
     kind, source, out = sys.argv[1:]
+    verify = kind == "verified-import"
+    if verify:
+        import transformers  # noqa: F401  # before the peak is taken: it is no part of the model's memory
     with Peak() as peak:
         began = time.perf_counter()
-        if kind == "import":
-            import_model(source, out, ImportOptions(experts="partition", audio_vocab="frame:4x4032"))
+        if kind == "export":
+            export_model(source, out, "deepseek-v2", experts="all", verify=False)
         else:
-            export_model(source, out, "deepseek-v2", experts="all")
+            import_model(source, out, ImportOptions("partition", "frame:4x4032", verify=verify))
         seconds = time.perf_counter() - began
     print(json.dumps({"peak": peak.highest, "before": peak.before, "seconds": seconds}))
 

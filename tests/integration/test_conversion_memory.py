@@ -157,8 +157,27 @@ def test_memory_with_the_shapes_of_deepseek_v2_lite(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+def test_verification_needs_a_layer_of_each_model(tmp_path):
+    """A layer of this shape has 152 MB in fp32, the tables of all ids 17 MB: six more layers would show."""
+    wide = SMALL | {"hidden_size": 512, "moe_intermediate_size": 352, "intermediate_size": 2816}
+    layer_bytes, found = 4 * 3 * 66 * 512 * 352, []
+    for num_layers in (2, 4, 8):
+        hf, native = tmp_path / f"hf{num_layers}", tmp_path / f"native{num_layers}"
+        synthetic(hf, wide, num_layers)
+        measured = convert("verified-import", hf, native)
+        found.append(measured["peak"] - measured["before"])
+        logits = json.loads((native / "conversion.json").read_text())["checks"]["logits"]
+        assert len(logits["layers"]) == num_layers
+        shutil.rmtree(hf)
+        shutil.rmtree(native)
+    assert max(found) - min(found) < 0.7 * layer_bytes, found
+    assert max(found) < 4 * layer_bytes + 512 * MEGABYTE, found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_speed_against_a_copy_of_the_same_bytes(tmp_path):
-    """Both end with the bytes on the disk, the import with its checks made; the source is in the page cache.
+    """Both end with the bytes on the disk, the import with its tensors checked; the source is in the page cache.
 
     Each turn copies twice: where the two copies differ much, the machine is too busy to say anything.
     """

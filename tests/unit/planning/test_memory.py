@@ -41,17 +41,27 @@ def test_weights_gradients_and_states_follow_from_the_counts() -> None:
 def test_muon_keeps_one_moment_of_what_it_moves() -> None:
     config = tiny_config(optimizer__optimizer="muon", optimizer__use_distributed_optimizer=False)
     sizes = shard_sizes(config, 0, 0)
-    by_adam = sum(sizes[part] for part in ("norms", "embeddings", "heads"))
+    by_adam = sum(sizes[part] for part in ("norms", "embeddings", "embeddings.audio", "heads", "heads.audio"))
     assert only_rank(config).optimizer == 8 * by_adam + 4 * (sum(sizes.values()) - by_adam)
 
 
 def test_frozen_parts_have_weights_alone() -> None:
     config = tiny_config(optimizer__lr_scales="[{part: experts.text, scale: 0}, {part: embeddings, scale: 0}]")
     sizes = shard_sizes(config, 0, 0)
-    learning = sum(sizes.values()) - sizes["experts.text"] - sizes["embeddings"]
+    learning = sum(sizes.values()) - sizes["experts.text"] - sizes["embeddings"] - sizes["embeddings.audio"]
     estimate = only_rank(config)
     assert (estimate.weights, estimate.gradients) == (4 * sum(sizes.values()), 4 * learning)
     assert estimate.optimizer == 8 * learning
+
+
+def test_frozen_rows_of_a_table_that_learns_take_memory() -> None:
+    """Text rows are frozen, audio rows are not; codebooks are frozen of the heads alone."""
+    config = tiny_config(
+        optimizer__lr_scales="[{part: embeddings, scale: 0}, {part: embeddings.audio, scale: 1},"
+        " {part: heads.audio, scale: 0}]"
+    )
+    codebooks = 2 * 128 * 32
+    assert only_rank(config).optimizer == 8 * (sum(shard_sizes(config, 0, 0).values()) - codebooks)
 
 
 def test_the_load_of_expert_ranks_is_that_of_the_mix() -> None:

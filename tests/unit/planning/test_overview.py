@@ -106,6 +106,21 @@ def test_ranks_that_hold_the_same_share_a_line() -> None:
     ]
 
 
+def test_tensor_ranks_have_other_ids() -> None:
+    """40 text ids in tables of 128 rows: the first of four ranks has 32 of them, the last two have none."""
+    config = tiny_config(
+        parallel__tensor_model_parallel_size=4,
+        parallel__pipeline_model_parallel_size=2,
+        model__moe__expert_backend="sequential",
+    )
+    _, names, *lines = describe_shards(config)
+    assert names.split()[:7] == ["pipeline", "rank", "tensor", "rank", "expert", "rank", "total"]
+    assert [line.split()[:3] for line in lines] == [
+        [stage, tensor, "0"] for stage in ("0", "1") for tensor in ("0", "1", "2-3")
+    ]
+    assert [line.split()[-4:-2] for line in lines[:3]] == [["1,024", "2,048"], ["256", "2,816"], ["0", "3,072"]]
+
+
 def test_memory_names_the_mix_and_the_imbalance() -> None:
     config = tiny_config(
         parallel__expert_model_parallel_size=2, model__moe__expert_order="contiguous", data__audio_share=0.8
@@ -143,6 +158,6 @@ def test_storage_counts_checkpoints_and_host_memory() -> None:
     frozen = tiny_config(
         precision__dtype="bf16", optimizer__lr_scales="[{part: rest, scale: 0}, {part: heads, scale: 1}]"
     )
-    heads = shard_sizes(frozen, 0, 0)["heads"]
-    assert checkpoint_bytes(frozen) == 2 * total + 12 * heads
+    sizes = shard_sizes(frozen, 0, 0)
+    assert checkpoint_bytes(frozen) == 2 * total + 12 * (sizes["heads"] + sizes["heads.audio"])
     assert "a checkpoint: " in describe_storage(config, 16)[0]

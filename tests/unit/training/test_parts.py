@@ -15,9 +15,9 @@ LAYER = "decoder.layers.3"
 NAMES = {
     "embedding.word_embeddings.weight": "embeddings",
     "module.module.embedding.word_embeddings.weight": "embeddings",
-    "codebook_embeddings.weight": "embeddings",
+    "codebook_embeddings.weight": "embeddings.audio",
     "output_layer.weight": "heads",
-    "module.codebook_heads.weight": "heads",
+    "module.codebook_heads.weight": "heads.audio",
     "decoder.final_layernorm.weight": "norms",
     f"{LAYER}.input_layernorm.weight": "norms",
     f"{LAYER}.pre_mlp_layernorm.weight": "norms",
@@ -55,6 +55,15 @@ def test_parts_not_named_take_the_rate_of_the_rest():
     assert tiny_config().lr_scale("routers") == 1
 
 
+def test_audio_parts_follow_the_others_unless_they_are_named():
+    """So that a configuration written before there were audio parts means what it meant."""
+    config = tiny_config(optimizer__lr_scales="[{part: heads, scale: 2}, {part: rest, scale: 0.5}]")
+    assert (config.lr_scale("heads.audio"), config.lr_scale("embeddings.audio")) == (2, 0.5)
+    config = tiny_config(optimizer__lr_scales="[{part: heads, scale: 0}, {part: heads.audio, scale: 3}]")
+    assert (config.lr_scale("heads"), config.lr_scale("heads.audio")) == (0, 3)
+    assert config.lr_scale("experts.audio") == config.lr_scale("embeddings.audio") == 1
+
+
 @pytest.mark.parametrize(
     "scales, message",
     [
@@ -63,6 +72,7 @@ def test_parts_not_named_take_the_rate_of_the_rest():
             "[{part: tongues, scale: 1}]",
             r"optimizer\.lr_scales\.part='tongues': must be one of experts\.text, .*, rest",
         ),
+        ("[{part: norms.audio, scale: 1}]", r"'norms\.audio': must be one of .*, heads\.audio, rest"),
         ("[{part: heads, scale: -1}]", r"optimizer\.lr_scales\[heads\]\.scale=-1\.0: must not be negative"),
         ("[{part: heads, scale: 1}, {part: heads, scale: 2}]", "names a part twice"),
     ],
