@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from megatron_most.training.trainer import Trainer
 
 _NUM_KEYS = 1 << 20
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers with the bits of a value, by its size in bytes."""
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
+"""Integers with the bits of a value, by its size in bytes. They need fewer bits than the keys."""
 
 
 class ReplicaCheck(StepHook):
@@ -47,7 +47,10 @@ class ReplicaCheck(StepHook):
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         interval = trainer.config.training.check_weight_hash_across_dp_replicas_interval
         if self._checkpoints.is_due(trainer) or (interval and trainer.state.step % interval == 0):
-            require_equal_copies(trainer.state.model_chunks, trainer.state.step)
+            error = unequal_copies(trainer.state.model_chunks, trainer.state.step)
+            if error is not None:
+                self._checkpoints.finish()  # of an earlier step, whose copies were equal
+                fail(error if dist.get_rank() == 0 else None)
 
 
 class Difference(NamedTuple):
@@ -66,26 +69,25 @@ class Difference(NamedTuple):
         return f"{self.tensor} on {_named(odd, hosts)} differs from the {votes} other copies"
 
 
-def require_equal_copies(model_chunks: list[MoSTModel], step: int) -> None:
-    """Compare the copies of every weight, bit by bit, through hashes. Collective.
+def unequal_copies(model_chunks: list[MoSTModel], step: int) -> MostError | None:
+    """Compare the copies of every weight through hashes. Collective.
 
-    Raises:
-        MostError: some differ. Raised on rank 0; the others exit with status 1.
+    Returns:
+        The same on every rank: an error that names the first tensor whose copies differ, or None.
     """
     if dist.get_world_size() == 1:
-        return
+        return None
     found: list[tuple[str, list[Difference]]] = [("", [])] * dist.get_world_size()
     dist.all_gather_object(found, (socket.gethostname(), list(_differences(model_chunks))))
     hosts = [host for host, _ in found]
     differences = [difference for _, of_rank in found for difference in of_rank]
     if not differences:
-        return
+        return None
     more = f" (and {len(differences) - 1} more tensors differ)" if len(differences) > 1 else ""
-    error = MostError(
+    return MostError(
         f"step {step}: {differences[0].describe(hosts)}{more}: copies of a weight must be equal; nothing of this step"
         " was saved: repeat the command to go on from the newest checkpoint, without that machine if it happens again"
     )
-    fail(error if dist.get_rank() == 0 else None)
 
 
 def _differences(model_chunks: list[MoSTModel]) -> Iterator[Difference]:
@@ -141,18 +143,19 @@ def weight_hash(tensor: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     bit, always changes the hash. Other changes are missed with a probability of about 2^-32.
 
     Args:
-        keys: ``[n]`` int64, odd; for blocks of n words, and again for the hashes of the blocks.
+        keys: ``[2, n]`` int64, odd: one row for the words of a block of n, one for the hashes of the blocks.
     """
+    of_words, of_blocks = keys
     words = tensor.detach().reshape(-1).view(_WORDS[tensor.element_size()])
-    hashes = torch.stack([(block * keys[: len(block)]).sum() for block in words.split(len(keys))])
-    return (hashes * keys[: len(hashes)]).sum()
+    hashes = torch.stack([(block * of_words[: len(block)]).sum() for block in words.split(len(of_words))])
+    return (hashes * of_blocks[: len(hashes)]).sum()
 
 
 def _hash_keys() -> torch.Tensor:
     """Random odd keys, the same on every rank. They do not affect the random states of training."""
     generator = torch.Generator().manual_seed(0)
     limits = torch.iinfo(torch.int64)
-    keys = torch.randint(limits.min, limits.max, (_NUM_KEYS,), generator=generator)
+    keys = torch.randint(limits.min, limits.max, (2, _NUM_KEYS), generator=generator)
     return (keys | 1).to(platform.device())
 
 

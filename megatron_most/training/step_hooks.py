@@ -162,9 +162,7 @@ class Checkpoints(StepHook):
 
     def _save(self, trainer: Trainer) -> None:
         """Save this step. Waits for the previous save."""
-        if self._saving is not None:
-            self._saving.wait()
-            self._saving = None
+        self.finish()
         trainer.collect()
         state, options = trainer.state, trainer.config.checkpoint
         metadata = CheckpointMetadata(
@@ -193,6 +191,12 @@ class Checkpoints(StepHook):
             self._saving = CheckpointSave(*arguments)
         else:
             save_checkpoint(*arguments)
+
+    def finish(self) -> None:
+        """Complete the save in progress, if there is one. Collective."""
+        if self._saving is not None:
+            self._saving.wait()
+            self._saving = None
 
     def abandon(self) -> None:
         if self._saving is not None:

@@ -213,6 +213,8 @@ class Trainer:
         try:
             result = train_step(self.state, self._take(batches), votes, wants_part_grad_norms=is_logged)
         except NonFiniteStep as error:
+            if error.own_losses is not None:
+                checkpoints.finish()  # every rank is here, and the earlier step that is being saved was good
             self.failed_batches.end(self, error)
         requests, writing = result.votes
         self.is_stopping, self.is_any_writing = requests > 0, writing > 0

@@ -11,7 +11,7 @@ from megatron_most.training.replicas import Difference, weight_hash
 @pytest.fixture(scope="module")
 def keys() -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    return torch.randint(-(2**62), 2**62, (8,), generator=generator) | 1
+    return torch.randint(-(2**62), 2**62, (2, 32), generator=generator) | 1
 
 
 def flipped(tensor: torch.Tensor, places: list[int], bit: int) -> torch.Tensor:
