@@ -88,7 +88,8 @@ class CheckpointMetadata:
         pending: metrics gathered since the last logged line, so that a resumed run logs what an uninterrupted one does.
         versions: versions of the packages that wrote it.
         datasets: fingerprints of the training datasets.
-        skipped_steps: how many of ``step`` did not update the weights, because their gradients were too large.
+        skipped_steps: how many of ``step`` did not update the weights.
+        nonfinite_steps: how many of the last steps, in a row, did so because their loss or gradient was not finite.
         format: :data:`FORMAT` of the version that wrote it.
     """
 
@@ -103,6 +104,7 @@ class CheckpointMetadata:
     versions: dict[str, str]
     datasets: list[Fingerprint]
     skipped_steps: int = 0
+    nonfinite_steps: int = 0
     format: int = FORMAT
 
     @property

@@ -3,6 +3,7 @@
     most train --config FILE.yaml [key=value ...]
     torchrun --nproc-per-node 8 -m megatron_most.commands.train --config FILE.yaml [key=value ...]
     most train --config FILE.yaml --dry-run --world-size 64 --no-check-files
+    most train --replay RUN_DIR/failed_batches/step_00000100.json [key=value ...]
 
 Start it again with the same run_dir to continue from the newest checkpoint.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from megatron_most import cli
@@ -24,7 +25,13 @@ if TYPE_CHECKING:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser("train", __doc__)
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run configuration")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--config", metavar="FILE", help="YAML file of the run configuration")
+    source.add_argument(
+        "--replay",
+        metavar="FILE",
+        help="run the batch of a step that a run recorded in failed_batches/ alone, and print its losses",
+    )
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -50,12 +57,21 @@ def make_parser() -> argparse.ArgumentParser:
 
 def train(arguments: argparse.Namespace) -> None:
     cli.require_positive(arguments, "world_size")
+    if arguments.dry_run and arguments.replay is not None:
+        raise ConfigError(f"--replay={arguments.replay}: has no --dry-run")
     if arguments.dry_run:
         if _rank() == 0:
             describe(arguments)
         return
     if arguments.world_size is not None:
         raise ConfigError(f"--world-size={arguments.world_size}: needs --dry-run; torchrun starts the ranks of a run")
+    if arguments.replay is not None:
+        from megatron_most.training.replay import read_failed_batch, replay
+
+        batch = _by_all_ranks(lambda: read_failed_batch(arguments.replay, arguments.overrides))
+        _by_all_ranks(lambda: _require_ranks(batch.config))
+        replay(batch)
+        return
     config = read_config(arguments)
     # After the checks: Megatron takes seconds to import.
     from megatron_most.training import Trainer
@@ -78,12 +94,21 @@ def read_config(arguments: argparse.Namespace) -> RunConfig:
     """Load the configuration and check that it fits the number of ranks."""
     from megatron_most.config import load_config
 
+    config = _by_all_ranks(lambda: load_config(arguments.config, arguments.overrides))
+    _by_all_ranks(lambda: _require_ranks(config))
+    return config
+
+
+def _require_ranks(config: RunConfig) -> None:
+    config.num_microbatches(config.parallel.data_parallel_size(cli.launcher_integer("WORLD_SIZE", 1, least=1)))
+
+
+def _by_all_ranks[T](check: Callable[[], T]) -> T:
+    """Do ``check``, in which all ranks find the same error; rank 0 reports it."""
     try:
-        config = load_config(arguments.config, arguments.overrides)
-        config.num_microbatches(config.parallel.data_parallel_size(cli.launcher_integer("WORLD_SIZE", 1, least=1)))
-        return config
+        return check()
     except MostError:
-        # All ranks find the same error and rank 0 reports it. The others wait: torchrun kills all ranks once one exits.
+        # The others wait: torchrun kills all ranks once one exits.
         if _rank() != 0:
             time.sleep(3)
             sys.exit(1)

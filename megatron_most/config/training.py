@@ -23,13 +23,31 @@ class TrainingConfig:
     )
     eval_interval: int = key(0, "steps between validations; 0 for none", "--eval-interval")
     eval_iters: int = key(8, "batches from each validation dataset", "--eval-iters")
+    check_weight_hash_across_dp_replicas_interval: int = key(
+        0,
+        "steps between comparisons of the weights that several ranks hold; 0 compares them only before each save",
+        "--check-weight-hash-across-dp-replicas-interval",
+    )
+    skip_nonfinite_steps: int = key(
+        0,
+        "skip up to this many steps in a row whose loss or gradient norm is not finite; the next one ends the run",
+    )
+    spiky_loss_factor: float | None = key(
+        None,
+        "write out which documents a step read if its loss exceeds this many times the median of the last 32 steps;"
+        " null never does",
+        "--check-for-spiky-loss",
+    )
     threads_per_rank: int = key(
         0, "CPU threads per rank; 0 divides the cores of the machine among its ranks", most=1024
     )
 
     def __post_init__(self) -> None:
         require_positive("training", self, ("train_iters", "micro_batch_size", "global_batch_size", "eval_iters"))
-        require_not_negative("training", self, ("eval_interval", "threads_per_rank"))
+        intervals = ("eval_interval", "check_weight_hash_across_dp_replicas_interval")
+        require_not_negative("training", self, (*intervals, "skip_nonfinite_steps", "threads_per_rank"))
+        factor = self.spiky_loss_factor
+        require(factor is None or factor > 1, "training.spiky_loss_factor", factor, "must be greater than 1, or null")
         require_one_of("training.recompute", self.recompute, ("none", "moe_act", "moe", "full"))
 
 

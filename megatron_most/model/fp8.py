@@ -68,6 +68,14 @@ def end_fp8_step(chunks: Iterable[MoSTModel]) -> None:
             history.advance(mine)
 
 
+def discard_fp8_step(chunks: Iterable[MoSTModel]) -> None:
+    """Leave the histories of the recipe ``delayed`` as they were before the step."""
+    for _, _, products in _fp8_modules(chunks):
+        for product in products.values():
+            if product.history is not None:
+                product.history.current.zero_()
+
+
 def collect_fp8_padding(chunks: Iterable[MoSTModel]) -> tuple[float, float]:
     """Rows of FP8 experts that were padding since the last call, and all their rows, over all ranks. Collective."""
     sums = torch.zeros(2, dtype=torch.float64, device=platform.device())

@@ -3,7 +3,7 @@
 from megatron_most.moe.dispatcher import ModalityAwareMoELayer
 from megatron_most.moe.expert_groups import ExpertGroups
 from megatron_most.moe.experts import GroupedExperts, SequentialExperts, TransformerEngineExperts
-from megatron_most.moe.router import ModalityAwareRouter, end_routing_step
+from megatron_most.moe.router import ModalityAwareRouter, discard_routing_step, end_routing_step
 from megatron_most.moe.routing_statistics import collect_routing
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "SequentialExperts",
     "TransformerEngineExperts",
     "collect_routing",
+    "discard_routing_step",
     "end_routing_step",
 ]

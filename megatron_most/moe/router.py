@@ -161,3 +161,12 @@ def end_routing_step(chunks: Iterable[torch.nn.Module]) -> None:
         update_expert_biases(biases, routers[0].tp_dp_cp_group)
     for router in routers:
         router.losses.end_step()
+
+
+def discard_routing_step(chunks: Iterable[torch.nn.Module]) -> None:
+    """Reset the loads of the step, leave the expert biases as they are, and reset the statistics."""
+    for router in (module for chunk in chunks for module in chunk.modules() if isinstance(module, ModalityAwareRouter)):
+        if router.expert_bias is not None:
+            router.expert_bias.step_pairs.zero_()
+        router.losses.end_step()
+        router.statistics.reset()

@@ -40,11 +40,18 @@ class MetricAccumulator:
         self.routing.sums = []
         self.fp8_rows = [0.0, 0.0]
 
-    def add(self, table: list[list[float]]) -> None:
-        """Add the table of one step, already summed over ranks."""
-        for mine, new in zip(self.table, table, strict=True):
-            mine[0] += new[0]
-            mine[1] += new[1]
+    def add(self, table: list[list[float]], is_finite: bool = True) -> None:
+        """Add the table of one step, already summed over ranks.
+
+        A step whose loss or gradient norm is not finite only counts its tokens. What the routers did since the last
+        line is dropped with it: sums of the other steps are not kept apart from that step's.
+        """
+        for name, mine, new in zip(self.names, self.table, table, strict=True):
+            if is_finite or name == "tokens":
+                mine[0] += new[0]
+                mine[1] += new[1]
+        if not is_finite:
+            self.routing.sums = []
 
     def add_fp8_rows(self, padded: float, rows: float) -> None:
         """Add the rows of FP8 experts that were padding, and all their rows, summed over ranks."""
@@ -202,10 +209,15 @@ def console_line(values: dict[str, Any], total_steps: int, modality_names: tuple
     width = len(str(total_steps))
     left = (total_steps - step) * values["step_seconds"]
     return (
-        f"step {step:>{width}}/{total_steps}  loss {values['loss']:.4f} ({', '.join(parts)})"
-        f"  grad {values['grad_norm']:.3f}  lr {values['lr']:.2e}"
+        f"step {step:>{width}}/{total_steps}  loss {_number(values, 'loss', 4)} ({', '.join(parts)})"
+        f"  grad {_number(values, 'grad_norm', 3)}  lr {values['lr']:.2e}"
         f"  {values['tokens_per_second']:,.0f} tok/s  {values['step_seconds']:.3f} s/step  {_duration(left)} left"
     )
+
+
+def _number(values: dict[str, Any], name: str, digits: int) -> str:
+    """A value for the console; ``-`` if a line does not have it, because its steps were skipped."""
+    return f"{values[name]:.{digits}f}" if name in values else "-"
 
 
 def _duration(seconds: float) -> str:

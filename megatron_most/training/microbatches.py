@@ -1,6 +1,6 @@
 """Runs the micro-batches of a step through Megatron's schedules.
 
-Shape letters: R rows of the metric table.
+Shape letters: M micro-batches of this rank, R rows of the metric table.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def run_microbatches(
     """Forward and, unless ``forward_only``, backward of this rank's micro-batches. Megatron reduces the gradients.
 
     Returns:
-        The metric table ``[R, 2]`` float64, summed over this rank's micro-batches. It is zero except on the last
-        pipeline stage of the first tensor-parallel rank, so that a sum over all ranks counts every position once.
+        The metric tables ``[M, R, 2]`` float64, one for each micro-batch. They are zero except on the last pipeline
+        stage of the first tensor-parallel rank, so that a sum over all ranks counts every position once.
     """
     iterators = [iter(batches) for _ in model_chunks]
     single = len(model_chunks) == 1
@@ -92,15 +92,25 @@ def run_microbatches(
         forward_only=forward_only,
     )
     if tables and parallel_state.get_tensor_model_parallel_rank() == 0:
-        table = torch.stack(tables).sum(dim=0)
+        stacked = torch.stack(tables)
         if parallel_state.get_context_parallel_rank() > 0:
             # Context-parallel ranks hold different positions of the same rows; count the rows only once.
-            table[loss_table.names.index("tokens"), 1] = 0
-        return table
-    return torch.zeros(len(loss_table.names), 2, dtype=torch.float64, device=platform.device())
+            stacked[:, loss_table.names.index("tokens"), 1] = 0
+        return stacked
+    return torch.zeros(len(batches), len(loss_table.names), 2, dtype=torch.float64, device=platform.device())
 
 
-def sum_over_ranks(table: torch.Tensor) -> list[list[float]]:
-    """Sum a float64 table over all ranks and copy it to the host. The same on every rank."""
+def sum_over_ranks(tables: torch.Tensor, more: torch.Tensor | None = None) -> list[list[float]]:
+    """Sum the tables of :func:`run_microbatches` over micro-batches and ranks, and copy the sums to the host.
+
+    Args:
+        more: ``[n, 2]`` float64, further rows to sum over ranks; their sums follow those of the tables.
+
+    Returns:
+        ``[R + n][2]``, the same on every rank.
+    """
+    table = tables.sum(dim=0)
+    if more is not None:
+        table = torch.cat([table, more])
     dist.all_reduce(table)
     return table.tolist()

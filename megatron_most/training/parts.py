@@ -82,9 +82,14 @@ def named_parts(config: RunConfig, chunks: Iterable[torch.nn.Module]) -> Iterato
             yield name, parameter, part_of(name, pools)
 
 
+def is_expert(name: str) -> bool:
+    """Whether a routed expert has the parameter ``name``."""
+    return _EXPERTS.search(name) is not None
+
+
 def part_of(name: str, pools: list[str]) -> str:
     """The part of the parameter ``name``, of a table that of its text ids. ``pools``: the pool of each local expert."""
-    if _EXPERTS.search(name):
+    if is_expert(name):
         return f"experts.{_pool_of(name, pools)}"
     for part, pattern in _RULES:
         if pattern.search(name):

@@ -81,7 +81,7 @@ class MetricsLog(StepHook):
         self._seconds += time.perf_counter() - self._began
         self._steps += 1
         self._tokens += result.num_tokens
-        trainer.accumulator.add(result.sums)
+        trainer.accumulator.add(result.sums, result.is_finite)
         if self.is_due(trainer.state.step):
             self._log(trainer, result)
 
@@ -89,15 +89,16 @@ class MetricsLog(StepHook):
         """Write the metrics since the last line."""
         state = trainer.state
         trainer.collect()
-        threshold = state.config.optimizer.grad_norm_skip_threshold
+        may_skip = state.config.training.skip_nonfinite_steps
+        may_skip |= state.config.optimizer.grad_norm_skip_threshold is not None
         values: dict[str, Any] = {
             "step": state.step,
             "time": time.time(),
             "consumed_samples": state.consumed_samples,
             "consumed_tokens": state.consumed_tokens,
             "lr": learning_rate(state.scheduler),
-            "grad_norm": result.grad_norm,
-            **({} if threshold is None else {"skipped_steps": state.skipped_steps}),
+            **({"grad_norm": result.grad_norm} if result.is_finite else {}),
+            **({"skipped_steps": state.skipped_steps} if may_skip else {}),
             **{f"grad_norm/{part}": norm for part, norm in result.part_grad_norms.items()},
             **trainer.accumulator.means(),
             "tokens_per_second": self._tokens / self._seconds,
@@ -149,17 +150,19 @@ class Checkpoints(StepHook):
         """Whether this rank is still writing. Committing the checkpoint earlier would make the other ranks wait."""
         return self._saving is not None and self._saving.is_busy
 
+    def is_due(self, trainer: Trainer) -> bool:
+        """Whether the step taken last is saved."""
+        return trainer.ends or trainer.state.step % trainer.config.checkpoint.save_interval == 0
+
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         if self._saving is not None and not trainer.is_any_writing and self._saving.advance():
             self._saving = None
-        if trainer.ends or trainer.state.step % trainer.config.checkpoint.save_interval == 0:
+        if self.is_due(trainer):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
         """Save this step. Waits for the previous save."""
-        if self._saving is not None:
-            self._saving.wait()
-            self._saving = None
+        self.finish()
         trainer.collect()
         state, options = trainer.state, trainer.config.checkpoint
         metadata = CheckpointMetadata(
@@ -174,6 +177,7 @@ class Checkpoints(StepHook):
             versions=versions(),
             datasets=self._datasets,
             skipped_steps=state.skipped_steps,
+            nonfinite_steps=state.nonfinite_steps,
         )
         arguments = (
             trainer.run_dir,
@@ -187,6 +191,12 @@ class Checkpoints(StepHook):
             self._saving = CheckpointSave(*arguments)
         else:
             save_checkpoint(*arguments)
+
+    def finish(self) -> None:
+        """Complete the save in progress, if there is one. Collective."""
+        if self._saving is not None:
+            self._saving.wait()
+            self._saving = None
 
     def abandon(self) -> None:
         if self._saving is not None:

@@ -5,7 +5,7 @@
     result = train_step(state, batches)  # this rank's micro-batches, on its device
     print(result.mean_losses["loss"], result.grad_norm)
 
-Shape letters: R rows of the metric table.
+Shape letters: M micro-batches of this rank, R rows of the metric table.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_most import platform
 from megatron_most.config import RunConfig
 from megatron_most.data.loading.batch import Batch
 from megatron_most.errors import MostError
 from megatron_most.model import MoSTModel, build_model
-from megatron_most.model.fp8 import end_fp8_step
-from megatron_most.moe import end_routing_step
-from megatron_most.parallel import fail
+from megatron_most.model.fp8 import discard_fp8_step, end_fp8_step
+from megatron_most.moe import discard_routing_step, end_routing_step
 from megatron_most.training.loss import LossTable
 from megatron_most.training.metrics import mean_losses
 from megatron_most.training.microbatches import run_microbatches, sum_over_ranks
@@ -42,7 +42,9 @@ class TrainState:
         model_chunks: one for each virtual pipeline stage of this rank.
         wrapped: the same in Megatron's ``DistributedDataParallel``, which holds their gradients.
         step: steps taken, including the skipped ones.
-        skipped_steps: steps that did not update the weights because their gradient norm was too large.
+        skipped_steps: steps that did not update the weights because their gradient norm was too large, or their loss or
+            gradient norm not finite.
+        nonfinite_steps: how many steps in a row, up to the last one, had a loss or gradient norm that is not finite.
         consumed_samples, consumed_tokens: rows, and positions that are not padding, over all ranks.
     """
 
@@ -54,8 +56,22 @@ class TrainState:
     loss_table: LossTable
     step: int = 0
     skipped_steps: int = 0
+    nonfinite_steps: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
+
+
+class NonFiniteStep(MostError):
+    """The loss or the gradient norm of a step is not finite, and the run may not skip the step.
+
+    Args:
+        reason: what is not finite.
+        own_losses: see :class:`StepResult`. None if other ranks may have found a finite norm.
+    """
+
+    def __init__(self, message: str, reason: str, own_losses: torch.Tensor | None) -> None:
+        super().__init__(message)
+        self.reason, self.own_losses = reason, own_losses
 
 
 @dataclass(frozen=True)
@@ -65,18 +81,28 @@ class StepResult:
     Args:
         names: the ``R`` rows of the metric table (:class:`~megatron_most.training.loss.LossTable`).
         sums: ``[R][2]``, sum and count of each row over all ranks.
-        grad_norm: before clipping.
-        part_grad_norms: the norm of each trainable part, if requested.
-        is_skipped: whether ``optimizer.grad_norm_skip_threshold`` was exceeded and the weights were not updated.
+        grad_norm: before clipping; NaN if the loss is not finite.
+        part_grad_norms: the norm of each trainable part, if requested and if the step is finite.
+        skip_reason: why the weights were not updated; empty if they were.
+        is_finite: whether loss and gradient norm are. A step for which they are not is skipped.
         votes: the votes given to :func:`train_step`, summed over ranks.
+        own_losses: ``[M, 2]`` float64 on the device, sum and count of the loss in each micro-batch of this rank; zero
+            on ranks that compute no loss. Not the same on every rank.
     """
 
     names: Sequence[str]
     sums: list[list[float]]
     grad_norm: float
     part_grad_norms: dict[str, float]
-    is_skipped: bool
+    skip_reason: str
+    is_finite: bool
     votes: list[float]
+    own_losses: torch.Tensor
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether the weights were not updated."""
+        return bool(self.skip_reason)
 
     @property
     def mean_losses(self) -> dict[str, float]:
@@ -122,7 +148,7 @@ def build_train_state(
 
 
 def compute_gradients(state: TrainState, batches: list[Batch]) -> torch.Tensor:
-    """Compute the gradients of the global batch; return the table of :func:`run_microbatches`. Collective.
+    """Compute the gradients of the global batch; return the tables of :func:`run_microbatches`. Collective.
 
     Args:
         batches: this rank's micro-batches, on its device; every data-parallel rank has the same number.
@@ -144,60 +170,105 @@ def train_step(
         wants_part_grad_norms: also compute the gradient norm of each part, which takes another reduction.
 
     Raises:
-        MostError: the loss or the gradient norm is not finite. Raised on rank 0; the others exit with status 1.
+        NonFiniteStep: the loss or the gradient norm is not finite, and so were those of the last
+            ``training.skip_nonfinite_steps`` steps. Raised on every rank.
     """
-    table = compute_gradients(state, batches)
-    ballots = table.new_zeros(len(votes), 2)
+    tables = compute_gradients(state, batches)
+    ballots = tables.new_zeros(len(votes), 2)
     for ballot, vote in zip(ballots, votes, strict=True):
         if vote:
             ballot[0].fill_(vote)  # copying a list to the device would make the host wait for it
-    totals = sum_over_ranks(torch.cat([table, ballots]))
-    sums, counted = totals[: len(table)], totals[len(table) :]
-    _require_finite(state, "loss", sums[0][0])
-    part_norms = {}
-    if wants_part_grad_norms:
-        part_norms = part_grad_norms(state.config, state.wrapped, state.optimizer)
-    skipped_before = state.skipped_steps
-    grad_norm = update_weights(state)
+    totals = sum_over_ranks(tables, ballots)
+    sums, counted = totals[: len(state.loss_table.names)], totals[len(state.loss_table.names) :]
+    own_losses = tables[:, 0]
+    loss, grad_norm, part_norms = sums[0][0], math.nan, {}
+    if math.isfinite(loss):
+        if wants_part_grad_norms:
+            part_norms = part_grad_norms(state.config, state.wrapped, state.optimizer)
+        grad_norm, skip_reason = update_weights(state, own_losses)
+    else:
+        skip_reason = _skip(state, f"the loss is {loss}", own_losses)
+    is_finite = math.isfinite(grad_norm)
     result = StepResult(
         names=state.loss_table.names,
         sums=sums,
         grad_norm=grad_norm,
-        part_grad_norms=part_norms,
-        is_skipped=state.skipped_steps > skipped_before,
+        part_grad_norms=part_norms if is_finite else {},
+        skip_reason=skip_reason,
+        is_finite=is_finite,
         votes=[total for total, _ in counted],
+        own_losses=own_losses,
     )
     state.consumed_tokens += result.num_tokens
     state.consumed_samples += result.num_samples
     return result
 
 
-def update_weights(state: TrainState) -> float:
+def update_weights(state: TrainState, own_losses: torch.Tensor | None = None) -> tuple[float, str]:
     """Update the weights with the current gradients and count the step. Collective.
 
+    Args:
+        own_losses: for the error.
+
     Returns:
-        The gradient norm before clipping.
+        The gradient norm before clipping, and why the update was skipped (empty if it was not).
 
     Raises:
-        MostError: the norm is not finite; see :func:`train_step`.
+        NonFiniteStep: see :func:`train_step`.
     """
-    # The rate depends on the number of updates: a skipped step does not advance the schedule.
-    state.scheduler.step(state.step - state.skipped_steps + 1 - state.scheduler.num_steps)
+    if state.config.training.skip_nonfinite_steps:
+        # Megatron computes the norm only with the update, and does not skip one for a norm that is NaN.
+        norms = _sum_of_grad_norms(state)
+        if not math.isfinite(norms):
+            return norms, _skip(state, f"the gradient norm is {norms}", own_losses)
+    _advance_schedule(state)
     _, grad_norm, _ = state.optimizer.step()
-    _require_finite(state, "gradient norm", grad_norm)
+    if not math.isfinite(grad_norm):
+        # Ranks whose gradients were damaged may be the only ones that see it.
+        raise _too_many(state, f"the gradient norm is {grad_norm}", None)
     end_routing_step(state.model_chunks)
     end_fp8_step(state.model_chunks)
     state.step += 1
+    state.nonfinite_steps = 0
     threshold = state.config.optimizer.grad_norm_skip_threshold
-    if threshold is not None and grad_norm > threshold:
-        state.skipped_steps += 1  # Megatron's optimizer compared the same norm
-    return grad_norm
+    if threshold is None or grad_norm <= threshold:
+        return grad_norm, ""
+    state.skipped_steps += 1  # Megatron's optimizer compared the same norm
+    return grad_norm, f"the gradient norm, {grad_norm:.3f}, exceeds optimizer.grad_norm_skip_threshold, {threshold:g}"
 
 
-def _require_finite(state: TrainState, what: str, value: float) -> None:
-    if not math.isfinite(value):
-        error = MostError(
-            f"step {state.step + 1}: the {what} is {value}; nothing of this step was saved: lower optimizer.lr, or"
-            " look at the data of this step"
-        )
-        fail(error if dist.get_rank() == 0 else None)
+def _sum_of_grad_norms(state: TrainState) -> float:
+    """The norms of the current gradients as each rank computes them, added up: finite only if all are. Collective."""
+    state.optimizer.prepare_grads()
+    norms = torch.tensor([state.optimizer.get_grad_norm()], dtype=torch.float64, device=platform.device())
+    dist.all_reduce(norms)
+    return norms.item()
+
+
+def _skip(state: TrainState, what: str, own_losses: torch.Tensor | None) -> str:
+    """Count a step that is not finite, and forget what it did. Returns ``what``, the reason."""
+    if state.nonfinite_steps >= state.config.training.skip_nonfinite_steps:
+        raise _too_many(state, what, own_losses)
+    _advance_schedule(state)  # as before an update that Megatron skips; the next step does not advance it again
+    discard_routing_step(state.model_chunks)
+    discard_fp8_step(state.model_chunks)
+    state.step += 1
+    state.skipped_steps += 1
+    state.nonfinite_steps += 1
+    return what
+
+
+def _advance_schedule(state: TrainState) -> None:
+    """Set the rate of the next update, which depends on the number of updates: skipped steps do not count."""
+    state.scheduler.step(state.step - state.skipped_steps + 1 - state.scheduler.num_steps)
+
+
+def _too_many(state: TrainState, what: str, own_losses: torch.Tensor | None) -> NonFiniteStep:
+    skipped = state.nonfinite_steps
+    after = f", after {skipped} such steps in a row were skipped (training.skip_nonfinite_steps)" if skipped else ""
+    return NonFiniteStep(
+        f"step {state.step + 1}: {what}{after}; nothing of this step was saved: lower optimizer.lr, or look at the data"
+        " of this step",
+        what,
+        own_losses,
+    )

@@ -21,21 +21,24 @@ from megatron_most.checkpointing import (
 )
 from megatron_most.config import RunConfig
 from megatron_most.data.loading.batch import Batch
-from megatron_most.data.loading.loader import train_batches, validation_batches
+from megatron_most.data.loading.blend import Rows
+from megatron_most.data.loading.loader import train_batches, train_rows, validation_batches
 from megatron_most.data.storage.utterances import require_disjoint
 from megatron_most.errors import DataError
 from megatron_most.model import MoSTModel, check_libraries
 from megatron_most.model.fp8 import collect_fp8_padding
 from megatron_most.moe import collect_routing
 from megatron_most.parallel import fail, on_rank_zero, together
+from megatron_most.training.failed_batches import FailedBatches
 from megatron_most.training.metrics import MetricAccumulator, require_installed
 from megatron_most.training.microbatches import stage
 from megatron_most.training.muon import check_muon
 from megatron_most.training.prefetch import Prefetch
+from megatron_most.training.replicas import ReplicaCheck
 from megatron_most.training.run_directory import check_same_run, claim, device_name
 from megatron_most.training.step_hooks import Checkpoints, MetricsLog, Profile, StepHook, Validation
 from megatron_most.training.stop import StopRequest
-from megatron_most.training.train_step import StepResult, build_train_state, train_step
+from megatron_most.training.train_step import NonFiniteStep, StepResult, build_train_state, train_step
 
 
 class _Resumed(NamedTuple):
@@ -96,7 +99,10 @@ class Trainer:
             self._build(resumed)
             log = MetricsLog(self)
             profiles = [Profile(*config.logging.profile_steps)] if config.logging.profile_steps else []
-            self.hooks = [*profiles, log, Validation(log, validation_sets), *self._own_hooks, checkpoints]
+            self.failed_batches = FailedBatches(config, self.rows)
+            validation = Validation(log, validation_sets)
+            own = self._own_hooks
+            self.hooks = [*profiles, log, validation, self.failed_batches, *own, ReplicaCheck(checkpoints), checkpoints]
             self._train(log, checkpoints)
         dist.barrier()
         parallel.destroy()
@@ -132,8 +138,9 @@ class Trainer:
         dp_rank, dp_size = parallel.data_parallel_place()
         consumed = 0 if resumed is None else resumed.metadata.consumed_samples
         self.num_microbatches = config.num_microbatches(dp_size)
-        self.batches: Iterator[Batch] = together(
-            lambda: train_batches(config, dp_rank=dp_rank, dp_size=dp_size, consumed_samples=consumed)
+        self.rows: Rows = together(lambda: train_rows(config))
+        self.batches: Iterator[Batch] = train_batches(
+            config, dp_rank=dp_rank, dp_size=dp_size, consumed_samples=consumed, rows=self.rows
         )
         validation_sets: dict[str, list[Batch]] = {}
         if config.training.eval_interval:
@@ -161,7 +168,8 @@ class Trainer:
         metadata = resumed.metadata
         self.state = state = build_train_state(config, num_updates=metadata.num_updates)
         load_checkpoint(resumed.path, config, state.model_chunks, state.optimizer)
-        state.step, state.skipped_steps = metadata.step, metadata.skipped_steps
+        state.step = metadata.step
+        state.skipped_steps, state.nonfinite_steps = metadata.skipped_steps, metadata.nonfinite_steps
         state.consumed_samples, state.consumed_tokens = metadata.consumed_samples, metadata.consumed_tokens
         self.accumulator = MetricAccumulator(state.loss_table.names, config.model.moe)
         self.accumulator.load_state(metadata.pending)
@@ -202,14 +210,16 @@ class Trainer:
         # Reduced with the metrics: all ranks stop after the same step, and commit a checkpoint when all have written.
         votes = (float(bool(stop)), float(checkpoints.is_busy))
         is_logged = log.is_due(self.state.step + 1)
-        result = train_step(self.state, self._take(batches), votes, wants_part_grad_norms=is_logged)
+        try:
+            result = train_step(self.state, self._take(batches), votes, wants_part_grad_norms=is_logged)
+        except NonFiniteStep as error:
+            if error.own_losses is not None:
+                checkpoints.finish()  # every rank is here, and the earlier step that is being saved was good
+            self.failed_batches.end(self, error)
         requests, writing = result.votes
         self.is_stopping, self.is_any_writing = requests > 0, writing > 0
         if result.is_skipped:
-            self.say(
-                f"step {self.state.step}  skipped: the gradient norm, {result.grad_norm:.3f}, exceeds"
-                f" optimizer.grad_norm_skip_threshold, {self.config.optimizer.grad_norm_skip_threshold:g}"
-            )
+            self.say(f"step {self.state.step}  skipped: {result.skip_reason}")
         return result
 
     def _take(self, batches: Iterator[Batch]) -> list[Batch]:

@@ -27,8 +27,8 @@ def validate(
         chunk.eval()
     with torch.no_grad():
         for name, batches in datasets.items():
-            table = run_microbatches(wrapped, _fill_pipeline(batches, len(wrapped)), loss_table, forward_only=True)
-            means = mean_losses(loss_table.names, sum_over_ranks(table))
+            tables = run_microbatches(wrapped, _fill_pipeline(batches, len(wrapped)), loss_table, forward_only=True)
+            means = mean_losses(loss_table.names, sum_over_ranks(tables))
             losses |= {f"validation/{name}/{metric}": value for metric, value in means.items()}
     for chunk in wrapped:
         chunk.train()

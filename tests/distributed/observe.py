@@ -81,7 +81,7 @@ def observe(overrides: dict[str, Any], num_steps: int = 5, batches_of: BatchMake
                 "part_norms": part_grad_norms(config, state.wrapped, state.optimizer),
                 "gradients": _gradients(config, state.wrapped, state.model_chunks),
             }
-            first["grad_norm"] = update_weights(state)
+            first["grad_norm"], _ = update_weights(state)
         if step + 1 in (2, num_steps):
             weights[step + 1] = _copies(state.model_chunks)
     return Observation(**first, weights=weights)

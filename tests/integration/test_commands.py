@@ -126,6 +126,11 @@ WRONG = {
         ),
         (["--config", "{config}", "parallel.pipeline_model_parallel_size=2"], "but only 1 were started", 1),
         (["--config", "{config}"], "error: ", 1),
+        (["--replay", "{tmp}/absent.json"], "error: {tmp}/absent.json: no such file", 1),
+        (["--replay", "{config}"], "error: {config}: not readable as JSON: ", 1),
+        (["--replay", "f", "--dry-run"], "error: --replay=f: has no --dry-run", 1),
+        (["--replay", "f", "--config", "{config}"], "not allowed with argument", 2),
+        ([], "one of the arguments --config --replay is required", 2),
     ],
 }
 """For each command: arguments, what the last line of standard error must hold, and the exit status."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -51,8 +52,28 @@ class Row:
     hidden: np.ndarray | None = None
 
 
+@dataclass(frozen=True)
+class RowSources:
+    """Where the documents of a row come from.
+
+    row: number of the row in the sequence.
+    dataset: path prefix.
+    documents, offsets, lengths: of each document, its index in the dataset, its first position in the row, and its
+        number of positions; its last id is only a label.
+    """
+
+    row: int
+    dataset: str
+    task: str
+    documents: list[int]
+    offsets: list[int]
+    lengths: list[int]
+
+
 class Rows:
     """The sequence: ``rows[k]`` is a :class:`Row` of at most ``data.seq_length`` input positions, for any k >= 0.
+
+    Threads may share it.
 
     Args:
         weights: the share of tokens of each dataset, up to a common factor.
@@ -71,6 +92,7 @@ class Rows:
     ) -> None:
         self._seed = seed
         self._dropout = data.audio_frame_dropout
+        self._document_multiple = data.document_multiple
         self._streams = [_DatasetRows(dataset, index, data, seed) for index, dataset in enumerate(datasets)]
         tokens_per_row = np.array([stream.tokens_per_row for stream in self._streams])
         audio_shares = np.array([dataset.audio_share for dataset in datasets])
@@ -83,14 +105,25 @@ class Rows:
         return [stream.num_rows for stream in self._streams]
 
     def __getitem__(self, k: int) -> Row:
-        block, place = divmod(k, BLOCK)
-        index = int(self._block[place])
-        stream = self._streams[index]
-        indices = stream.row(block * int(self._per_block[index]) + int(self._rank_in_block[place]))
-        dataset = stream.dataset
+        dataset, indices = self._find(k)
         document = dataset.read(indices)
         hidden = self._hide_frames(document, dataset, k) if self._dropout else None
         return Row(TASKS.index(dataset.task), document, dataset.lengths[indices].astype(np.int64), hidden)
+
+    def sources(self, k: int) -> RowSources:
+        """Which documents ``rows[k]`` holds. Does not read them."""
+        dataset, indices = self._find(k)
+        lengths = dataset.lengths[indices].astype(np.int64)
+        ends = padded_length(lengths - 1, self._document_multiple).cumsum()
+        offsets = [0, *ends[:-1].tolist()]
+        return RowSources(k, dataset.prefix, dataset.task, indices.tolist(), offsets, lengths.tolist())
+
+    def _find(self, k: int) -> tuple[TokenDataset, np.ndarray]:
+        """The dataset of row k, and the indices of the row's documents."""
+        block, place = divmod(k, BLOCK)
+        index = int(self._block[place])
+        stream = self._streams[index]
+        return stream.dataset, stream.row(block * int(self._per_block[index]) + int(self._rank_in_block[place]))
 
     def _hide_frames(self, document: Document, dataset: TokenDataset, k: int) -> np.ndarray:
         """Hide whole steps of the audio that carries loss, drawn from the seed and k alone."""
@@ -102,6 +135,14 @@ class Rows:
                 steps = vocab.codec_layout.steps(end - start)
                 hidden[start:end] = (generator.random(steps[-1] + 1) < self._dropout)[steps]
         return hidden
+
+
+class _Shuffled(NamedTuple):
+    """An epoch of a dataset: its rows in order, and the document in each place of the packed rows."""
+
+    epoch: int
+    row_order: np.ndarray
+    document_in_slot: np.ndarray
 
 
 class _DatasetRows:
@@ -134,25 +175,25 @@ class _DatasetRows:
         self._slots_by_length = np.argsort(lengths[order], kind="stable")
         self.num_rows = len(self._row_starts) - 1
         self.tokens_per_row = num_tokens / self.num_rows
-        self._epoch = -1
-        self._row_order = self._document_in_slot = np.empty(0, dtype=np.int64)
+        empty = np.empty(0, dtype=np.int64)
+        self._shuffled = _Shuffled(-1, empty, empty)
 
     def row(self, ordinal: int) -> np.ndarray:
         """Indices of the documents in the dataset's row number ``ordinal``, counted over all epochs."""
         epoch, place = divmod(ordinal, self.num_rows)
-        if epoch != self._epoch:
-            self._shuffle(epoch)
-        row = self._row_order[place]
-        return self._document_in_slot[self._row_starts[row] : self._row_starts[row + 1]]
+        shuffled = self._shuffled  # one object, so that a thread in another epoch changes nothing here
+        if epoch != shuffled.epoch:
+            self._shuffled = shuffled = self._shuffle(epoch)
+        row = shuffled.row_order[place]
+        return shuffled.document_in_slot[self._row_starts[row] : self._row_starts[row + 1]]
 
-    def _shuffle(self, epoch: int) -> None:
+    def _shuffle(self, epoch: int) -> _Shuffled:
         generator = _stream(self._seed, _EPOCH, self._index, epoch)
         documents = generator.permutation(len(self._lengths))
         documents = documents[np.argsort(self._lengths[documents], kind="stable")]
-        self._document_in_slot = np.empty(len(documents), dtype=np.int64)
-        self._document_in_slot[self._slots_by_length] = documents
-        self._row_order = generator.permutation(self.num_rows)
-        self._epoch = epoch
+        document_in_slot = np.empty(len(documents), dtype=np.int64)
+        document_in_slot[self._slots_by_length] = documents
+        return _Shuffled(epoch, generator.permutation(self.num_rows), document_in_slot)
 
 
 def _stream(seed: int, purpose: int, *place: int) -> np.random.Generator:

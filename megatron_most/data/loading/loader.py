@@ -18,37 +18,47 @@ from megatron_most.errors import ConfigError, DataError
 from megatron_most.text import load_tokenizer
 
 
-def train_batches(config: RunConfig, *, dp_rank: int, dp_size: int, consumed_samples: int) -> Iterator[Batch]:
+def train_batches(
+    config: RunConfig, *, dp_rank: int, dp_size: int, consumed_samples: int, rows: Rows | None = None
+) -> Iterator[Batch]:
     """Endless micro-batches of one data-parallel rank, ``config.num_microbatches(dp_size)`` per step.
 
     A sample is a row. Each step takes the next ``global_batch_size`` rows after those consumed. Of these, micro-batch m
     on rank r takes ``micro_batch_size`` rows from ``(m * dp_size + r) * micro_batch_size`` on. So the rows of a step
     depend neither on ``dp_size`` nor on where a run was interrupted.
 
+    Args:
+        rows: those of :func:`train_rows`, which opens them otherwise.
+
     Raises:
         ConfigError: no training data is configured, or the batch size cannot be divided over ``dp_size`` ranks.
         DataError: a dataset is damaged, or does not fit the model or another dataset.
     """
-    data, training = config.data, config.training
-    if not data.train:
-        raise ConfigError("data.train=[]: must name at least one dataset")
-    datasets = open_datasets(config, data.train)
-    weights = np.array([entry.weight for entry in data.train])
-    if data.audio_share is not None:
-        weights = weights_for_audio_share(weights, [dataset.audio_share for dataset in datasets], data.audio_share)
-    rows = Rows(datasets, weights, data, config.seed)
-    num_microbatches, size = config.num_microbatches(dp_size), training.micro_batch_size
+    sequence = train_rows(config) if rows is None else rows
+    num_microbatches, size = config.num_microbatches(dp_size), config.training.micro_batch_size
 
     def stream() -> Iterator[Batch]:
         step_start = consumed_samples
         while True:
             for microbatch in range(num_microbatches):
                 first = step_start + (microbatch * dp_size + dp_rank) * size
-                taken = [rows[k] for k in range(first, first + size)]
-                yield make_batch(taken, config.vocab, data)
-            step_start += training.global_batch_size
+                taken = [sequence[k] for k in range(first, first + size)]
+                yield make_batch(taken, config.vocab, config.data)
+            step_start += config.training.global_batch_size
 
     return stream()
+
+
+def train_rows(config: RunConfig) -> Rows:
+    """The training rows of a run. Raises the errors of :func:`train_batches`."""
+    data = config.data
+    if not data.train:
+        raise ConfigError("data.train=[]: must name at least one dataset")
+    datasets = open_datasets(config, data.train)
+    weights = np.array([entry.weight for entry in data.train])
+    if data.audio_share is not None:
+        weights = weights_for_audio_share(weights, [dataset.audio_share for dataset in datasets], data.audio_share)
+    return Rows(datasets, weights, data, config.seed)
 
 
 def validation_batches(config: RunConfig, *, dp_rank: int, dp_size: int) -> dict[str, list[Batch]]:

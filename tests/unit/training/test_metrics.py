@@ -33,6 +33,16 @@ def test_means_divide_sums_over_steps_and_leave_out_what_had_no_target() -> None
     assert accumulator.means() == {}
 
 
+def test_a_step_that_is_not_finite_counts_only_its_tokens() -> None:
+    accumulator = MetricAccumulator(NAMES, MOE)
+    accumulator.add([[6.0, 2.0], [6.0, 2.0], [0.0, 0.0], [10.0, 1.0]])
+    accumulator.routing.add([layer(2, text=[1, 3, 0, 0], audio=[0, 0, 0, 4])])
+    accumulator.add([[float("nan"), 8.0], [4.0, 8.0], [0.0, 0.0], [20.0, 1.0]], is_finite=False)
+    assert accumulator.means() == {"loss": 3.0, "loss/text": 3.0}
+    assert accumulator.tokens == 30
+    assert accumulator.routing.layers() == []
+
+
 def test_state_survives_json_exactly() -> None:
     accumulator = MetricAccumulator(NAMES, MOE)
     accumulator.add([[0.1, 3.0], [1 / 3, 3.0], [0.0, 0.0], [7.0, 1.0]])
@@ -95,6 +105,11 @@ def test_console_line_says_what_people_ask_for() -> None:
     line = console_line(VALUES, 2000, ("text", "audio", "image"))
     for part in ("50/2000", "loss 2.0000", "text 1.0000", "audio 3.0000", "1.00e-03", "12,345 tok/s", "1h05m left"):
         assert part in line
+
+
+def test_console_line_of_skipped_steps() -> None:
+    values = {name: value for name, value in VALUES.items() if not name.startswith("loss") and name != "grad_norm"}
+    assert "loss - ()  grad -  lr" in console_line(values, 2000, ("text", "audio"))
 
 
 def test_writer_writes_lines_tensorboard_and_console(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -10,8 +10,15 @@ import torch
 from megatron_most import parallel
 from megatron_most.config import RunConfig
 from megatron_most.errors import MostError
+from megatron_most.moe import collect_routing
 from megatron_most.training.microbatches import forward_step
-from megatron_most.training.train_step import TrainState, build_train_state, compute_gradients, train_step
+from megatron_most.training.train_step import (
+    NonFiniteStep,
+    TrainState,
+    build_train_state,
+    compute_gradients,
+    train_step,
+)
 from tests.distributed.tiny import FP8, tiny_batch, tiny_config
 
 
@@ -112,9 +119,43 @@ def test_a_gradient_norm_that_is_not_finite_is_refused(monkeypatch: pytest.Monke
     assert state.step == 0
 
 
+HISTORIES = {**FP8, "precision__fp8_recipe": "delayed", "model__moe__moe_router_bias_update_rate": 1e-3}
+
+
+def set_final_norm(state: TrainState, value: float) -> None:
+    with torch.no_grad():
+        state.model_chunks[0].decoder.final_layernorm.weight.fill_(value)
+
+
+def test_a_step_that_is_not_finite_moves_nothing() -> None:
+    """Neither weights nor expert biases, FP8 histories and statistics."""
+    state = built(tiny_config(**HISTORIES, training__skip_nonfinite_steps=1))
+    set_final_norm(state, float("inf"))
+    before = weights(state)
+    result = train_step(state, [tiny_batch(state.config, seed=0)], wants_part_grad_norms=True)
+    assert result.skip_reason == "the loss is nan" and not result.is_finite and result.part_grad_norms == {}
+    assert torch.equal(before, weights(state))
+    layer = state.model_chunks[0].decoder.layers[1]
+    assert not layer.mlp.router.expert_bias.values.any() and not layer.mlp.router.expert_bias.step_pairs.any()
+    history = layer.self_attention.linear_proj.fp8.history
+    assert not history.past.any() and not history.current.any()
+    assert collect_routing(state.model_chunks, state.config.model) == []
+    assert (state.step, state.skipped_steps, state.consumed_samples) == (1, 1, 2)
+
+
+def test_a_finite_step_between_two_that_are_not_starts_the_count_again() -> None:
+    state = built(tiny_config(training__skip_nonfinite_steps=1))
+    batches = [tiny_batch(state.config, seed=0)]
+    for value in (float("inf"), 1.0, float("inf")):
+        set_final_norm(state, value)
+        train_step(state, batches)
+    assert (state.step, state.skipped_steps, state.nonfinite_steps) == (3, 2, 1)
+    with pytest.raises(NonFiniteStep, match="step 4: the loss is nan, after 1 such steps in a row were skipped"):
+        train_step(state, batches)
+
+
 def test_a_step_moves_expert_biases_and_fp8_histories() -> None:
-    options = {**FP8, "precision__fp8_recipe": "delayed", "model__moe__moe_router_bias_update_rate": 1e-3}
-    state = built(tiny_config(**options))
+    state = built(tiny_config(**HISTORIES))
     train_step(state, [tiny_batch(state.config, seed=0)])
     layer = state.model_chunks[0].decoder.layers[1]
     assert layer.mlp.router.expert_bias.values.abs().amax().item() == pytest.approx(1e-3)
