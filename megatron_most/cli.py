@@ -6,12 +6,19 @@ import argparse
 import math
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
 from megatron_most.errors import ConfigError, MostError, shown
 from megatron_most.extras import MissingExtra, is_optional
 from megatron_most.keys import LARGEST_INTEGER
+
+STOPPED = 75
+"""Exit status of training that was asked to stop and has saved: run the command again to go on (EX_TEMPFAIL)."""
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""Signals that ask training to finish its step, save, and end with that status."""
 
 _DEBUG_HELP = "show the traceback of errors"
 

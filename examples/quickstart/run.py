@@ -40,7 +40,7 @@ class Step:
 
     Args:
         continues: folder of unfinished work that the command resumes; None if it starts from the beginning.
-        training_steps: the step that training has to reach; training that is asked to stop exits earlier with status 0.
+        training_steps: the step that training has to reach; ranks that are asked to stop exit earlier with status 0.
     """
 
     name: str

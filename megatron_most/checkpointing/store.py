@@ -48,8 +48,8 @@ def load_checkpoint(
     """
     directory, metadata = _verified(path, config)
     on_rank_zero(lambda: _check_same_optimizer(directory, metadata, config))
-    theirs, mine = metadata.config["parallel"], vars(config.parallel)
-    same_layout = metadata.world_size == dist.get_world_size() and theirs == mine
+    theirs, mine = metadata.config["parallel"], config.parallel.sizes
+    same_layout = metadata.world_size == dist.get_world_size() and mine == {name: theirs.get(name) for name in mine}
     had_frozen_parts = any(entry["scale"] == 0 for entry in metadata.config["optimizer"]["lr_scales"])
     load_state(directory / STATE, model_chunks, optimizer, metadata.num_updates, same_layout, had_frozen_parts)
     return metadata

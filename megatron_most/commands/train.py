@@ -5,15 +5,19 @@
     most train --config FILE.yaml --dry-run --world-size 64 --no-check-files
     most train --replay RUN_DIR/failed_batches/step_00000100.json [key=value ...]
 
-Start it again with the same run_dir to continue from the newest checkpoint.
+Start it again with the same run_dir to continue from the newest checkpoint. Exit status: 0 when training is complete,
+75 when it was asked to stop and has saved, 1 on an error. Ranks of torchrun end with 0 instead of 75, so that it does
+not start them again; the scripts of `most launch` end with 75.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_most import cli
@@ -21,6 +25,9 @@ from megatron_most.errors import ConfigError, MostError
 
 if TYPE_CHECKING:
     from megatron_most.config import RunConfig
+
+STOPPED_FILE = "MOST_STOPPED_FILE"
+"""Environment variable with the name of a file that ranks create when they leave stopped and saved."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -76,7 +83,19 @@ def train(arguments: argparse.Namespace) -> None:
     # After the checks: Megatron takes seconds to import.
     from megatron_most.training import Trainer
 
-    Trainer(config).run()
+    record = os.environ.get(STOPPED_FILE)
+    if record is not None:
+        Path(record).unlink(missing_ok=True)  # of ranks that torchrun has started again
+    if not Trainer(config).run():
+        _leave_stopped(record)
+
+
+def _leave_stopped(record: str | None) -> None:
+    """End training that has saved before its last step, so that whoever started it knows."""
+    if record is not None:
+        Path(record).touch()
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        sys.exit(cli.STOPPED)
 
 
 def describe(arguments: argparse.Namespace) -> None:

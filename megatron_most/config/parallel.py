@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 from megatron_most.config.rules import require, require_positive
 from megatron_most.errors import ConfigError
 from megatron_most.keys import key
+
+_LONGEST_TIMEOUT = 7 * 24 * 60
 
 
 @dataclass
@@ -33,6 +36,12 @@ class ParallelConfig:
         "tensor-parallel ranks of a routed expert; null for `tensor_model_parallel_size`",
         "--expert-tensor-parallel-size",
     )
+    distributed_timeout_minutes: float = key(
+        10.0,
+        "minutes that a rank waits for others, in NCCL and gloo alike, or for its own data, before the run ends with an"
+        " error; after half of them it says where every rank is",
+        "--distributed-timeout-minutes",
+    )
 
     def __post_init__(self) -> None:
         sizes = (
@@ -42,6 +51,12 @@ class ParallelConfig:
             "expert_model_parallel_size",
         )
         require_positive("parallel", self, sizes)
+        require(
+            0 < self.distributed_timeout_minutes <= _LONGEST_TIMEOUT,
+            "parallel.distributed_timeout_minutes",
+            self.distributed_timeout_minutes,
+            f"must be greater than 0, and at most {_LONGEST_TIMEOUT} (a week)",
+        )
         if self.expert_tensor_parallel_size is not None:
             require_positive("parallel", self, ("expert_tensor_parallel_size",))
         if self.virtual_pipeline_model_parallel_size is not None:
@@ -57,6 +72,16 @@ class ParallelConfig:
                 self.virtual_pipeline_model_parallel_size,
                 "needs pipeline_model_parallel_size of at least 2",
             )
+
+    @property
+    def sizes(self) -> dict[str, int | None]:
+        """What makes two layouts the same: all fields but the timeout."""
+        return {name: value for name, value in vars(self).items() if name != "distributed_timeout_minutes"}
+
+    @property
+    def timeout(self) -> timedelta:
+        """How long a rank waits for others."""
+        return timedelta(minutes=self.distributed_timeout_minutes)
 
     @property
     def model_parallel_size(self) -> int:

@@ -85,7 +85,8 @@ def _native(path: Path, checksums: bool) -> Facts:
     optimizer = sum(size_of(form) for key, form in forms.items() if key.startswith("optimizer."))
     groups = ExpertGroups.from_config(moe)
     pools = ", ".join(f"{name} {_short(experts)}" for name, experts in groups.pools.items())
-    layout = {name: value for name, value in metadata.config["parallel"].items() if value not in (1, None)}
+    sizes = {name: metadata.config["parallel"].get(name) for name in config.parallel.sizes}
+    layout = {name: value for name, value in sizes.items() if value not in (1, None)}
     record = read_json(path / RECORD, CheckpointError) if (path / RECORD).is_file() else None
     origin = f"{record['source']['architecture']}, {record['experts']}" if record else "training"
     types = sorted({str(forms[key].dtype).removeprefix("torch.") for key in shapes})

@@ -43,7 +43,7 @@ def initialize(layout: ParallelConfig, seed: int) -> None:
             torch.cuda.set_device(device)  # Megatron allocates on the current device
         # No device_id: with it, every group creates its communicator at once, even if unused, and a process with a few
         # megabytes of tensors took 8.8 GiB of an H100.
-        dist.init_process_group(platform.backend())
+        dist.init_process_group(platform.backend(), timeout=layout.timeout)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -53,6 +53,7 @@ def initialize(layout: ParallelConfig, seed: int) -> None:
         context_parallel_size=layout.context_parallel_size,
         expert_model_parallel_size=layout.expert_model_parallel_size,
         expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
+        distributed_timeout_minutes=layout.distributed_timeout_minutes,
     )
     _seed_everything(seed)
 

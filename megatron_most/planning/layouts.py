@@ -34,7 +34,7 @@ class Layout:
 
     def overrides(self, config: RunConfig) -> list[str]:
         """The overrides that give ``config`` this layout; none if it has it."""
-        wanted = {"parallel": dataclasses.asdict(self.parallel), "training": {"recompute": self.recompute}}
+        wanted = {"parallel": self.parallel.sizes, "training": {"recompute": self.recompute}}
         return [
             f"{section}.{name}={'null' if value is None else value}"
             for section, values in wanted.items()
@@ -96,7 +96,15 @@ def _candidates(config: RunConfig, world_size: int) -> Iterator[RunConfig]:
                     try:
                         candidate = dataclasses.replace(
                             config,
-                            parallel=ParallelConfig(tensor, pipeline, virtual, context, expert, expert_tensor),
+                            parallel=dataclasses.replace(
+                                config.parallel,
+                                tensor_model_parallel_size=tensor,
+                                pipeline_model_parallel_size=pipeline,
+                                virtual_pipeline_model_parallel_size=virtual,
+                                context_parallel_size=context,
+                                expert_model_parallel_size=expert,
+                                expert_tensor_parallel_size=expert_tensor,
+                            ),
                             training=dataclasses.replace(config.training, recompute=recompute),
                         )
                         candidate.num_microbatches(candidate.parallel.data_parallel_size(world_size))

@@ -12,7 +12,7 @@ import submitit
 from megatron_most.config import CONFIG, dump_config
 from megatron_most.errors import ConfigError, first_line
 from megatron_most.files import read_json, write_json, write_text
-from megatron_most.sweep.job import FAILURE, LOG, RESULT, Job, Programs, last_error, lock
+from megatron_most.sweep.job import FAILURE, LOG, RESULT, STOPPED, Job, Programs, last_error, lock
 from megatron_most.sweep.plan import PlannedRun
 from megatron_most.sweep.spec import Sweep
 
@@ -21,7 +21,10 @@ _POLL_SECONDS = 0.5
 
 
 def state(run: PlannedRun) -> str:
-    """``finished``, ``running`` (a process locks the run directory), ``failed``, ``interrupted`` or ``to do``."""
+    """``finished``, ``running``, ``stopped``, ``failed``, ``interrupted`` or ``to do``.
+
+    A process locks the directory of a running run. A stopped one was asked to stop, and has saved.
+    """
     directory = run.directory
     if not (directory / CONFIG).is_file():
         return "to do"
@@ -30,8 +33,9 @@ def state(run: PlannedRun) -> str:
     with lock(directory) as held:
         if held is None:
             return "running"
-    if (directory / FAILURE).is_file():
-        return "failed"
+    for file, name in ((STOPPED, "stopped"), (FAILURE, "failed")):
+        if (directory / file).is_file():
+            return name
     return "interrupted" if (directory / LOG).is_file() else "to do"
 
 
@@ -45,7 +49,7 @@ def start(
 ) -> None:
     """Run what is not finished. ``local`` returns when all runs have ended, ``slurm`` when all are submitted.
 
-    Failed and interrupted runs are retried; their training resumes from the newest checkpoint.
+    Stopped, failed and interrupted runs are retried; their training resumes from the newest checkpoint.
 
     Raises:
         ConfigError: data or checkpoints are missing, there is no SLURM, or the sweep was started before and ``resume``
@@ -143,6 +147,9 @@ def _run_here(sweep: Sweep, todo: list[PlannedRun], programs: Programs, report: 
                 if state(run) == "running" or (job is not None and not job.done()):
                     continue
                 active.remove((run, job))
+                if job is None and state(run) in ("stopped", "interrupted"):
+                    todo.insert(0, run)  # it ended with the sweep that had started it
+                    continue
                 done += 1
                 report(f"[{done}/{number}] {run.name}: {_end(run)}")
     except KeyboardInterrupt:
@@ -157,6 +164,8 @@ def _end(run: PlannedRun) -> str:
     if (run.directory / RESULT).is_file():
         seconds = read_json(run.directory / RESULT)["seconds"]
         return f"finished in {seconds:.0f} s"
+    if (run.directory / STOPPED).is_file():
+        return "stopped and saved; use --resume to continue"
     failure = run.directory / FAILURE
     if not failure.is_file():
         error = f"its job was killed or ran out of time; its last output: {last_error(run.directory / LOG)}"

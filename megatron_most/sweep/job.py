@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from megatron_most import cli
 from megatron_most.cli import launcher_integer
 from megatron_most.config import CONFIG, load_config
 from megatron_most.errors import DataError, MostError
@@ -22,6 +23,7 @@ from megatron_most.sweep.spec import EvaluationConfig, ResourcesConfig
 
 RESULT = "sweep_result.json"
 FAILURE = "sweep_failure.json"
+STOPPED = "sweep_stopped.json"
 LOG = "sweep.log"
 _LOCK = ".sweep.lock"
 _PORT = 20000
@@ -47,7 +49,9 @@ class Programs:
 
 @dataclass
 class Job:
-    """Train, evaluate, and write a result or a failure to the run directory. A second call does nothing.
+    """Train, evaluate, and write to the run directory how it ended. A call after a result does nothing.
+
+    That is a result, a failure, or, when training was asked to stop and has saved, a note that it can go on.
 
     Args:
         directory: the run directory, with the resolved configuration.
@@ -82,9 +86,14 @@ class Job:
 
     def _run(self, directory: Path, held: int) -> None:
         log, failure = directory / LOG, directory / FAILURE
+        (directory / STOPPED).unlink(missing_ok=True)
         attempts = _attempts(failure) + 1
         start = time.time()
-        error = _ended("training", self._train(directory, log, (held,)), log) or self._unfinished(directory)
+        status = self._train(directory, log, (held,))
+        if status == cli.STOPPED:
+            write_json(directory / STOPPED, {"identity": self.identity})
+            return
+        error = _ended("training", status, log) or self._unfinished(directory)
         for one in self.evaluation:
             if error:
                 break
@@ -107,7 +116,7 @@ class Job:
         return _call([*program, "--config", str(directory / CONFIG)], log, environment, descriptors)
 
     def _unfinished(self, directory: Path) -> str:
-        """Why training that exited with status 0 is not finished (it does so too if asked to stop); empty if it is."""
+        """Why training that exited with status 0 is not complete; empty if it is."""
         from megatron_most.checkpointing import read_metadata  # its import takes seconds
 
         steps = load_config(directory / CONFIG).training.train_iters
@@ -115,9 +124,7 @@ class Job:
             reached = read_metadata(directory).step
         except MostError as error:
             return f"training left no checkpoint: {error}"
-        if reached < steps:
-            return f"training was stopped after step {reached} of {steps}; use --resume to continue"
-        return ""
+        return "" if reached >= steps else f"training ended with status 0 after step {reached} of {steps}"
 
     def _evaluate(self, one: EvaluationConfig, directory: Path, log: Path, descriptors: tuple[int, ...]) -> int:
         output = directory / "evaluation" / f"{one.name}.json"
@@ -136,7 +143,7 @@ _process: subprocess.Popen | None = None
 def _call(command: list[str], log: Path, environment: dict[str, str], descriptors: tuple[int, ...]) -> int:
     """Run a command and return its status. It inherits ``descriptors``, and with them the lock."""
     global _process
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # torchrun is beside python
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # launchers start python
     # submitit sets variables that torchrun would take for its own.
     inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     with open(log, "a", encoding="utf-8") as output:

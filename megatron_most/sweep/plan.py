@@ -95,6 +95,7 @@ def _planned(sweep: Sweep, variant: Variant, seed: int, config: RunConfig, world
     files = [*datasets, *(file for file in (config.tokenizer, config.checkpoint.load) if file)]
     # Old names of keys, so that runs of earlier versions are found.
     content = {key: value for key, value in with_old_names(asdict(config)).items() if key not in _NO_MATTER}
+    content["parallel"].pop("distributed_timeout_minutes")  # changes nothing that is trained
     content["provenance"] = {path: _digest(Path(path)) for path in datasets}
     # Earlier versions wrote whisper-english where no normalizer was named; their runs must be found.
     content["evaluation"] = [

@@ -24,7 +24,7 @@ from megatron_most.training.failed_batches import describe_rows, gather_losses
 from megatron_most.training.metrics import mean_losses
 from megatron_most.training.microbatches import stage, sum_over_ranks
 from megatron_most.training.muon import check_muon
-from megatron_most.training.parts import part_grad_norms
+from megatron_most.training.part_norms import part_grad_norms
 from megatron_most.training.train_step import TrainState, build_train_state, compute_gradients
 
 _MAX_DOCUMENTS = 8
@@ -149,7 +149,7 @@ def _describe_losses(batch: FailedBatch, losses: list[float | None]) -> list[str
 
 def _describe_step(state: TrainState, sums: list[list[float]]) -> list[str]:
     """A line for each loss of the batch and each gradient norm. Collective."""
-    norms = part_grad_norms(state.config, state.optimizer)
+    norms = part_grad_norms(state.config, state.wrapped, state.optimizer)
     total = math.sqrt(math.fsum(norm**2 for norm in norms.values()))
     losses = mean_losses(state.loss_table.names, sums)
     named = {**losses, "grad_norm": total, **{f"grad_norm/{part}": norm for part, norm in norms.items()}}

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 class StepHook:
     """Base class of hooks. Every rank calls them, in the order of the trainer's list; override what you need."""
 
+    is_long = False
+    """Whether it may take minutes: the watchdog is more patient with it."""
+
     def before_step(self, trainer: Trainer) -> None:
         """Called before a step reads its batches. ``trainer.state.step`` is the number of steps taken."""
 
@@ -122,6 +125,8 @@ class Validation(StepHook):
         datasets: this rank's batches of each dataset, on its device.
     """
 
+    is_long = True
+
     def __init__(self, log: MetricsLog, datasets: dict[str, list[Batch]]) -> None:
         self._log, self._datasets = log, datasets
 
@@ -140,6 +145,8 @@ class Checkpoints(StepHook):
     Args:
         tokenizer, codec, datasets: fingerprints to store in the checkpoints.
     """
+
+    is_long = True
 
     def __init__(self, tokenizer: Fingerprint | None, codec: Fingerprint | None, datasets: list[Fingerprint]) -> None:
         self._tokenizer, self._codec, self._datasets = tokenizer, codec, datasets

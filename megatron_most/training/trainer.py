@@ -39,6 +39,7 @@ from megatron_most.training.run_directory import check_same_run, claim, device_n
 from megatron_most.training.step_hooks import Checkpoints, MetricsLog, Profile, StepHook, Validation
 from megatron_most.training.stop import StopRequest
 from megatron_most.training.train_step import NonFiniteStep, StepResult, build_train_state, train_step
+from megatron_most.training.watchdog import STACKS, WAITING_FOR_DATA, Watchdog, gathered_places
 
 
 class _Resumed(NamedTuple):
@@ -65,14 +66,19 @@ class Trainer:
         self.is_any_writing = False
         """Whether any rank was writing a checkpoint in the background when the sums of the last step were reduced."""
         self._own_hooks = hooks
+        self._step_in_work = 0
+        self._has_stepped = False
 
     @property
     def ends(self) -> bool:
         """Whether the step taken last is the last of this process."""
         return self.is_stopping or self.state.step == self.config.training.train_iters
 
-    def run(self) -> None:
+    def run(self) -> bool:
         """Train to ``training.train_iters`` or until the process is asked to stop, and save the last step.
+
+        Returns:
+            Whether the training is complete; False if it was asked to stop, and has saved.
 
         Raises:
             MostError: a user error, raised on one rank. The others exit with status 1.
@@ -80,7 +86,18 @@ class Trainer:
         config = self.config
         platform.install()
         platform.set_threads(config.training.threads_per_rank)
-        parallel.initialize(config.parallel, config.seed)
+        with StopRequest() as stop:
+            parallel.initialize(config.parallel, config.seed)
+            places = gathered_places()
+            with Watchdog(dist.get_rank(), places, self.run_dir, config.parallel.timeout) as self.watchdog:
+                self._run(stop)
+                self._enter("waiting for the other ranks to end")
+                dist.barrier()
+        parallel.destroy()
+        return not self.is_stopping or self.state.step == config.training.train_iters
+
+    def _run(self, stop: StopRequest) -> None:
+        config = self.config
         self.device = platform.device()
         together(lambda: check_libraries(config))
         together(lambda: check_muon(config))
@@ -91,11 +108,13 @@ class Trainer:
         else:
             # Find errors in what the run reads before writing anything.
             on_rank_zero(lambda: require_installed(config.logging))
+            self._enter("opening the data", is_long=True)
             checkpoints, validation_sets = self._open_data(resumed)
             load = config.checkpoint.load
             if resumed is None and load is not None:
                 on_rank_zero(lambda: find_checkpoint(load, config))
             on_rank_zero(self._claim_run_directory)
+            self._enter("building the model", is_long=True)
             self._build(resumed)
             log = MetricsLog(self)
             profiles = [Profile(*config.logging.profile_steps)] if config.logging.profile_steps else []
@@ -103,9 +122,7 @@ class Trainer:
             validation = Validation(log, validation_sets)
             own = self._own_hooks
             self.hooks = [*profiles, log, validation, self.failed_batches, *own, ReplicaCheck(checkpoints), checkpoints]
-            self._train(log, checkpoints)
-        dist.barrier()
-        parallel.destroy()
+            self._train(log, checkpoints, stop)
 
     def say(self, line: str) -> None:
         """Print a line on rank 0."""
@@ -175,27 +192,32 @@ class Trainer:
         self.accumulator.load_state(metadata.pending)
         self.say(f"resuming from {resumed.path}")
 
+    def _enter(self, phase: str, is_long: bool = False) -> None:
+        self.watchdog.enter(self._step_in_work, phase, is_long)
+
     def _stage(self, batch: Batch) -> Batch:
         return stage(batch, self.device)
 
-    def _train(self, log: MetricsLog, checkpoints: Checkpoints) -> None:
+    def _train(self, log: MetricsLog, checkpoints: Checkpoints, stop: StopRequest) -> None:
+        timeout = self.config.parallel.timeout.total_seconds()
         try:
             # Prepares the batches of the next step while this one runs.
-            prefetch = Prefetch(self.batches, self._stage, depth=self.num_microbatches)
-            with StopRequest() as stop, prefetch as batches:
-                while True:
+            with Prefetch(self.batches, self._stage, self.num_microbatches, timeout) as batches:
+                while not self.ends:
+                    self._step_in_work = self.state.step + 1
                     for hook in self.hooks:
+                        self._enter(f"before the step: {type(hook).__name__}")
                         hook.before_step(self)
                     result = self._step(batches, log, checkpoints, stop)
                     for hook in self.hooks:
+                        self._enter(f"after the step: {type(hook).__name__}", hook.is_long)
                         hook.after_step(self, result)
-                    if self.ends:
-                        break
         except BaseException:
             for hook in self.hooks:
                 hook.abandon()
             raise
         for hook in self.hooks:
+            self._enter(f"end of the run: {type(hook).__name__}", hook.is_long)
             hook.close()
         steps = self.config.training.train_iters
         if self.state.step < steps:
@@ -210,12 +232,15 @@ class Trainer:
         # Reduced with the metrics: all ranks stop after the same step, and commit a checkpoint when all have written.
         votes = (float(bool(stop)), float(checkpoints.is_busy))
         is_logged = log.is_due(self.state.step + 1)
+        taken = self._take(batches)
+        self._enter("forward, backward and update", is_long=not self._has_stepped)  # kernels are compiled in the first
         try:
-            result = train_step(self.state, self._take(batches), votes, wants_part_grad_norms=is_logged)
+            result = train_step(self.state, taken, votes, wants_part_grad_norms=is_logged)
         except NonFiniteStep as error:
             if error.own_losses is not None:
                 checkpoints.finish()  # every rank is here, and the earlier step that is being saved was good
             self.failed_batches.end(self, error)
+        self._has_stepped = True
         requests, writing = result.votes
         self.is_stopping, self.is_any_writing = requests > 0, writing > 0
         if result.is_skipped:
@@ -224,7 +249,14 @@ class Trainer:
 
     def _take(self, batches: Iterator[Batch]) -> list[Batch]:
         """The micro-batches of this step. All ranks that read a broken row exit; one of them reports it."""
+        self._enter(WAITING_FOR_DATA)
         try:
             return [next(batches) for _ in range(self.num_microbatches)]
         except DataError as error:
             fail(error if parallel.is_first_of_replica() else None)
+        except TimeoutError:
+            minutes = self.config.parallel.distributed_timeout_minutes
+            raise DataError(
+                f"{self.watchdog.where()}: no batch within parallel.distributed_timeout_minutes={minutes:g}; stacks of"
+                f" the loader: {self.run_dir / STACKS}"
+            ) from None

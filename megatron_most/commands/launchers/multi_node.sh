@@ -14,6 +14,9 @@
 #
 # A node that is lost: the ranks of the others end, wait for a node in its place (the same command), and all go on from
 # the newest checkpoint.
+#
+# Exit status: 0 when training is complete, 75 when it was asked to stop (SIGTERM, SIGINT, SIGHUP, SIGUSR1 on any node) and
+# has saved: the same command on every node goes on.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 # shellcheck source-path=SCRIPTDIR disable=SC1091
@@ -29,4 +32,4 @@ export PET_NPROC_PER_NODE="${PET_NPROC_PER_NODE:-auto}"
 export PET_MAX_RESTARTS="${PET_MAX_RESTARTS:-3}"
 export PET_LOG_DIR="${PET_LOG_DIR:-logs/$(hostname -s)}"
 export PET_TEE="${PET_TEE:-3}" PET_LOCAL_RANKS_FILTER="${PET_LOCAL_RANKS_FILTER:-0}"
-exec torchrun -m megatron_most.commands.train "$@"
+exec python -m megatron_most.commands.torchrun -m megatron_most.commands.train "$@"

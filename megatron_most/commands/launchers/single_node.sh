@@ -5,6 +5,9 @@
 #
 # PET_NPROC_PER_NODE: ranks (default: one for each GPU, else each core). PET_MAX_RESTARTS: how often ranks that died are
 # started again, from the newest checkpoint (default 3).
+#
+# Exit status: 0 when training is complete, 75 when it was asked to stop (SIGTERM, SIGINT, SIGHUP, SIGUSR1) and has saved:
+# the same command goes on.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 # shellcheck source-path=SCRIPTDIR disable=SC1091
@@ -12,4 +15,4 @@ source "$here/environment.sh"
 
 export PET_NPROC_PER_NODE="${PET_NPROC_PER_NODE:-auto}"
 export PET_MAX_RESTARTS="${PET_MAX_RESTARTS:-3}"
-exec torchrun --standalone -m megatron_most.commands.train "$@"
+exec python -m megatron_most.commands.torchrun --standalone -m megatron_most.commands.train "$@"
