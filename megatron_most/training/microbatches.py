@@ -30,25 +30,26 @@ def forward_step(
     Returns:
         The stage's output, and a function that turns the output of the last stage into losses.
     """
-    batch = next(batches)
-    packed = packed_seq_params(batch) if batch.packed_row is None else batch.packed_row
-    context_size = parallel_state.get_context_parallel_world_size()
-    if context_size > 1:
-        rank = parallel_state.get_context_parallel_rank()
-        if batch.cu_seqlens is None:
-            positions = zigzag_positions(batch.ids.shape[1], rank, context_size)
-        else:
-            positions = zigzag_positions_packed(batch.cu_seqlens, rank, context_size)
-        batch = batch.take_positions(positions)
+    batch = context_share(next(batches))
     output = model(
         batch.ids,
         batch.modality,
         batch.is_padding,
         codes=batch.codes,
         targets=batch.targets() if get_attr_wrapped_model(model, "post_process") else None,
-        packed_seq_params=packed,
+        packed_seq_params=packed_seq_params(batch) if batch.packed_row is None else batch.packed_row,
     )
     return output, functools.partial(loss_table, batch)
+
+
+def context_share(batch: Batch) -> Batch:
+    """The positions that this context-parallel rank holds; the batch itself if it is a share already."""
+    size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    if size == 1 or batch.positions is not None:
+        return batch
+    if batch.cu_seqlens is None:
+        return batch.take_positions(zigzag_positions(batch.ids.shape[1], rank, size))
+    return batch.take_positions(zigzag_positions_packed(batch.cu_seqlens, rank, size))
 
 
 def packed_seq_params(batch: Batch) -> PackedRow | None:
@@ -64,10 +65,10 @@ def packed_seq_params(batch: Batch) -> PackedRow | None:
 
 
 def stage(batch: Batch, device: torch.device) -> Batch:
-    """The batch on ``device``, with its packed row. Thread-safe."""
+    """This rank's share of the batch, on ``device`` and with its packed row. Thread-safe."""
     if device.type == "cuda":
         torch.cuda.set_device(device)  # the current device is a setting of the thread
-    batch = batch.to(device)
+    batch = context_share(batch).to(device)
     return dataclasses.replace(batch, packed_row=packed_seq_params(batch))
 
 
@@ -82,12 +83,13 @@ def run_microbatches(
     """
     iterators = [iter(batches) for _ in model_chunks]
     single = len(model_chunks) == 1
+    share = 1 if batches[0].positions is None else parallel_state.get_context_parallel_world_size()
     tables = get_forward_backward_func()(
         forward_step_func=functools.partial(forward_step, loss_table),
         data_iterator=iterators[0] if single else iterators,
         model=model_chunks[0] if single else model_chunks,
         num_microbatches=len(batches),
-        seq_length=batches[0].ids.shape[1],
+        seq_length=batches[0].ids.shape[1] * share,  # of the whole row
         micro_batch_size=batches[0].ids.shape[0],
         forward_only=forward_only,
     )

@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_most import parallel
 from megatron_most.config import RunConfig
 from megatron_most.data.loading.batch import Batch
+from megatron_most.training.microbatches import context_share, stage
+from megatron_most.training.train_step import build_train_state, compute_gradients
 from megatron_most.vocab import NO_CODE
 from tests.distributed.harness import run_ranks
 from tests.distributed.observe import BatchMaker, Observation, assert_same, observe
-from tests.distributed.tiny import tiny_batch
+from tests.distributed.shards import fill_weights
+from tests.distributed.tiny import tiny_batch, tiny_config
 from tests.integration.tiny_run import metric_lines, run_config, train
 
 pytestmark = pytest.mark.invariance
@@ -116,6 +120,69 @@ def test_packed_rows_equal_one_process_in_more_layouts(layout):
 def test_one_document_in_a_packed_row_equals_the_row():
     [expected] = run_ranks(1, observe_both, ROWS | UNSHARDED, whole_rows)
     assert_all_same(run_ranks(2, observe_both, PACKED | {CP: 2}, whole_rows), expected)
+
+
+@dataclasses.dataclass
+class HeadsUse:
+    """Of a step on this rank: rows that went through the text head, and positions and targets that it holds."""
+
+    rows: list[int]
+    positions: list[int]
+    targets: list[int]
+    table: torch.Tensor
+    gradients: torch.Tensor
+
+
+def few_targets(config: RunConfig) -> list[Batch]:
+    """Rows whose targets are in the first positions of documents: only the first context-parallel rank holds any."""
+    batches = packed_rows(config, 0)
+    for batch in batches:
+        starts, lengths = batch.cu_seqlens[:-1].long(), batch.cu_seqlens.diff()
+        place = torch.arange(LENGTH) - starts.repeat_interleave(lengths)
+        batch.loss_mask *= place < MULTIPLE // 4
+        batch.code_labels[batch.loss_mask == 0] = NO_CODE
+    return [dataclasses.replace(batch) for batch in batches]
+
+
+def use_of_heads(overrides: dict[str, Any], is_staged: bool, is_everywhere: bool) -> HeadsUse:
+    """Gradients of batches that are cut by the loader's thread or by the step; heads at targets or at all positions."""
+    config = tiny_config(**overrides)
+    parallel.initialize(config.parallel, seed=1)
+    state = build_train_state(config, fill_weights)
+    rows: list[int] = []
+    state.model_chunks[0].output_layer.register_forward_pre_hook(lambda head, args: rows.append(len(args[0])))
+    batches = few_targets(config)
+    shares = [context_share(batch) for batch in batches]
+    targets = Batch.targets
+    if is_everywhere:
+        ones = torch.ones(1, LENGTH // torch.distributed.get_world_size())
+        Batch.targets = lambda batch: targets(dataclasses.replace(batch, loss_mask=ones))
+    table = compute_gradients(state, [stage(batch, torch.device("cpu")) for batch in batches] if is_staged else batches)
+    gradients = torch.cat([parameter.main_grad.flatten() for parameter in state.model_chunks[0].parameters()])
+    return HeadsUse(
+        rows,
+        [share.ids.shape[1] for share in shares],
+        [int(share.loss_mask.sum()) for share in shares],
+        table,
+        gradients,
+    )
+
+
+def test_heads_run_on_the_targets_that_a_rank_holds():
+    overrides = PACKED | UNSHARDED | ATTENTION["mla"] | {CP: 2}
+    everywhere = run_ranks(2, use_of_heads, overrides, False, True)
+    cut_by_step = run_ranks(2, use_of_heads, overrides, False, False)
+    staged = run_ranks(2, use_of_heads, overrides, True, False)
+    first, second = staged
+    assert first.rows == first.targets and 0 < sum(first.rows) < sum(first.positions) / 2
+    assert second.rows == second.targets and not any(second.rows)
+    for whole, cut, use in zip(everywhere, cut_by_step, staged, strict=True):
+        assert whole.rows == whole.positions and cut.rows == use.rows
+        assert torch.equal(use.table, cut.table) and torch.equal(use.gradients, cut.gradients)
+        # A product of fewer rows may add in another order.
+        torch.testing.assert_close(use.table, whole.table, rtol=1e-6, atol=0)
+        unit = whole.gradients.abs().max().item()
+        torch.testing.assert_close(use.gradients, whole.gradients, rtol=0, atol=1e-6 * unit)
 
 
 def test_a_run_on_packed_data_logs_what_one_process_logs(tmp_path):

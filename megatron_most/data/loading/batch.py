@@ -54,6 +54,7 @@ class Batch:
         those of the whole row, even if the batch holds only some of its positions. None without packing.
     predicts: ``[b, s]`` uint8 on the host: 0 without a target, 1 for an id, 2 for an id with codes. Computed from
         ``loss_mask`` and ``code_labels``.
+    positions: ``[s]`` int64 on the host, the positions of the whole row that the batch holds; None if it holds all.
     packed_row: what the model derives from ``cu_seqlens`` for all its layers; None until it is computed.
     """
 
@@ -67,6 +68,7 @@ class Batch:
     code_labels: torch.Tensor | None = None
     cu_seqlens: torch.Tensor | None = None
     predicts: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
     packed_row: object | None = None
 
     def __post_init__(self) -> None:
@@ -79,26 +81,26 @@ class Batch:
             self.predicts = predicts.cpu()
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on ``device``, except ``predicts`` and ``cu_seqlens``, which the host reads."""
+        """The batch on ``device``, except ``predicts``, ``cu_seqlens`` and ``positions``, which the host reads."""
         device = torch.device(device)
         moved = {name: to_device(value, device) for name, value in self._by_position() if name != "predicts"}
         return dataclasses.replace(self, **moved)
 
     def take_positions(self, positions: torch.Tensor) -> Batch:
-        """The batch at ``positions [k]`` (on the host) of s: the share of a context-parallel rank."""
+        """The batch at ``positions [k]`` (on the host) of the whole row: the share of a context-parallel rank."""
+        assert self.positions is None, "the batch is a share already"
         on_device = to_device(positions, self.ids.device)
         taken = {
             name: tensor.index_select(1, positions if name == "predicts" else on_device)
             for name, tensor in self._by_position()
         }
-        return dataclasses.replace(self, **taken)
+        return dataclasses.replace(self, positions=positions, **taken)
 
     def _by_position(self) -> list[tuple[str, torch.Tensor]]:
         """Name and tensor of every field that has a value per position."""
         values = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
-        return [
-            (name, value) for name, value in values if name not in ("cu_seqlens", "packed_row") and value is not None
-        ]
+        others = ("cu_seqlens", "positions", "packed_row")
+        return [(name, value) for name, value in values if name not in others and value is not None]
 
     def targets(self) -> Targets:
         """The targets. Their positions are found on the host, so that it never waits for the device."""
