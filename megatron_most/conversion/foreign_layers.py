@@ -96,7 +96,7 @@ class ForeignLayers:
         """``[b, s, h]``."""
         return rows_of(self._tokens, self._foreign.vocab_size, lambda start, rows: self._rows(EMBEDDING, start, rows))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self, layer: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states ``[b, s, h]`` after a layer, and the final norm of them."""
         model = self._model_of(layer)
@@ -107,6 +107,8 @@ class ForeignLayers:
         [module] = model.model.layers
         module.register_forward_hook(lambda module, inputs, output: after.append(_first(output)))
         normed = model.model(self._tokens, use_cache=False).last_hidden_state
+        for parameter in model.parameters():
+            parameter.data = torch.empty(0)  # free it now: modules may be parts of cycles, which are collected later
         return after[0], normed
 
     def head(self, start: int, rows: int) -> torch.Tensor:

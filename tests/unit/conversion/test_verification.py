@@ -19,7 +19,7 @@ from megatron_most.conversion import ImportOptions, export_model, import_model
 from megatron_most.conversion.architectures import read_foreign
 from megatron_most.conversion.comparison import Comparison
 from megatron_most.conversion.export_plan import stored_config
-from megatron_most.conversion.foreign_layers import rows_of
+from megatron_most.conversion.foreign_layers import ForeignLayers, rows_of
 from megatron_most.conversion.hugging_face import HuggingFaceModel
 from megatron_most.conversion.import_plan import ImportPlan
 from megatron_most.conversion.verification import compare, random_tokens
@@ -124,11 +124,16 @@ def test_a_partition_is_the_base_with_the_experts_of_text(tmp_path, shape, monke
         import_model(tmp_path / "hf", tmp_path / "other", wanted)
 
 
-def test_a_layer_without_weights_is_an_error_not_a_random_layer(tmp_path, monkeypatch):
+def test_a_layer_without_weights_is_an_error_not_a_random_layer(tmp_path):
     deepseek(tmp_path / "hf")
-    monkeypatch.setattr("megatron_most.conversion.foreign_layers._LAYER", "decoder.layers.")
-    with pytest.raises(CheckpointError, match="layer 0: transformers finds no weights for model"):
-        import_model(tmp_path / "hf", tmp_path / "native", options("expand"))
+    source = HuggingFaceModel(tmp_path / "hf")
+    del source.tensors["model.layers.1.self_attn.o_proj.weight"]
+    _, foreign = read_foreign(source.config, "test")
+    tokens = torch.arange(8).view(2, 4)
+    layers = ForeignLayers(source, foreign, tokens, torch.zeros_like(tokens))
+    hidden, _ = layers.run(0, layers.embed())
+    with pytest.raises(CheckpointError, match="hf: layer 1: transformers finds no weights for .*o_proj"):
+        layers.run(1, hidden)
 
 
 def test_two_ranks_verify_as_one(tmp_path):
