@@ -5,7 +5,9 @@ Shape letters: b rows, s positions, n = b * s tokens, h hidden size.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from megatron_most.errors import CheckpointError
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 _LAYER = "model.layers."
+_EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
+_ROUTER = ".mlp.gate.weight"
 
 
 class Carried(torch.nn.Module):
@@ -30,25 +34,69 @@ class Carried(torch.nn.Module):
         return self._hidden
 
 
+@dataclass(frozen=True)
+class ExpertSubset:
+    """Some of the experts of a DeepSeek-V2 model, which with these alone is a smaller DeepSeek-V2 model.
+
+    Args:
+        experts: of every MoE layer, in the order that they have in the smaller model.
+        top_k, n_group, topk_group: its routing, by the format's names.
+    """
+
+    experts: tuple[tuple[int, ...], ...]
+    top_k: int
+    n_group: int
+    topk_group: int
+
+    def config(self) -> dict[str, Any]:
+        """The fields of ``config.json`` that differ."""
+        return {
+            "n_routed_experts": len(self.experts[0]),
+            "num_experts_per_tok": self.top_k,
+            "topk_method": "group_limited_greedy" if self.n_group > 1 else "greedy",
+            "n_group": self.n_group,
+            "topk_group": self.topk_group,
+        }
+
+    def take(self, weights: dict[str, torch.Tensor], moe_layer: int) -> dict[str, torch.Tensor]:
+        """The weights of a layer without those of other experts."""
+        places = {expert: place for place, expert in enumerate(self.experts[moe_layer])}
+        taken = {}
+        for name, tensor in weights.items():
+            if match := _EXPERT.search(name):
+                place = places.get(int(match[1]))
+                if place is not None:
+                    taken[f"{name[: match.start(1)]}{place}{name[match.end(1) :]}"] = tensor
+            else:
+                taken[name] = tensor[list(places)] if name.endswith(_ROUTER) else tensor
+        return taken
+
+
 class ForeignLayers:
     """The layers of the model in a folder, in fp32. What code the folder brings along is not run.
 
     Args:
         tokens: ``[b, s]``, ids of the model.
         modality: ``[b, s]``, for the MoST format, whose routers depend on it.
+        subset: leave out all other experts.
     """
 
     def __init__(
-        self, source: HuggingFaceModel, foreign: ForeignModel, tokens: torch.Tensor, modality: torch.Tensor
+        self,
+        source: HuggingFaceModel,
+        foreign: ForeignModel,
+        tokens: torch.Tensor,
+        modality: torch.Tensor,
+        subset: ExpertSubset | None = None,
     ) -> None:
-        self._source, self._foreign = source, foreign
+        self._source, self._foreign, self._subset = source, foreign, subset
         self._tokens, self._modality = tokens, modality
 
     def embed(self) -> torch.Tensor:
         """``[b, s, h]``."""
         return rows_of(self._tokens, self._foreign.vocab_size, lambda start, rows: self._rows(EMBEDDING, start, rows))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self, layer: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states ``[b, s, h]`` after a layer, and the final norm of them."""
         model = self._model_of(layer)
@@ -59,6 +107,8 @@ class ForeignLayers:
         [module] = model.model.layers
         module.register_forward_hook(lambda module, inputs, output: after.append(_first(output)))
         normed = model.model(self._tokens, use_cache=False).last_hidden_state
+        for parameter in model.parameters():
+            parameter.data = torch.empty(0)  # free it now: modules may be parts of cycles, which are collected later
         return after[0], normed
 
     def head(self, start: int, rows: int) -> torch.Tensor:
@@ -80,6 +130,9 @@ class ForeignLayers:
             for name in self._source.tensors
             if name.startswith(prefix)
         }
+        dense = self._source.config.get("first_k_dense_replace", 0)
+        if self._subset is not None and layer >= dense:
+            weights = self._subset.take(weights, layer - dense)
         weights[NORM] = self._source.read(NORM)
         model, found = kind.from_pretrained(
             None,
@@ -104,6 +157,7 @@ class ForeignLayers:
         values = {
             key: value for key, value in self._source.config.items() if key not in ("model_type", "architectures")
         }
+        values |= self._subset.config() if self._subset else {}
         if self._source.config["model_type"] == hf_format.MODEL_TYPE:
             from megatron_most.huggingface import MoSTConfig, MoSTForConditionalGeneration
 

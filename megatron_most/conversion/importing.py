@@ -19,6 +19,7 @@ from megatron_most.checkpointing.region_writer import write_checkpoint
 from megatron_most.checkpointing.regions import Region, StateReader, TensorForm
 from megatron_most.config import CONFIG, ParallelConfig, RunConfig, dump_config
 from megatron_most.config.load import CONFIG_DIR
+from megatron_most.conversion.foreign_layers import ExpertSubset
 from megatron_most.conversion.hugging_face import CONFIG as MODEL_CONFIG
 from megatron_most.conversion.hugging_face import TOKENIZER_FILES, HuggingFaceModel
 from megatron_most.conversion.import_config import ImportOptions
@@ -27,6 +28,7 @@ from megatron_most.conversion.verification import check_logits
 from megatron_most.errors import CheckpointError, ConfigError
 from megatron_most.extras import require
 from megatron_most.files import read_json, write_json, write_text
+from megatron_most.moe import ExpertGroups
 from megatron_most.progress import Progress
 from megatron_most.text import load_tokenizer
 from megatron_most.text.stop_ids import GENERATION_CONFIG, eos_ids
@@ -245,9 +247,22 @@ def _nth(regions: list[Region], place: int) -> list[Region]:
 def _check_logits(plan: ImportPlan, made: Path) -> dict[str, Any]:
     if not plan.options.verify:
         return {"said": "not compared (--no-verify)"}
-    # A partition takes experts away from text: its logits change, and the difference is only reported.
-    tolerance = None if plan.mode == "partition" or plan.options.noise else 1e-4
-    return check_logits(plan.source, plan.config, made / STATE, tolerance)
+    subset = _text_experts(plan)
+    # Noise changes logits; and a partition takes experts away from text, which may be none that can be compared with.
+    is_exact = plan.mode != "partition" or subset is not None
+    tolerance = 1e-4 if is_exact and not plan.options.noise else None
+    return check_logits(plan.source, plan.config, made / STATE, tolerance, subset)
+
+
+def _text_experts(plan: ImportPlan) -> ExpertSubset | None:
+    """The base's experts that text may choose in a partition, if they make up a model of the base's architecture."""
+    moe = plan.config.model.moe
+    if plan.mode != "partition" or moe.score_rule == "all" or plan.config.vocab.further_modalities:
+        return None
+    choice, text = ExpertGroups.from_config(moe).choices[0], moe.groups[0]
+    origins = [[layer[expert] for expert in choice] for layer in plan.both.experts]
+    experts = tuple(tuple(origin.expert for origin in layer if origin is not None) for layer in origins)
+    return ExpertSubset(experts, text.moe_router_topk, text.moe_router_num_groups, text.moe_router_group_topk)
 
 
 def _record(plan: ImportPlan, checks: dict[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class NativeLayers:
         self._config, self._name, self._reader = config, str(state.parent), StateReader(state)
         self._tokens, self._modality = tokens, modality
         self._model: MoSTModel | None = None
+        self._pieces: list[tuple[Region, torch.Tensor]] = []
         self._is_dense: bool | None = None
 
     def embed(self) -> torch.Tensor:
@@ -48,7 +49,7 @@ class NativeLayers:
         num_rows = self._reader.forms[EMBEDDING].shape[0]
         return rows_of(self._tokens, num_rows, lambda start, rows: self._rows(EMBEDDING, start, rows))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self, layer: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states ``[b, s, h]`` after a layer, and the final norm of them, both on the CPU."""
         model = self._model_of(layer)
@@ -76,18 +77,21 @@ class NativeLayers:
     def _model_of(self, layer: int) -> MoSTModel:
         is_dense = layer < self._config.model.first_k_dense_replace
         if self._model is None or self._is_dense != is_dense:
-            self._model = None  # free it before the next one is made
+            self._model, self._pieces = None, []  # free it before the next one is made
             [self._model] = build_model(self._config_of_one(is_dense))
+            self._model.decoder.layers = self._model.decoder.layers[:1]
+            self._pieces = list(_pieces(self._model))
             self._is_dense = is_dense
-        for key, region, view in _pieces(self._model):
-            if key.startswith((_LAYER, _NORM)):
-                stored = key.replace(f"{_LAYER}0.", f"{_LAYER}{layer}.", 1)
-                values = self._reader.read(dataclasses.replace(region, key=stored))
-                view.copy_(values.view(view.shape))
+        for region, view in self._pieces:
+            stored = dataclasses.replace(region, key=region.key.replace(f"{_LAYER}0.", f"{_LAYER}{layer}.", 1))
+            view.copy_(self._reader.read(stored).view(view.shape))
         return self._model.eval()
 
     def _config_of_one(self, is_dense: bool) -> RunConfig:
-        """The configuration of one layer, with as few ids and codes as there can be."""
+        """The configuration of one layer, with as few ids and codes as there can be.
+
+        A model needs a layer of experts: after a dense one comes a small one, which is not used.
+        """
         values = dataclasses.asdict(self._config)
         further = [
             {"name": entry.name, "start": place, "stop": place + 1}
@@ -95,12 +99,14 @@ class NativeLayers:
         ]
         vocab = {"text_vocab_size": len(further) + 1, "num_codebooks": 1, "codebook_size": 1, "layout": "frame"}
         model = values["model"] | {
-            "num_layers": 1,
+            "num_layers": 1 + is_dense,
             "first_k_dense_replace": int(is_dense),
             "codebook_loss_weights": [],
             "transformer_impl": "portable",
         }
         model["moe"] |= PORTABLE
+        if is_dense:
+            model["moe"] |= {"moe_ffn_hidden_size": 1, "moe_shared_expert_intermediate_size": 0}
         sections: dict[str, Any] = {
             "vocab": {**vocab, "further_modalities": further},
             "model": model,
@@ -110,15 +116,15 @@ class NativeLayers:
 
 
 @torch.no_grad()
-def _pieces(model: MoSTModel) -> Iterator[tuple[str, Region, torch.Tensor]]:
-    """(key, region, view of the model's memory) of every tensor as checkpoints have them."""
+def _pieces(model: MoSTModel) -> Iterator[tuple[Region, torch.Tensor]]:
+    """(region, view of the model's memory) of the tensors of layer and final norm, as checkpoints have them."""
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     state = model.sharded_state_dict(metadata=metadata)
     apply_factories(state)
     for sharded in nested_values(state):
-        if isinstance(sharded, ShardedTensor):
+        if isinstance(sharded, ShardedTensor) and sharded.key.startswith((_LAYER, _NORM)):
             sizes = (*[1] * sharded.prepend_axis_num, *sharded.data.shape)
-            yield sharded.key, Region(sharded.key, tuple(sharded.global_offset), sizes), sharded.data
+            yield Region(sharded.key, tuple(sharded.global_offset), sizes), sharded.data
 
 
 def _first(output: Any) -> torch.Tensor:

@@ -3,7 +3,7 @@
 Of each model, one layer is in memory at a time, and the hidden states of a few hundred tokens are carried along. So a
 model of any size can be compared in the memory of its largest layer.
 
-Shape letters: b rows, s positions, n = b * s tokens, h hidden size, V ids that both models have, k of them in a block.
+Shape letters: b rows, s positions, n = b * s tokens, h hidden size.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from megatron_most.checkpointing.state import load_model_state
 from megatron_most.config import RunConfig
 from megatron_most.config.load import build_config
 from megatron_most.conversion.architectures import ForeignModel, read_foreign
-from megatron_most.conversion.foreign_layers import ForeignLayers, blocks
+from megatron_most.conversion.comparison import Comparison, LogitComparison
+from megatron_most.conversion.foreign_layers import ExpertSubset, ForeignLayers, blocks
 from megatron_most.conversion.hugging_face import CONFIG, HuggingFaceModel
 from megatron_most.conversion.import_plan import most_ids
 from megatron_most.conversion.native_layers import PORTABLE, NativeLayers
@@ -31,60 +33,38 @@ from megatron_most.model import MoSTModel, build_model
 from megatron_most.parallel import on_rank_zero
 from megatron_most.progress import Progress
 
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """How two models differ on the same tokens.
-
-    Args:
-        max_difference, mean_difference: absolute differences of logits.
-        largest_logit: largest absolute logit of the first model, to which differences are related.
-        top1_agreement: fraction of positions with the same most likely id.
-        perplexities: of the first and the second model on the tokens.
-        layers: largest difference of hidden states after each layer, relative to the largest hidden state there.
-        tokens: number of tokens compared.
-    """
-
-    max_difference: float
-    mean_difference: float
-    largest_logit: float
-    top1_agreement: float
-    perplexities: tuple[float, float]
-    layers: list[float]
-    tokens: int
-
-    @property
-    def relative_difference(self) -> float:
-        return self.max_difference / self.largest_logit
-
-    def first_difference(self, tolerance: float) -> int | None:
-        """The first layer after which the models differ by more than ``tolerance``."""
-        return next((layer for layer, value in enumerate(self.layers) if not value <= tolerance), None)
-
-    def describe(self) -> str:
-        first, second = self.perplexities
-        return (
-            f"logits of {self.tokens} tokens differ by at most {self.relative_difference:.1e} of the largest (mean"
-            f" {self.mean_difference:.1e} absolute), same top-1 on {self.top1_agreement:.1%}, perplexity {first:.4f}"
-            f" and {second:.4f}"
-        )
+_CHANGES = "this conversion changes the logits"
 
 
-def check_logits(source: HuggingFaceModel, config: RunConfig, state: Path, tolerance: float | None) -> dict[str, Any]:
+def check_logits(
+    source: HuggingFaceModel,
+    config: RunConfig,
+    state: Path,
+    tolerance: float | None,
+    subset: ExpertSubset | None = None,
+) -> dict[str, Any]:
     """Compare logits on random tokens. Returns the comparison as a dict, with a line ``said``. Collective.
 
     Args:
         state: folder of the sharded tensors of a native checkpoint.
         tolerance: largest allowed relative difference; None only reports it.
+        subset: the experts of the base that text may choose, if not all. Then it is the base with these alone whose
+            logits must be the same; the difference from the whole base is reported, too.
 
     Raises:
         CheckpointError: the difference is larger than ``tolerance``.
     """
     _, foreign = read_foreign(source.config, str(source.path_of(CONFIG)))
-    comparison = compare(source, foreign, config, state, random_tokens(config, foreign))
-    require_close(comparison, tolerance, str(source.directory))
-    note = "" if tolerance is not None else " (this conversion changes the logits)"
-    return {"said": comparison.describe() + note, **dataclasses.asdict(comparison)}
+    tokens = random_tokens(config, foreign)
+    if subset is None:
+        [comparison] = _compare(source, foreign, config, state, tokens, [None])
+        require_close(comparison, tolerance, str(source.directory))
+        note = "" if tolerance is not None else f" ({_CHANGES})"
+        return {"said": comparison.describe() + note, **dataclasses.asdict(comparison)}
+    whole, of_subset = _compare(source, foreign, config, state, tokens, [None, subset])
+    require_close(of_subset, tolerance, f"{source.directory}, with the experts of text alone")
+    said = f"{of_subset.describe()}, against the base with the experts of text alone; {_CHANGES}: {whole.describe()}"
+    return {"said": said, **dataclasses.asdict(whole), "experts_of_text_alone": dataclasses.asdict(of_subset)}
 
 
 def require_close(comparison: Comparison, tolerance: float | None, what: str) -> None:
@@ -103,14 +83,28 @@ def compare(
 ) -> Comparison:
     """Run both models, layer by layer, on the foreign ids ``tokens [b, s]``. Collective: rank 0 does the work.
 
-    The ranks meet after every layer, so that none waits for longer than a layer takes.
-
     Raises:
         DataError: a token is not one of the ids that both models have.
         CheckpointError: a tensor cannot be read, or is missing.
     """
-    started: list[_BothModels] = []
-    on_rank_zero(lambda: started.append(_BothModels(source, foreign, config, state, tokens)))
+    [comparison] = _compare(source, foreign, config, state, tokens, [None])
+    return comparison
+
+
+def _compare(
+    source: HuggingFaceModel,
+    foreign: ForeignModel,
+    config: RunConfig,
+    state: Path,
+    tokens: torch.Tensor,
+    subsets: Sequence[ExpertSubset | None],
+) -> list[Comparison]:
+    """:func:`compare` with the foreign model as it is (None), or with some of its experts alone.
+
+    The ranks meet after every layer, so that none waits for longer than a layer takes.
+    """
+    started: list[_Models] = []
+    on_rank_zero(lambda: started.append(_Models(source, foreign, config, state, tokens, subsets)))
 
     def run(layer: int) -> None:
         started[0].run(layer)
@@ -123,102 +117,59 @@ def compare(
     return on_rank_zero(lambda: started[0].compare_logits())
 
 
-class _BothModels:
-    """Both models after the layers that have been run."""
+class _Models:
+    """Foreign models and the native one after the layers that have been run."""
 
     def __init__(
-        self, source: HuggingFaceModel, foreign: ForeignModel, config: RunConfig, state: Path, tokens: torch.Tensor
+        self,
+        source: HuggingFaceModel,
+        foreign: ForeignModel,
+        config: RunConfig,
+        state: Path,
+        tokens: torch.Tensor,
+        subsets: Sequence[ExpertSubset | None],
     ) -> None:
-        self._runs = shared_ids(config, foreign)
-        to_native = torch.full((foreign.vocab_size,), -1)
+        self._tokens, self._runs = tokens, shared_ids(config, foreign)
+        native_tokens = self._to_native(foreign.vocab_size)
+        modality = config.vocab.modality_of(native_tokens)
+        self._native = NativeLayers(config, state, native_tokens, modality)
+        self._foreign = [ForeignLayers(source, foreign, tokens, modality, subset) for subset in subsets]
+        self._hidden = self._normed = [model.embed() for model in (self._native, *self._foreign)]
+        self._layers: list[list[float]] = [[] for _ in subsets]
+
+    def _to_native(self, vocab_size: int) -> torch.Tensor:
+        """``[b, s]``: the native ids of the tokens."""
+        to_native = torch.full((vocab_size,), -1)
         for run in self._runs:
             to_native[run.foreign : run.foreign + run.count] = torch.arange(run.native, run.native + run.count)
-        unknown = [token for token in tokens.flatten().tolist() if token >= foreign.vocab_size or to_native[token] < 0]
+        tokens = self._tokens.flatten().tolist()
+        unknown = [token for token in tokens if token >= vocab_size or to_native[token] < 0]
         if unknown:
             raise DataError(
                 f"tokens: id {unknown[0]} is not one of the {int((to_native >= 0).sum())} ids that both models have"
             )
-        native_tokens = to_native[tokens]
-        modality = config.vocab.modality_of(native_tokens)
-        self._tokens = tokens
-        self._models = (
-            ForeignLayers(source, foreign, tokens, modality),
-            NativeLayers(config, state, native_tokens, modality),
-        )
-        self._hidden = [model.embed() for model in self._models]
-        self._normed = self._hidden
-        self._layers: list[float] = []
+        return to_native[self._tokens]
 
     def run(self, layer: int) -> None:
         """Run a layer of each model, one after the other."""
-        results = [model.run(layer, hidden) for model, hidden in zip(self._models, self._hidden, strict=True)]
+        models = (self._native, *self._foreign)
+        results = [model.run(layer, hidden) for model, hidden in zip(models, self._hidden, strict=True)]
         self._hidden, self._normed = ([result[place] for result in results] for place in (0, 1))
-        first, second = self._hidden
-        self._layers.append(((first - second).abs().max() / first.abs().max()).item())
+        mine, *theirs = self._hidden
+        for found, hidden in zip(self._layers, theirs, strict=True):
+            found.append(((hidden - mine).abs().max() / hidden.abs().max()).item())
 
-    def compare_logits(self) -> Comparison:
+    def compare_logits(self) -> list[Comparison]:
         """After the last layer: the logits of all shared ids, a block of them at a time."""
-        hidden = [states.flatten(0, 1) for states in self._normed]
-        logits, at_once = _Logits(self._tokens), max(1, MAX_ELEMENTS // hidden[0].shape[1])
+        mine, *theirs = (states.flatten(0, 1) for states in self._normed)
+        found, at_once = [LogitComparison(self._tokens) for _ in theirs], max(1, MAX_ELEMENTS // mine.shape[1])
         for run in self._runs:
             for start, rows in blocks(run.foreign, run.count, at_once):
-                heads = (
-                    self._models[0].head(start, rows),
-                    self._models[1].head(start + run.native - run.foreign, rows),
-                )
-                logits.add(start, *(states @ head.T for states, head in zip(hidden, heads, strict=True)))
-        return logits.comparison(self._layers)
-
-
-class _Logits:
-    """What is said of the logits of two models, collected from blocks of them.
-
-    Args:
-        tokens: ``[b, s]``, foreign ids.
-    """
-
-    def __init__(self, tokens: torch.Tensor) -> None:
-        self._tokens = tokens
-        n = tokens.numel()
-        self._labels = tokens.roll(-1, dims=1).flatten()  # the last one of each row is left out later
-        self._gap = self._total = self._largest = torch.zeros(())
-        self._count = 0
-        self._best = [(torch.full((n,), -torch.inf), torch.full((n,), -1)) for _ in range(2)]
-        self._normalizers = [torch.full((n,), -torch.inf) for _ in range(2)]
-        self._of_labels = [torch.zeros(n) for _ in range(2)]
-
-    def add(self, start: int, first: torch.Tensor, second: torch.Tensor) -> None:
-        """Logits ``[n, k]`` of both models for the ``k`` foreign ids from ``start``."""
-        gap = (first - second).abs()
-        # torch's maximum keeps NaN, Python's does not.
-        self._gap, self._total = torch.maximum(self._gap, gap.max()), self._total + gap.double().sum()
-        self._largest = torch.maximum(self._largest, first.abs().max())
-        self._count += gap.numel()
-        here = ((self._labels >= start) & (self._labels < start + first.shape[1])).nonzero().flatten()
-        for model, logits in enumerate((first, second)):
-            values, places = logits.max(dim=1)
-            best, ids = self._best[model]
-            is_better = values > best
-            self._best[model] = (values.where(is_better, best), (places + start).where(is_better, ids))
-            self._normalizers[model] = torch.logaddexp(self._normalizers[model], logits.logsumexp(dim=1))
-            self._of_labels[model][here] = logits[here, self._labels[here] - start]
-
-    def comparison(self, layers: list[float]) -> Comparison:
-        losses = [
-            (normalizer - of_label).view(self._tokens.shape)[:, :-1].mean()
-            for normalizer, of_label in zip(self._normalizers, self._of_labels, strict=True)
-        ]
-        first, second = (loss.exp().item() for loss in losses)
-        (_, ids), (_, others) = self._best
-        return Comparison(
-            max_difference=self._gap.item(),
-            mean_difference=self._total.item() / self._count,
-            largest_logit=self._largest.item(),
-            top1_agreement=(ids == others).float().mean().item(),
-            perplexities=(first, second),
-            layers=layers,
-            tokens=self._tokens.numel(),
-        )
+                logits = mine @ self._native.head(start + run.native - run.foreign, rows).T
+                head = self._foreign[0].head(start, rows)
+                for comparison, states in zip(found, theirs, strict=True):
+                    comparison.add(start, states @ head.T, logits)
+        return [logits.comparison(layers) for logits, layers in zip(found, self._layers, strict=True)]
 
 
 def shared_ids(config: RunConfig, foreign: ForeignModel) -> tuple[IdRun, ...]:

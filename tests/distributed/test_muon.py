@@ -38,7 +38,12 @@ MUON: dict[str, Any] = {
     "optimizer__use_distributed_optimizer": False,
     # In bf16 the iterations would turn the rounding of sums into steps.
     "optimizer__muon_fp32_matmul_prec": "highest",
-    "optimizer__lr_scales": [{"part": "experts.audio", "scale": 0.5}, {"part": "shared_experts", "scale": 0}],
+    "optimizer__lr_scales": [
+        {"part": "experts.audio", "scale": 0.5},
+        {"part": "shared_experts", "scale": 0},
+        {"part": "heads", "scale": 0},  # its table is moved nevertheless, for the rows of audio ids
+        {"part": "heads.audio", "scale": 0.5},
+    ],
 }
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "sequential": (1, {BACKEND: "sequential"}),
@@ -100,8 +105,13 @@ def test_who_moves_what_and_how_fast(overrides: dict[str, Any]) -> None:
     [found] = run_ranks(1, groups, overrides)
     by_muon = {part for part, _, is_muon, _ in found if is_muon}
     assert by_muon == {"experts.text", "experts.audio", "routers", "dense_ffn", "attention"}
-    assert {part for part, _, is_muon, _ in found if not is_muon} == {"norms", "embeddings", "heads"}
-    assert {(part, rate) for part, *_, rate in found if rate != 1} == {("experts.audio", 0.5)}
+    assert {part for part, _, is_muon, _ in found if not is_muon} == {
+        "norms",
+        "embeddings",
+        "embeddings.audio",
+        "heads.audio",
+    }
+    assert {(part, rate) for part, *_, rate in found if rate != 1} == {("experts.audio", 0.5), ("heads.audio", 0.5)}
 
 
 def updates() -> list[tuple[torch.Tensor, torch.Tensor]]:

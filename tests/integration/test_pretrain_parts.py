@@ -10,7 +10,10 @@ from tests.distributed.harness import run_ranks
 from tests.integration.test_pretrain_layouts import continue_run, last_lines
 from tests.integration.tiny_run import assert_same_weights, metric_lines, run_config, train
 
-SCALES = "[{part: experts.audio, scale: 1}, {part: heads, scale: 0.5}, {part: rest, scale: 0}]"
+SCALES = (
+    "[{part: experts.audio, scale: 1}, {part: embeddings.audio, scale: 1}, {part: heads, scale: 0.5},"
+    " {part: heads.audio, scale: 1}, {part: rest, scale: 0}]"
+)
 EXPERT = {"parallel__expert_model_parallel_size": 2, "model__moe__expert_order": "contiguous"}
 
 
@@ -22,7 +25,8 @@ def test_frozen_parts_log_and_resume(tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == [1, 2, 4, 6]
     for line in lines:
         parts = {name for name in line if name.startswith("grad_norm/")}
-        assert parts == {"grad_norm/experts.audio", "grad_norm/heads"}
+        learning = ("experts.audio", "embeddings.audio", "heads", "heads.audio")
+        assert parts == {f"grad_norm/{part}" for part in learning}
         assert sum(line[name] ** 2 for name in parts) == pytest.approx(line["grad_norm"] ** 2, rel=1e-5)
     plain = run_config(tmp_path, "plain", **EXPERT)
     run_ranks(2, train, plain)

@@ -17,15 +17,16 @@ from megatron_most.checkpointing.regions import Region
 from megatron_most.config import ParallelConfig
 from megatron_most.conversion import ImportOptions, export_model, import_model
 from megatron_most.conversion.architectures import read_foreign
+from megatron_most.conversion.comparison import Comparison
 from megatron_most.conversion.export_plan import stored_config
-from megatron_most.conversion.foreign_layers import rows_of
+from megatron_most.conversion.foreign_layers import ForeignLayers, rows_of
 from megatron_most.conversion.hugging_face import HuggingFaceModel
 from megatron_most.conversion.import_plan import ImportPlan
-from megatron_most.conversion.verification import Comparison, compare, random_tokens
+from megatron_most.conversion.verification import compare, random_tokens
 from megatron_most.errors import CheckpointError
 from megatron_most.extras import MissingExtra
 from tests.distributed.harness import run_ranks
-from tests.unit.conversion.models import VOCAB, deepseek, llama
+from tests.unit.conversion.models import DEEPSEEK_SHAPES, VOCAB, deepseek, llama
 from tests.unit.conversion.test_round_trips import native_logits, options
 
 
@@ -69,6 +70,17 @@ def test_layers_say_what_whole_models_say(tmp_path, kind, monkeypatch):
         assert found.relative_difference < 1e-5 and found.top1_agreement == 1
 
 
+def spoil(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    """Let imports write other values of a tensor than those of the base; also where they read it back."""
+    produce = ImportPlan.produce
+
+    def spoilt(plan: ImportPlan, region: Region) -> torch.Tensor:
+        tensor = produce(plan, region)
+        return tensor.flip(-1) if region.key == key else tensor
+
+    monkeypatch.setattr(ImportPlan, "produce", spoilt)
+
+
 WRONG = {
     "decoder.layers.0.mlp.linear_fc2.weight": "from layer 0 on",
     "decoder.layers.1.self_attention.linear_kv_up_proj.weight": "from layer 1 on",
@@ -83,13 +95,7 @@ WRONG = {
 @pytest.mark.parametrize("key", WRONG)
 def test_a_wrong_weight_is_found_and_its_layer_named(tmp_path, key, monkeypatch):
     deepseek(tmp_path / "hf")
-    produce = ImportPlan.produce
-
-    def spoilt(plan: ImportPlan, region: Region) -> torch.Tensor:
-        tensor = produce(plan, region)
-        return tensor.flip(-1) if region.key == key else tensor
-
-    monkeypatch.setattr(ImportPlan, "produce", spoilt)
+    spoil(monkeypatch, key)
     with pytest.raises(CheckpointError, match=f"the models differ {WRONG[key]}: .*; the tolerance is 1.0e-04") as error:
         import_model(tmp_path / "hf", tmp_path / "native", options("expand"))
     assert "\n" not in str(error.value)
@@ -97,11 +103,37 @@ def test_a_wrong_weight_is_found_and_its_layer_named(tmp_path, key, monkeypatch)
     import_model(tmp_path / "hf", tmp_path / "native", dataclasses.replace(options("expand"), verify=False))
 
 
-def test_a_layer_without_weights_is_an_error_not_a_random_layer(tmp_path, monkeypatch):
+@pytest.mark.parametrize("shape", ["plain", "group_limited"])
+def test_a_partition_is_the_base_with_the_experts_of_text(tmp_path, shape, monkeypatch):
+    """Its logits differ from the base's; a wrong weight is found nevertheless."""
+    deepseek(tmp_path / "hf", **DEEPSEEK_SHAPES[shape])
+    groups = (
+        "model.moe.groups=[{modality: text, experts: [5, 0, 3], moe_router_topk: 2},"
+        " {modality: audio, experts: [1, 2, 4], moe_router_topk: 2}]"
+    )
+    wanted = options("partition", *([groups] if shape == "plain" else []))
+    checkpoint = import_model(tmp_path / "hf", tmp_path / "native", wanted)
+    logits = json.loads((checkpoint / "conversion.json").read_text())["checks"]["logits"]
+    assert logits["max_difference"] > 1e-2 * logits["largest_logit"]
+    alone = logits["experts_of_text_alone"]
+    assert alone["max_difference"] < 1e-5 * alone["largest_logit"] and alone["top1_agreement"] == 1
+    assert "this conversion changes the logits: logits of 256 tokens" in logits["said"]
+
+    spoil(monkeypatch, "decoder.layers.2.mlp.router.weight")
+    with pytest.raises(CheckpointError, match="hf, with the experts of text alone: the models differ from layer 2 on"):
+        import_model(tmp_path / "hf", tmp_path / "other", wanted)
+
+
+def test_a_layer_without_weights_is_an_error_not_a_random_layer(tmp_path):
     deepseek(tmp_path / "hf")
-    monkeypatch.setattr("megatron_most.conversion.foreign_layers._LAYER", "decoder.layers.")
-    with pytest.raises(CheckpointError, match="layer 0: transformers finds no weights for model"):
-        import_model(tmp_path / "hf", tmp_path / "native", options("expand"))
+    source = HuggingFaceModel(tmp_path / "hf")
+    del source.tensors["model.layers.1.self_attn.o_proj.weight"]
+    _, foreign = read_foreign(source.config, "test")
+    tokens = torch.arange(8).view(2, 4)
+    layers = ForeignLayers(source, foreign, tokens, torch.zeros_like(tokens))
+    hidden, _ = layers.run(0, layers.embed())
+    with pytest.raises(CheckpointError, match="hf: layer 1: transformers finds no weights for .*o_proj"):
+        layers.run(1, hidden)
 
 
 def test_two_ranks_verify_as_one(tmp_path):
