@@ -43,6 +43,8 @@ class ReplicaCheck(StepHook):
     Copies that differ end the run.
     """
 
+    is_long = True
+
     def __init__(self, checkpoints: Checkpoints) -> None:
         self._checkpoints = checkpoints
 
