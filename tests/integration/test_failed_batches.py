@@ -278,6 +278,7 @@ def test_a_spike_is_recorded_and_training_goes_on(tmp_path: Path) -> None:
     ("change", "overrides", "told"),
     [
         ({"rows": []}, (), "not the record of a batch that a run wrote to failed_batches/"),
+        ({"rows": [{"row": -1}]}, (), "not the record of a batch that a run wrote to failed_batches/"),
         ({"step": "3"}, (), "not the record of a batch that a run wrote to failed_batches/"),
         ({"config": {"seeds": 1}}, (), "seeds: unknown key; did you mean 'seed'?"),
         ({}, ("training.train_iters=many",), "training.train_iters='many': must be an integer"),
