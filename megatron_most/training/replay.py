@@ -60,10 +60,14 @@ def read_failed_batch(path: str, overrides: Sequence[str] = ()) -> FailedBatch:
     """
     values = read_json(path)
     step, reason, rows, config = (values.get(name) for name in ("step", "reason", "rows", "config"))
-    is_record = (
-        isinstance(step, int) and isinstance(reason, str) and isinstance(rows, list) and isinstance(config, dict)
-    )
-    if not is_record or not rows or not all(isinstance(row, dict) and type(row.get("row")) is int for row in rows):
+    if not (
+        isinstance(step, int)
+        and isinstance(reason, str)
+        and isinstance(config, dict)
+        and isinstance(rows, list)
+        and rows
+        and all(isinstance(row, dict) and type(row.get("row")) is int and row["row"] >= 0 for row in rows)
+    ):
         raise ConfigError(f"{path}: not the record of a batch that a run wrote to failed_batches/")
     recorded = build_config(path, with_new_names(config))
     changed = build_config(path, with_new_names(config), overrides)
@@ -84,7 +88,8 @@ def replay(batch: FailedBatch) -> None:
     platform.install()
     platform.set_threads(config.training.threads_per_rank)
     parallel.initialize(config.parallel, config.seed)
-    together(lambda: (check_libraries(config), check_muon(config)))
+    together(lambda: check_libraries(config))
+    together(lambda: check_muon(config))
     rows = together(lambda: train_rows(config))
     together(lambda: _require_same_rows(batch, describe_rows(rows, config, batch.first)))
     weights = on_rank_zero(lambda: _weights(batch))

@@ -30,7 +30,9 @@ from megatron_most.training.train_step import StepResult
 if TYPE_CHECKING:
     from megatron_most.training.trainer import Trainer
 
-_NUM_KEYS = 1 << 20
+_MOST_KEYS = 1 << 20
+"""16 MB of them."""
+
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 """Integers with the bits of a value, by its size in bytes. They need fewer bits than the keys."""
 
@@ -40,6 +42,8 @@ class ReplicaCheck(StepHook):
 
     Copies that differ end the run.
     """
+
+    is_long = True
 
     def __init__(self, checkpoints: Checkpoints) -> None:
         self._checkpoints = checkpoints
@@ -92,10 +96,10 @@ def unequal_copies(model_chunks: list[MoSTModel], step: int) -> MostError | None
 
 def _differences(model_chunks: list[MoSTModel]) -> Iterator[Difference]:
     """The differences in this rank's groups; of each group, the first rank reports them. Collective."""
-    keys = _hash_keys()
     for group, tensors in _copied_tensors(model_chunks):
         if not tensors or group.size() == 1:
             continue
+        keys = _hash_keys(max(tensor.nbytes for tensor in tensors.values()))
         mine = torch.stack([weight_hash(tensor, keys) for tensor in tensors.values()])
         of_ranks = mine.new_empty(group.size(), len(mine))
         dist.all_gather(list(of_ranks.unbind()), mine, group=group)
@@ -151,11 +155,14 @@ def weight_hash(tensor: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return (hashes * of_blocks[: len(hashes)]).sum()
 
 
-def _hash_keys() -> torch.Tensor:
-    """Random odd keys, the same on every rank. They do not affect the random states of training."""
+def _hash_keys(num_bytes: int) -> torch.Tensor:
+    """Random odd keys for tensors of up to ``num_bytes``, the same on every rank of a group.
+
+    They do not affect the random states of training.
+    """
     generator = torch.Generator().manual_seed(0)
     limits = torch.iinfo(torch.int64)
-    keys = torch.randint(limits.min, limits.max, (2, _NUM_KEYS), generator=generator)
+    keys = torch.randint(limits.min, limits.max, (2, min(_MOST_KEYS, max(num_bytes, 1))), generator=generator)
     return (keys | 1).to(platform.device())
 
 

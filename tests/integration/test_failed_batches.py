@@ -128,7 +128,7 @@ def test_the_run_ends_and_the_batch_runs_alone(folder: Path) -> None:
     assert [float(loss) for loss in re.findall(r"^loss (\S+)  row (?!9)", alone, re.MULTILINE)] == pytest.approx(
         [row["loss"] for row in record["rows"] if row["row"] != ROWS[0]], abs=1e-4
     )
-    assert re.search(r"^grad_norm/experts\.text\s+nan$", alone, re.MULTILINE)
+    assert re.search(r"^grad_norm/attention\s+nan$", alone, re.MULTILINE)
     assert sorted(str(path) for path in Path(config.run_dir).rglob("*")) == before
     in_two, nothing = run_ranks(2, replayed, path, f"{TP.replace('__', '.')}=2")
     assert re.sub(r"\d\.\d+", "", in_two) == re.sub(r"\d\.\d+", "", alone) and nothing == ""
@@ -139,7 +139,7 @@ def test_the_run_ends_and_the_batch_runs_alone(folder: Path) -> None:
 
 def first_weights(folder: Path) -> Path:
     """A checkpoint of the first step of a run without poison."""
-    config = run_config(folder, "clean", **OPTIONS, training__train_iters=2)
+    config = run_config(folder, "clean", **OPTIONS, training__train_iters=3)
     if not Path(config.run_dir).exists():
         run_ranks(1, train, config)
     return Path(config.run_dir) / "checkpoints" / "step_00000001"
@@ -253,7 +253,7 @@ def train_with_a_spike(config: RunConfig) -> str:
             self.step = 10
 
         def before_step(self, trainer: Trainer) -> None:
-            factor = {9: 30, 10: 1 / 30}.get(trainer.state.step, 1)
+            factor = {9: 1e4, 10: 1e-4}.get(trainer.state.step, 1)
             with torch.no_grad():
                 trainer.state.model_chunks[0].decoder.final_layernorm.weight.mul_(factor)
 
@@ -278,6 +278,7 @@ def test_a_spike_is_recorded_and_training_goes_on(tmp_path: Path) -> None:
     ("change", "overrides", "told"),
     [
         ({"rows": []}, (), "not the record of a batch that a run wrote to failed_batches/"),
+        ({"rows": [{"row": -1}]}, (), "not the record of a batch that a run wrote to failed_batches/"),
         ({"step": "3"}, (), "not the record of a batch that a run wrote to failed_batches/"),
         ({"config": {"seeds": 1}}, (), "seeds: unknown key; did you mean 'seed'?"),
         ({}, ("training.train_iters=many",), "training.train_iters='many': must be an integer"),
