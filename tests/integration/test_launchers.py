@@ -102,11 +102,11 @@ def test_every_signal_saves_the_launcher_says_so_and_the_run_goes_on(tmp_path: P
             for number in numbers:
                 run.send_signal(signal.Signals[number])
                 time.sleep(0.2)
-            assert run.wait(60) == STOPPED
+            assert run.wait(120) == STOPPED
             saved = read_metadata(config.run_dir).step
             assert saved == steps_logged(config) and step <= saved < STEPS
             assert f"stopped by {numbers[0]} after step {saved}, saved; run again to continue" in log.read_text()
-        assert start().wait(120) == 0
+        assert start().wait(180) == 0
     finally:
         print(log.read_text())
     assert "Traceback" not in log.read_text()

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -131,13 +132,11 @@ def test_a_run_that_ends_with_the_sweep_that_had_started_it_is_started_again(des
     run.directory.mkdir(parents=True)
     (run.directory / CONFIG).write_text(dump_config(run.config))
     (run.directory / LOG).write_text("step 1\n")
-    with lock(run.directory):
-        resumed = multiprocessing.get_context("fork").Process(
-            target=execution.start, args=(sweep, [run], "local", True, PROGRAMS, said.append)
-        )
-        resumed.start()
-        time.sleep(1)
-    resumed.join(30)
+    with lock(run.directory) as held:
+        training = subprocess.Popen(["sleep", "1"], pass_fds=[held.fileno()])
+    assert execution.state(run) == "running"
+    execution.start(sweep, [run], "local", True, PROGRAMS, said.append)
+    assert training.wait() == 0
     assert execution.state(run) == "finished" and not (run.directory / FAILURE).exists()
 
 
