@@ -20,7 +20,7 @@ from megatron_most.conversion.export_plan import DTYPES, ExportPlan, plan_export
 from megatron_most.conversion.extension import EXTENSION, EXTENSION_TENSORS
 from megatron_most.conversion.hf_folder import write_companions
 from megatron_most.conversion.hugging_face import CONFIG, MODEL, TOKENIZER_FILES, HuggingFaceModel
-from megatron_most.conversion.importing import CHECKED_BYTES, SPECIAL_IDS, TOKENIZER, require_space
+from megatron_most.conversion.importing import CHECKED_BYTES, SPECIAL_IDS, TIMEOUT_MINUTES, TOKENIZER, require_space
 from megatron_most.conversion.safetensors_files import index_of, parse_size, plan_shards, size_of, write_file
 from megatron_most.conversion.verification import check_logits
 from megatron_most.errors import CheckpointError
@@ -56,7 +56,7 @@ def export_model(
     if verify:
         require("transformers")
     platform.install()
-    parallel.initialize(ParallelConfig(), seed=0)
+    parallel.initialize(ParallelConfig(distributed_timeout_minutes=TIMEOUT_MINUTES), seed=0)
     try:
         plan = parallel.together(lambda: _plan(checkpoint, out, name, dtype, experts, with_extension))
         rank, world_size = dist.get_rank(), dist.get_world_size()

@@ -40,6 +40,8 @@ TOKENIZER = "tokenizer"
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Fields that ``config.json`` and ``generation_config.json`` both have; the second decides."""
 
+TIMEOUT_MINUTES = 60.0
+"""How long ranks of a conversion wait for each other: some read or compare far more bytes than others."""
 CHECKED_BYTES = 1 << 28
 """How much of a result is read back and compared, at most."""
 
@@ -54,7 +56,7 @@ def import_model(directory: str | Path, out: str | Path, options: ImportOptions)
     """
     out = Path(out)
     platform.install()
-    parallel.initialize(ParallelConfig(), options.seed)
+    parallel.initialize(ParallelConfig(distributed_timeout_minutes=TIMEOUT_MINUTES), options.seed)
     try:
         plan = parallel.together(lambda: _plan(directory, out, options))
         mine = regions_of_rank(plan.regions, plan.forms, dist.get_rank(), dist.get_world_size())

@@ -134,7 +134,10 @@ class Validation(StepHook):
         state, training = trainer.state, trainer.config.training
         if not training.eval_interval or (state.step % training.eval_interval and state.step != training.train_iters):
             return
-        losses = validate(state.wrapped, self._datasets, state.loss_table)
+        losses: dict[str, float] = {}
+        for name, batches in self._datasets.items():
+            trainer.enter(f"validation on {name}", self.is_long)
+            losses |= validate(state.wrapped, {name: batches}, state.loss_table)
         if self._log.writer is not None and losses:
             self._log.writer.validation(state.step, losses)
 

@@ -58,4 +58,4 @@ class StopRequest:
             self.signal = signal.Signals(number).name
             if os.environ.get("RANK", "0") == "0":
                 # Not print: the signal may have come in the middle of one.
-                os.write(2, f"{self.signal}: finishing the step, then saving; Ctrl-C interrupts at once\n".encode())
+                os.write(2, f"{self.signal}: finishing the step, then saving; a further Ctrl-C ends at once\n".encode())

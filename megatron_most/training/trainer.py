@@ -91,7 +91,7 @@ class Trainer:
             places = gathered_places()
             with Watchdog(dist.get_rank(), places, self.run_dir, config.parallel.timeout) as self.watchdog:
                 self._run(stop)
-                self._enter("waiting for the other ranks to end")
+                self.enter("waiting for the other ranks to end")
                 dist.barrier()
         parallel.destroy()
         return not self.is_stopping or self.state.step == config.training.train_iters
@@ -108,13 +108,13 @@ class Trainer:
         else:
             # Find errors in what the run reads before writing anything.
             on_rank_zero(lambda: require_installed(config.logging))
-            self._enter("opening the data", is_long=True)
+            self.enter("opening the data", is_long=True)
             checkpoints, validation_sets = self._open_data(resumed)
             load = config.checkpoint.load
             if resumed is None and load is not None:
                 on_rank_zero(lambda: find_checkpoint(load, config))
             on_rank_zero(self._claim_run_directory)
-            self._enter("building the model", is_long=True)
+            self.enter("building the model", is_long=True)
             self._build(resumed)
             log = MetricsLog(self)
             profiles = [Profile(*config.logging.profile_steps)] if config.logging.profile_steps else []
@@ -128,6 +128,10 @@ class Trainer:
         """Print a line on rank 0."""
         if dist.get_rank() == 0:
             print(line, flush=True)
+
+    def enter(self, phase: str, is_long: bool = False) -> None:
+        """Say what this rank does from now on, for the watchdog; arguments as in :meth:`Watchdog.enter`."""
+        self.watchdog.enter(self._step_in_work, phase, is_long)
 
     def collect(self) -> None:
         """Add the layers' statistics since the last call to :attr:`accumulator`. Collective."""
@@ -192,9 +196,6 @@ class Trainer:
         self.accumulator.load_state(metadata.pending)
         self.say(f"resuming from {resumed.path}")
 
-    def _enter(self, phase: str, is_long: bool = False) -> None:
-        self.watchdog.enter(self._step_in_work, phase, is_long)
-
     def _stage(self, batch: Batch) -> Batch:
         return stage(batch, self.device)
 
@@ -206,18 +207,18 @@ class Trainer:
                 while not self.ends:
                     self._step_in_work = self.state.step + 1
                     for hook in self.hooks:
-                        self._enter(f"before the step: {type(hook).__name__}")
+                        self.enter(f"before the step: {type(hook).__name__}")
                         hook.before_step(self)
                     result = self._step(batches, log, checkpoints, stop)
                     for hook in self.hooks:
-                        self._enter(f"after the step: {type(hook).__name__}", hook.is_long)
+                        self.enter(f"after the step: {type(hook).__name__}", hook.is_long)
                         hook.after_step(self, result)
         except BaseException:
             for hook in self.hooks:
                 hook.abandon()
             raise
         for hook in self.hooks:
-            self._enter(f"end of the run: {type(hook).__name__}", hook.is_long)
+            self.enter(f"end of the run: {type(hook).__name__}", hook.is_long)
             hook.close()
         steps = self.config.training.train_iters
         if self.state.step < steps:
@@ -233,7 +234,7 @@ class Trainer:
         votes = (float(bool(stop)), float(checkpoints.is_busy))
         is_logged = log.is_due(self.state.step + 1)
         taken = self._take(batches)
-        self._enter("forward, backward and update", is_long=not self._has_stepped)  # kernels are compiled in the first
+        self.enter("forward, backward and update", is_long=not self._has_stepped)  # kernels are compiled in the first
         try:
             result = train_step(self.state, taken, votes, wants_part_grad_norms=is_logged)
         except NonFiniteStep as error:
@@ -250,7 +251,7 @@ class Trainer:
 
     def _take(self, batches: Iterator[Batch]) -> list[Batch]:
         """The micro-batches of this step. All ranks that read a broken row exit; one of them reports it."""
-        self._enter(WAITING_FOR_DATA)
+        self.enter(WAITING_FOR_DATA)
         try:
             return [next(batches) for _ in range(self.num_microbatches)]
         except DataError as error:

@@ -6,11 +6,14 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from megatron_most.checkpointing import read_metadata
+from megatron_most.cli import STOP_SIGNALS, STOPPED
 from megatron_most.commands.launch import LAUNCHERS
 from tests.integration.launching import ROOT, STEPS, environment, small_run, steps_logged, undisturbed_metrics, wait_for
 from tests.integration.tiny_run import metric_lines
@@ -79,15 +82,49 @@ def test_a_node_that_is_lost_and_replaced_changes_no_loss(tmp_path: Path) -> Non
     assert metric_lines(config) == expected
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_every_signal_saves_the_launcher_says_so_and_the_run_goes_on(tmp_path: Path) -> None:
+    """The terminal is gone; the time of a job is nearly over; Ctrl-C, which comes twice; then to the end."""
+    expected = undisturbed_metrics(tmp_path)
+    config, log = small_run(tmp_path, "disturbed"), tmp_path / "disturbed.log"
+    command = [LAUNCHERS / "single_node.sh", "--config", tmp_path / "disturbed.yaml", "checkpoint.save_interval=1000"]
+
+    def start() -> subprocess.Popen:
+        settings = environment(PET_NPROC_PER_NODE="2")
+        with open(log, "a") as output:
+            return subprocess.Popen(command, env=settings, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+
+    try:
+        for step, numbers in ((5, ["SIGHUP"]), (15, ["SIGUSR1"]), (25, ["SIGINT", "SIGINT"])):
+            run = start()
+            wait_for(f"step {step}", lambda step=step: steps_logged(config) >= step)
+            for number in numbers:
+                run.send_signal(signal.Signals[number])
+                time.sleep(0.2)
+            assert run.wait(120) == STOPPED
+            saved = read_metadata(config.run_dir).step
+            assert saved == steps_logged(config) and step <= saved < STEPS
+            assert f"stopped by {numbers[0]} after step {saved}, saved; run again to continue" in log.read_text()
+        assert start().wait(180) == 0
+    finally:
+        print(log.read_text())
+    assert "Traceback" not in log.read_text()
+    assert metric_lines(config) == expected
+
+
 def handed_to_torchrun(script: str, tmp_path: Path, **settings: str) -> dict[str, str]:
     """The environment and the arguments (``ARGUMENTS``) with which a script starts torchrun."""
-    stand_in = tmp_path / "torchrun"
+    stand_in = tmp_path / "python"
     stand_in.write_text('#!/usr/bin/env bash\nenv\necho "ARGUMENTS=$*"\n')
     stand_in.chmod(0o755)
     bare = {"PATH": f"{tmp_path}:/usr/bin:/bin", **settings}
     done = subprocess.run([LAUNCHERS / script, "--config", "x.yaml", "a=b c"], env=bare, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    handed = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    start = "-m megatron_most.commands.torchrun "
+    assert handed["ARGUMENTS"].startswith(start)
+    return handed | {"ARGUMENTS": handed["ARGUMENTS"].removeprefix(start)}
 
 
 def test_a_single_node_restarts_ranks_and_passes_arguments_on(tmp_path: Path) -> None:
@@ -95,6 +132,7 @@ def test_a_single_node_restarts_ranks_and_passes_arguments_on(tmp_path: Path) ->
     assert handed["ARGUMENTS"] == "--standalone -m megatron_most.commands.train --config x.yaml a=b c"
     assert handed["PET_MAX_RESTARTS"] == "3"
     assert handed["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert set(handed["PET_SIGNALS_TO_HANDLE"].split(",")) == {"SIGQUIT", *(number.name for number in STOP_SIGNALS)}
     assert handed_to_torchrun("single_node.sh", tmp_path, CUDA_DEVICE_MAX_CONNECTIONS="8")[
         "CUDA_DEVICE_MAX_CONNECTIONS"
     ] == "8"  # fmt: skip

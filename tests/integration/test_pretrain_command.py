@@ -9,12 +9,17 @@ import os
 import runpy
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from torch.distributed.checkpoint import FileSystemWriter
 
+from megatron_most.cli import STOPPED
+from megatron_most.commands.train import STOPPED_FILE
 from megatron_most.config import RunConfig, dump_config
+from megatron_most.training import Trainer, prefetch
+from megatron_most.training.stop import StopRequest
 from tests.distributed.harness import run_ranks
 from tests.integration.tiny_run import metric_lines, run_config, write_dataset
 
@@ -66,6 +71,41 @@ def test_training_prints_progress_and_leaves_a_run(config: RunConfig, config_fil
     routing = metric_lines(config, "routing.jsonl")
     assert [line["step"] for line in routing] == [1, 2, 4]
     assert all(layer["outside_group"] == 0 for line in routing for layer in line["layers"])
+
+
+@pytest.mark.parametrize("under_torchrun", [False, True])
+def test_training_that_is_asked_to_stop_saves_and_says_so(
+    under_torchrun: bool, config: RunConfig, config_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StopRequest, "__bool__", lambda stop: True)
+    record = tmp_path / "stopped"
+    if under_torchrun:  # which takes any other status for a failure, and would start the ranks again
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        monkeypatch.setenv(STOPPED_FILE, str(record))
+    [(status, out, _)] = run_ranks(1, command, "--config", config_file)
+    assert status == (0 if under_torchrun else STOPPED)
+    assert "after step 1, saved; run again to continue" in out
+    assert record.exists() == under_torchrun
+    monkeypatch.undo()
+    monkeypatch.setenv(STOPPED_FILE, str(record))
+    assert run_ranks(1, command, "--config", config_file)[0][0] == 0
+    assert not record.exists()
+
+
+def test_a_loader_that_hangs_ends_the_run_in_one_line(
+    config: RunConfig, config_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "_stage", lambda trainer, batch: time.sleep(60))
+    monkeypatch.setattr(prefetch, "_JOIN_SECONDS", 0.1)
+    options = ("training.eval_interval=0", "parallel.distributed_timeout_minutes=0.04")
+    [(status, out, err)] = run_ranks(1, command, "--config", config_file, *options)
+    assert status == 1
+    assert err.splitlines()[-1] == (
+        "error: rank 0, step 1, waiting for data: no batch within parallel.distributed_timeout_minutes=0.04; stacks of"
+        f" the loader: {config.run_dir}/stacks"
+    )
+    assert "rank 0: step 1, waiting for data at training/prefetch.py" in out
+    assert "in _work" in (Path(config.run_dir) / "stacks" / "rank-0.txt").read_text()
 
 
 def test_dry_run_writes_nothing(config: RunConfig, config_file: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,29 @@ def test_sigterm_on_one_rank_saves_and_the_rerun_equals_an_undisturbed_run(undis
     assert read_metadata(stopped.run_dir).step == 4
     assert_same_weights(weights, run_ranks(2, train, stopped))
     assert metric_lines(config) == metric_lines(stopped)
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named_and_ends_the_run_in_time(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    config = run_config(
+        tmp_path, parallel__distributed_timeout_minutes=0.2, training__eval_interval=0, **EXPERT_PARALLEL
+    )
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="rank 0 failed") as caught:
+        run_ranks(2, train_and_freeze, config, 4)
+    assert time.monotonic() - began < 40
+    assert "rank 0, step 4, forward, backward and update; no progress within" in str(caught.value)
+    said = capfd.readouterr().out
+    assert "rank 1 does not answer (process " in said and "; rank 0: step 4, forward, backward and update at " in said
+    assert "all_gather" in (Path(config.run_dir) / "stacks" / "rank-0.txt").read_text()
+
+
+def train_and_freeze(config: RunConfig, step: int) -> None:
+    def freeze_rank_1() -> None:
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    train(config, BeforeStep(step, freeze_rank_1))
 
 
 def train_with_many_buckets(config: RunConfig) -> dict[str, torch.Tensor]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from megatron_most.cli import STOPPED
 from megatron_most.commands.launch import LAUNCHERS
 from tests.integration.launching import ROOT, STEPS, environment, small_run, steps_logged, undisturbed_metrics, wait_for
 from tests.integration.slurm_cluster import Cluster
@@ -54,6 +56,52 @@ def test_everything_unfit_is_named(tmp_path: Path) -> None:
         "node7: unfit: 2 of 8 GPUs;GPU 1: 3 uncorrected memory errors;GPU 0: memory rows wait for a reset;"
         "InfiniBand port mlx5_0/ports/1/state: 1: DOWN"
     )
+
+
+SRUN = """#!/usr/bin/env bash
+[[ "$*" == *check_node.sh ]] && exit 0
+trap '%s' TERM
+echo started
+sleep 60 &
+while :; do wait; done
+"""
+SAVES, FAILS = 'touch "$MOST_STOPPED_FILE"; exit 143', "exit 1"
+
+
+@pytest.mark.parametrize(
+    ("number", "at_the_signal", "status", "is_requeued"),
+    [
+        (signal.SIGUSR1, SAVES, STOPPED, True),
+        (signal.SIGUSR1, FAILS, 1, False),
+        (signal.SIGTERM, SAVES, STOPPED, False),
+    ],
+    ids=["time is over and all is saved", "time is over and saving fails", "cancelled and saved"],
+)
+def test_a_job_is_requeued_only_if_its_time_is_over_and_the_run_has_saved(
+    number: int, at_the_signal: str, status: int, is_requeued: bool, tmp_path: Path
+) -> None:
+    """With stand-ins for SLURM's commands. srun's own status is that of a node that was killed after all had saved."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, text in (("srun", SRUN % at_the_signal), ("scontrol", '#!/bin/sh\necho "scontrol $*"\n')):
+        (commands / name).write_text(text)
+        (commands / name).chmod(0o755)
+    known = environment(
+        SLURM_JOB_ID="7", SLURM_JOB_NAME="most", SLURM_JOB_NODELIST="n1", SLURM_JOB_NUM_NODES="1",
+        SLURM_SUBMIT_DIR=str(tmp_path),
+    )  # fmt: skip
+    known["PATH"] = f"{commands}:{known['PATH']}"
+    output = tmp_path / "job.out"
+    with open(output, "w") as file:
+        job = subprocess.Popen(
+            ["bash", LAUNCHERS / "pretrain.sbatch", "--config", "x.yaml"], env=known, stdout=file, stderr=file
+        )
+    wait_for("srun", lambda: "started" in output.read_text())
+    job.send_signal(number)
+    assert job.wait(20) == status
+    text = output.read_text()
+    assert ("scontrol requeue 7" in text) == is_requeued
+    assert ("error: the run ended with status 1 instead of saving; the job is not requeued" in text) == (status == 1)
 
 
 def submit(cluster: Cluster, tmp_path: Path, config_file: Path, *answers: str) -> tuple[str, Path]:

@@ -52,10 +52,6 @@ class Installation:
             text=True,
         ).stdout.strip()
         (Path(packages) / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        # torch's own installation would have left it here.
-        torchrun = self.environment / "bin" / "torchrun"
-        torchrun.write_text(f'#!/bin/sh\nexec "{self.python}" -m torch.distributed.run "$@"\n')
-        torchrun.chmod(0o755)
 
     @staticmethod
     def _bare() -> dict[str, str]:

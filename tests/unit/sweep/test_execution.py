@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from pathlib import Path
 import cloudpickle
 import pytest
 
-from megatron_most.config import dump_config
+from megatron_most import cli
+from megatron_most.config import CONFIG, dump_config
 from megatron_most.errors import ConfigError
 from megatron_most.sweep import execution
-from megatron_most.sweep.job import FAILURE, RESULT, Job, Programs
+from megatron_most.sweep.job import FAILURE, LOG, RESULT, Job, Programs, lock
 from megatron_most.sweep.plan import PlannedRun, plan_runs
 from megatron_most.sweep.spec import Sweep, load_sweep
 from tests.distributed.tiny import tiny_config
@@ -28,13 +30,15 @@ PROGRAMS = Programs([], [], [])  # LightJob needs none
 
 @dataclass
 class LightJob(Job):
-    """Training of a moment; it fails as long as there is a file ``break`` beside the run directories."""
+    """Training of a moment. While a file ``break`` is beside the run directories it fails; ``stop`` stops it."""
 
     def _train(self, directory: Path, log: Path, descriptors: tuple[int, ...]) -> int:
         with open(directory / TRAINED, "a") as file:
             file.write("once\n")
         time.sleep(0.5)
         log.write_text("step 1\nerror: the data is gone\n")
+        if (directory.parent / "stop").exists():
+            return cli.STOPPED
         return int((directory.parent / "break").exists())
 
     def _unfinished(self, directory: Path) -> str:
@@ -105,6 +109,35 @@ def test_a_failure_stops_no_other_run_and_is_tried_again(described):
     assert [execution.state(run) for run in runs] == ["finished", "finished"]
     assert json.loads((runs[0].directory / RESULT).read_text())["attempts"] == 2
     assert not (runs[0].directory / FAILURE).exists()
+
+
+def test_a_run_that_was_asked_to_stop_has_not_failed_and_goes_on(described):
+    sweep, runs = described
+    runs, said = runs[:2], []
+    runs[0].directory.parent.mkdir(parents=True)
+    stop = runs[0].directory.parent / "stop"
+    stop.touch()
+    execution.start(sweep, runs, "local", False, PROGRAMS, said.append)
+    assert [execution.state(run) for run in runs] == ["stopped", "stopped"]
+    assert said[-1].endswith(": stopped and saved; use --resume to continue")
+    stop.unlink()
+    execution.start(sweep, runs, "local", True, PROGRAMS, said.append)
+    assert [execution.state(run) for run in runs] == ["finished", "finished"]
+
+
+def test_a_run_that_ends_with_the_sweep_that_had_started_it_is_started_again(described):
+    """Its job was killed; its training holds the lock until it has saved."""
+    sweep, runs = described
+    [run], said = runs[:1], []
+    run.directory.mkdir(parents=True)
+    (run.directory / CONFIG).write_text(dump_config(run.config))
+    (run.directory / LOG).write_text("step 1\n")
+    with lock(run.directory) as held:
+        training = subprocess.Popen(["sleep", "1"], pass_fds=[held.fileno()])
+    assert execution.state(run) == "running"
+    execution.start(sweep, [run], "local", True, PROGRAMS, said.append)
+    assert training.wait() == 0
+    assert execution.state(run) == "finished" and not (run.directory / FAILURE).exists()
 
 
 def test_missing_data_stops_all_before_anything_is_made(described):

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_most import checkpointing
+from megatron_most import checkpointing, cli
 from megatron_most.config import CONFIG, dump_config
 from megatron_most.sweep import job as job_module
-from megatron_most.sweep.job import FAILURE, LOG, RESULT, Job, Programs, lock
+from megatron_most.sweep.job import FAILURE, LOG, RESULT, STOPPED, Job, Programs, lock
 from megatron_most.sweep.spec import EvaluationConfig, ResourcesConfig
 from tests.distributed.tiny import tiny_config
 
@@ -83,14 +83,20 @@ def test_a_failed_evaluation_is_a_failure(tmp_path, calls):
 
 
 def test_training_that_was_asked_to_stop_is_not_finished(tmp_path, calls):
-    """It saves and leaves with status 0."""
-    calls.reached = 4
+    calls.statuses = [cli.STOPPED]
     make(tmp_path, EvaluationConfig("asr", "clean.jsonl"))()
-    assert len(calls) == 1 and not (tmp_path / RESULT).exists()
-    assert "stopped after step 4 of 6" in json.loads((tmp_path / FAILURE).read_text())["error"]
-    calls.reached = 6
+    assert len(calls) == 1 and not (tmp_path / RESULT).exists() and not (tmp_path / FAILURE).exists()
+    assert json.loads((tmp_path / STOPPED).read_text()) == {"identity": "abc"}
     make(tmp_path)()
-    assert (tmp_path / RESULT).exists() and not (tmp_path / FAILURE).exists()
+    assert (tmp_path / RESULT).exists() and not (tmp_path / STOPPED).exists()
+    assert json.loads((tmp_path / RESULT).read_text())["attempts"] == 1
+
+
+def test_training_that_ends_early_without_a_word_is_a_failure(tmp_path, calls):
+    calls.reached = 4
+    make(tmp_path)()
+    error = json.loads((tmp_path / FAILURE).read_text())["error"]
+    assert error == "training ended with status 0 after step 4 of 6"
 
 
 def test_a_directory_that_another_process_holds_is_left_alone(tmp_path, calls):

@@ -80,6 +80,8 @@ def test_a_run_is_known_by_what_it_computes(folder):
     assert len(set(first)) == 4
     renamed = sweep(folder, "axes: {rate: {slow: {optimizer.lr: 1.0e-3}, fast: {optimizer.lr: 2.0e-3}}}")
     assert [run.identity for run in plan_runs(renamed)] == first
+    patient = sweep(folder, f"{text}, overrides: {{parallel.distributed_timeout_minutes: 99}}")
+    assert [run.identity for run in plan_runs(patient)] == first
     (folder / "asr.json").write_text('{"rebuilt": true}')
     assert not set(first) & {run.identity for run in plan_runs(sweep(folder, text))}
 

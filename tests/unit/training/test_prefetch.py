@@ -15,7 +15,7 @@ import torch
 from megatron_most import parallel
 from megatron_most.errors import DataError
 from megatron_most.model.packed_row import PackedRow
-from megatron_most.training import microbatches
+from megatron_most.training import microbatches, prefetch
 from megatron_most.training.prefetch import Prefetch
 from tests.distributed.tiny import tiny_batch, tiny_config
 
@@ -63,6 +63,17 @@ def test_an_error_comes_where_its_item_would_have_and_stays() -> None:
 def test_the_end_of_a_finite_stream_is_its_end() -> None:
     with Prefetch(iter("abc"), str.upper, depth=2) as items:
         assert list(items) == ["A", "B", "C"]
+
+
+def test_an_item_that_does_not_come_ends_the_wait_and_its_thread_is_left_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(prefetch, "_JOIN_SECONDS", 0.1)
+    release = threading.Event()
+    with pytest.raises(TimeoutError), Prefetch(iter([1]), lambda item: release.wait(), depth=1, timeout=0.2) as items:
+        next(items)
+    release.set()
+    wait_until(lambda: not threads())
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, DataError])
