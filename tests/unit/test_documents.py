@@ -7,8 +7,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from megatron_most.config.load import build_config
+from tests.pages import ROOT, code_blocks
 
-ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
 
 
@@ -44,7 +44,7 @@ def configurations() -> list[tuple[str, str]]:
     blocks = [
         (f"{path.relative_to(ROOT)}-{index}", block)
         for path in DOCUMENTS
-        for index, block in enumerate(re.findall(r"^```yaml\n(.*?)^```", path.read_text(), re.M | re.S))
+        for index, block in enumerate(block.text for block in code_blocks(path) if block.language == "yaml")
     ]
     return [(place, block) for place, block in blocks if "\naxes:" not in block]
 

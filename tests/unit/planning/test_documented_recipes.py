@@ -17,8 +17,8 @@ import pytest
 
 from megatron_most.commands import convert, evaluate, generate, plan, prepare, report, train
 from megatron_most.config import RunConfig, load_config
+from tests.pages import ROOT, code_blocks
 
-ROOT = Path(__file__).parents[3]
 PAGES = ("docs/data.md", "docs/first-run.md")
 RECIPES = sorted(path.stem for path in (ROOT / "examples" / "configs").glob("most_*b_*.yaml"))
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
@@ -39,9 +39,7 @@ torchrun() { while [ "$1" != -m ]; do shift; done; shift; most "${1##*.}" "${@:2
 @functools.cache
 def commands(page: str) -> list[list[str]]:
     """The arguments of every ``most`` command of a page, shell variables and loops expanded."""
-    blocks = re.findall(
-        r"^```(?:bash)?\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-    )
+    blocks = [block.text for block in code_blocks(page) if block.language in ("", "bash")]
     script = STAND_INS + "".join(block for block in blocks if re.search(r"most (prepare|convert|plan)|torchrun", block))
     with tempfile.TemporaryDirectory() as folder:
         shell = ["/bin/bash", "--norc", "-c", script]
