@@ -1,7 +1,6 @@
 """What README and documents point at exists, and the file tree of CONTRIBUTING.md names every package."""
 
 import re
-from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
