@@ -125,3 +125,11 @@ def test_all_recipes_have_one_codec() -> None:
     names = {codec_name(recipe(name).codec) for name in RECIPES}
     assert names == {"nemo-nano-codec-22khz-1.78kbps-12.5fps"}
     assert {(recipe(name).vocab.num_codebooks, recipe(name).vocab.codebook_size) for name in RECIPES} == {(13, 2016)}
+
+
+def test_a_documented_evaluation_of_a_run_appears_in_its_report() -> None:
+    """The report reads the results in the run directory's ``evaluation``."""
+    evaluations = [call for page in PAGES for name, call in parsed(page) if name == "evaluate"]
+    assert evaluations
+    for call in evaluations:
+        assert Path(call.output).parent == Path(call.checkpoint) / "evaluation"
