@@ -1,24 +1,20 @@
 """docs/tutorial.md: its commands run one after another, and what it says of their results is so."""
 
 import json
-import os
-import re
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-BLOCK = re.compile(r"^```(bash|yaml)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+from tests.integration.launching import environment
+from tests.pages import ROOT, code_blocks, joined_lines
 
 
 def commands_and_files() -> list[tuple[str, str]]:
     """(kind, text) of the page's blocks, in order; a command is one line."""
     found = []
-    for kind, text in BLOCK.findall((ROOT / "docs/tutorial.md").read_text()):
-        lines = text.replace("\\\n", " ").strip().splitlines() if kind == "bash" else [text]
-        found += [(kind, line) for line in lines]
+    for block in code_blocks("docs/tutorial.md"):
+        lines = joined_lines(block.text) if block.language == "bash" else [block.text]
+        found += [(block.language, line) for line in lines]
     return found
 
 
@@ -31,13 +27,11 @@ def test_the_page_shows_every_command_but_those_for_large_models():
 @pytest.mark.timeout(1800)
 def test_the_tutorial_runs_as_it_is_written(tmp_path):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for kind, text in commands_and_files():
         if kind == "yaml":
             (tmp_path / "tutorial/config.yaml").write_text(text)
             continue
-        done = subprocess.run(text, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = subprocess.run(text, shell=True, cwd=tmp_path, env=environment(), capture_output=True, text=True)
         assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
     run = tmp_path / "tutorial/run"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -1,14 +1,13 @@
 """What README and documents point at exists, and the file tree of CONTRIBUTING.md names every package."""
 
 import re
-from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
 from megatron_most.config.load import build_config
+from tests.pages import ROOT, code_blocks
 
-ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
 
 
@@ -44,7 +43,7 @@ def configurations() -> list[tuple[str, str]]:
     blocks = [
         (f"{path.relative_to(ROOT)}-{index}", block)
         for path in DOCUMENTS
-        for index, block in enumerate(re.findall(r"^```yaml\n(.*?)^```", path.read_text(), re.M | re.S))
+        for index, block in enumerate(block.text for block in code_blocks(path) if block.language == "yaml")
     ]
     return [(place, block) for place, block in blocks if "\naxes:" not in block]
 

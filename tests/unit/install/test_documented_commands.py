@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from packaging.utils import canonicalize_name
 
-from tests.unit.install.requirements import ROOT
+from tests.pages import ROOT, code_blocks
 from tests.unit.install.stand_in_distributions import write_distribution
 
 DOCUMENT = ROOT / "docs" / "install.md"
@@ -29,8 +29,7 @@ NO_INDEX = " --no-index --find-links wheelhouse"
 
 def documented_commands() -> list[str]:
     """Every line of a code block that installs something, but what compiles Apex from its own repository."""
-    blocks = re.findall(r"^```\n(.*?)^```", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines()]
+    lines = [line for block in code_blocks(DOCUMENT) if not block.language for line in block.text.splitlines()]
     return [line for line in lines if re.search(r"\bpip install\b|install_missing\.py", line) and "apex" not in line]
 
 

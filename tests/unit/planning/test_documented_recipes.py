@@ -17,8 +17,8 @@ import pytest
 
 from megatron_most.commands import convert, evaluate, generate, plan, prepare, report, train
 from megatron_most.config import RunConfig, load_config
+from tests.pages import ROOT, code_blocks
 
-ROOT = Path(__file__).parents[3]
 PAGES = ("docs/data.md", "docs/first-run.md")
 RECIPES = sorted(path.stem for path in (ROOT / "examples" / "configs").glob("most_*b_*.yaml"))
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
@@ -39,9 +39,7 @@ torchrun() { while [ "$1" != -m ]; do shift; done; shift; most "${1##*.}" "${@:2
 @functools.cache
 def commands(page: str) -> list[list[str]]:
     """The arguments of every ``most`` command of a page, shell variables and loops expanded."""
-    blocks = re.findall(
-        r"^```(?:bash)?\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-    )
+    blocks = [block.text for block in code_blocks(page) if block.language in ("", "bash")]
     script = STAND_INS + "".join(block for block in blocks if re.search(r"most (prepare|convert|plan)|torchrun", block))
     with tempfile.TemporaryDirectory() as folder:
         shell = ["/bin/bash", "--norc", "-c", script]
@@ -127,3 +125,11 @@ def test_all_recipes_have_one_codec() -> None:
     names = {codec_name(recipe(name).codec) for name in RECIPES}
     assert names == {"nemo-nano-codec-22khz-1.78kbps-12.5fps"}
     assert {(recipe(name).vocab.num_codebooks, recipe(name).vocab.codebook_size) for name in RECIPES} == {(13, 2016)}
+
+
+def test_a_documented_evaluation_of_a_run_appears_in_its_report() -> None:
+    """The report reads the results in the run directory's ``evaluation``."""
+    evaluations = [call for page in PAGES for name, call in parsed(page) if name == "evaluate"]
+    assert evaluations
+    for call in evaluations:
+        assert Path(call.output).parent == Path(call.checkpoint) / "evaluation"
