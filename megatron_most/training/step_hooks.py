@@ -26,7 +26,7 @@ from megatron_most.parallel import on_rank_zero
 from megatron_most.training.metrics import MetricsWriter
 from megatron_most.training.optimizer import learning_rate
 from megatron_most.training.run_directory import versions
-from megatron_most.training.train_step import StepResult
+from megatron_most.training.train_step import StepResult, gather_weights
 from megatron_most.training.validation import validate
 
 if TYPE_CHECKING:
@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 
 
 class StepHook:
-    """Base class of hooks. Every rank calls them, in the order of the trainer's list; override what you need."""
+    """Base class of hooks. Every rank calls them, in the order of the trainer's list; override what you need.
+
+    A hook that reads weights calls :func:`~megatron_most.training.train_step.gather_weights` first.
+    """
 
     def before_step(self, trainer: Trainer) -> None:
         """Called before a step reads its batches. ``trainer.state.step`` is the number of steps taken."""
@@ -161,6 +164,7 @@ class Checkpoints(StepHook):
             self._saving.wait()
             self._saving = None
         trainer.collect()
+        gather_weights(trainer.state)
         state, options = trainer.state, trainer.config.checkpoint
         metadata = CheckpointMetadata(
             step=state.step,
