@@ -77,6 +77,11 @@ class OptimizerConfig:
     overlap_grad_reduce: bool = key(
         True, "overlap the reduction of gradients with the backward pass", "--overlap-grad-reduce"
     )
+    overlap_param_gather: bool = key(
+        False,
+        "gather the updated weights during the next forward pass instead of after the update",
+        "--overlap-param-gather",
+    )
     lr_scales: list[LrScaleConfig] = key(list, "learning rates of parts of the model; 0 freezes a part")
 
     def __post_init__(self) -> None:
@@ -94,6 +99,13 @@ class OptimizerConfig:
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must be in [0, 1)")
         self._check_muon()
+        require(
+            not self.overlap_param_gather or (self.use_distributed_optimizer and self.overlap_grad_reduce),
+            "optimizer.overlap_param_gather",
+            self.overlap_param_gather,
+            "needs optimizer.use_distributed_optimizer=true, which has weights gathered, and"
+            " optimizer.overlap_grad_reduce=true, which divides them into buckets",
+        )
         parts = [entry.part for entry in self.lr_scales]
         require(len(set(parts)) == len(parts), "optimizer.lr_scales", parts, "names a part twice")
 

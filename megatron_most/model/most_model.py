@@ -68,6 +68,9 @@ class MoSTModel(LanguageModule):
                 position_embedding_type="none",
                 tp_group=self.pg_collection.tp,
             )
+        # Built last, but registered in the order of the forward pass, in which gradient buffers and the gathering of
+        # updated weights expect parameters.
+        self.register_module("codebook_embeddings", None)
         self.decoder = TransformerBlock(
             config=config,
             spec=transformer_layer_spec,

@@ -40,9 +40,7 @@ def wrap_model(config: RunConfig, model_chunks: list[MoSTModel]) -> list[Distrib
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=options.overlap_grad_reduce,
-        # Not overlap_param_gather: it requires modules to be called in the order of their registration, which the
-        # codebook tables are not.
-        overlap_param_gather=False,
+        overlap_param_gather=options.overlap_param_gather,
         use_distributed_optimizer=options.use_distributed_optimizer,
     )
     if options.overlap_grad_reduce:
@@ -137,6 +135,7 @@ def build_optimizer(config: RunConfig, wrapped: list[DistributedDataParallel]) -
         bf16=config.precision.dtype == "bf16",
         params_dtype=torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32,
         use_distributed_optimizer=options.use_distributed_optimizer,
+        overlap_param_gather=options.overlap_param_gather,
     )
     overrides = {**get_standard_config_overrides(megatron_config), **group_overrides(config, wrapped)}
     optimizer = get_megatron_optimizer(megatron_config, wrapped, overrides)

@@ -25,7 +25,7 @@ from megatron_most.model import MoSTModel
 from megatron_most.parallel import fail
 from megatron_most.training.parts import is_expert
 from megatron_most.training.step_hooks import Checkpoints, StepHook
-from megatron_most.training.train_step import StepResult
+from megatron_most.training.train_step import StepResult, gather_weights
 
 if TYPE_CHECKING:
     from megatron_most.training.trainer import Trainer
@@ -51,6 +51,7 @@ class ReplicaCheck(StepHook):
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         interval = trainer.config.training.check_weight_hash_across_dp_replicas_interval
         if self._checkpoints.is_due(trainer) or (interval and trainer.state.step % interval == 0):
+            gather_weights(trainer.state)
             error = unequal_copies(trainer.state.model_chunks, trainer.state.step)
             if error is not None:
                 self._checkpoints.finish()  # of an earlier step, whose copies were equal

@@ -26,7 +26,7 @@ from megatron_most.parallel import on_rank_zero
 from megatron_most.training.metrics import MetricsWriter
 from megatron_most.training.optimizer import learning_rate
 from megatron_most.training.run_directory import versions
-from megatron_most.training.train_step import StepResult
+from megatron_most.training.train_step import StepResult, gather_weights
 from megatron_most.training.validation import validate
 
 if TYPE_CHECKING:
@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 
 
 class StepHook:
-    """Base class of hooks. Every rank calls them, in the order of the trainer's list; override what you need."""
+    """Base class of hooks. Every rank calls them, in the order of the trainer's list; override what you need.
+
+    A hook that reads weights calls :func:`~megatron_most.training.train_step.gather_weights` first.
+    """
 
     is_long = False
     """Whether it may take minutes: the watchdog is more patient with it."""
@@ -174,6 +177,7 @@ class Checkpoints(StepHook):
         """Save this step. Waits for the previous save."""
         self.finish()
         trainer.collect()
+        gather_weights(trainer.state)
         state, options = trainer.state, trainer.config.checkpoint
         metadata = CheckpointMetadata(
             step=state.step,

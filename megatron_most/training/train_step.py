@@ -164,6 +164,8 @@ def train_step(
 ) -> StepResult:
     """Compute gradients and update weights, schedule, expert biases, and FP8 histories. Collective.
 
+    With ``optimizer.overlap_param_gather``, call :func:`gather_weights` before you read the weights.
+
     Args:
         batches: see :func:`compute_gradients`.
         votes: numbers to sum over ranks in the same reduction as the metrics, so that ranks can agree on something.
@@ -235,6 +237,18 @@ def update_weights(state: TrainState, own_losses: torch.Tensor | None = None) ->
         return grad_norm, ""
     state.skipped_steps += 1  # Megatron's optimizer compared the same norm
     return grad_norm, f"the gradient norm, {grad_norm:.3f}, exceeds optimizer.grad_norm_skip_threshold, {threshold:g}"
+
+
+@torch.no_grad()
+def gather_weights(state: TrainState) -> None:
+    """Complete this rank's weights, before anything but a forward pass of the model reads them. Collective.
+
+    With ``optimizer.overlap_param_gather``, a step leaves each rank with new values only for the weights whose
+    optimizer state it holds. The next forward pass, also one of validation, gathers the others.
+    """
+    if state.config.optimizer.overlap_param_gather:
+        for chunk in state.wrapped:
+            chunk.start_param_sync(force_sync=True)
 
 
 def _sum_of_grad_norms(state: TrainState) -> float:
