@@ -110,7 +110,7 @@ def _compare(
         started[0].run(layer)
 
     num_layers = config.model.num_layers
-    with Progress("verify", num_layers, "layers", enabled=dist.get_rank() == 0) as progress:
+    with Progress("verify", num_layers, " layers", enabled=dist.get_rank() == 0) as progress:
         for layer in range(num_layers):
             on_rank_zero(functools.partial(run, layer))
             progress.add(1)

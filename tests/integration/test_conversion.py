@@ -177,7 +177,9 @@ def test_verify_fails_between_models_that_differ_and_says_where(trained):
     status, out, err = run(tool, *verify)
     assert status == 1
     assert "logits of 10 tokens" in out
-    assert err.startswith("error: ") and "the models differ from layer 0 on" in err and len(err.splitlines()) == 1
+    progress, error = err.splitlines()
+    assert progress.startswith("verify: 3/3 layers")
+    assert error.startswith("error: ") and "the models differ from layer 0 on" in error
 
 
 @pytest.mark.parametrize("line, match", [
