@@ -66,8 +66,12 @@ class Ticker:
         self._thread.start()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def stop(self) -> None:
+        """Say nothing from now on."""
         self._ended.set()
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
         self._thread.join()
 
 

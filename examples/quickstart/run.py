@@ -154,9 +154,10 @@ def _run(step: Step, outlook: Outlook, expected: float) -> None:
         print(f"    {about(outlook.left(expected, elapsed, fraction))} left of the quickstart", flush=True)
 
     def on_interrupt() -> None:
+        ticker.stop()
         print(f"interrupted: step {step.name} stops; run again to continue", file=sys.stderr, flush=True)
 
-    with Ticker(say):
+    with Ticker(say) as ticker:
         status = call(step.command, cwd=ROOT, environment=_environment(), on_interrupt=on_interrupt)
     if status and not (step.trains is not None and status == cli.STOPPED):
         raise MostError(f"step {step.name} failed with status {status}; fix the error above and run again")
@@ -166,11 +167,14 @@ def _run(step: Step, outlook: Outlook, expected: float) -> None:
 
 def _claim(run_dir: Path, started: Path, identity: str) -> None:
     """Record whose work ``run_dir`` holds; raise MostError if it is that of a step with another identity."""
-    from megatron_most.checkpointing.directory import checkpoints_directory
+    if _read(started) not in (None, identity):
+        from megatron_most.checkpointing.directory import checkpoints_directory
 
-    folder = checkpoints_directory(run_dir)
-    if _read(started) not in (None, identity) and folder.is_dir() and any(folder.iterdir()):
-        raise MostError(f"{run_dir} was trained with another configuration or other data: remove it or use --run-dir")
+        folder = checkpoints_directory(run_dir)
+        if folder.is_dir() and any(folder.iterdir()):
+            raise MostError(
+                f"{run_dir} was trained with another configuration or other data: remove it or use --run-dir"
+            )
     write_text(started, identity)
 
 

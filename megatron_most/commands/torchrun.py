@@ -82,7 +82,8 @@ def torchrun(given: Sequence[str], arguments: argparse.Namespace) -> None:
 def _make_quiet() -> None:
     """Leave out what torchrun says about threads, about each rank that it stops, and about its own error file."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # what it sets itself, with five lines
-    os.environ.setdefault("LOGLEVEL", "ERROR")
+    os.environ.setdefault("LOGLEVEL", "ERROR")  # of some of its loggers; the others are below this one
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
     logging.getLogger("torch.distributed.elastic.multiprocessing.errors").setLevel(logging.CRITICAL)
 
 

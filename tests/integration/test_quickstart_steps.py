@@ -231,6 +231,7 @@ run.cli.run(run.argparse.ArgumentParser(), lambda _: run.run_steps([step], pathl
         time.sleep(0.05)
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "interrupted: step long stops; run again to continue\n")
+    assert out.splitlines()[-1].startswith("    python -c")
     assert not (tmp_path / "steps" / "long.done").exists()
