@@ -182,7 +182,8 @@ def _stop(active: list[_Active], report: Callable[[str], None]) -> None:
     report(f"interrupted: {len(active)} runs save and stop (Ctrl-C again: do not wait); use --resume to continue")
     for run, job in active:
         # A job that has not begun yet is known to submitit alone: its number is that of its process.
-        pid = pid_of(run.directory) if state(run) == "running" else job and int(job.job_id)
+        begun = None if job is None else int(job.job_id)
+        pid = pid_of(run.directory) if state(run) == "running" else begun
         if pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
