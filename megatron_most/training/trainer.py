@@ -242,7 +242,7 @@ class Trainer:
             result = train_step(self.state, taken, votes, wants_part_grad_norms=is_logged)
         except NonFiniteStep as error:
             if error.own_losses is not None:
-                self._enter("completing the save", is_long=True)
+                self.enter("completing the save", is_long=True)
                 checkpoints.finish()  # every rank is here, and the earlier step that is being saved was good
             self.failed_batches.end(self, error)
         self._has_stepped = True
