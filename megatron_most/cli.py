@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 
-from megatron_most.errors import ConfigError, MostError, shown
+from megatron_most.errors import ConfigError, MostError, first_line, shown
 from megatron_most.extras import MissingExtra, is_optional
 from megatron_most.keys import LARGEST_INTEGER
+from megatron_most.processes import INTERRUPTED, SPOKEN_FOR
 
 STOPPED = 75
 """Exit status of training that was asked to stop and has saved: run the command again to go on (EX_TEMPFAIL)."""
@@ -39,35 +42,61 @@ def run(
 
     A :class:`MostError` or a missing optional package becomes one line on stderr and exit status 1; with ``--debug``,
     before or after a subcommand, it propagates. As shells expect, Ctrl-C exits with 130 and a closed pipe (``| head``)
-    with 141.
+    with 141. Under ``torchrun``, errors also go where it looks for them.
     """
-    subparsers = _subparsers(parser)
-    parser.add_argument("--debug", action="store_true", help=_DEBUG_HELP)
-    for subparser in subparsers:
-        # Without SUPPRESS, the default of a subparser would undo a --debug before the subcommand.
-        subparser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=_DEBUG_HELP)
-    # Intermixed parsing allows options between positional arguments; argparse cannot combine it with subparsers.
-    parse = parser.parse_args if subparsers else parser.parse_intermixed_args
-    options = parse(arguments)
+    options = parse(parser, arguments)
     try:
         command(options)
         sys.stdout.flush()
-    except (MostError, ModuleNotFoundError) as error:
-        line = _one_line(error, parser.prog)
-        if options.debug or line is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:
         # Python flushes standard output again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except (Exception, KeyboardInterrupt) as error:
+        if _is_interrupt(error):
+            # Ranks leave it to torchrun to speak.
+            if SPOKEN_FOR not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+                print("interrupted", file=sys.stderr)
+            sys.exit(INTERRUPTED)
+        line = _one_line(error, parser.prog)
+        _tell_torchrun(line or f"{type(error).__name__}: {first_line(error)}")
+        if options.debug or line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(1)
 
 
-def _one_line(error: Exception, command: str) -> str | None:
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse as :func:`run` does. The parser gets the option ``--debug``: call this once for each parser."""
+    inner = subparsers(parser)
+    parser.add_argument("--debug", action="store_true", help=_DEBUG_HELP)
+    for subparser in inner:
+        # Without SUPPRESS, the default of a subparser would undo a --debug before the subcommand.
+        subparser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=_DEBUG_HELP)
+    # Intermixed parsing allows options between positional arguments; argparse cannot combine it with subparsers.
+    return parser.parse_args(arguments) if inner else parser.parse_intermixed_args(arguments)
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether this is Ctrl-C, or what a library made of it: an extension module that is being imported, for example."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _tell_torchrun(message: str) -> None:
+    """Write the file whose message ``torchrun`` quotes in its own report (its ErrorHandler defines the format)."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        more = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        try:
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump({"message": {"message": message, "extraInfo": more}}, file)
+        except OSError:
+            pass  # the error itself is more important
+
+
+def _one_line(error: BaseException, command: str) -> str | None:
     """The line for an error that a user can cause; None for any other error."""
     module = getattr(error, "name", None)
     if module is not None and is_optional(module):
@@ -95,7 +124,7 @@ def launcher_integer(name: str, default: int, least: int = 0) -> int:
     return int(text)
 
 
-def _subparsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+def subparsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
     """The parsers of the subcommands; argparse has them only as the choices of an action."""
     actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     return [subparser for action in actions for subparser in dict.fromkeys(action.choices.values())]

@@ -14,6 +14,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from examples.quickstart.sentences import CORPUS_DIR, SPLIT_SIZES  # noqa: E402
 from megatron_most.cli import require_positive, run  # noqa: E402
 from megatron_most.errors import DataError  # noqa: E402
 from megatron_most.files import replacing, write_text  # noqa: E402
+from megatron_most.processes import deaf_children  # noqa: E402
 from megatron_most.progress import Progress  # noqa: E402
 
 SAMPLE_RATE = 16000
@@ -97,8 +99,10 @@ def make_split(split: str, output: Path, workers: int, limit: int | None = None)
     paths = [audio_dir / f"{row['id']}.flac" for row in rows]
     jobs = [(row, path) for row, path in zip(rows, paths, strict=True) if not path.exists()]
     if jobs:
+        with deaf_children(signal.SIGINT):  # this process stops them
+            pool = multiprocessing.get_context("spawn").Pool(workers)
         with (
-            multiprocessing.get_context("spawn").Pool(workers) as pool,
+            pool,
             Progress(split, len(rows), " sentences", initial=len(rows) - len(jobs)) as progress,
         ):
             for _ in pool.imap_unordered(_write_audio, jobs, chunksize=16):

@@ -14,6 +14,7 @@ COMMANDS = {
     "prepare": "turn audio and text into indexed datasets",
     "convert": "convert checkpoints from and to Hugging Face",
     "train": "train in this process, or under torchrun in many",
+    "torchrun": "start the ranks of train or convert; an error is the last line",
     "launch": "print the folder of the launch scripts (one node, several, SLURM, Kubernetes)",
     "generate": "transcribe audio or speak text",
     "evaluate": "measure word error rates of a trained model",

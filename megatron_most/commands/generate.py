@@ -65,6 +65,7 @@ def generate(arguments: argparse.Namespace) -> None:
         text = "\n".join(transcribe(model, codes, arguments.max_new_tokens, sampling, on_limit=at_limit.append))
         if arguments.output:
             write_text(arguments.output, text + "\n")
+            print(f"{arguments.output}: {_count(len(arguments.input), 'transcript')}")
         else:
             print(text)
         for index in sorted(at_limit):
@@ -72,9 +73,16 @@ def generate(arguments: argparse.Namespace) -> None:
     else:
         at_limit = []
         [spoken] = speak(model, [text], arguments.max_seconds, sampling, on_limit=at_limit.append)
-        write_wav(arguments.output, model.codec.decode(spoken), model.codec.sample_rate)
+        waveform = model.codec.decode(spoken)
+        write_wav(arguments.output, waveform, model.codec.sample_rate)
+        seconds = len(waveform) / model.codec.sample_rate
+        print(f"{arguments.output}: {seconds:.2f} s of speech at {model.codec.sample_rate} Hz")
         if at_limit:
             _warn_of_limit(arguments.output, "--max-seconds", arguments.max_seconds)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _warn_of_limit(name: str, option: str, value: float | None) -> None:

@@ -33,6 +33,7 @@ from megatron_most.vocab import CODEC_LAYOUTS, ModalityRange
 
 if TYPE_CHECKING:
     from megatron_most.data.storage.token_dataset import TokenDataset
+    from megatron_most.text import TextTokenizer
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -103,7 +104,7 @@ def _add_build(sub: argparse.ArgumentParser) -> None:
 def _add_inspect(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--dataset", nargs="+", required=True, help="path prefixes of datasets")
     sub.add_argument("--document", type=int, metavar="INDEX", help="show this document, counted from 0")
-    sub.add_argument("--tokenizer", help="with --document: print its text with this tokenizer")
+    sub.add_argument("--tokenizer", help="the datasets' tokenizer; another is refused. With --document, print its text")
     sub.add_argument("--codec", help="with --document: decode its codes with this codec")
     sub.add_argument("--wav", help="WAV file for the decoded codes")
 
@@ -201,6 +202,7 @@ def inspect(arguments: argparse.Namespace) -> None:
         raise ConfigError("--codec and --wav: need --document")
     if arguments.document is not None and len(datasets) > 1:
         raise ConfigError("--document: needs a single --dataset")
+    tokenizer = _tokenizer_of(datasets, arguments.tokenizer) if arguments.tokenizer else None
     for dataset in datasets:
         print(summary(dataset))
         for key, value in dataset.provenance.items():
@@ -208,26 +210,33 @@ def inspect(arguments: argparse.Namespace) -> None:
         if arguments.document is None:
             print(*(f"  {line}" for line in statistics(dataset)), sep="\n")
     if arguments.document is not None:
-        _show_document(arguments, datasets[0])
+        _show_document(arguments, datasets[0], tokenizer)
     elif len(datasets) > 1:
         print(*totals(datasets), sep="\n")
 
 
-def _show_document(arguments: argparse.Namespace, dataset: TokenDataset) -> None:
+def _tokenizer_of(datasets: Sequence[TokenDataset], path: str) -> TextTokenizer:
+    """Load a tokenizer; raises ConfigError if one of the datasets was built with another."""
+    from megatron_most.text import load_tokenizer
+
+    tokenizer = load_tokenizer(path)
+    for dataset in datasets:
+        built_with = dataset.provenance["tokenizer"]
+        if built_with["fingerprint"] != tokenizer.fingerprint:
+            raise ConfigError(f"--tokenizer={path}: {dataset.prefix} was built with another, {built_with['name']}")
+    return tokenizer
+
+
+def _show_document(arguments: argparse.Namespace, dataset: TokenDataset, tokenizer: TextTokenizer | None) -> None:
     if arguments.codec:
         require("nemo", "soundfile", "soxr")
     from megatron_most.audio import load_codec, write_wav
     from megatron_most.data.storage.inspection import audio_of, describe
-    from megatron_most.text import load_tokenizer
 
     if not 0 <= arguments.document < len(dataset):
         raise ConfigError(f"--document={arguments.document}: must be in 0..{len(dataset) - 1}")
     document = dataset.document(arguments.document)
-    if arguments.tokenizer:
-        tokenizer, built_with = load_tokenizer(arguments.tokenizer), dataset.provenance["tokenizer"]
-        if built_with["fingerprint"] != tokenizer.fingerprint:
-            other = built_with["name"]
-            raise ConfigError(f"--tokenizer={arguments.tokenizer}: the dataset was built with another, {other}")
+    if tokenizer is not None:
         shown = describe(document, dataset.vocab, tokenizer)
         print(f"document {arguments.document}: {shown}")
     if bool(arguments.codec) != bool(arguments.wav):

@@ -57,6 +57,11 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
         " (default: reject it)",
     )
     sub.add_argument(
+        "--hash-audio",
+        action="store_true",
+        help="notice edited audio files by their content, which is read once more (default: by size and time)",
+    )
+    sub.add_argument(
         "--max-quarantine",
         type=float,
         default=MAX_QUARANTINE,
@@ -129,7 +134,7 @@ def tokenize(arguments: argparse.Namespace) -> None:
         _spec(arguments),
         arguments.codec,
         arguments.output,
-        execution=Execution(arguments.workers, _share(arguments.shard), arguments.device),
+        execution=Execution(arguments.workers, _share(arguments.shard), arguments.device, arguments.hash_audio),
         limits=Limits(arguments.max_seconds, arguments.chunk_transcribed),
         max_quarantine=arguments.max_quarantine,
         command=shlex.join(sys.argv),

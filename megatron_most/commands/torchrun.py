@@ -1,14 +1,20 @@
-"""What the launchers start instead of torchrun: the same, but with an exit status that says how training ended.
+"""Start the ranks of a command with PyTorch's torchrun: its options, environment variables (PET_*) and signals.
 
-    python -m megatron_most.commands.torchrun [torchrun's options] -m megatron_most.commands.train --config FILE.yaml
+    most torchrun --nproc-per-node 8 -m megatron_most.commands.train --config FILE.yaml [key=value ...]
+    most torchrun --nproc-per-node 8 -m megatron_most.commands.convert import ...
 
-Options, environment (PET_*), and signals are torchrun's. Exit status: 0 when the ranks have finished, 75 when they were
-asked to stop and have saved (torchrun itself: 1, with a traceback), otherwise torchrun's.
+What differs from torchrun itself: an error in the configuration is told before any rank starts; when ranks fail, the
+last line is the error of the first of them; an interrupt is one line. Exit status: 0 when the ranks have finished, 75
+when they were asked to stop and have saved, 1 when they have failed, 128 + N after signal N without saving.
+torchrun --help lists the options.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import functools
+import logging
 import os
 import signal
 import sys
@@ -17,34 +23,95 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from megatron_most import cli
-from megatron_most.commands.train import STOPPED_FILE
+from megatron_most.commands import train
+from megatron_most.errors import MostError
+from megatron_most.processes import SPOKEN_FOR
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 _HANDLED, _BY_DEFAULT = "PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.run import main as torchrun
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser("torchrun", __doc__)
+    parser.usage = "most torchrun [-h] [--debug] [torchrun's options] (-m MODULE | SCRIPT) ..."
+    return parser
 
+
+def torchrun(given: Sequence[str], arguments: argparse.Namespace) -> None:
+    """Start the ranks that ``given``, torchrun's command line, describes, and wait for them.
+
+    Raises:
+        MostError: the configuration of a training run is wrong, or ranks have failed.
+        SystemExit: otherwise, with the status.
+    """
+    _make_quiet()
+    from torch.distributed import run as launcher
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    _check_configuration(given)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup
         handled = os.environ.get(_HANDLED, _BY_DEFAULT).split(",")
         os.environ[_HANDLED] = ",".join(name for name in handled if name.strip() != "SIGHUP")
     with tempfile.TemporaryDirectory(prefix="most-") as folder:
-        record = Path(os.environ.setdefault(STOPPED_FILE, f"{folder}/stopped"))
+        record = Path(os.environ.setdefault(train.STOPPED_FILE, f"{folder}/stopped"))
         status: int | None = None
         try:
-            torchrun(arguments)
+            launcher.main(list(given))
         except SignalException as error:
             _wait_for_ranks(error.sigval)
             status = 128 + error.sigval
-        except BaseException:
+        except BaseException as error:
             if not record.exists():
+                if isinstance(error, ChildFailedError):
+                    raise MostError(root_cause(error)) from None
                 raise
         if record.exists():
             status = cli.STOPPED
+        elif status is not None and SPOKEN_FOR not in os.environ:
+            number = signal.Signals(status - 128)
+            print("interrupted" if number == signal.SIGINT else f"stopped by {number.name}", file=sys.stderr)
     sys.exit(status)
+
+
+def _make_quiet() -> None:
+    """Leave out what torchrun says about threads, about each rank that it stops, and about its own error file."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # what it sets itself, with five lines
+    os.environ.setdefault("LOGLEVEL", "ERROR")  # of some of its loggers; the others are below this one
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+    logging.getLogger("torch.distributed.elastic.multiprocessing.errors").setLevel(logging.CRITICAL)
+
+
+def _check_configuration(given: Sequence[str]) -> None:
+    """Read the configuration of a training run here, once, before each rank does."""
+    from torch.distributed import run as launcher
+
+    if train.__name__ not in given:
+        return
+    options = launcher.parse_args(list(given))
+    if options.module and options.training_script == train.__name__:
+        settings, _, _ = launcher.config_from_args(options)
+        is_fixed = settings.min_nodes == settings.max_nodes
+        parsed = cli.parse(train.make_parser(), options.training_script_args)
+        train.check_config(parsed, settings.max_nodes * settings.nproc_per_node if is_fixed else None)
+
+
+def root_cause(error: ChildFailedError) -> str:
+    """One line about the rank that failed first: its own words if it left any, else how it ended."""
+    told = {rank: failure for rank, failure in error.failures.items() if isinstance(failure.message, dict)}
+    failures = told or error.failures
+    rank = min(failures, key=lambda rank: (failures[rank].timestamp, rank))
+    failure = failures[rank]
+    if isinstance(failure.message, dict):
+        return f"rank {rank}: {failure.message['message']}"
+    if failure.exitcode < 0:
+        return f"rank {rank}: was ended by signal {-failure.exitcode} ({failure.signal_name()})"
+    return f"rank {rank}: ended with status {failure.exitcode}; what it wrote stands above"
 
 
 def _wait_for_ranks(number: int) -> None:
@@ -73,6 +140,12 @@ def _ranks() -> list[int]:
             if os.getsid(int(child)) == int(child) and os.waitpid(int(child), os.WNOHANG) == (0, 0):
                 found.append(int(child))
     return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    own = [argument for argument in given[:1] if argument in ("-h", "--help", "--debug")]  # the rest is torchrun's
+    cli.run(make_parser(), functools.partial(torchrun, given[len(own) :]), own)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Pretrain a MoST model.
 
     most train --config FILE.yaml [key=value ...]
-    torchrun --nproc-per-node 8 -m megatron_most.commands.train --config FILE.yaml [key=value ...]
+    most torchrun --nproc-per-node 8 -m megatron_most.commands.train --config FILE.yaml [key=value ...]
     most train --config FILE.yaml --dry-run --world-size 64 --no-check-files
     most train --replay RUN_DIR/failed_batches/step_00000100.json [key=value ...]
 
@@ -76,11 +76,13 @@ def train(arguments: argparse.Namespace) -> None:
         from megatron_most.training.replay import read_failed_batch, replay
 
         batch = _by_all_ranks(lambda: read_failed_batch(arguments.replay, arguments.overrides))
-        _by_all_ranks(lambda: _require_ranks(batch.config))
+        _by_all_ranks(lambda: _require_ranks(batch.config, _world_size()))
         replay(batch)
         return
     config = read_config(arguments)
-    # After the checks: Megatron takes seconds to import.
+    if _rank() == 0:
+        print("loading torch and Megatron-Core", flush=True)
+    # After the checks: this takes seconds.
     from megatron_most.training import Trainer
 
     record = os.environ.get(STOPPED_FILE)
@@ -114,12 +116,22 @@ def read_config(arguments: argparse.Namespace) -> RunConfig:
     from megatron_most.config import load_config
 
     config = _by_all_ranks(lambda: load_config(arguments.config, arguments.overrides))
-    _by_all_ranks(lambda: _require_ranks(config))
+    _by_all_ranks(lambda: _require_ranks(config, _world_size()))
     return config
 
 
-def _require_ranks(config: RunConfig) -> None:
-    config.num_microbatches(config.parallel.data_parallel_size(cli.launcher_integer("WORLD_SIZE", 1, least=1)))
+def check_config(arguments: argparse.Namespace, world_size: int | None) -> None:
+    """What :func:`read_config` checks, before there are ranks; their number only if it is known."""
+    if arguments.replay is None and not arguments.dry_run:
+        from megatron_most.config import load_config
+
+        config = load_config(arguments.config, arguments.overrides)
+        if world_size is not None:
+            _require_ranks(config, world_size)
+
+
+def _require_ranks(config: RunConfig, world_size: int) -> None:
+    config.num_microbatches(config.parallel.data_parallel_size(world_size))
 
 
 def _by_all_ranks[T](check: Callable[[], T]) -> T:
@@ -132,6 +144,10 @@ def _by_all_ranks[T](check: Callable[[], T]) -> T:
             time.sleep(3)
             sys.exit(1)
         raise
+
+
+def _world_size() -> int:
+    return cli.launcher_integer("WORLD_SIZE", 1, least=1)
 
 
 def _rank() -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterable
@@ -12,7 +15,8 @@ import submitit
 from megatron_most.config import CONFIG, dump_config
 from megatron_most.errors import ConfigError, first_line
 from megatron_most.files import read_json, write_json, write_text
-from megatron_most.sweep.job import FAILURE, LOG, RESULT, STOPPED, Job, Programs, last_error, lock
+from megatron_most.processes import INTERRUPTED, deaf_children
+from megatron_most.sweep.job import FAILURE, LOG, RESULT, STOPPED, Job, Programs, last_error, lock, pid_of
 from megatron_most.sweep.plan import PlannedRun
 from megatron_most.sweep.spec import Sweep
 
@@ -54,6 +58,7 @@ def start(
     Raises:
         ConfigError: data or checkpoints are missing, there is no SLURM, or the sweep was started before and ``resume``
             is not set.
+        SystemExit: after Ctrl-C, with status 130, when the jobs of this machine have saved and ended.
     """
     missing = sorted({file for run in runs for file in run.missing})
     if missing:
@@ -130,21 +135,25 @@ def _queued(job_ids: Iterable[str]) -> set[str]:
     return set(done.stdout.split())
 
 
+type _Active = tuple[PlannedRun, submitit.Job | None]
+"""A run that is being executed; without its job where an earlier sweep started it."""
+
+
 def _run_here(sweep: Sweep, todo: list[PlannedRun], programs: Programs, report: Callable[[str], None]) -> None:
     """Run ``concurrent`` jobs at a time; submitit's local executor has no queue."""
     executor = _executor(sweep, "local")
-    active: list[tuple[PlannedRun, submitit.Job | None]] = []
+    active: list[_Active] = []
     number, done = len(todo), 0
     try:
         while todo or active:
             while todo and len(active) < sweep.spec.resources.concurrent:
                 run = todo.pop(0)
                 # A run that a killed sweep left running is only waited for.
-                job = None if state(run) == "running" else executor.submit(_job(sweep, run, programs))
+                job = None if state(run) == "running" else _submit(executor, _job(sweep, run, programs))
                 active.append((run, job))
             time.sleep(_POLL_SECONDS)
             for run, job in list(active):
-                if state(run) == "running" or (job is not None and not job.done()):
+                if _is_active((run, job)):
                     continue
                 active.remove((run, job))
                 if job is None and state(run) in ("stopped", "interrupted"):
@@ -153,10 +162,34 @@ def _run_here(sweep: Sweep, todo: list[PlannedRun], programs: Programs, report: 
                 done += 1
                 report(f"[{done}/{number}] {run.name}: {_end(run)}")
     except KeyboardInterrupt:
-        for _, job in active:
-            if job is not None:
-                job.cancel()
-        raise
+        _stop(active, report)
+        raise SystemExit(INTERRUPTED) from None
+
+
+def _submit(executor: submitit.AutoExecutor, job: Job) -> submitit.Job:
+    # Neither the terminal's Ctrl-C nor its end reaches jobs: the sweep asks them to stop, or they go on without it.
+    with deaf_children(signal.SIGINT, signal.SIGHUP):
+        return executor.submit(job)
+
+
+def _is_active(active: _Active) -> bool:
+    run, job = active
+    return state(run) == "running" or (job is not None and not job.done())
+
+
+def _stop(active: list[_Active], report: Callable[[str], None]) -> None:
+    """Ask all jobs to save and end, and wait for them; Ctrl-C again does not wait."""
+    report(f"interrupted: {len(active)} runs save and stop (Ctrl-C again: do not wait); use --resume to continue")
+    for run, job in active:
+        # A job that has not begun yet is known to submitit alone: its number is that of its process.
+        begun = None if job is None else int(job.job_id)
+        pid = pid_of(run.directory) if state(run) == "running" else begun
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+    with contextlib.suppress(KeyboardInterrupt):
+        while any(map(_is_active, active)):
+            time.sleep(_POLL_SECONDS)
 
 
 def _end(run: PlannedRun) -> str:

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import BinaryIO
 
 from megatron_most import cli
@@ -19,6 +20,7 @@ from megatron_most.config import CONFIG, load_config
 from megatron_most.errors import DataError, MostError
 from megatron_most.files import read_json, write_json
 from megatron_most.locks import locked
+from megatron_most.processes import end_with_parent
 from megatron_most.sweep.spec import EvaluationConfig, ResourcesConfig
 
 RESULT = "sweep_result.json"
@@ -63,6 +65,7 @@ class Job:
     resources: ResourcesConfig
     evaluation: list[EvaluationConfig]
     programs: Programs
+    is_stopped: bool = False
 
     def __call__(self) -> None:
         directory = Path(self.directory)
@@ -72,7 +75,18 @@ class Job:
             return
         with lock(directory) as held:
             if held is not None and not (directory / RESULT).is_file():
+                held.truncate(0)
+                held.write(str(os.getpid()).encode())
+                held.flush()
+                if os.environ.get("SUBMITIT_EXECUTOR") == "local":
+                    signal.signal(signal.SIGTERM, self._stop)
                 self._run(directory, held.fileno())
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        """Let what runs now save and end; the run is then neither finished nor failed."""
+        self.is_stopped = True
+        if _process is not None:
+            _process.terminate()
 
     def checkpoint(self) -> object:
         """Called by submitit before SLURM ends the job: let training save, then requeue the same job."""
@@ -95,9 +109,11 @@ class Job:
             return
         error = _ended("training", status, log) or self._unfinished(directory)
         for one in self.evaluation:
-            if error:
+            if error or self.is_stopped:
                 break
             error = _ended(f"evaluation {one.name}", self._evaluate(one, directory, log, (held,)), log)
+        if self.is_stopped:
+            return
         facts = {"identity": self.identity, "attempts": attempts, "seconds": time.time() - start}
         if error:
             write_json(failure, {**facts, "error": error, "last_lines": _last_lines(log)})
@@ -153,7 +169,7 @@ def _call(command: list[str], log: Path, environment: dict[str, str], descriptor
             stderr=subprocess.STDOUT,
             env={**inherited, "PATH": path, **environment},
             pass_fds=descriptors,
-            preexec_fn=_end_with_parent,
+            preexec_fn=end_with_parent,
         )
         try:
             return _process.wait()
@@ -177,12 +193,14 @@ def _meeting_point() -> dict[str, str]:
     }
 
 
-def _end_with_parent() -> None:
-    """Have the kernel end this child if the job's process is killed; it would otherwise continue unnoticed."""
-    import ctypes
-
-    parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
-    ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
+def pid_of(directory: Path) -> int | None:
+    """The process of the job that locks a run directory; None if that is gone. Ask only while it is locked."""
+    try:
+        pid = int((directory / _LOCK).read_text(encoding="utf-8"))
+        is_job = b"submitit" in Path(f"/proc/{pid}/cmdline").read_bytes()  # the number may be another's by now
+    except (OSError, ValueError):
+        return None
+    return pid if is_job else None
 
 
 def lock(directory: Path) -> contextlib.AbstractContextManager[BinaryIO | None]:

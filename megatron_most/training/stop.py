@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 from megatron_most.cli import STOP_SIGNALS
+from megatron_most.processes import SPOKEN_FOR
 
 _ONE_KEYSTROKE = 2.0
 """Seconds in which several SIGINT are one Ctrl-C: the terminal sends it to all processes, ``torchrun`` passes it on."""
@@ -56,6 +57,6 @@ class StopRequest:
             self._interrupted = self._interrupted or now
         if self.signal is None:
             self.signal = signal.Signals(number).name
-            if os.environ.get("RANK", "0") == "0":
+            if os.environ.get("RANK", "0") == "0" and SPOKEN_FOR not in os.environ:
                 # Not print: the signal may have come in the middle of one.
                 os.write(2, f"{self.signal}: finishing the step, then saving; a further Ctrl-C ends at once\n".encode())

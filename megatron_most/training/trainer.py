@@ -108,12 +108,14 @@ class Trainer:
         else:
             # Find errors in what the run reads before writing anything.
             on_rank_zero(lambda: require_installed(config.logging))
+            self.say("reading the datasets")
             self.enter("opening the data", is_long=True)
             checkpoints, validation_sets = self._open_data(resumed)
             load = config.checkpoint.load
             if resumed is None and load is not None:
                 on_rank_zero(lambda: find_checkpoint(load, config))
             on_rank_zero(self._claim_run_directory)
+            self.say("building the model")
             self.enter("building the model", is_long=True)
             self._build(resumed)
             log = MetricsLog(self)
@@ -122,6 +124,7 @@ class Trainer:
             validation = Validation(log, validation_sets)
             own = self._own_hooks
             self.hooks = [*profiles, log, validation, self.failed_batches, *own, ReplicaCheck(checkpoints), checkpoints]
+            self.say("taking the first step, which is slower than the others")
             self._train(log, checkpoints, stop)
 
     def say(self, line: str) -> None:
@@ -239,7 +242,7 @@ class Trainer:
             result = train_step(self.state, taken, votes, wants_part_grad_norms=is_logged)
         except NonFiniteStep as error:
             if error.own_losses is not None:
-                self._enter("completing the save", is_long=True)
+                self.enter("completing the save", is_long=True)
                 checkpoints.finish()  # every rank is here, and the earlier step that is being saved was good
             self.failed_batches.end(self, error)
         self._has_stepped = True

@@ -68,7 +68,7 @@ def test_a_recording_becomes_the_same_text_by_generation_and_by_evaluation(workp
     room = SEQ_LENGTH - len(prompt("asr", VOCAB, tokenizer, codes=codes).ids)
     checkpoint, output = ("--checkpoint", workplace / "run"), workplace / "new" / "transcript.txt"
     asr = ("--task", "asr", "--input", workplace / "wav" / "0.wav", "--max-new-tokens", room)
-    assert call("generate", *checkpoint, *asr, "--output", output) == ""
+    assert call("generate", *checkpoint, *asr, "--output", output) == f"{output}: 1 transcript\n"
     transcript = output.read_text(encoding="utf-8")
     printed = call("generate", *checkpoint, *asr)
     assert printed == transcript

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from megatron_most import checkpointing
 from megatron_most.errors import MostError
 
 PATH = Path(__file__).parents[2] / "examples" / "quickstart" / "run.py"
@@ -93,7 +99,7 @@ def training(run, tmp_path):
 
     def make(configuration: str):
         command = [sys.executable, "-c", script, str(tmp_path), configuration]
-        return [run.Step("train", "train", command, continues=tmp_path / "checkpoints")]
+        return [run.Step("train", "train", command, trains=tmp_path)]
 
     return make
 
@@ -122,10 +128,10 @@ def test_training_that_was_asked_to_stop_is_gone_on_with(run, training, tmp_path
     """It saves and leaves with status 0."""
     (step,) = training("first")
     step.training_steps = 100
-    monkeypatch.setattr(run, "read_metadata", lambda path: SimpleNamespace(step=40))
+    monkeypatch.setattr(checkpointing, "read_metadata", lambda path: SimpleNamespace(step=40))
     with pytest.raises(MostError, match="train was stopped after step 40 of 100; run again to continue"):
         run.run_steps([step], tmp_path)
-    monkeypatch.setattr(run, "read_metadata", lambda path: SimpleNamespace(step=100))
+    monkeypatch.setattr(checkpointing, "read_metadata", lambda path: SimpleNamespace(step=100))
     run.run_steps([step], tmp_path)
     run.run_steps([step], tmp_path)  # is complete
     assert (tmp_path / "ran.txt").read_text() == "first\n" * 2
@@ -154,3 +160,78 @@ def test_the_steps_name_files_that_exist(run):
         assert scripts, step.name
         for path in [*scripts, *step.inputs]:
             assert (root / path).is_file(), f"{step.name}: {path}"
+
+
+def test_what_it_takes_is_said_once_on_the_console_and_in_the_readme(run, counting, tmp_path, capsys):
+    steps = run.make_steps(Path("runs/quickstart"), [])
+    assert set(run.SECONDS) < {step.name for step in steps}
+    assert round(sum(step.seconds for step in steps) / 60) == run.MINUTES
+    readme = (PATH.parents[2] / "README.md").read_text()
+    assert f"It takes about {run.MINUTES} minutes on two cores" in " ".join(readme.split())
+    _, short, _ = counting
+    run.run_steps(short(), tmp_path)
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "2 of 2 steps to do: less than a minute on two cores"
+    assert out[3].startswith("[1/2] first step: ") and out[3].endswith(" s, less than a minute left")
+    assert out[-1].startswith("[2/2] second step: ") and out[-1].endswith(" s")
+
+
+def test_the_time_left_follows_the_pace_of_this_machine(run):
+    outlook = run.Outlook(600.0)
+    assert outlook.left() == outlook.left(100.0, 0.0) == 600
+    assert outlook.left(100.0, 10.0) == 590  # too early to judge the pace
+    outlook.end(100.0, 200.0)  # half as fast as expected
+    assert outlook.left() == 1000
+    assert outlook.left(300.0, 60.0) == pytest.approx(940)
+    assert outlook.left(300.0, 1000.0) > 200  # a step that takes longer than it should is not over
+    assert outlook.left(300.0, 300.0, fraction=0.25) == pytest.approx(500 / 175 * 425)  # and is getting slower
+    assert [run.about(seconds) for seconds in (20, 61, 640)] == [
+        "less than a minute",
+        "about 1 minute",
+        "about 11 minutes",
+    ]
+
+
+def test_a_long_step_says_how_long_all_of_it_takes(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("examples.quickstart.outlook.SOON", 0.2)
+    monkeypatch.setitem(run.SECONDS, "long", 600)
+    script = "import sys, time; time.sleep(1); open(sys.argv[1], 'w').write(sys.argv[2]); time.sleep(1)"
+    lines = "".join(json.dumps(line) + "\n" for line in ({"step": 30}, {"validation": 1, "step": 60}))
+    command = [sys.executable, "-c", script, str(tmp_path / "metrics.jsonl"), lines]
+    monkeypatch.setattr(checkpointing, "read_metadata", lambda path: SimpleNamespace(step=100))
+    run.run_steps([run.Step("long", "train", command, trains=tmp_path, training_steps=100)], tmp_path)
+    said = [line.strip() for line in capsys.readouterr().out.splitlines() if "left of the quickstart" in line]
+    assert said[0] == "about 10 minutes left of the quickstart"
+    assert said[-1] == "less than a minute left of the quickstart"  # 60 of 100 steps in two seconds
+    # Continued, it is expected to take 40 percent of its time.
+    (tmp_path / "steps" / "long.done").unlink()
+    run.run_steps([run.Step("long", "train", command, trains=tmp_path, training_steps=100)], tmp_path)
+    assert "1 of 1 steps to do: about 4 minutes on two cores" in capsys.readouterr().out
+
+
+def test_ctrl_c_is_one_line_after_the_step_has_ended(run, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""import importlib.util, pathlib, sys
+spec = importlib.util.spec_from_file_location("quickstart_run", {str(PATH)!r})
+run = sys.modules["quickstart_run"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(run)
+assert "torch" not in sys.modules
+step = run.Step("long", "wait", [sys.executable, "-c", "import argparse, pathlib, sys, time;"
+    "from megatron_most import cli; pathlib.Path(sys.argv[1], 'started').touch();"
+    "cli.run(argparse.ArgumentParser(), lambda _: time.sleep(60), [])", sys.argv[1]])
+run.cli.run(run.argparse.ArgumentParser(), lambda _: run.run_steps([step], pathlib.Path(sys.argv[1])), [])
+"""
+    )
+    command = [sys.executable, str(script), str(tmp_path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, **pipes, text=True, start_new_session=True)
+    while not (tmp_path / "started").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "interrupted: step long stops; run again to continue\n")
+    assert out.splitlines()[-1].startswith("    python -c")
+    assert not (tmp_path / "steps" / "long.done").exists()

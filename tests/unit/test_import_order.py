@@ -20,6 +20,7 @@ LAYERS = (
         "files",
         "yaml_text",
         "locks",
+        "processes",
         "progress",
         "lazy",
         "keys",

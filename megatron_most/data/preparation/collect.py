@@ -18,6 +18,9 @@ from megatron_most.files import replacing
 MAX_QUARANTINE = 0.01
 """Default limit on the share of unusable records; tokenization fails above it."""
 
+SIZE_AND_TIME, CONTENT = "size and time", "content"
+"""What tells an edited audio file (:attr:`Collected.audio_identity`)."""
+
 
 @dataclass(frozen=True)
 class SourceSpec:
@@ -48,7 +51,8 @@ class Collected:
     num_repeated: of the rejected, conversations that an earlier record holds, too.
     sha256: of both, equal for a source in an equal state. It reads ``licence`` for ``license`` as version 0.1 wrote it,
         so that jobs begun then go on.
-    audio_sha256: of the size and modification time of each record's audio file.
+    audio_sha256: of the size and modification time of each record's audio file, or of its content.
+    audio_identity: :data:`SIZE_AND_TIME` or :data:`CONTENT`.
     licenses, splits: number of records of each; ``unknown`` if not stated.
     """
 
@@ -59,14 +63,18 @@ class Collected:
     audio_sha256: str
     licenses: dict[str, int]
     splits: dict[str, int]
+    audio_identity: str = SIZE_AND_TIME
 
     def origin(self) -> dict[str, dict[str, int]]:
         """What a sidecar states about the records, beside their source."""
         return {"licenses": self.licenses, "splits": self.splits}
 
 
-def collect(spec: SourceSpec, manifest: Path, quarantine: Path) -> Collected:
+def collect(spec: SourceSpec, manifest: Path, quarantine: Path, *, hash_audio: bool = False) -> Collected:
     """Write the usable records of a source to ``manifest`` and the others to ``quarantine``, one JSON line each.
+
+    Args:
+        hash_audio: read all audio files, to tell them by their content.
 
     Raises:
         DataError: the source cannot be read or is empty; no file is written.
@@ -76,7 +84,8 @@ def collect(spec: SourceSpec, manifest: Path, quarantine: Path) -> Collected:
     licenses: Counter[str] = Counter()
     splits: Counter[str] = Counter()
     num_repeated = 0
-    state = functools.lru_cache(maxsize=1024)(_state)  # many cuts are of one recording
+    # Many cuts are of one recording, and many recordings in one tar.
+    state = functools.lru_cache(maxsize=1024)(_content if hash_audio else _size_and_time)
     with replacing(quarantine) as left, replacing(manifest) as kept, open(kept, "wb") as good, open(left, "wb") as bad:
         for item in checked_records(spec):
             counts[type(item)] += 1
@@ -98,6 +107,7 @@ def collect(spec: SourceSpec, manifest: Path, quarantine: Path) -> Collected:
         audio_digest.hexdigest(),
         dict(sorted(licenses.items())),
         dict(sorted(splits.items())),
+        CONTENT if hash_audio else SIZE_AND_TIME,
     )
 
 
@@ -105,13 +115,21 @@ class Repetition(Rejection):
     """A conversation that an earlier record has too: some data sets publish the whole beside its parts."""
 
 
-def _state(path: Path) -> bytes:
-    """What changes when a file is edited."""
+def _size_and_time(path: Path) -> bytes:
+    """What changes when a file is edited, unless someone takes care that it does not."""
     try:
         stat = path.stat()
     except OSError as error:
         raise DataError(f"{path}: not readable: {error.strerror}") from None
     return f"{stat.st_size} {stat.st_mtime_ns}\n".encode()
+
+
+def _content(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise DataError(f"{path}: not readable: {error.strerror}") from None
 
 
 def checked_records(spec: SourceSpec) -> Iterator[Record | Rejection]:

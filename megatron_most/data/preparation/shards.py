@@ -40,11 +40,13 @@ class Execution:
     workers: processes; None takes one per CPU core this process may use.
     task: (i, n): every n-th shard from the i-th on, beside other tasks that encode the others.
     device: ``cpu``, ``cuda``, or ``auto``: CUDA where there is one.
+    hash_audio: tell edited audio files by their content; otherwise by their size and the time of their last change.
     """
 
     workers: int | None = None
     task: tuple[int, int] = (0, 1)
     device: str = "auto"
+    hash_audio: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Job:
             "source": self.source.to_dict() | self.collected.origin(),
             "records_sha256": self.collected.sha256,
             "audio_sha256": self.collected.audio_sha256,
+            "audio_identity": self.collected.audio_identity,
             "codec": self.codec.to_dict(),
             "limits": asdict(self.limits),
             "device": self.device,

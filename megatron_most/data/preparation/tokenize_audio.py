@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,14 @@ from pathlib import Path
 import torch
 
 from megatron_most.audio import AudioCodec, codec_file, file_fingerprint, load_codec
-from megatron_most.data.preparation.collect import MAX_QUARANTINE, Collected, SourceSpec, collect
+from megatron_most.data.preparation.collect import (
+    CONTENT,
+    MAX_QUARANTINE,
+    SIZE_AND_TIME,
+    Collected,
+    SourceSpec,
+    collect,
+)
 from megatron_most.data.preparation.shards import Execution, Job, Limits, Shard
 from megatron_most.data.preparation.shared_folder import hostname_and_pid, one_line_when_the_disk_is_full
 from megatron_most.data.preparation.tokenize_merge import merge_shards
@@ -74,7 +82,7 @@ def tokenize_audio(
     output.parent.mkdir(parents=True, exist_ok=True)
     with one_line_when_the_disk_is_full(output), _tidied(lock, parts):
         with locked(lock, shared=True):  # beside the job's other tasks
-            prepared = _prepare(source, codec, output, parts, limits, _device(execution.device))
+            prepared = _prepare(source, codec, output, parts, limits, execution)
             if prepared is not None:
                 job, loaded = prepared
                 shards = _shards(parts, job.collected.num_records)
@@ -114,13 +122,14 @@ def _device(name: str) -> str:
 
 
 def _prepare(
-    source: SourceSpec, codec: str | Path, output: Path, parts: Path, limits: Limits, device: str
+    source: SourceSpec, codec: str | Path, output: Path, parts: Path, limits: Limits, execution: Execution
 ) -> tuple[Job, AudioCodec] | None:
     """The job and its codec, None when the output is already there; refuses what another job has begun or finished."""
+    device = _device(execution.device)
     own = parts / f"collecting.{hostname_and_pid()}"
     records, rejected = own / "records.jsonl", own / "rejected.jsonl"
     try:
-        collected = collect(source, records, rejected)
+        collected = collect(source, records, rejected, hash_audio=execution.hash_audio)
         finished = Path(f"{output}.json")
         if finished.is_file():
             # Loading a codec takes seconds; the fingerprint of a file is enough to see that there is nothing to do.
@@ -128,6 +137,7 @@ def _prepare(
             fingerprint = file_fingerprint(file) if file else load_codec(codec).fingerprint
             _require_same_job(finished, collected, fingerprint, limits, device)
             return None
+        print(f"tokenize: loading the codec {codec}", file=sys.stderr, flush=True)  # NeMo takes seconds to import
         loaded = load_codec(codec)
         job = Job(source, collected, CodecIdentity.of(loaded), limits, device)
         if (parts / "job.json").is_file():
@@ -149,9 +159,14 @@ def _require_same_job(path: Path, collected: Collected, fingerprint: str, limits
     if found.get("records_sha256") != collected.sha256:
         root = (found.get("source") or {}).get("root")
         raise DataError(f"{path}: was made from {root} in another state; {advice}")
-    # Jobs of version 0.1 do not say.
+    # Jobs of version 0.1 say neither of these.
+    identity = found.get("audio_identity", SIZE_AND_TIME)
+    if identity != collected.audio_identity:
+        had = "with" if identity == CONTENT else "without"
+        raise DataError(f"{path}: was made {had} --hash-audio; repeat it {had} that option, or {advice}")
     if found.get("audio_sha256", collected.audio_sha256) != collected.audio_sha256:
-        raise DataError(f"{path}: audio files were edited since (another size or time); {advice}")
+        other = identity.replace(" and ", " or ")
+        raise DataError(f"{path}: audio files were edited since (another {other}); {advice}")
     for name, value in (("limits", asdict(limits)), ("device", device)):
         if found.get(name) != value:
             raise DataError(f"{path}: was made with {name} {found.get(name)}, not {value}; {advice}")

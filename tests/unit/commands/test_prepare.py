@@ -158,5 +158,8 @@ def test_a_document_is_not_shown_with_another_tokenizer(call, manifest, tmp_path
         call("tokenizer", "--manifest", manifest, "--vocab-size", size, "--output", path)
     build = ("build", "--task", "text_lm", "--text", manifest, "--tokenizer", tokenizer, "--output", data)
     assert call(*build, "--num-codebooks", 3, "--codebook-size", 50)[0] == 0
-    status, _, err = call("inspect", "--dataset", data, "--document", 0, "--tokenizer", other)
-    assert status == 1 and err == f"error: --tokenizer={other}: the dataset was built with another, t.model\n"
+    for document in ((), ("--document", 0)):
+        status, out, err = call("inspect", "--dataset", data, *document, "--tokenizer", other)
+        assert (status, out) == (1, "")
+        assert err == f"error: --tokenizer={other}: {data} was built with another, t.model\n"
+    assert call("inspect", "--dataset", data, "--tokenizer", tokenizer)[0] == 0

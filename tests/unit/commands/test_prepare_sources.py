@@ -1,6 +1,7 @@
 """``manifest`` and ``tokenize`` of ``most prepare``, as a user runs them on published data sets."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -142,6 +143,31 @@ def test_repeated_conversations_are_warned_about(call, tmp_path):
     published.chat_parquet(tmp_path / "part" / "train-0.parquet")
     status, out, _ = call("manifest", "--source", "chat", "--root", tmp_path, "--output", tmp_path / "out" / "m.jsonl")
     assert status == 0 and out.endswith("warning: 2 of them repeat a conversation\n")
+
+
+def test_hashed_audio_may_move_but_no_byte_of_it_may_change(call, tmp_path):
+    published.nemo(tmp_path)
+    wav = tmp_path / "wav/0.wav"
+    arguments = ("tokenize", "--manifest", tmp_path / "train.jsonl", "--codec", "c", "--output", tmp_path / "codes")
+    assert call(*arguments, "--hash-audio")[0] == 0
+    content, times = bytearray(wav.read_bytes()), (wav.stat().st_atime_ns, wav.stat().st_mtime_ns)
+    os.utime(wav, (0, 0))  # as a copy
+    assert call(*arguments, "--hash-audio")[0] == 0
+    status, _, err = call(*arguments)
+    assert status == 1 and "codes.json: was made with --hash-audio; repeat it with that option, or remove it" in err
+    content[-1] ^= 1
+    wav.write_bytes(content)
+    os.utime(wav, ns=times)
+    status, _, err = call(*arguments, "--hash-audio")
+    assert status == 1 and "codes.json: audio files were edited since (another content)" in err
+
+
+def test_a_job_without_hashes_is_not_repeated_with_them(call, tmp_path):
+    published.nemo(tmp_path)
+    arguments = ("tokenize", "--manifest", tmp_path / "train.jsonl", "--codec", "c", "--output", tmp_path / "codes")
+    assert call(*arguments)[0] == 0
+    status, _, err = call(*arguments, "--hash-audio")
+    assert status == 1 and "codes.json: was made without --hash-audio; repeat it without that option" in err
 
 
 def test_audio_that_was_edited_between_two_shares_is_noticed(call, tmp_path, monkeypatch):
