@@ -20,6 +20,7 @@ from megatron_most.commands.convert import verify_command
 from megatron_most.config import load_config
 from megatron_most.conversion import ImportOptions, describe, export_model, import_model
 from megatron_most.conversion.export_plan import plan_export
+from megatron_most.conversion.import_plan import ImportPlan
 from megatron_most.errors import CheckpointError, ConfigError
 from megatron_most.model import build_model
 from megatron_most.training.optimizer import build_optimizer, wrap_model
@@ -120,6 +121,31 @@ def test_a_rank_that_finds_a_broken_tensor_stops_all(tmp_path):
     file.write_bytes(content)
     with pytest.raises(RuntimeError, match="holds values that are not finite|SystemExit"):
         run_ranks(2, import_model, tmp_path / "hf", tmp_path / "native", EXPAND)
+    assert not (tmp_path / "native").exists()
+
+
+def test_two_ranks_verify_as_one(tmp_path):
+    deepseek(tmp_path / "hf")
+    run_ranks(2, import_model, tmp_path / "hf", tmp_path / "native", EXPAND)
+    checks = json.loads((tmp_path / "native" / "conversion.json").read_text())["checks"]
+    assert checks["logits"]["top1_agreement"] == 1 and len(checks["logits"]["layers"]) == 3
+    run_ranks(2, export_model, tmp_path / "native", tmp_path / "out", "deepseek-v2")
+
+
+def spoil_and_import(source: Path, out: Path) -> None:
+    produce = ImportPlan.produce
+    ImportPlan.produce = lambda plan, region: (
+        produce(plan, region).flip(-1)
+        if region.key.startswith("decoder.layers.2.mlp.router")
+        else produce(plan, region)
+    )
+    import_model(source, out, EXPAND)
+
+
+def test_a_wrong_weight_stops_every_rank(tmp_path):
+    deepseek(tmp_path / "hf")
+    with pytest.raises(RuntimeError, match="the models differ from layer 2 on|SystemExit"):
+        run_ranks(2, spoil_and_import, tmp_path / "hf", tmp_path / "native")
     assert not (tmp_path / "native").exists()
 
 

@@ -15,7 +15,7 @@ from megatron_most.checkpointing import read_metadata
 from megatron_most.checkpointing.directory import STATE
 from megatron_most.checkpointing.regions import Region
 from megatron_most.config import ParallelConfig
-from megatron_most.conversion import ImportOptions, export_model, import_model
+from megatron_most.conversion import import_model
 from megatron_most.conversion.architectures import read_foreign
 from megatron_most.conversion.comparison import Comparison
 from megatron_most.conversion.export_plan import stored_config
@@ -25,7 +25,6 @@ from megatron_most.conversion.import_plan import ImportPlan
 from megatron_most.conversion.verification import compare, random_tokens
 from megatron_most.errors import CheckpointError
 from megatron_most.extras import MissingExtra
-from tests.distributed.harness import run_ranks
 from tests.unit.conversion.models import DEEPSEEK_SHAPES, VOCAB, deepseek, llama
 from tests.unit.conversion.test_round_trips import native_logits, options
 
@@ -134,32 +133,6 @@ def test_a_layer_without_weights_is_an_error_not_a_random_layer(tmp_path):
     hidden, _ = layers.run(0, layers.embed())
     with pytest.raises(CheckpointError, match="hf: layer 1: transformers finds no weights for .*o_proj"):
         layers.run(1, hidden)
-
-
-def test_two_ranks_verify_as_one(tmp_path):
-    deepseek(tmp_path / "hf")
-    wanted = options("expand")
-    run_ranks(2, import_model, tmp_path / "hf", tmp_path / "native", wanted)
-    checks = json.loads((tmp_path / "native" / "conversion.json").read_text())["checks"]
-    assert checks["logits"]["top1_agreement"] == 1 and len(checks["logits"]["layers"]) == 3
-    run_ranks(2, export_model, tmp_path / "native", tmp_path / "out", "deepseek-v2")
-
-
-def spoil_and_import(source: Path, out: Path, wanted: ImportOptions) -> None:
-    produce = ImportPlan.produce
-    ImportPlan.produce = lambda plan, region: (
-        produce(plan, region).flip(-1)
-        if region.key.startswith("decoder.layers.2.mlp.router")
-        else produce(plan, region)
-    )
-    import_model(source, out, wanted)
-
-
-def test_a_wrong_weight_stops_every_rank(tmp_path):
-    deepseek(tmp_path / "hf")
-    with pytest.raises(RuntimeError, match="the models differ from layer 2 on|SystemExit"):
-        run_ranks(2, spoil_and_import, tmp_path / "hf", tmp_path / "native", options("expand"))
-    assert not (tmp_path / "native").exists()
 
 
 def test_only_a_name_turns_it_off(tmp_path, monkeypatch, capsys):
