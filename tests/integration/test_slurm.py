@@ -60,9 +60,9 @@ def test_everything_unfit_is_named(tmp_path: Path) -> None:
 
 SRUN = """#!/usr/bin/env bash
 [[ "$*" == *check_node.sh ]] && exit 0
-trap '%s' TERM
-echo started
 sleep 60 &
+trap 'kill $!; %s' TERM
+echo started
 while :; do wait; done
 """
 SAVES, FAILS = 'touch "$MOST_STOPPED_FILE"; exit 143', "exit 1"
