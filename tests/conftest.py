@@ -1,9 +1,14 @@
 """Shared by all tests: Megatron runs on the CPU here unless there is a GPU, and no test inherits another's groups."""
 
+import os
 import sys
 from collections.abc import Iterator
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on the CPU; it reads this when it is first imported
 
 from megatron_most import platform
 

@@ -183,6 +183,14 @@ class MoEConfig:
         training_only=True,
     )
 
+    moe_router_fusion: bool | None = key(
+        False,
+        "in training, route by one Triton kernel each way instead of torch's operators; null: measure both at the start"
+        " and take the faster",
+        "--moe-router-fusion",
+        training_only=True,
+    )
+
     def __post_init__(self) -> None:
         section = "model.moe"
         require_positive(section, self, ("moe_ffn_hidden_size", "moe_router_topk_scaling_factor"))
@@ -218,6 +226,12 @@ class MoEConfig:
             f"{section}.moe_permute_fusion",
             self.moe_permute_fusion,
             "needs moe_token_dispatcher_type=alltoall; the other dispatchers have their own permutation",
+        )
+        require(
+            not self.moe_router_fusion or not self.is_group_limited,
+            f"{section}.moe_router_fusion",
+            self.moe_router_fusion,
+            "needs moe_router_num_groups=1 in every group: the kernel does not limit tokens to groups of experts",
         )
         self._check_modalities()
         self._check_experts()
@@ -288,6 +302,11 @@ class MoEConfig:
     def num_common(self, modality: str) -> int:
         """Common experts that tokens of ``modality`` may choose."""
         return self.common.size if modality in (self.common.modalities or [modality]) else 0
+
+    @property
+    def is_group_limited(self) -> bool:
+        """Whether any modality chooses its experts from some of several groups (DeepSeek's) only."""
+        return any(group.moe_router_num_groups > 1 for group in self.groups)
 
     @property
     def num_experts(self) -> int:

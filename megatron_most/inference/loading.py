@@ -74,6 +74,7 @@ def config_for_generation(source: str, trained_with: dict[str, Any]) -> RunConfi
     """The configuration of a training run, changed for generation in one process.
 
     - No parallelism, and the ``alltoall`` dispatcher, which needs no library.
+    - Torch's operators where training may have used kernels for a GPU.
     - Portable layers: Transformer Engine's attention does not take a padding mask together with a cache.
     - No FP8: it needs a multiple of the alignment in positions, and a generation step has one.
 
@@ -90,6 +91,8 @@ def config_for_generation(source: str, trained_with: dict[str, Any]) -> RunConfi
         "model.transformer_impl=portable",
         "model.moe.moe_token_dispatcher_type=alltoall",
         "model.moe.moe_shared_expert_overlap=false",
+        "model.moe.moe_permute_fusion=null",
+        "model.moe.moe_router_fusion=false",
     ]
     if trained_with["model"]["moe"]["expert_backend"] == "transformer_engine":
         overrides.append("model.moe.expert_backend=grouped")

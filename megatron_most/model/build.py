@@ -25,6 +25,8 @@ def check_libraries(config: RunConfig) -> None:
         platform.require_library("Transformer Engine", "model.moe.expert_backend", moe.expert_backend)
     if moe.moe_permute_fusion:
         platform.require_library("Transformer Engine", "model.moe.moe_permute_fusion", moe.moe_permute_fusion)
+    if moe.moe_router_fusion:
+        platform.require_library("Triton", "model.moe.moe_router_fusion", moe.moe_router_fusion)
     if moe.moe_token_dispatcher_type in ("deepep", "hybridep"):
         library = {"deepep": "DeepEP", "hybridep": "HybridEP"}[moe.moe_token_dispatcher_type]
         platform.require_library(library, "model.moe.moe_token_dispatcher_type", moe.moe_token_dispatcher_type)

@@ -105,16 +105,18 @@ class PortableCoreAttention(MegatronModule):
 
     def _packed(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: PackedRow) -> torch.Tensor:
         """``[s, n, d]``, ``[s, g, d]``, ``[s, g, v]`` -> ``[s, n * v]``, without waiting for the device."""
-        if self.document_kernel is not None and row.context_size == 1:
-            boundaries, longest = row.cu_seqlens_q, row.max_seqlen_q
+        if self.document_kernel is not None:
+            pieces = row.pieces
+            if pieces.key_index is not None:
+                key, value = self._whole_row(key, pieces.key_index), self._whole_row(value, pieces.key_index)
             out = self.document_kernel(
                 query,
                 key,
                 _filled_up(value, key),
-                boundaries,
-                boundaries,
-                longest,
-                longest,
+                pieces.query_boundaries,
+                pieces.key_boundaries,
+                pieces.max_queries,
+                pieces.max_keys,
                 0.0,  # dropout
                 True,  # causal
                 False,  # no mask to debug
@@ -152,8 +154,8 @@ class PortableCoreAttention(MegatronModule):
         return out.transpose(1, 2)[..., :value_size]
 
     def _whole_row(self, mine: torch.Tensor, gather_order: torch.Tensor) -> torch.Tensor:
-        """This rank's positions ``[t / size, ...]`` -> those of all context-parallel ranks ``[t, ...]``, in order."""
-        return gather_from_sequence_parallel_region(mine, group=self.cp_group)[gather_order]
+        """This rank's positions ``[t / size, ...]`` -> ``gather_order`` of those of all context-parallel ranks."""
+        return gather_from_sequence_parallel_region(mine, group=self.cp_group).index_select(0, gather_order)
 
 
 def _filled_up(value: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

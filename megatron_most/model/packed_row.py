@@ -60,6 +60,26 @@ class DocumentBatches:
     gather_order: torch.Tensor | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """This rank's queries and the keys that they see, for attention kernels that support packed rows.
+
+    A piece is a document. Under context parallelism it is one of the two chunks of a document that this rank holds,
+    with the keys from the document's beginning to the chunk's end. Its queries are thus the last positions of its keys.
+
+    query_boundaries, key_boundaries: ``[pieces + 1]`` int32.
+    max_queries, max_keys: those of the longest piece, rounded up.
+    key_index: ``[k]``, index of each key in the concatenation of all ranks' positions. None without context
+        parallelism.
+    """
+
+    query_boundaries: torch.Tensor
+    key_boundaries: torch.Tensor
+    max_queries: int
+    max_keys: int
+    key_index: torch.Tensor | None
+
+
 @dataclasses.dataclass(kw_only=True)
 class PackedRow(PackedSeqParams):
     """Megatron's description of a packed row, with what the portable attention needs.
@@ -77,6 +97,13 @@ class PackedRow(PackedSeqParams):
     context_size: int
     positions: torch.Tensor | None
     document_positions: torch.Tensor
+
+    @functools.cached_property
+    def pieces(self) -> Pieces:
+        """Computed on first use."""
+        if self.context_size == 1:
+            return Pieces(self.cu_seqlens_q, self.cu_seqlens_kv, self.max_seqlen_q, self.max_seqlen_kv, None)
+        return _pieces(self.boundaries, self.context_rank, self.context_size, self.document_positions.device)
 
     @functools.cached_property
     def batches(self) -> DocumentBatches:
@@ -101,8 +128,7 @@ def packed_row(
         shares = [zigzag_positions_packed(boundaries, context_rank, context_size)]
         document_positions = document_positions[shares[0]]
     cu_seqlens, document_positions, *shares = _on_device([boundaries, document_positions, *shares], device)
-    # Rounded to a power of two: Transformer Engine selects a kernel for every new value, which takes time.
-    longest = min(1 << (int(lengths.max()) - 1).bit_length(), int(boundaries[-1]))
+    longest = _rounded_up(lengths, boundaries)
     return PackedRow(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
@@ -115,6 +141,31 @@ def packed_row(
         positions=shares[0] if shares else None,
         document_positions=document_positions,
     )
+
+
+def _rounded_up(lengths: torch.Tensor, boundaries: torch.Tensor) -> int:
+    """The largest length, rounded up to a power of two, or to the row's length.
+
+    Transformer Engine selects a kernel for every new value, which takes time.
+    """
+    return min(1 << (int(lengths.max()) - 1).bit_length(), int(boundaries[-1]))
+
+
+def _pieces(boundaries: torch.Tensor, context_rank: int, context_size: int, device: torch.device) -> Pieces:
+    """Two for each document, in the order in which the rank holds them."""
+    chunks = boundaries.diff().long() // (2 * context_size)
+    num_queries = chunks.repeat_interleave(2)
+    num_keys = (chunks[:, None] * torch.tensor([context_rank + 1, 2 * context_size - context_rank])).flatten()
+    ends = num_keys.cumsum(0)
+    first = boundaries[:-1].long().repeat_interleave(2)  # the place in the row of a piece's first key
+    key_at = torch.arange(int(ends[-1])) + (first - ends + num_keys).repeat_interleave(num_keys)
+    shares = [zigzag_positions_packed(boundaries, rank, context_size) for rank in range(context_size)]
+    query_boundaries, key_boundaries, key_index = _on_device(
+        [F.pad(num_queries.cumsum(0), (1, 0)).int(), F.pad(ends, (1, 0)).int(), torch.cat(shares).argsort()[key_at]],
+        device,
+    )
+    longest = _rounded_up(num_queries, boundaries), _rounded_up(num_keys, boundaries)
+    return Pieces(query_boundaries, key_boundaries, *longest, key_index)
 
 
 def _document_batches(

@@ -1,6 +1,6 @@
 """The load-balancing loss, taken inside each modality's choice of experts.
 
-Shape letters: s positions (of this rank), b micro-batch rows, n = s * b tokens, B sequences that are balanced
+Shape letters: b micro-batch rows, n tokens (of this rank), B sequences that are balanced
 separately (the b rows, or 1 for all tokens together), E experts (physical order), M modalities.
 """
 
@@ -64,13 +64,13 @@ class BalanceLoss:
         self._count_group = step_group if kind == "global_aux_loss" else row_group
         self._step_pairs = torch.zeros(1, len(groups.choices), groups.num_experts, dtype=torch.float64, device=device)
 
-    def __call__(self, group_probs: torch.Tensor, pairs: torch.Tensor, membership: torch.Tensor) -> torch.Tensor:
+    def __call__(self, prob_sums: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
         """Collective over the ranks whose tokens ``f`` covers.
 
         Args:
-            group_probs: ``[n, E]``, the distribution over each token's choice, 0 outside.
-            pairs: ``[B, M, E]``, this rank's (token, expert) pairs; B is 1 unless the kind is ``seq_aux_loss``.
-            membership: ``[M, n]``, see :func:`sum_by_modality`.
+            prob_sums: ``[B, M, E]``, the distribution over the choice of each of this rank's tokens, 0 outside, summed
+                over tokens. B is 1 unless the kind is ``seq_aux_loss``.
+            pairs: ``[B, M, E]``, this rank's (token, expert) pairs.
 
         Returns:
             ``[M]``: the modality's loss, summed over this rank's valid tokens.
@@ -84,8 +84,7 @@ class BalanceLoss:
         if self.is_pooled:
             pairs = pairs.sum(dim=1, keepdim=True)
         fractions = (pairs / pairs.sum(dim=-1, keepdim=True).clamp(min=1)).float()
-        probs = sum_by_modality(membership, group_probs, num_sequences=fractions.shape[0])
-        return (probs * fractions).sum(dim=(0, 2)) * self._choice_sizes
+        return (prob_sums * fractions).sum(dim=(0, 2)) * self._choice_sizes
 
     def end_step(self) -> None:
         """Reset what ``global_aux_loss`` accumulates over the micro-batches of a step."""

@@ -25,7 +25,7 @@ class ExpertSelection:
         self.max_top_k = moe.max_top_k
         top_k = torch.tensor([*groups.top_k, 0], device=device)
         self._is_taken = torch.arange(self.max_top_k, device=device) < top_k[:, None]
-        self._is_group_limited = any(group.moe_router_num_groups > 1 for group in moe.groups)
+        self._is_group_limited = moe.is_group_limited
         if self._is_group_limited:
             # DeepSeek-V2 ranks a span by its best expert; DeepSeek-V3, with sigmoid scores, by the sum of its best two.
             self._num_ranking_experts = 2 if moe.moe_router_score_function == "sigmoid" else 1

@@ -1,9 +1,13 @@
 """The auxiliary losses of the router, computed for each modality and weighted by that modality's coefficient.
 
-Shape letters: n tokens, E experts, h hidden size, M modalities, W matrices of the router (1, or M: one per modality).
+Shape letters: n tokens, B sequences, E experts, h hidden size, M modalities, W matrices of the router (1, or M: one per
+modality).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +49,22 @@ def orthogonality(weight: torch.Tensor, is_pair: torch.Tensor) -> torch.Tensor:
     return ((rows @ rows.mT).square() * is_pair).sum(dim=(1, 2))
 
 
+@dataclass(frozen=True)
+class TokenSums:
+    """Sums over the tokens of a micro-batch on this rank. Those that not every configuration needs are functions.
+
+    pairs: ``[B, M, E]``, (token, expert) pairs.
+    probs: ``[B, M, E]``, the distribution over each token's choice, 0 outside.
+    squared_logsumexp: ``[M]``, see :func:`z_loss`.
+    tokens: ``[M]``, valid tokens.
+    """
+
+    pairs: torch.Tensor
+    probs: Callable[[], torch.Tensor]
+    squared_logsumexp: Callable[[], torch.Tensor]
+    tokens: Callable[[], torch.Tensor]
+
+
 class RouterLosses:
     """The auxiliary losses of one router that its configuration enables, with their coefficients."""
 
@@ -75,29 +95,20 @@ class RouterLosses:
             self._is_pair = is_choice[:, :, None] * is_choice[:, None, :]
             self._is_pair.diagonal(dim1=1, dim2=2).zero_()
 
-    def __call__(
-        self,
-        logits: torch.Tensor,
-        group_probs: torch.Tensor,
-        pairs: torch.Tensor,
-        membership: torch.Tensor,
-        weight: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
+    def __call__(self, sums: TokenSums, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """Name -> ``[M]``: each loss summed over this rank's tokens, without its coefficient.
 
         Args:
-            logits: ``[n, E]``, the input of the score function.
-            group_probs, pairs, membership: see :meth:`megatron_most.moe.balance.BalanceLoss.__call__`.
             weight: ``[W, E, h]``, the router's rows in logical order.
         """
         losses = {}
         if "balance_loss" in self._coefficients:
-            losses["balance_loss"] = self._balance(group_probs, pairs, membership)
+            losses["balance_loss"] = self._balance(sums.probs(), sums.pairs)
         if "z_loss" in self._coefficients:
-            losses["z_loss"] = z_loss(logits, membership)
+            losses["z_loss"] = sums.squared_logsumexp()
         if "orthogonality_loss" in self._coefficients:
             # A sum over tokens like the others, so that dividing by the tokens gives the same in every layout.
-            losses["orthogonality_loss"] = orthogonality(weight, self._is_pair) * membership.sum(dim=1)
+            losses["orthogonality_loss"] = orthogonality(weight, self._is_pair) * sums.tokens()
         return losses
 
     def attach(self, probs: torch.Tensor, losses: dict[str, torch.Tensor]) -> torch.Tensor:

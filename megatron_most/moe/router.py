@@ -7,6 +7,7 @@ stated otherwise), h hidden size, M modalities.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -15,13 +16,17 @@ from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_most.config import MoEConfig
+from megatron_most.moe.balance import sum_by_modality
 from megatron_most.moe.expert_bias import ExpertBias, update_expert_biases
 from megatron_most.moe.expert_groups import ExpertGroups
 from megatron_most.moe.expert_selection import ExpertSelection
-from megatron_most.moe.losses import RouterLosses
+from megatron_most.moe.losses import RouterLosses, TokenSums, z_loss
 from megatron_most.moe.routing_statistics import RoutingStatistics
 from megatron_most.moe.scores import choice_distribution, expert_scores, gates
 from megatron_most.moe.token_planes import unpack_planes
+
+if TYPE_CHECKING:
+    from megatron_most.moe.routing_kernel import RoutingKernel
 
 
 class ModalityAwareRouter(Router):
@@ -64,14 +69,13 @@ class ModalityAwareRouter(Router):
         self._select = ExpertSelection(moe, groups, device)
         # Logits rank experts as scores do, without ties where scores underflow. The sum of a span's best two, which
         # group-limited routing with sigmoid scores takes, needs the scores themselves.
-        self._ranks_by_score = moe.moe_router_score_function == "sigmoid" and any(
-            group.moe_router_num_groups > 1 for group in moe.groups
-        )
+        self._ranks_by_score = moe.moe_router_score_function == "sigmoid" and moe.is_group_limited
         self.expert_bias = None
         if moe.moe_router_bias_update_rate > 0:
             self.expert_bias = ExpertBias(groups, moe.moe_router_bias_update_rate, device)
         self.losses = RouterLosses(moe, groups, pg_collection, device)
         self.statistics = RoutingStatistics(groups, device)
+        self._kernel: RoutingKernel | None = None
 
     def forward(
         self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
@@ -88,36 +92,75 @@ class ModalityAwareRouter(Router):
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The result of :meth:`gating` and planes ``[s, (M + 1) * b]`` -> probs and routing map, ``[n, E]`` each."""
-        plane, membership = self._read_planes(padding_mask, logits.shape[:2])
-        num_rows, logits = logits.shape[1], self._own_logits(logits, plane)
-        group_logits = logits + self._mask[plane]
-        scores = expert_scores(logits, group_logits, self.moe)
-        experts, is_taken = self._select(self._ranking(scores, group_logits, plane), plane)
-        routing_map = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, experts, is_taken)
-        probs = gates(scores, routing_map, experts, is_taken, self.moe)
-
+        planes = self._checked(padding_mask, logits.shape[:2])
         # Count and add losses only in passes that have a backward: not in evaluation, and once in a recomputed layer,
         # whose first forward runs without gradients.
-        if self.training and torch.is_grad_enabled():
-            group_probs = choice_distribution(scores, group_logits, self.moe)
-            num_sequences = num_rows if self.moe.moe_router_load_balancing_type == "seq_aux_loss" else 1
-            pairs = self.statistics.count(routing_map, scores, group_probs, membership, num_sequences)
+        counts = self.training and torch.is_grad_enabled()
+        route = self._by_operators if self._kernel is None else self._by_kernel
+        probs, routing_map, sums = route(logits, planes, counts)
+        if sums is not None:
             if self.expert_bias is not None:
-                self.expert_bias.count(pairs.sum(dim=0))
-            losses = self.losses(
-                group_logits if self.moe.score_rule == "group" else logits,
-                group_probs,
-                pairs,
-                membership,
-                self.weight.view(-1, *self.weight.shape[-2:]),
-            )
+                self.expert_bias.count(sums.pairs.sum(dim=0))
+            losses = self.losses(sums, self.weight.view(-1, *self.weight.shape[-2:]))
             for name, value in losses.items():
                 self.statistics.add_loss(name, value)
             probs = self.losses.attach(probs, losses)
         return probs, routing_map
 
-    def _read_planes(self, planes: torch.Tensor | None, token_shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
-        """Check the planes of tokens ``[s, b]``, and :func:`~megatron_most.moe.token_planes.unpack_planes`."""
+    def use_kernel(self, is_wanted: bool) -> None:
+        """Route by one Triton kernel each way instead of torch's operators, or not. Needs Triton and a GPU."""
+        self._kernel = None
+        if is_wanted:
+            from megatron_most.moe.routing_kernel import RoutingKernel
+
+            self._kernel = RoutingKernel(self.moe, self.groups, self._mask)
+
+    def _by_operators(
+        self, logits: torch.Tensor, planes: torch.Tensor, counts: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, TokenSums | None]:
+        """Probs and routing map, and if the pass ``counts``, sums over tokens, which are also added to statistics."""
+        plane, membership = unpack_planes(planes, len(self.groups.choices))
+        num_sequences, logits = self._num_sequences(logits), self._own_logits(logits, plane)
+        group_logits = logits + self._mask[plane]
+        scores = expert_scores(logits, group_logits, self.moe)
+        experts, is_taken = self._select(self._ranking(scores, group_logits, plane), plane)
+        routing_map = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, experts, is_taken)
+        probs = gates(scores, routing_map, experts, is_taken, self.moe)
+        if not counts:
+            return probs, routing_map, None
+        group_probs = choice_distribution(scores, group_logits, self.moe)
+        seen = group_logits if self.moe.score_rule == "group" else logits
+        sums = TokenSums(
+            self.statistics.count(routing_map, scores, group_probs, membership, num_sequences),
+            lambda: sum_by_modality(membership, group_probs, num_sequences),
+            lambda: z_loss(seen, membership),
+            lambda: membership.sum(dim=1),
+        )
+        return probs, routing_map, sums
+
+    def _by_kernel(
+        self, logits: torch.Tensor, planes: torch.Tensor, counts: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, TokenSums | None]:
+        """As :meth:`_by_operators`."""
+        assert self._kernel is not None
+        bias = None if self.expert_bias is None else self.expert_bias.by_plane()
+        routed = self._kernel(logits, planes, bias, self._num_sequences(logits))
+        if not counts:
+            return routed.probs, routed.routing_map, None
+        sums = TokenSums(
+            self.statistics.add(routed.counted),
+            lambda: routed.prob_sums,
+            lambda: routed.squared_logsumexp.sum(dim=0),
+            lambda: routed.counted[..., -1].sum(dim=0),
+        )
+        return routed.probs, routed.routing_map, sums
+
+    def _num_sequences(self, logits: torch.Tensor) -> int:
+        """How many sequences of a micro-batch are balanced separately: its rows, or 1 for all tokens together."""
+        return logits.shape[1] if self.moe.moe_router_load_balancing_type == "seq_aux_loss" else 1
+
+    def _checked(self, planes: torch.Tensor | None, token_shape: torch.Size) -> torch.Tensor:
+        """The planes of tokens ``[s, b]``."""
         if planes is None:
             raise RuntimeError(f"layer {self.layer_number}: padding_mask is None; the router needs the modality planes")
         num_modalities, (positions, rows) = len(self.groups.choices), token_shape
@@ -126,7 +169,7 @@ class ModalityAwareRouter(Router):
                 f"layer {self.layer_number}: planes of shape {tuple(planes.shape)} for {num_modalities} modalities and"
                 f" tokens of shape {tuple(token_shape)}"
             )
-        return unpack_planes(planes, num_modalities)
+        return planes
 
     def _own_logits(self, logits: torch.Tensor, plane: torch.Tensor) -> torch.Tensor:
         """``[n, E]``, the logits of each token's own matrix where every modality has one."""

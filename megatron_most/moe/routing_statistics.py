@@ -73,9 +73,20 @@ class RoutingStatistics:
         """
         p_log_p = torch.xlogy(group_probs, group_probs)
         columns = [routing_map, scores, p_log_p, self._one.expand(scores.shape[0], 1)]
-        sums = sum_by_modality(membership, torch.cat(columns, dim=1), num_sequences)
-        self._counted += sums[0] if num_sequences == 1 else sums.sum(dim=0)
-        pairs = sums[..., : self._num_experts]
+        return self.add(sum_by_modality(membership, torch.cat(columns, dim=1), num_sequences))
+
+    @torch.no_grad()
+    def add(self, counted: torch.Tensor) -> torch.Tensor:
+        """Add sums over the tokens of one micro-batch.
+
+        Args:
+            counted: ``[B, M, 3 * E + 1]`` fp32: pairs, scores and p log p by expert, and tokens.
+
+        Returns:
+            As :meth:`count`.
+        """
+        self._counted += counted[0] if len(counted) == 1 else counted.sum(dim=0)
+        pairs = counted[..., : self._num_experts]
         num_ranks = self._rank_pairs.shape[1]
         if num_ranks > 1:
             by_rank = pairs.unflatten(-1, (num_ranks, -1))

@@ -13,9 +13,12 @@ from megatron_most.platform.device import (
     set_threads,
 )
 from megatron_most.platform.libraries import has_library, require_library
+from megatron_most.platform.trial import can_run_triton, compare_seconds
 
 __all__ = [
     "backend",
+    "can_run_triton",
+    "compare_seconds",
     "device",
     "document_attention",
     "driver_version",

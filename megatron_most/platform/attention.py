@@ -1,6 +1,6 @@
 """Attention kernels of torch on this machine. Each is tried before it is used: builds and devices differ.
 
-Shape letters: t positions of a packed row, n query heads and g key-value heads, d head size.
+Shape letters: t positions of a packed row and k keys, n query heads and g key-value heads, d head size.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from megatron_most.platform.device import device
 
 @functools.cache
 def document_attention(head_dim: int, dtype: torch.dtype) -> Callable[..., tuple[torch.Tensor, ...]] | None:
-    """torch's flash attention for packed rows: queries ``[t, n, d]``, keys and values ``[t, g, d]``. None if it fails.
+    """torch's flash attention for packed rows: queries ``[t, n, d]``, keys and values ``[k, g, d]``. None if it fails.
+
+    Where a document has more keys than queries, the last query sees all keys, the one before it all but the last.
 
     ``torch.nn.attention.varlen`` calls the same kernel. This operator has its gradient in C++; the public function is
     in Python, takes several times as much host time, and changed its arguments from torch 2.10 to 2.12.
@@ -27,15 +29,18 @@ def document_attention(head_dim: int, dtype: torch.dtype) -> Callable[..., tuple
     try:
         with torch.inference_mode(False), torch.enable_grad():
             query, key = (
-                torch.zeros(4, heads, head_dim, dtype=dtype, device=device(), requires_grad=True) for heads in (2, 1)
+                torch.zeros(length, heads, head_dim, dtype=dtype, device=device(), requires_grad=True)
+                for length, heads in ((4, 2), (6, 1))
             )
-            boundaries = torch.tensor([0, 1, 4], dtype=torch.int32, device=device())
-            out = kernel(query, key, key, boundaries, boundaries, 3, 3, 0.0, True, False, scale=1.0)[0]
+            value = torch.arange(6.0, device=device()).to(dtype)[:, None, None].expand_as(key)
+            boundaries = [torch.tensor(ends, dtype=torch.int32, device=device()) for ends in ([0, 1, 4], [0, 2, 6])]
+            out = kernel(query, key, value, *boundaries, 3, 4, 0.0, True, False, scale=1.0)[0]
             out.sum().backward()
-            torch.cuda.synchronize()
+            found = out[:, 0, 0].tolist()
     except (RuntimeError, TypeError):
         return None
-    return kernel
+    # Queries of zeros average the values of the keys that they see.
+    return kernel if found == [0.5, 2.5, 3.0, 3.5] else None
 
 
 @functools.cache

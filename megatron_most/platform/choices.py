@@ -59,7 +59,13 @@ def part_choices() -> list[Choice]:
             "torch grouped_mm",
             "one product for each pool; keeps the pools' weights apart, so that they can be frozen and kept in bf16",
         ),
-        Choice("router", "torch", "no fused router takes a mask per token, which modalities need"),
+        Choice(
+            "router",
+            "torch",
+            "Megatron's fused router takes no mask per token; model.moe.moe_router_fusion=null tries a Triton kernel"
+            if is_gpu
+            else "Megatron's fused router takes no mask per token, which modalities need",
+        ),
         Choice("permutation of tokens", engine, "installed; model.moe.moe_permute_fusion=false takes torch")
         if has_te
         else Choice(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from megatron_most.errors import ConfigError
+from megatron_most.platform.trial import can_run_triton
 
 _REMEDIES = {
     "Transformer Engine": "pip install --no-build-isolation -c constraints.txt '.[gpu]'",
     "DeepEP": "build it from github.com/deepseek-ai/DeepEP",
     "emerging_optimizers": "pip install -c constraints.txt '.[muon]'",
+    "Triton": "it needs a GPU, and comes with torch's builds for CUDA",
     "HybridEP": "build the hybrid-ep branch of github.com/deepseek-ai/DeepEP",
 }
 
@@ -22,6 +24,7 @@ def has_library(library: str) -> bool:
         "Transformer Engine": transformer_engine.HAVE_TE,
         "DeepEP": fused_a2a.HAVE_DEEP_EP,
         "HybridEP": fused_a2a.HAVE_HYBRIDEP,
+        "Triton": can_run_triton(),
         "emerging_optimizers": emerging_optimizers.HAVE_EMERGING_OPTIMIZERS,
     }[library]
 

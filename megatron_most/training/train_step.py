@@ -26,7 +26,7 @@ from megatron_most.data.loading.batch import Batch
 from megatron_most.errors import MostError
 from megatron_most.model import MoSTModel, build_model
 from megatron_most.model.fp8 import discard_fp8_step, end_fp8_step
-from megatron_most.moe import discard_routing_step, end_routing_step
+from megatron_most.moe import choose_routing, discard_routing_step, end_routing_step
 from megatron_most.training.loss import LossTable
 from megatron_most.training.metrics import mean_losses
 from megatron_most.training.microbatches import run_microbatches, sum_over_ranks
@@ -135,6 +135,7 @@ def build_train_state(
     chunks = build_model(config)
     if load_weights is not None:
         load_weights(chunks)
+    choose_routing(config, chunks)
     wrapped = wrap_model(config, chunks)
     optimizer = build_optimizer(config, wrapped)
     return TrainState(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_most import parallel
+from megatron_most import parallel, platform
 from megatron_most.config import RunConfig
 from megatron_most.data.loading.batch import Batch
 from megatron_most.training.microbatches import context_share, stage
@@ -20,6 +20,7 @@ from tests.distributed.observe import BatchMaker, Observation, assert_same, obse
 from tests.distributed.shards import fill_weights
 from tests.distributed.tiny import tiny_batch, tiny_config
 from tests.integration.tiny_run import metric_lines, run_config, train
+from tests.unit.model.packed_rows import document_kernel
 
 pytestmark = pytest.mark.invariance
 
@@ -109,6 +110,11 @@ def check(world_size: int, overrides: dict[str, Any]) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_packed_rows_equal_one_process(layout):
     check(*LAYOUTS[layout])
+
+
+def test_a_kernel_that_knows_documents_computes_the_shares_of_two_ranks(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(platform, "document_attention", lambda head_dim, dtype: document_kernel)
+    check(2, {CP: 2})
 
 
 @pytest.mark.slow

@@ -220,11 +220,12 @@ def fp8_values(recipe: str) -> dict[str, torch.Tensor]:
     return {role: to_host(product.quantized(tensor.to(platform.device()), role)) for role, tensor in operands}
 
 
-def routing(overrides: Overrides) -> dict[str, torch.Tensor]:
+def routing(overrides: Overrides, is_kernel: bool = False) -> dict[str, torch.Tensor]:
     """Routing of given fp32 logits, its statistics, and where the dispatcher puts the tokens."""
     config = tiny_config(**overrides)
     moe, device = config.model.moe, platform.device()
     router = make_router(moe).to(device)
+    router.use_kernel(is_kernel)
     if router.expert_bias is not None:
         router.expert_bias.values += 0.1 * router.expert_bias._is_allowed * torch.arange(8, device=device) % 0.3
     hidden, modality, is_padding = (tensor.to(device) for tensor in make_tokens(length=64))

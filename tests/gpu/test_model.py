@@ -16,6 +16,7 @@ from megatron_most.model.packed_row import packed_row
 from tests.gpu import hardware
 from tests.gpu.comparison import assert_near, relative_error
 from tests.gpu.computations import ALL_CHOSEN, MODELS, losses_of_steps, model_step
+from tests.unit.model.packed_rows import on_context_ranks
 
 STEPS = 40
 
@@ -61,6 +62,30 @@ def test_recomputation_changes_no_gradient() -> None:
         model_step({**ALL_CHOSEN, "precision__dtype": "bf16", "training__recompute": mode}) for mode in ("none", "full")
     )
     assert_near(again, plain, logits=1e-2, loss=1e-3, gradients=2e-2)  # sums of atomic additions have no order
+
+
+@hardware.needs(hardware.DOCUMENTS)
+@pytest.mark.parametrize("context_size", [2, 4])
+def test_the_kernel_for_packed_rows_on_ranks_that_share_them(context_size: int) -> None:
+    """Each rank's chunks, with keys up to their ends, on one GPU; the batches of documents of one rank in fp32."""
+    boundaries = torch.tensor([0, 8, 136, 144, 704, 1024], dtype=torch.int32)
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(1024, 4, size, generator=generator) for size in (192, 192, 128)]
+    whole = packed_row(boundaries, device=platform.device())
+    rows = [packed_row(boundaries, rank, context_size, platform.device()) for rank in range(context_size)]
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        attention = core_attention(head_dim=192, dtype=dtype)
+        inputs = [x.to(platform.device(), torch.bfloat16).to(dtype).requires_grad_() for x in values]
+        is_kernel = dtype == torch.bfloat16
+        out = (
+            on_context_ranks(attention, inputs, rows)
+            if is_kernel
+            else attention(*inputs, None, packed_seq_params=whole)
+        )
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
+    for wanted, found in zip(*results, strict=True):
+        assert relative_error(found, wanted) < 1e-2
 
 
 @hardware.needs(hardware.DOCUMENTS)

@@ -3,10 +3,11 @@
 
     python -m tools.bench.router [--tokens N] [--hidden N] [--ffn N] [--experts N] [--top-k N] [--blocks N]
 
-Both arms have the same layers, weights, experts, dispatcher and sequence balance loss on one rank; only the router
-differs. Ours also records statistics. Targets: at most 1.02 on the layer and 1.01 on the step. The router is also timed
-alone and, on a GPU, against a copy of the bytes that it must read and write. Defaults are DeepSeek-V2-Lite's sizes in
-bf16 on a GPU, and about a quarter of them in fp32 on a CPU.
+All arms have the same layers, weights, experts, dispatcher and sequence balance loss on one rank; only the router
+differs: Megatron's, ours, and where there is Triton, ours as a kernel. Ours also records statistics. Targets: at most
+1.02 on the layer and 1.01 on the step. The router is also timed alone and, on a GPU, against a copy of the bytes that
+it must read and write. Defaults are DeepSeek-V2-Lite's sizes in bf16 on a GPU, and about a quarter of them in fp32 on a
+CPU.
 
 Shape letters: n tokens, E experts, h hidden size.
 """
@@ -30,7 +31,7 @@ from tools.bench.rows import half_audio
 
 LAYERS = 4  # the first has no experts
 VOCABULARY = 4096
-PLAIN, AWARE = "plain router", "modality-aware router"
+PLAIN, AWARE, KERNEL = "plain router", "modality-aware router", "modality-aware router, Triton kernel"
 
 
 class PlainRouter(TopKRouter):
@@ -51,12 +52,17 @@ def bench_router(arguments: argparse.Namespace) -> None:
     state = build_train_state(config)
     [model] = state.model_chunks
     layers = [layer.mlp for layer in model.decoder.layers[1:]]
-    routers = {AWARE: [layer.router for layer in layers], PLAIN: [plain_router(layer.router) for layer in layers]}
+    aware, plain = [layer.router for layer in layers], [plain_router(layer.router) for layer in layers]
+    routers = {PLAIN: plain, AWARE: aware}
+    if platform.can_run_triton():
+        routers[KERNEL] = aware
 
     def with_router(arm: str, call: Callable[[], None]) -> Callable[[], None]:
         def run() -> None:
             for layer, router in zip(layers, routers[arm], strict=True):
                 layer.router = router
+                if arm != PLAIN:
+                    router.use_kernel(arm == KERNEL)
             call()
 
         return run
@@ -88,7 +94,7 @@ def bench_router(arguments: argparse.Namespace) -> None:
         ("MoE layer, forward and backward", layer_pass),
         ("router, forward and backward", router_pass),
     ):
-        arms = {arm: with_router(arm, call) for arm in (PLAIN, AWARE)}
+        arms = {arm: with_router(arm, call) for arm in routers}
         print(f"{what}: {paired.compare(arms, PLAIN, blocks=arguments.blocks)}")
     if planes.device.type == "cuda":  # a CPU's router is not bound by memory bandwidth
         with_router(AWARE, lambda: report_floor(arguments, layers[0].router, tokens, planes))()

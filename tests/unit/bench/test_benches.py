@@ -21,7 +21,7 @@ LAYER = ["--tokens", "64", "--hidden", "128", "--ffn", "32", "--experts", "8", "
 FILES = ["--files", "2", "--shortest", "0.3", "--longest", "0.5", *FEW]
 BENCHES: dict[str, tuple[ModuleType, str, list[str], list[str]]] = {
     "experts": (experts, "bench_experts", LAYER, ["64 tokens x top-2 of 8 experts", "loop over masks", "TFLOP/s"]),
-    "router": (router, "bench_router", LAYER, ["training step of 4 layers", "router, forward and backward"]),
+    "router": (router, "bench_router", LAYER, ["training step of 4 layers", "router, forward and backward", "Triton"]),
     "routing_statistics": (routing_statistics, "measure", FEW, ["counting in all MoE layers: "]),
     "loader": (
         loader,

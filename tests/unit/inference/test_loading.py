@@ -22,6 +22,7 @@ TRAINED = {
         "training__recompute": "full",
         "model__moe__moe_shared_expert_overlap": "true",
     },
+    "kernels": {"model__moe__moe_router_fusion": "true", "model__moe__moe_permute_fusion": "true"},
 }
 
 
@@ -35,6 +36,7 @@ def test_what_served_training_is_left_behind(name: str) -> None:
     assert (config.model.transformer_impl, config.model.moe.expert_backend) == ("portable", "grouped")
     assert config.precision.dtype == "bf16" and not config.precision.uses_fp8
     assert not config.model.moe.moe_shared_expert_overlap
+    assert not config.model.moe.moe_router_fusion and not config.model.moe.moe_permute_fusion
     assert (config.vocab, config.data.seq_length) == (trained.vocab, trained.data.seq_length)
     assert config.model.attention == trained.model.attention
 

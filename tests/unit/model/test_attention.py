@@ -24,6 +24,7 @@ from megatron_most.training.microbatches import packed_seq_params
 from tests.distributed.shards import fill_weights
 from tests.distributed.tiny import tiny_batch, tiny_config
 from tests.unit.data.tiny import row_of
+from tests.unit.model.packed_rows import document_kernel, on_context_ranks
 
 HEADS, HEAD_DIM, VALUE_DIM = 6, 5, 4
 GQA = {
@@ -70,22 +71,6 @@ def assert_same_with_gradients(actual: torch.Tensor, expected: torch.Tensor, inp
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def document_kernel(query, key, value, cum_q, cum_k, max_q, max_k, dropout, is_causal, debug, *, scale):
-    """What stands in for torch's flash kernel on packed rows, and asks of its arguments what that does."""
-    assert query.shape[-1] == key.shape[-1] == value.shape[-1] and query.shape[1] % key.shape[1] == 0
-    assert cum_q.dtype == cum_k.dtype == torch.int32
-    assert (dropout, is_causal, debug) == (0.0, True, False)
-    assert max_q >= int(cum_q.diff().max()) and max_k >= int(cum_k.diff().max())
-    key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
-    outputs = []
-    for start, end in itertools.pairwise(cum_q.tolist()):
-        logits = torch.einsum("qnd,knd->nqk", query[start:end], key[start:end]) * scale
-        is_later = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
-        weights = logits.masked_fill(is_later, float("-inf")).softmax(-1)
-        outputs.append(torch.einsum("nqk,knd->qnd", weights, value[start:end]))
-    return torch.cat(outputs), None
-
-
 @pytest.mark.parametrize("kernel", [None, document_kernel], ids=["batches", "kernel"])
 @settings(max_examples=25)
 @given(
@@ -103,6 +88,27 @@ def test_packed_queries_see_what_comes_before_them_in_their_document(kernel, len
     actual = attention(query, key, value, None, packed_seq_params=packed)
     expected = one_by_one(query, key, value, 0.3, lambda i: list(range(start_of[i], i + 1)))
     assert_same_with_gradients(actual, expected, inputs)
+
+
+@pytest.mark.parametrize("kernel", [None, document_kernel], ids=["batches", "kernel"])
+@settings(max_examples=25)
+@given(
+    context_size=st.integers(2, 4),
+    chunks=st.lists(st.integers(1, 4), min_size=1, max_size=5),
+    num_groups=st.sampled_from([1, 3, 6]),
+    seed=st.integers(0, 1000),
+)
+def test_ranks_that_share_documents_see_what_one_rank_sees(kernel, context_size, chunks, num_groups, seed):
+    ends = [0, *itertools.accumulate(2 * context_size * chunk for chunk in chunks)]
+    start_of = [start for start, end in itertools.pairwise(ends) for _ in range(start, end)]
+    query, key, value = inputs = tensors(seed, ends[-1], ends[-1], num_groups)
+    rows = [packed_row(torch.tensor(ends, dtype=torch.int32), rank, context_size) for rank in range(context_size)]
+    attention = core(0.3)
+    attention.document_kernel = kernel
+    actual = on_context_ranks(attention, inputs, rows)
+    expected = one_by_one(query, key, value, 0.3, lambda i: list(range(start_of[i], i + 1)))
+    assert_same_with_gradients(actual, expected, inputs)
+    assert all(("batches" in vars(row)) == (kernel is None) for row in rows)
 
 
 @pytest.mark.parametrize("value_dim", [128, 192])

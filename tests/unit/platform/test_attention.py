@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 from megatron_most.platform import attention
+from tests.unit.model.packed_rows import document_kernel
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +28,16 @@ def test_a_kernel_that_fails_when_it_is_tried_is_not_taken(monkeypatch: pytest.M
     monkeypatch.setattr(attention, "device", lambda: torch.device("cpu"))
     assert attention.document_attention(128, torch.bfloat16) is None
     assert attention.document_attention(128, torch.float32) is None
+
+
+@pytest.mark.parametrize("aligns_ends", [True, False])
+def test_a_kernel_is_taken_only_if_the_last_query_sees_all_keys(aligns_ends: bool, monkeypatch: pytest.MonkeyPatch):
+    """Ranks that share a document give it fewer queries than keys."""
+    kernel = functools.partial(document_kernel, aligns_ends=aligns_ends)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(attention, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", kernel)
+    assert attention.document_attention(128, torch.bfloat16) is (kernel if aligns_ends else None)
 
 
 def test_values_are_filled_up_where_a_fused_kernel_wants_it():

@@ -39,6 +39,13 @@ def test_a_missing_library_is_one_line_that_says_how_to_get_it(library: str, mon
     check_libraries(config)
 
 
+def test_a_kernel_of_the_router_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(model__moe__moe_router_fusion=True)
+    monkeypatch.setattr("megatron_most.platform.libraries.can_run_triton", lambda: False)
+    with pytest.raises(ConfigError, match="model.moe.moe_router_fusion=True: needs Triton, .*; it needs a GPU"):
+        check_libraries(config)
+
+
 def test_the_default_asks_for_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "require_library", lambda *arguments: pytest.fail(str(arguments)))
     check_libraries(tiny_config())
