@@ -108,7 +108,7 @@ format: $(STAMP) ## let ruff put the code in order
 	$(VENV)/bin/ruff format --quiet .
 
 test: lint ## lint, and every test that is not slow
-	@$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
+	@$(PYTEST) -n 2 --dist loadscope --no-loadscope-reorder -m "not slow and not gpu"
 
 test-slow: $(STAMP) ## the slow tests
 	@$(PYTEST) -m "slow and not gpu" || test $$? -eq 5 # 5: no test is marked slow

@@ -1,8 +1,11 @@
 """Shared by all tests: Megatron runs on the CPU here unless there is a GPU, and no test inherits another's groups."""
 
+import functools
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +24,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Ranks are forked from this process, and gloo's device thread does not survive a fork: once a test has opened process
     groups here, ranks forked later would wait for ever.
     """
-    items.sort(key=lambda item: not hasattr(item.module, "run_ranks"))
+    items.sort(key=lambda item: not _forks_ranks(item.path))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Two workers: one begins with all tests that fork ranks, which fill the machine and are forked before any group is
+    opened, and the other with the rest, a file at a time."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return "ranks" if _forks_ranks(config.rootpath / file) else file
+
+    return ByFile(config, log)
+
+
+@functools.cache
+def _forks_ranks(file: Path) -> bool:
+    return "run_ranks" in file.read_text(encoding="utf-8")
 
 
 @pytest.fixture(autouse=True, scope="module")
