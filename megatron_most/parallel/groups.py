@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import socket
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,17 +33,12 @@ def initialize(layout: ParallelConfig, seed: int) -> None:
         raise ConfigError(f"environment variable RANK={rank}: must be less than WORLD_SIZE, {world_size}")
     layout.data_parallel_size(world_size)
     if not dist.is_initialized():
-        if world_size == 1:
-            os.environ.setdefault("RANK", "0")
-            os.environ.setdefault("WORLD_SIZE", "1")
-            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-            os.environ.setdefault("MASTER_PORT", str(_free_port()))
         device = platform.device()
         if device.type == "cuda":
             torch.cuda.set_device(device)  # Megatron allocates on the current device
         # No device_id: with it, every group creates its communicator at once, even if unused, and a process with a few
         # megabytes of tensors took 8.8 GiB of an H100.
-        dist.init_process_group(platform.backend(), timeout=layout.timeout)
+        dist.init_process_group(platform.backend(), timeout=layout.timeout, **_meeting_place(world_size))
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -95,7 +90,8 @@ def is_rank_zero() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _meeting_place(world_size: int) -> dict[str, Any]:
+    """Nothing for ranks that a launcher has told where to meet; a store of its own for a process that runs alone."""
+    if world_size > 1 or "MASTER_PORT" in os.environ:
+        return {}
+    return {"store": dist.TCPStore("127.0.0.1", 0, is_master=True), "rank": 0, "world_size": 1}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import multiprocessing
 import multiprocessing.connection
 import os
+import random
 import socket
 import time
 import traceback
@@ -32,7 +34,7 @@ def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 
     """
     assert not torch.distributed.is_initialized(), "ranks cannot be forked from a process that is a rank itself"
     context = multiprocessing.get_context("fork")
-    port = _free_port()
+    port = free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
     ranks = [
         context.Process(target=_rank, args=(rank, world_size, port, pipes[rank][1], function, args))
@@ -63,6 +65,7 @@ def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 
             process.join(5 if len(results) == world_size else 0)
             if process.is_alive():
                 process.kill()
+                process.join()
     return [results[rank] for rank in range(world_size)]
 
 
@@ -87,7 +90,10 @@ def _rank(rank: int, world_size: int, port: int, sender: Any, function: Callable
     os._exit(0)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_port() -> int:
+    """A port below those that the system gives to connections, which ranks of other tests open by the hundred."""
+    for port in random.SystemRandom().sample(range(20_000, 30_000), 100):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no port is free")

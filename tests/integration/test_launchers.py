@@ -15,14 +15,9 @@ import yaml
 from megatron_most.checkpointing import read_metadata
 from megatron_most.cli import STOP_SIGNALS, STOPPED
 from megatron_most.commands.launch import LAUNCHERS
+from tests.distributed.harness import free_port
 from tests.integration.launching import ROOT, STEPS, environment, small_run, steps_logged, undisturbed_metrics, wait_for
 from tests.integration.tiny_run import metric_lines
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def is_open(port: int) -> bool:
