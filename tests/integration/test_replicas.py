@@ -31,7 +31,7 @@ class Flip(StepHook):
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         if trainer.state.step == FLIPPED_AT and dist.get_rank() == self._on_rank:
             state = trainer.state.model_chunks[-1].state_dict()
-            [*_, value] = [value for name, value in state.items() if self._tensor in name]
+            [*_, value] = [value for name, value in state.items() if self._tensor in name and torch.is_tensor(value)]
             value.view(-1).view(torch.int32)[-1] ^= 1 << 7
 
 
