@@ -21,6 +21,11 @@ from megatron_most.errors import ConfigError
 from megatron_most.extras import require
 from megatron_most.files import require_writable, write_json
 
+FORMATS = (
+    "hf", "most", "deepseek-v2", "deepseek-v3", "qwen2-moe", "qwen3-moe", "mixtral", "olmoe", "llama", "qwen2", "qwen3"
+)  # fmt: skip
+"""Names of the classes in conversion/architectures, which import torch."""
+
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser("convert", __doc__)
@@ -33,7 +38,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_import(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--hf", required=True, help="folder of a DeepSeek-V2, MoST or Llama model, or of an exported one")
+    sub.add_argument(
+        "--hf",
+        required=True,
+        help="folder of a model (docs/conversion.md lists the architectures), or of an exported one",
+    )
     sub.add_argument("--out", required=True, help="checkpoint directory to write; must not exist")
     sub.add_argument(
         "--experts",
@@ -64,7 +73,7 @@ def _add_export(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--format",
         required=True,
-        choices=("hf", "deepseek-v2", "most", "llama"),
+        choices=FORMATS,
         help="hf: the whole model, with code for transformers; the others: an architecture that transformers has",
     )
     sub.add_argument("--out", required=True, help="folder to write; must not exist")
@@ -74,7 +83,7 @@ def _add_export(sub: argparse.ArgumentParser) -> None:
         "--experts",
         choices=("text", "all"),
         default="text",
-        help="deepseek-v2: experts that text tokens may choose (default), or all",
+        help="formats with experts: experts that text tokens may choose (default), or all",
     )
     sub.add_argument(
         "--without-extension",

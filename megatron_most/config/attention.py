@@ -60,6 +60,18 @@ class AttentionConfig:
     v_head_dim: int = key(128, "`mla`: size of a value head", "--v-head-dim")
     num_query_groups: int = key(8, "`gqa`: key-value heads", "--num-query-groups")
     kv_channels: int = key(128, "`gqa`: size of a head", "--kv-channels")
+    add_qkv_bias: bool = key(
+        False, "`gqa`: the projections of queries, keys and values have biases (Qwen2)", "--add-qkv-bias"
+    )
+    qk_layernorm: str = key(
+        "none",
+        "`gqa`: RMS norms of queries and keys before they are rotated: `none`, `head` (each head by itself, Qwen3;"
+        " Megatron's flag) or `all_heads` (those of a token together, OLMoE). `mla` always has norms of its latents",
+        "--qk-layernorm",
+    )
+    latent_layernorm_epsilon: float | None = key(
+        None, "`mla`: epsilon of the latents' norms; null for `model.layernorm_epsilon`"
+    )
     mla_down_proj_fusion: bool = key(
         False,
         "`mla` with `q_lora_rank`: compute both down-projections in one matrix product; checkpoints stay the same",
@@ -78,8 +90,12 @@ class AttentionConfig:
             self.mla_down_proj_fusion,
             f"needs {section}.type=mla with a q_lora_rank; otherwise there is only one down-projection",
         )
+        require_one_of(f"{section}.qk_layernorm", self.qk_layernorm, ("none", "head", "all_heads"))
         if self.type == "mla":
             self._check_mla(section)
+            for name, neutral in (("add_qkv_bias", False), ("qk_layernorm", "none")):
+                value = getattr(self, name)
+                require(value == neutral, f"{section}.{name}", value, f"needs {section}.type=gqa")
         else:
             self._check_gqa(section)
 
@@ -95,9 +111,17 @@ class AttentionConfig:
         )
         if self.q_lora_rank is not None:
             require_positive(section, self, ("q_lora_rank",))
+        if self.latent_layernorm_epsilon is not None:
+            require_positive(section, self, ("latent_layernorm_epsilon",))
 
     def _check_gqa(self, section: str) -> None:
         require_positive(section, self, ("num_query_groups", "kv_channels"))
+        require(
+            self.latent_layernorm_epsilon is None,
+            f"{section}.latent_layernorm_epsilon",
+            self.latent_layernorm_epsilon,
+            f"needs {section}.type=mla",
+        )
         require(self.kv_channels % 2 == 0, f"{section}.kv_channels", self.kv_channels, "must be even")
         require(
             self.num_attention_heads % self.num_query_groups == 0,

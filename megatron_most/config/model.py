@@ -36,6 +36,11 @@ class ModelConfig:
         "number of first layers that are dense; all others have experts (Hugging Face's name; Megatron takes a list)",
         "--moe-layer-freq",
     )
+    share_embeddings_and_output_weights: bool = key(
+        False,
+        "one matrix is both the embedding of ids and their output head; codebooks have their own",
+        "--untie-embeddings-and-output-weights",
+    )
     layernorm_epsilon: float = key(1e-6, "epsilon of the RMS norms", "--norm-epsilon")
     init_method_std: float = key(0.02, "standard deviation of initial weights", "--init-method-std", training_only=True)
     codebook_loss_weights: list[float] = key(

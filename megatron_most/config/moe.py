@@ -117,6 +117,11 @@ class MoEConfig:
         "inner width of all shared experts together; 0 for none",
         "--moe-shared-expert-intermediate-size",
     )
+    moe_shared_expert_gate: bool = key(
+        False,
+        "multiply the shared experts' output by the sigmoid of a learned product with their input (Qwen2-MoE)",
+        "--moe-shared-expert-gate",
+    )
     moe_router_score_function: str = key("softmax", "`softmax` or `sigmoid`", "--moe-router-score-function")
     score_rule: str = key(
         "group", "softmax over the experts that a token may choose (`group`) or over all (`all`, as in the paper)"
@@ -213,6 +218,12 @@ class MoEConfig:
             f"{section}.score_rule",
             self.score_rule,
             "must be group with moe_router_score_function=sigmoid, which scores each expert by itself",
+        )
+        require(
+            not self.moe_shared_expert_gate or self.moe_shared_expert_intermediate_size > 0,
+            f"{section}.moe_shared_expert_gate",
+            self.moe_shared_expert_gate,
+            "needs shared experts (moe_shared_expert_intermediate_size)",
         )
         require(
             not self.moe_shared_expert_overlap

@@ -258,9 +258,15 @@ class RunConfig:
             "norms",
             "embeddings",
             "embeddings.audio",
-            "heads",
-            "heads.audio",
+            *self._head_parts,
         )
+
+    @property
+    def _head_parts(self) -> tuple[str, ...]:
+        """Output heads that have weights of their own: not that of ids where it is the embedding."""
+        if not self.model.share_embeddings_and_output_weights:
+            return "heads", "heads.audio"
+        return ("heads.audio",) if self.vocab.codec_layout.uses_side_codes else ()
 
     @property
     def positions_per_rank(self) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_most.config import RunConfig
-from megatron_most.conversion.architectures import ForeignModel
+from megatron_most.conversion.architecture import ForeignModel
 from megatron_most.conversion.weight_map import Origin
 from megatron_most.errors import CheckpointError, ConfigError
 from megatron_most.files import read_json
@@ -46,20 +46,6 @@ def default_groups(
         {"modality": name, "moe_router_topk": top_k, **({"size": len(run)} if has_usage else {"experts": run})}
         for name, run in zip(modalities, runs, strict=True)
     ]
-
-
-def most_groups(foreign: ForeignModel) -> dict[str, Any]:
-    """The expert groups of a model in the MoST format. Experts that both modalities list are common ones."""
-    text, audio = foreign.choices
-    both = [expert for expert in text if expert in audio]
-    pools = [[expert for expert in own if expert not in both] for own in (text, audio)]
-    groups: dict[str, Any] = {
-        "groups": [
-            {"modality": name, "experts": pool, "moe_router_topk": foreign.top_k}
-            for name, pool in zip(("text", "audio"), pools, strict=True)
-        ]
-    }
-    return {**groups, "common": {"experts": both}} if both else groups
 
 
 def origins(mode: str, config: RunConfig, foreign: ForeignModel, usage: Usage | None) -> tuple[LayerOrigins, ...]:

@@ -14,13 +14,15 @@ from megatron_most.checkpointing.directory import STATE
 from megatron_most.checkpointing.regions import Region, StateReader, TensorForm
 from megatron_most.config import RunConfig
 from megatron_most.config.load import build_config
-from megatron_most.conversion.architectures import BY_NAME, Architecture, ForeignModel
-from megatron_most.conversion.export_target import choose_target
+from megatron_most.conversion.architecture import Architecture, ForeignModel, Target
+from megatron_most.conversion.architectures import BY_NAME
 from megatron_most.conversion.extension import Extension, shape_config
 from megatron_most.conversion.hugging_face import is_finite
-from megatron_most.conversion.native import EMBEDDING, EXPERT_BIAS, native_shapes
-from megatron_most.conversion.weight_map import Block, all_blocks, cut, open_regions
-from megatron_most.errors import CheckpointError
+from megatron_most.conversion.import_plan import RECORD
+from megatron_most.conversion.native import EMBEDDING, is_expert_bias, native_shapes
+from megatron_most.conversion.weight_map import Block, all_blocks, cut, open_regions, row_axis
+from megatron_most.errors import CheckpointError, ConfigError
+from megatron_most.files import read_json
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -38,7 +40,7 @@ class ExportPlan:
         extension: what the format has no place for; None if there is nothing, or if it is not wanted.
         extension_forms: the tensors of the extension, as they are written.
         left_out: names of the regions that are in no file.
-        same_text, note: see :class:`~megatron_most.conversion.export_target.Target`.
+        same_text, note: see :class:`~megatron_most.conversion.architecture.Target`.
     """
 
     checkpoint: Path
@@ -99,8 +101,7 @@ def plan_export(
         path: a native checkpoint, or a run directory for its newest one.
         name: of the format.
         dtype: ``bf16`` or ``fp32`` for all weights; None keeps the stored types.
-        experts: for ``deepseek-v2``, ``text`` for the experts that text may choose, or ``all``, which undoes a
-            partition.
+        experts: for bases with experts, ``text`` for those that text may choose, or ``all``, which undoes a partition.
         with_extension: keep what the format has no place for in files beside the model.
 
     Raises:
@@ -110,7 +111,7 @@ def plan_export(
     directory = resolve(path)
     config = stored_config(directory, read_metadata(directory))
     architecture = BY_NAME[name]
-    target = choose_target(directory, config, name, experts)
+    target = _target(directory, config, architecture, experts)
     reader = StateReader(directory / STATE)
     _check_shapes(directory, config, reader)
     blocks: Blocks = {}
@@ -119,7 +120,9 @@ def plan_export(
             blocks.setdefault(block.name, []).append(block)
     forms = {tensor: _foreign_form(parts, reader, dtype) for tensor, parts in blocks.items()}
     # The one type that config.json gives must hold every value: readers convert all weights to it.
-    held = functools.reduce(torch.promote_types, {form.dtype for form in forms.values()})
+    # Expert biases are fp32 beside weights of any type.
+    types = {form.dtype for name, form in forms.items() if not is_expert_bias(blocks[name][0].region.key)}
+    held = functools.reduce(torch.promote_types, types)
     rest = _regions_without_place(config, blocks)
     values = {**shape_config(config), "tokenizer": None, "codec": config.codec}
     extension = Extension(values, target.both, rest) if rest and with_extension else None
@@ -169,8 +172,18 @@ def _regions_without_place(config: RunConfig, blocks: Blocks) -> dict[str, Regio
 
 def _written_dtype(key: str, reader: StateReader, dtype: str | None) -> torch.dtype:
     """The type in which the parts of a native tensor are written, alike for all of them; expert biases keep theirs."""
-    is_bias = key.endswith(EXPERT_BIAS.rpartition("{layer}")[2])
-    return reader.forms[key].dtype if dtype is None or is_bias else DTYPES[dtype]
+    return reader.forms[key].dtype if dtype is None or is_expert_bias(key) else DTYPES[dtype]
+
+
+def _target(directory: Path, config: RunConfig, architecture: Architecture, experts: str) -> Target:
+    """The foreign model that the checkpoint in ``directory`` becomes."""
+    if experts == "all" and "partition" not in architecture.modes:
+        raise ConfigError(f"--experts=all: is only for bases with experts, not for --format {architecture.name}")
+    # Of the import that made this checkpoint, or that its run started from; None if it is gone.
+    places = [directory, *([Path(config.checkpoint.load)] if config.checkpoint.load else [])]
+    found = next((place / RECORD for place in places if (place / RECORD).is_file()), None)
+    record = None if found is None else read_json(found, CheckpointError)
+    return architecture.target(config, experts, record)
 
 
 def stored_config(directory: Path, metadata: CheckpointMetadata) -> RunConfig:
@@ -184,7 +197,8 @@ def stored_config(directory: Path, metadata: CheckpointMetadata) -> RunConfig:
 
 def _region_name(region: Region) -> str:
     """``key[expert, first row]``, unique because regions do not overlap."""
-    return f"{region.key}[{','.join(map(str, region.offsets[: max(1, len(region.offsets) - 1)]))}]"
+    place = region.offsets[: row_axis(region.key, region.sizes) + 1]
+    return f"{region.key}[{','.join(map(str, place))}]"
 
 
 def _place(block: Block) -> str:

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 
 from megatron_most.conversion import hf_format
-from megatron_most.conversion.architectures import ForeignModel
+from megatron_most.conversion.architecture import Architecture, ForeignModel
+from megatron_most.conversion.architectures import BY_NAME
 from megatron_most.conversion.hugging_face import HuggingFaceModel
 from megatron_most.errors import CheckpointError
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 _LAYER = "model.layers."
-_EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
-_ROUTER = ".mlp.gate.weight"
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_ROUTER = (".gate.weight", ".gate.e_score_correction_bias")
 
 
 class Carried(torch.nn.Module):
@@ -36,7 +37,7 @@ class Carried(torch.nn.Module):
 
 @dataclass(frozen=True)
 class ExpertSubset:
-    """Some of the experts of a DeepSeek-V2 model, which with these alone is a smaller DeepSeek-V2 model.
+    """Some of the experts of a base, which with these alone is a smaller model of the same architecture.
 
     Args:
         experts: of every MoE layer, in the order that they have in the smaller model.
@@ -48,15 +49,9 @@ class ExpertSubset:
     n_group: int
     topk_group: int
 
-    def config(self) -> dict[str, Any]:
+    def config(self, architecture: Architecture) -> dict[str, Any]:
         """The fields of ``config.json`` that differ."""
-        return {
-            "n_routed_experts": len(self.experts[0]),
-            "num_experts_per_tok": self.top_k,
-            "topk_method": "group_limited_greedy" if self.n_group > 1 else "greedy",
-            "n_group": self.n_group,
-            "topk_group": self.topk_group,
-        }
+        return architecture.write_routing(len(self.experts[0]), self.top_k, self.n_group, self.topk_group)
 
     def take(self, weights: dict[str, torch.Tensor], moe_layer: int) -> dict[str, torch.Tensor]:
         """The weights of a layer without those of other experts."""
@@ -130,7 +125,7 @@ class ForeignLayers:
             for name in self._source.tensors
             if name.startswith(prefix)
         }
-        dense = self._source.config.get("first_k_dense_replace", 0)
+        dense = self._foreign.model.get("first_k_dense_replace", 0)
         if self._subset is not None and layer >= dense:
             weights = self._subset.take(weights, layer - dense)
         weights[NORM] = self._source.read(NORM)
@@ -154,21 +149,26 @@ class ForeignLayers:
         """The class and the configuration of a model that consists of one layer, and of hardly any ids and codes."""
         import transformers
 
+        architecture = BY_NAME[self._foreign.architecture]
         values = {
             key: value for key, value in self._source.config.items() if key not in ("model_type", "architectures")
         }
-        values |= self._subset.config() if self._subset else {}
-        if self._source.config["model_type"] == hf_format.MODEL_TYPE:
+        if self._subset is not None:
+            values.pop(architecture.num_experts.also or "", None)  # the other name of a field that is replaced
+            values |= self._subset.config(architecture)
+        if architecture.name == hf_format.NAME:
             from megatron_most.huggingface import MoSTConfig, MoSTForConditionalGeneration
 
             kind, config = MoSTForConditionalGeneration, MoSTConfig(**values)
             config.codebook_vocab_size = 1
         else:
-            name = "Llama" if self._source.config["model_type"] == "llama" else "DeepseekV2"
+            name = architecture.transformers_class
             kind = getattr(transformers, f"{name}ForCausalLM")
             config = getattr(transformers, f"{name}Config")(**values)
         if hasattr(config, "first_k_dense_replace"):
             config.first_k_dense_replace = int(layer < config.first_k_dense_replace)
+        if hasattr(config, "mlp_only_layers"):
+            config.mlp_only_layers = [0] if layer in config.mlp_only_layers else []
         config.num_hidden_layers = config.vocab_size = 1
         config.pad_token_id = None
         config.tie_word_embeddings = False

@@ -12,46 +12,69 @@ from typing import Any
 
 from megatron_most.config import RopeConfig, RunConfig, with_new_names
 from megatron_most.config.load import build_config
+from megatron_most.conversion.architecture import Architecture, ForeignModel, Target, read_vocabulary
+from megatron_most.conversion.config_json import Config
 from megatron_most.conversion.extension import shape_config
 from megatron_most.conversion.hugging_face import CONFIG, HuggingFaceModel
 from megatron_most.conversion.native import CODEBOOK_EMBEDDING, CODEBOOK_HEAD, EXPERT_BIAS, ROUTER
-from megatron_most.conversion.tables import DEEPSEEK_V2, LLAMA
+from megatron_most.conversion.tables import COMMON, expert_rules, has_expert_bias
 from megatron_most.conversion.weight_map import Correspondence, IdRun, Origin, Rule
 from megatron_most.errors import CheckpointError
 from megatron_most.model.most_model import padded
 from megatron_most.moe import ExpertGroups
+from megatron_most.vocab import VocabLayout
 
 NAME = "hf"
 MODEL_TYPE = "megatron_most"
 
 
-def _is_attention(rule: Rule) -> bool:
-    return ".self_attention." in rule.native
-
-
-def _attention_rules(kind: str, rules: Sequence[Rule]) -> list[Rule]:
-    """The rules of attention of one kind, for models that have it."""
-
-    def only(rule: Rule) -> Rule:
-        return dataclasses.replace(rule, when=lambda config: config.model.attention.type == kind and rule.when(config))
-
-    return [only(rule) for rule in rules if _is_attention(rule)]
-
+_ADDED = {"shared_expert_gate": False, "qkv_bias": False, "qk_norm": "none"}
+"""What a model has whose ``config.json`` was written before the field existed."""
 
 RULES = (
-    *(rule for rule in DEEPSEEK_V2 if rule.native != ROUTER and not _is_attention(rule)),
-    *_attention_rules("mla", DEEPSEEK_V2),
-    *_attention_rules("gqa", LLAMA),
+    *COMMON,
+    *expert_rules(),
     Rule(ROUTER, ("model.layers.{layer}.mlp.gate.weight",), "moe", along="matrices"),
     Rule(
         EXPERT_BIAS,
         ("model.layers.{layer}.mlp.gate.e_score_correction_bias",),
         "moe",
-        when=lambda config: config.model.moe.moe_router_bias_update_rate > 0,
+        along="matrices",
+        when=has_expert_bias,
     ),
     Rule(CODEBOOK_EMBEDDING, ("model.codebook_embeddings.{codebook}.weight",), "codebooks"),
     Rule(CODEBOOK_HEAD, ("codebook_heads.{codebook}.weight",), "codebooks"),
 )
+
+
+class HuggingFaceMoST(Architecture):
+    """MoST itself: every tensor has a place."""
+
+    name = NAME
+    model_types = (MODEL_TYPE,)
+    rules = RULES
+
+    def read(self, config: Config) -> ForeignModel:
+        """What is checked before the run configuration beside it is read."""
+        attention = {"type": config.get("attention_type"), "num_query_groups": 0}
+        if attention["type"] == "gqa":
+            attention["num_query_groups"] = config.integer("num_key_value_heads")
+        model = {
+            "num_layers": config.integer("num_hidden_layers"),
+            "hidden_size": config.integer("hidden_size"),
+            "attention": attention,
+        }
+        return ForeignModel(model, **read_vocabulary(config), num_experts=config.integer("n_routed_experts"))
+
+    def write(self, config: RunConfig, foreign: ForeignModel) -> dict[str, Any]:
+        return model_config(config)
+
+    def target(self, config: RunConfig, experts: str, record: dict[str, Any] | None) -> Target:
+        foreign = ForeignModel({}, config.vocab.text_vocab_size, num_experts=config.model.moe.num_experts)
+        return Target(foreign, correspondence(config))
+
+    def ids(self, vocab: VocabLayout, vocab_size: int) -> tuple[IdRun, ...]:
+        return (IdRun(0, 0, vocab.size),)
 
 
 def correspondence(config: RunConfig) -> Correspondence:
@@ -106,7 +129,8 @@ def model_config(config: RunConfig) -> dict[str, Any]:
         "use_expert_bias": moe.moe_router_bias_update_rate > 0,
         "text_loss_weight": model.text_loss_weight,
         "codebook_loss_weights": list(model.codebook_loss_weights),
-        "tie_word_embeddings": False,
+        "shared_expert_gate": moe.moe_shared_expert_gate,
+        "tie_word_embeddings": model.share_embeddings_and_output_weights,
         "run_config": {**shape_config(config), "tokenizer": None, "codec": config.codec},
     }
 
@@ -123,7 +147,7 @@ def run_config(source: HuggingFaceModel, overrides: Sequence[str]) -> RunConfig:
         raise CheckpointError(f"{path}: run_config={values!r}: must be the run configuration that export wrote")
     config = build_config(f"{path}: run_config", with_new_names(values), overrides)
     for name, value in model_config(config).items():
-        found = source.config.get(name)
+        found = source.config.get(name, _ADDED.get(name))
         if name not in ("architectures", "run_config", "max_position_embeddings") and found != value:
             raise CheckpointError(f"{path}: {name}={found!r}: run_config says {value!r}")
     return config
@@ -136,6 +160,8 @@ def _attention_config(config: RunConfig) -> dict[str, Any]:
             "attention_type": "gqa",
             "num_key_value_heads": attention.num_query_groups,
             "head_dim": attention.kv_channels,
+            "qkv_bias": attention.add_qkv_bias,
+            "qk_norm": attention.qk_layernorm,
         }
     return {
         "attention_type": "mla",
@@ -144,6 +170,7 @@ def _attention_config(config: RunConfig) -> dict[str, Any]:
         "qk_nope_head_dim": attention.qk_head_dim,
         "qk_rope_head_dim": attention.qk_pos_emb_head_dim,
         "v_head_dim": attention.v_head_dim,
+        "latent_norm_eps": attention.latent_layernorm_epsilon,
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_most.conversion.architectures import Architecture, ForeignModel
+from megatron_most.conversion.architecture import Architecture, ForeignModel
 from megatron_most.conversion.hugging_face import CONFIG, HuggingFaceModel
 from megatron_most.conversion.native import EMBEDDING, HEAD
 from megatron_most.conversion.tables import HEAD_RULE, TIED_HEAD_RULE
@@ -12,12 +12,12 @@ from megatron_most.conversion.weight_map import MAX_ELEMENTS, Block
 from megatron_most.errors import CheckpointError
 
 
-def check_counts(source: HuggingFaceModel, foreign: ForeignModel) -> None:
+def check_counts(source: HuggingFaceModel, architecture: Architecture, foreign: ForeignModel) -> None:
     """Raise if a count in the configuration exceeds what the files can hold: planning a billion layers never ends."""
     sizes = [size for entry in source.tensors.values() for size in entry.shape]
     counts = {
         "num_hidden_layers": (foreign.model["num_layers"], len(source.tensors)),
-        "n_routed_experts": (foreign.num_experts, len(source.tensors)),
+        architecture.num_experts.name: (foreign.num_experts, len(source.tensors)),
         "num_key_value_heads": (foreign.model["attention"].get("num_query_groups", 0), max(sizes, default=0)),
     }
     for name, (count, most) in counts.items():
@@ -54,7 +54,7 @@ def check_tensors(
         if rows[block.name] < shape[0]:
             unused[f"{block.name}[{rows[block.name]}:{shape[0]}]"] = "ids outside vocab.text_vocab_size"
     for name in sorted(source.tensors.keys() - rows.keys()):
-        reason = architecture.reason_unused(name, foreign.tied)
+        reason = architecture.reason_unused(name, foreign)
         if reason is None:
             raise CheckpointError(
                 f"{source.directory / source.tensors[name].file}: tensor {name} has no place in a"

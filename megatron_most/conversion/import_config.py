@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from megatron_most.checkpointing.metadata import first_difference
 from megatron_most.config import RunConfig
 from megatron_most.config.load import build_config, check_shape, read_config_file
 from megatron_most.conversion import hf_format
-from megatron_most.conversion.architectures import Architecture, ForeignModel
-from megatron_most.conversion.experts import default_groups, most_groups
+from megatron_most.conversion.architecture import Architecture, ForeignModel
+from megatron_most.conversion.experts import default_groups
 from megatron_most.conversion.hugging_face import HuggingFaceModel
 from megatron_most.errors import ConfigError
 from megatron_most.vocab import Modality, VocabLayout
-
-MOST_TEXT_IDS = 100002
-MOST_AUDIO_UNITS = 500
-"""Ids of the published MoST checkpoints: text, then one id per audio unit, then begin and end of audio."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +53,7 @@ def import_mode(architecture: Architecture, has_extension: bool, options: Import
     Raises:
         ConfigError: an option does not fit the model, or another option.
     """
-    valid: tuple[str, ...] = {"deepseek-v2": ("partition", "expand"), "llama": ("upcycle",)}.get(architecture.name, ())
+    valid = architecture.modes
     if has_extension:
         if options.config is not None or options.audio_vocab is not None:
             raise ConfigError(
@@ -101,8 +96,7 @@ def import_config(
         "vocab": _vocab(architecture, foreign, options, wanted.get("vocab", {})),
     }
     moe = values["model"]["moe"]
-    if architecture.name == "most":
-        moe |= most_groups(foreign)
+    moe |= architecture.own_groups(foreign) or {}
     if mode == "upcycle":
         moe["norm_topk_prob"] = True
     _merge(values, wanted)
@@ -111,7 +105,7 @@ def import_config(
         names = (*(modality.name.lower() for modality in Modality), *further)
         moe["groups"] = default_groups(mode, foreign, names, options.usage is not None)
     config = build_config(options.config or str(source.directory), values, options.overrides)
-    _check_same_as_source(source, architecture, foreign, mode, config)
+    _check_same_as_source(source, architecture, foreign, config)
     if config.vocab.codec_layout.uses_side_codes and not config.model.codebook_loss_weights:
         num_codebooks = config.vocab.num_codebooks
         # A frame then counts the mean of its codebooks, however many there are.
@@ -120,27 +114,27 @@ def import_config(
 
 
 def _check_same_as_source(
-    source: HuggingFaceModel, architecture: Architecture, foreign: ForeignModel, mode: str, config: RunConfig
+    source: HuggingFaceModel, architecture: Architecture, foreign: ForeignModel, config: RunConfig
 ) -> None:
     """Raise :class:`ConfigError` if the user's file or overrides change what the source's weights compute."""
-    fixed = {**foreign.model, "moe": {**foreign.model["moe"]}}
-    for name in ("init_method_std", *(("first_k_dense_replace",) if mode == "upcycle" else ())):
-        del fixed[name]
-    if mode == "upcycle":
-        del fixed["moe"]["moe_shared_expert_intermediate_size"]
-    difference = first_difference(fixed, _only(asdict(config)["model"], fixed), "model")
+    difference = architecture.difference(foreign, config)
     if difference:
         name, theirs, ours = difference
         raise ConfigError(f"{name}={ours!r}: {source.directory} has {theirs!r}")
-    if architecture.name == "most":
-        groups = [group["experts"] for group in most_groups(foreign)["groups"]]
+    if architecture.has_expert_bias and config.model.moe.moe_router_bias_update_rate == 0:
+        raise ConfigError(
+            f"model.moe.moe_router_bias_update_rate=0: must be above 0: {source.directory} has expert biases"
+        )
+    own = architecture.own_groups(foreign)
+    if own is not None:
+        groups = [group["experts"] for group in own["groups"]]
         if [group.experts for group in config.model.moe.groups] != groups:
             raise ConfigError(f"model.moe.groups: {source.directory} has its own, {groups}")
 
 
 def _vocab(architecture: Architecture, foreign: ForeignModel, options: ImportOptions, wanted: Any) -> dict[str, Any]:
     """The defaults of the ``vocab`` section; ``wanted`` is that section of the user's file."""
-    audio_vocab = options.audio_vocab
+    default, audio_vocab = architecture.default_vocab(foreign), options.audio_vocab
     check_shape(wanted, VocabLayout, "vocab", str(options.config))
     if audio_vocab is not None:
         try:
@@ -153,14 +147,11 @@ def _vocab(architecture: Architecture, foreign: ForeignModel, options: ImportOpt
         if wanted and {"layout", "num_codebooks", "codebook_size"} & wanted.keys():
             raise ConfigError(f"--audio-vocab={audio_vocab}: the --config file has a vocab section, too; use only one")
         audio = {"layout": layout, "num_codebooks": num_codebooks, "codebook_size": codebook_size}
-    elif architecture.name == "most":
-        audio = {"layout": "flat", "num_codebooks": 1, "codebook_size": MOST_AUDIO_UNITS}
-    elif wanted:
+    elif wanted or "layout" in default:
         audio = {}
     else:
         raise ConfigError("--audio-vocab: is required, unless the --config file has a vocab section")
-    text = MOST_TEXT_IDS if architecture.name == "most" else foreign.vocab_size
-    return {"text_vocab_size": text, **audio}
+    return {**default, **audio}
 
 
 def _merge(values: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -170,8 +161,3 @@ def _merge(values: dict[str, Any], wanted: dict[str, Any]) -> None:
             _merge(values[key], value)
         else:
             values[key] = value
-
-
-def _only(values: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
-    """The entries of ``values`` that are also in ``like``."""
-    return {key: _only(values[key], entry) if isinstance(entry, dict) else values[key] for key, entry in like.items()}

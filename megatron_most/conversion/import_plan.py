@@ -11,26 +11,25 @@ from megatron_most.checkpointing.regions import Region, TensorForm
 from megatron_most.config import RunConfig
 from megatron_most.config.load import build_config
 from megatron_most.conversion import hf_format
-from megatron_most.conversion.architectures import Architecture, ForeignModel, read_foreign
+from megatron_most.conversion.architecture import Architecture, ForeignModel
+from megatron_most.conversion.architectures import read_foreign
 from megatron_most.conversion.experts import origins, read_usage
 from megatron_most.conversion.extension import EXTENSION, Extension
 from megatron_most.conversion.hugging_face import CONFIG, HuggingFaceModel
 from megatron_most.conversion.import_checks import check_counts, check_tensors, check_tied_head
 from megatron_most.conversion.import_config import ImportOptions, import_config, import_mode
-from megatron_most.conversion.native import EMBEDDING, EXPERT_BIAS, HEAD, native_shapes
+from megatron_most.conversion.native import EMBEDDING, EXPERT_BIAS, HEAD, is_expert_bias, native_shapes
 from megatron_most.conversion.new_weights import NewWeights, RowDistribution, generator
 from megatron_most.conversion.weight_map import (
     Block,
     Correspondence,
-    IdRun,
     Origin,
     all_blocks,
     cut,
     cut_block,
     open_regions,
 )
-from megatron_most.errors import CheckpointError, ConfigError
-from megatron_most.vocab import VocabLayout
+from megatron_most.errors import CheckpointError
 
 RECORD = "conversion.json"
 """The record of an import, in its checkpoint."""
@@ -86,6 +85,8 @@ class ImportPlan:
         tensor = self.source.read(made_of.name, made_of.row, made_of.rows)
         if made_of.scale != 1:
             tensor = tensor.to(dtype) * made_of.scale
+        if is_expert_bias(region.key):
+            return tensor.to(dtype).reshape(region.sizes)  # a copy's too gets no noise
         if made_of.copy and self.options.noise:
             noise = torch.randn(tensor.shape, generator=generator(self.options.seed, region))
             values = tensor.float()
@@ -106,7 +107,7 @@ def plan_import(directory: str | Path, options: ImportOptions) -> ImportPlan:
     """
     source = HuggingFaceModel(directory, options.allow_pickle)
     architecture, foreign = read_foreign(source.config, str(source.path_of(CONFIG)))
-    check_counts(source, foreign)
+    check_counts(source, architecture, foreign)
     extension = Extension.read(source) if options.experts is None else None
     mode = import_mode(architecture, extension is not None, options)
     if extension is not None:
@@ -118,7 +119,7 @@ def plan_import(directory: str | Path, options: ImportOptions) -> ImportPlan:
         both = hf_format.correspondence(config)
     else:
         config = import_config(source, architecture, foreign, mode, options)
-        both = _correspondence(mode, config, foreign, options)
+        both = _correspondence(architecture, mode, config, foreign, options)
     blocks = all_blocks(architecture.rules_for(foreign.tied), config, both)
     if extension is not None:
         # Export did not read the copies, which may have changed since: they are in the extension.
@@ -150,11 +151,13 @@ def _new_weights(
     """New rows follow the distributions of the source's text ids."""
     num_text_ids = min(config.vocab.text_vocab_size, foreign.vocab_size)
 
+    head = EMBEDDING if config.model.share_embeddings_and_output_weights else HEAD
+
     def distribution(key: str) -> RowDistribution:
         name = next(block.name for block in blocks if block.region.key == key)
         return RowDistribution.of(lambda start, rows: source.read(name, start, rows), num_text_ids)
 
-    return NewWeights(config, seed, distribution(EMBEDDING), distribution(HEAD).mean)
+    return NewWeights(config, seed, distribution(EMBEDDING), distribution(head).mean)
 
 
 def _sources(
@@ -188,37 +191,17 @@ def _sources(
     return dict(sorted(sources.items(), key=lambda item: (place[item[0].key], item[0].offsets)))
 
 
-def _correspondence(mode: str, config: RunConfig, foreign: ForeignModel, options: ImportOptions) -> Correspondence:
+def _correspondence(
+    architecture: Architecture, mode: str, config: RunConfig, foreign: ForeignModel, options: ImportOptions
+) -> Correspondence:
     num_moe_layers = config.model.num_layers - config.model.first_k_dense_replace
     vocab = config.vocab
+    ids = architecture.ids(vocab, foreign.vocab_size)
     if mode == "as they are":
         experts = (tuple(Origin(expert) for expert in range(foreign.num_experts)),) * num_moe_layers
-        return Correspondence(experts, most_ids(vocab, foreign.vocab_size))
+        return Correspondence(experts, ids)
     usage = None if options.usage is None else read_usage(options.usage, foreign, num_moe_layers, vocab.modality_names)
-    ids = (IdRun(0, 0, min(vocab.text_vocab_size, foreign.vocab_size)),)
     return Correspondence(origins(mode, config, foreign, usage), ids)
-
-
-def most_ids(vocab: VocabLayout, vocab_size: int) -> tuple[IdRun, ...]:
-    """The ids that correspond in the MoST format, which puts audio units before begin and end of audio.
-
-    The ``frame`` id gets a padding row after them, if there is one.
-
-    Raises:
-        ConfigError: the vocabulary layout needs more ids than ``vocab_size``.
-    """
-    text, num_units = vocab.text_vocab_size, vocab.codec_layout.num_ids
-    begin = text + num_units
-    if begin + 2 > vocab_size:
-        raise ConfigError(
-            f"vocab: {text} text ids, {num_units} units and 2 more need {begin + 2} ids, the model has {vocab_size}"
-        )
-    runs = [IdRun(0, 0, text), IdRun(vocab.begin_of_audio, begin, 2)]
-    if num_units:
-        runs.append(IdRun(vocab.frame + 1, text, num_units))
-    if begin + 2 < vocab_size:
-        runs.append(IdRun(vocab.frame, begin + 2, 1))
-    return tuple(runs)
 
 
 def _forms(
@@ -237,7 +220,7 @@ def _forms(
                 f"{source.directory}: tensor {name} is {dtype}, but others that go into {key} are {dtypes[key]}"
             )
     for layer in range(config.model.first_k_dense_replace, config.model.num_layers):
-        dtypes.setdefault(EXPERT_BIAS.format(layer=layer), torch.float32)
+        dtypes[EXPERT_BIAS.format(layer=layer)] = torch.float32
     shapes = native_shapes(config)
     return {key: TensorForm(shape, dtypes.get(key, dtypes[EMBEDDING])) for key, shape in shapes.items()}
 

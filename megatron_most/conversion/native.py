@@ -18,6 +18,10 @@ ROUTER = "decoder.layers.{layer}.mlp.router.weight"
 EXPERT_BIAS = "decoder.layers.{layer}.mlp.router.expert_bias.values"
 
 
+def is_expert_bias(key: str) -> bool:
+    return key.endswith(EXPERT_BIAS.rpartition("{layer}")[2])
+
+
 def native_shapes(config: RunConfig) -> Shapes:
     """Key -> shape of every weight, in the order of the model's forward pass; experts ``[E, ...]`` in logical order."""
     vocab, hidden = config.vocab, config.model.hidden_size
@@ -28,7 +32,9 @@ def native_shapes(config: RunConfig) -> Shapes:
     shapes |= {CODEBOOK_EMBEDDING.format(codebook=codebook): codes for codebook in codebooks}
     for layer in range(config.model.num_layers):
         shapes |= {f"decoder.layers.{layer}.{name}": shape for name, shape in _layer_shapes(config, layer).items()}
-    shapes |= {"decoder.final_layernorm.weight": (hidden,), HEAD: table}
+    shapes |= {"decoder.final_layernorm.weight": (hidden,)}
+    if not config.model.share_embeddings_and_output_weights:
+        shapes[HEAD] = table
     shapes |= {CODEBOOK_HEAD.format(codebook=codebook): codes for codebook in codebooks}
     return shapes
 
@@ -45,6 +51,8 @@ def _layer_shapes(config: RunConfig, layer: int) -> Shapes:
         shapes["mlp.router.expert_bias.values"] = (len(moe.groups), moe.num_experts)
     if moe.moe_shared_expert_intermediate_size:
         shapes |= _mlp_shapes("mlp.shared_experts", moe.moe_shared_expert_intermediate_size, hidden)
+    if moe.moe_shared_expert_gate:
+        shapes["mlp.shared_experts.gate_weight"] = (1, hidden)
     experts = _mlp_shapes("mlp.experts.experts", moe.moe_ffn_hidden_size, hidden)
     return shapes | {name: (moe.num_experts, *shape) for name, shape in experts.items()}
 
@@ -58,10 +66,15 @@ def _attention_shapes(config: RunConfig) -> Shapes:
     heads = attention.num_attention_heads
     shapes: Shapes
     if attention.type == "gqa":
-        shapes = {
-            "linear_qkv.weight": ((heads + 2 * attention.num_query_groups) * attention.kv_channels, hidden),
-            "linear_proj.weight": (hidden, heads * attention.kv_channels),
-        }
+        size, groups = attention.kv_channels, attention.num_query_groups
+        shapes = {"linear_qkv.weight": ((heads + 2 * groups) * size, hidden)}
+        if attention.add_qkv_bias:
+            shapes["linear_qkv.bias"] = ((heads + 2 * groups) * size,)
+        if attention.qk_layernorm != "none":
+            all_heads = attention.qk_layernorm == "all_heads"
+            shapes["q_layernorm.weight"] = (heads * size if all_heads else size,)
+            shapes["k_layernorm.weight"] = (groups * size if all_heads else size,)
+        shapes["linear_proj.weight"] = (hidden, heads * size)
     else:
         query = heads * (attention.qk_head_dim + attention.qk_pos_emb_head_dim)
         latent, rank = attention.kv_lora_rank, attention.q_lora_rank

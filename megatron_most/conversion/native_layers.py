@@ -69,7 +69,7 @@ class NativeLayers:
 
     def head(self, start: int, rows: int) -> torch.Tensor:
         """``rows`` rows of the head, fp32."""
-        return self._rows(HEAD, start, rows)
+        return self._rows(HEAD if HEAD in self._reader.forms else EMBEDDING, start, rows)
 
     def _rows(self, key: str, start: int, rows: int) -> torch.Tensor:
         return self._reader.read(Region(key, (start, 0), (rows, self._reader.forms[key].shape[1]))).float()
@@ -102,6 +102,7 @@ class NativeLayers:
             "num_layers": 1 + is_dense,
             "first_k_dense_replace": int(is_dense),
             "codebook_loss_weights": [],
+            "share_embeddings_and_output_weights": False,
             "transformer_impl": "portable",
         }
         model["moe"] |= PORTABLE

@@ -63,7 +63,8 @@ class NewWeights:
         zero = torch.zeros_like(embedding.mean)
         router = RowDistribution(zero, torch.full_like(zero, config.model.init_method_std))
         self._distributions: dict[str, RowDistribution | None] = {  # None: zeros
-            EMBEDDING: embedding,
+            # A row that is both starts as heads do.
+            EMBEDDING: RowDistribution(head, zero) if config.model.share_embeddings_and_output_weights else embedding,
             HEAD: RowDistribution(head, zero),
             CODEBOOK_EMBEDDING: RowDistribution(zero, embedding.std / math.sqrt(num)),
             CODEBOOK_HEAD: None,

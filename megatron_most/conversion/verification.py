@@ -21,11 +21,11 @@ import torch.distributed as dist
 from megatron_most.checkpointing.state import load_model_state
 from megatron_most.config import RunConfig
 from megatron_most.config.load import build_config
-from megatron_most.conversion.architectures import ForeignModel, read_foreign
+from megatron_most.conversion.architecture import ForeignModel
+from megatron_most.conversion.architectures import BY_NAME, read_foreign
 from megatron_most.conversion.comparison import Comparison, LogitComparison
 from megatron_most.conversion.foreign_layers import ExpertSubset, ForeignLayers, blocks
 from megatron_most.conversion.hugging_face import CONFIG, HuggingFaceModel
-from megatron_most.conversion.import_plan import most_ids
 from megatron_most.conversion.native_layers import PORTABLE, NativeLayers
 from megatron_most.conversion.weight_map import MAX_ELEMENTS, IdRun
 from megatron_most.errors import CheckpointError, DataError, first_line
@@ -174,11 +174,7 @@ class _Models:
 
 def shared_ids(config: RunConfig, foreign: ForeignModel) -> tuple[IdRun, ...]:
     """The ids that both models have."""
-    if foreign.choices:
-        return most_ids(config.vocab, foreign.vocab_size)
-    if foreign.has_audio_ids:
-        return (IdRun(0, 0, config.vocab.size),)
-    return (IdRun(0, 0, min(config.vocab.text_vocab_size, foreign.vocab_size)),)
+    return BY_NAME[foreign.architecture].ids(config.vocab, foreign.vocab_size)
 
 
 def random_tokens(config: RunConfig, foreign: ForeignModel, rows: int = 4, length: int = 64) -> torch.Tensor:

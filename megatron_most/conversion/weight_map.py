@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from megatron_most.checkpointing.regions import Region
 from megatron_most.config import RunConfig
-from megatron_most.conversion.native import Shapes, native_shapes
+from megatron_most.conversion.native import Shapes, is_expert_bias, native_shapes
+from megatron_most.moe import ExpertGroups
 
 _NO_LAYER = -1
 """Number of the layer in the expansion of a rule for tensors outside layers."""
@@ -36,7 +37,8 @@ class Rule:
         layers: the layers that have the tensor: ``all``, ``dense``, ``moe``, or ``none`` for a tensor outside layers;
             ``codebooks`` for one tensor per codebook, with ``{codebook}`` in its names.
         along: what indexes the native tensor: ``rows`` (as in the foreign one), ``experts`` (its first axis),
-            ``expert_rows`` (one row per expert), ``matrices`` (the foreign one stacks them by rows) or ``ids``.
+            ``expert_rows`` (one row per expert), ``expert_entries`` (a row per modality with one number per expert; the
+            foreign one is a vector), ``matrices`` (the foreign one stacks them by rows) or ``ids``.
         rounds: how often the stacking repeats: each foreign tensor is cut into that many equal parts, which alternate
             (queries, keys and values of one query group after another).
         parts: rows that each foreign tensor gives to a round; by default all give the same number.
@@ -86,18 +88,22 @@ class Correspondence:
 
 @dataclass(frozen=True)
 class Block:
-    """``region`` of a native tensor equals ``scale`` times the rows of the foreign tensor ``name`` from ``row``."""
+    """``region`` of a native tensor equals ``scale`` times the rows of the foreign tensor ``name`` from ``row``.
+
+    The foreign tensor has as many axes as the native one, but at most ``axes``: none for experts or modalities.
+    """
 
     region: Region
     name: str
     row: int
     scale: float = 1.0
     copy: bool = False
+    axes: int = 2
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the foreign rows: the region's, without an axis of experts or modalities."""
-        return tuple(size for axis, size in enumerate(self.region.sizes) if axis >= len(self.region.sizes) - 2)
+        return self.region.sizes[-self.axes :]
 
     @property
     def rows(self) -> int:
@@ -134,13 +140,13 @@ def open_regions(shapes: Shapes, regions: Iterable[Region]) -> list[Region]:
     """
     runs: dict[tuple[str, tuple[int, ...]], list[tuple[int, int]]] = {}
     for region in regions:
-        axis = _row_axis(shapes[region.key])
+        axis = row_axis(region.key, shapes[region.key])
         run = (region.offsets[axis], region.offsets[axis] + region.sizes[axis])
         runs.setdefault((region.key, region.offsets[:axis]), []).append(run)
     left = []
     for key, shape in shapes.items():
-        axis = _row_axis(shape)
-        for place in _places(shape):
+        axis = row_axis(key, shape)
+        for place in _places(key, shape):
             row = 0
             for start, stop in [*sorted(runs.get((key, place), [])), (shape[axis], shape[axis])]:
                 if start < row:
@@ -161,23 +167,43 @@ def _rule_blocks(rule: Rule, config: RunConfig, shapes: Shapes, both: Correspond
         for run in both.ids:
             yield Block(_rows(key, (), run.native, run.count, shape), names[0], run.foreign, scale)
     elif rule.along == "matrices":
-        rows = shape[_row_axis(shape)]
-        for matrix, place in enumerate(_places(shape)):
-            yield Block(_rows(key, place, 0, rows, shape), names[0], matrix * rows, scale)
+        for matrix, place in enumerate(_places(key, shape)):
+            block = Block(_rows(key, place, 0, shape[row_axis(key, shape)], shape), names[0], 0, scale)
+            yield dataclasses.replace(block, row=matrix * block.rows)
     elif rule.along == "expert_rows":
-        for place in _places(shape):
+        for place in _places(key, shape):
             for first, origin, count in _expert_runs(origins):
                 # The foreign router serves all modalities: export reads the first modality's rows.
                 copy = origin.copy or any(place)
                 yield Block(_rows(key, place, first, count, shape), names[0], origin.expert, scale, copy)
+    elif rule.along == "expert_entries":
+        for modality, chosen in enumerate(_origins_of_choices(config, origins)):
+            for first, origin, count in _expert_runs(chosen):
+                region = _rows(key, (modality,), first, count, shape)
+                yield Block(region, names[0], origin.expert, scale, origin.copy, axes=1)
     else:
         experts: list[tuple[tuple[int, ...], Origin]] = [((), Origin(0))]
         if rule.along == "experts":
             experts = [((expert,), origin) for expert, origin in enumerate(origins) if origin is not None]
         for index, origin in experts:
             own = [name.replace("{expert}", str(origin.expert)) for name in names]
-            for name, foreign_row, row, count in _stacked(rule, config, own, shape[_row_axis(shape)]):
+            for name, foreign_row, row, count in _stacked(rule, config, own, shape[row_axis(key, shape)]):
                 yield Block(_rows(key, index, row, count, shape), name, foreign_row, scale, origin.copy)
+
+
+def _origins_of_choices(config: RunConfig, origins: Sequence[Origin | None]) -> Iterator[list[Origin | None]]:
+    """For each modality, the origins of the experts that it may choose; None for the others.
+
+    An expert that several modalities may choose has an entry for each. Export reads that of the first.
+    """
+    seen: set[int] = set()
+    for choice in ExpertGroups.from_config(config.model.moe).choices:
+        own: list[Origin | None] = [None] * len(origins)
+        for expert in choice:
+            origin = origins[expert]
+            own[expert] = None if origin is None else Origin(origin.expert, origin.copy or expert in seen)
+        seen.update(choice)
+        yield own
 
 
 def _stacked(rule: Rule, config: RunConfig, names: list[str], rows: int) -> Iterator[tuple[str, int, int, int]]:
@@ -206,7 +232,7 @@ def _expert_runs(origins: Sequence[Origin | None]) -> Iterator[tuple[int, Origin
 
 def cut(region: Region, max_elements: int = MAX_ELEMENTS) -> list[Region]:
     """``region``, cut by rows into regions of at most ``max_elements``, but at least one row."""
-    axis = _row_axis(region.sizes)
+    axis = row_axis(region.key, region.sizes)
     row, count = region.offsets[axis], region.sizes[axis]
     most = max(1, max_elements // math.prod(region.sizes[axis + 1 :]))
     return [
@@ -217,7 +243,7 @@ def cut(region: Region, max_elements: int = MAX_ELEMENTS) -> list[Region]:
 
 def cut_block(block: Block) -> list[Block]:
     """A block, cut like its region by :func:`cut`."""
-    axis = _row_axis(block.region.sizes)
+    axis = row_axis(block.region.key, block.region.sizes)
     start = block.region.offsets[axis]
     return [
         dataclasses.replace(block, region=region, row=block.row + region.offsets[axis] - start)
@@ -227,15 +253,18 @@ def cut_block(block: Block) -> list[Block]:
 
 def _rows(key: str, place: tuple[int, ...], row: int, count: int, shape: tuple[int, ...]) -> Region:
     """``count`` rows from ``row`` of a tensor of ``shape``, at index ``place`` of an axis before the rows, if any."""
-    columns = shape[_row_axis(shape) + 1 :]
+    columns = shape[row_axis(key, shape) + 1 :]
     return Region(key, (*place, row, *(0 for _ in columns)), (*(1 for _ in place), count, *columns))
 
 
-def _places(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+def _places(key: str, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     """The indices of the axis before the rows, each as a tuple; one empty tuple if there is no such axis."""
-    return [(index,) for index in range(shape[0])] if _row_axis(shape) else [()]
+    return [(index,) for index in range(shape[0])] if row_axis(key, shape) else [()]
 
 
-def _row_axis(shape: tuple[int, ...]) -> int:
-    """The axis of rows: the second to last, or the only one of a vector."""
-    return max(0, len(shape) - 2)
+def row_axis(key: str, shape: tuple[int, ...]) -> int:
+    """The axis of a native tensor that is cut: of its rows, the second to last, or the only one of a vector.
+
+    Expert biases are vectors, one for each modality.
+    """
+    return len(shape) - 1 if is_expert_bias(key) else max(0, len(shape) - 2)

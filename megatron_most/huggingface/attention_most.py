@@ -142,14 +142,15 @@ class MoSTMultiLatentAttention(_Attention):
         hidden, heads = config.hidden_size, config.num_attention_heads
         head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
         self.scaling = yarn_scales(config)[1] / math.sqrt(head_dim)
+        epsilon = config.rms_norm_eps if config.latent_norm_eps is None else config.latent_norm_eps
         if config.q_lora_rank is None:
             self.q_proj = nn.Linear(hidden, heads * head_dim, bias=False)
         else:
             self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
-            self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=config.rms_norm_eps)
+            self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=epsilon)
             self.q_b_proj = nn.Linear(config.q_lora_rank, heads * head_dim, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim, bias=False)
-        self.kv_a_layernorm = nn.RMSNorm(config.kv_lora_rank, eps=config.rms_norm_eps)
+        self.kv_a_layernorm = nn.RMSNorm(config.kv_lora_rank, eps=epsilon)
         self.kv_b_proj = nn.Linear(
             config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False
         )
@@ -181,16 +182,19 @@ class MoSTMultiLatentAttention(_Attention):
 
 
 class MoSTGroupedQueryAttention(_Attention):
-    """Llama's attention."""
+    """Llama's attention; with biases Qwen2's, with norms of queries and keys Qwen3's and OLMoE's."""
 
     def __init__(self, config: MoSTConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         hidden, heads, groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         self.num_key_value_groups = heads // groups
         self.scaling = 1 / math.sqrt(config.head_dim)
-        self.q_proj = nn.Linear(hidden, heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden, groups * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden, groups * config.head_dim, bias=False)
+        self.q_proj = nn.Linear(hidden, heads * config.head_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(hidden, groups * config.head_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(hidden, groups * config.head_dim, bias=config.qkv_bias)
+        if config.qk_norm != "none":
+            widths = (heads, groups) if config.qk_norm == "all_heads" else (1, 1)
+            self.q_norm, self.k_norm = (nn.RMSNorm(n * config.head_dim, eps=config.rms_norm_eps) for n in widths)
         self.o_proj = nn.Linear(heads * config.head_dim, hidden, bias=False)
 
     def forward(
@@ -202,10 +206,13 @@ class MoSTGroupedQueryAttention(_Attention):
         **kwargs: Any,
     ) -> torch.Tensor:
         """``[b, s, h]`` -> the same."""
-        query, key, value = (
-            projection(hidden).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        query, key, value = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
+        if self.config.qk_norm == "all_heads":
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = (x.unflatten(-1, (-1, self.config.head_dim)) for x in (query, key, value))
+        if self.config.qk_norm == "head":
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         query, key = rotate_halves(query, *rotations), rotate_halves(key, *rotations)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)

@@ -24,11 +24,15 @@ class MoSTConfig(PreTrainedConfig):
         further_modalities: ``{name, start, stop}`` of each further modality, a range of text ids.
         attention_type: ``mla`` (multi-latent, DeepSeek-V2) or ``gqa`` (grouped-query, Llama).
         q_lora_rank, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim: of ``mla``, by DeepSeek-V2's names.
+        latent_norm_eps: of ``mla``, epsilon of the latents' norms; None for ``rms_norm_eps``.
         num_key_value_heads, head_dim: of ``gqa``.
+        qkv_bias: of ``gqa``, whether the projections of queries, keys and values have biases.
+        qk_norm: of ``gqa``, norms of queries and keys: ``none``, ``head`` (each by itself) or ``all_heads`` (together).
         rope_parameters: ``rope_type`` (``default``, ``yarn`` or ``llama3``), ``rope_theta``, and what the type needs.
         first_k_dense_replace: layers without experts, before all others.
         n_routed_experts: routed experts of a layer, all modalities together.
         shared_expert_intermediate_size: width of the shared experts together; 0 for none.
+        shared_expert_gate: whether a learned gate multiplies the shared experts' output.
         expert_groups: for each modality, in the order of modalities: ``experts`` (those that its tokens may choose),
             ``num_experts_per_tok``, and for group-limited routing ``n_group`` and ``topk_group``.
         scoring_func: ``softmax`` or ``sigmoid``.
@@ -67,13 +71,17 @@ class MoSTConfig(PreTrainedConfig):
     qk_nope_head_dim: int = 16
     qk_rope_head_dim: int = 8
     v_head_dim: int = 16
+    latent_norm_eps: float | None = None
     num_key_value_heads: int = 4
     head_dim: int = 16
+    qkv_bias: bool = False
+    qk_norm: str = "none"
     rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
     first_k_dense_replace: int = 0
     n_routed_experts: int = 8
     moe_intermediate_size: int = 32
     shared_expert_intermediate_size: int = 32
+    shared_expert_gate: bool = False
     expert_groups: list[dict[str, Any]] = field(
         default_factory=lambda: [
             {"modality": "text", "experts": [0, 1, 2, 3], "num_experts_per_tok": 2},

@@ -133,12 +133,18 @@ class MoSTSparseMoE(nn.Module):
         self.experts = MoSTExperts(config)
         width = config.shared_expert_intermediate_size
         self.shared_experts = MoSTMLP(config.hidden_size, width) if width else None
+        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
 
     def forward(self, hidden: torch.Tensor, plane: torch.Tensor) -> torch.Tensor:
         """``hidden [b, s, h]`` and ``plane [b, s]``, the modality of each token, M where it is padding."""
         tokens = hidden.flatten(0, 1)
         routed = self.experts(tokens, *self.gate(tokens, plane.flatten())).view_as(hidden)
-        return routed if self.shared_experts is None else routed + self.shared_experts(hidden)
+        if self.shared_experts is None:
+            return routed
+        shared = self.shared_experts(hidden)
+        if self.shared_expert_gate is not None:
+            shared = shared * torch.sigmoid(self.shared_expert_gate(hidden))
+        return routed + shared
 
 
 class MoSTDecoderLayer(GradientCheckpointingLayer):
@@ -282,6 +288,8 @@ class MoSTForConditionalGeneration(MoSTPreTrainedModel, SpeechGeneration):
 
     ``generate`` writes text; ``transcribe``, ``speak`` and ``chat`` read and speak.
     """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # with tie_word_embeddings
 
     def __init__(self, config: MoSTConfig) -> None:
         super().__init__(config)

@@ -23,6 +23,7 @@ from megatron.core.transformer.multi_latent_attention import (
 
 from megatron_most.model.core_attention import PortableCoreAttention
 from megatron_most.model.key_value_cache import KeyValueCache
+from megatron_most.model.norm import AllHeadsNorm
 from megatron_most.model.packed_row import PackedRow
 from megatron_most.model.rotary import rotate_halves, rotate_pairs
 
@@ -74,7 +75,18 @@ class _RotatedAttention(Attention):
 
 
 class GroupedQueryAttention(_RotatedAttention, SelfAttention):
-    """Megatron's grouped-query attention. The whole head is rotated: number i is paired with number i + d / 2."""
+    """Megatron's grouped-query attention. The whole head is rotated: number i is paired with number i + d / 2.
+
+    Args:
+        norms_all_heads: whether queries and keys have a norm over all heads. Norms of single heads are Megatron's.
+    """
+
+    def __init__(self, *arguments: Any, norms_all_heads: bool = False, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if norms_all_heads:
+            size, group = self.hidden_size_per_attention_head, self.pg_collection.tp
+            self.q_layernorm = AllHeadsNorm(self.config, self.num_attention_heads_per_partition, size, group)
+            self.k_layernorm = AllHeadsNorm(self.config, self.num_query_groups_per_partition, size, group)
 
     def _rotated(self, hidden_states: torch.Tensor, rotations: torch.Tensor) -> tuple[torch.Tensor, ...]:
         query, key, value = self.get_query_key_value_tensors(hidden_states)
@@ -86,11 +98,18 @@ class MultiLatentAttention(_RotatedAttention, MLASelfAttention):
 
     If keys have a norm and queries have no low rank, Megatron (0.19.2, mla_qk_norm_config.py) adds a norm of queries.
     DeepSeek-V2-Lite has none.
+
+    Args:
+        norm_epsilon: of the latents' norms; None for that of all norms.
     """
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def __init__(self, *arguments: Any, norm_epsilon: float | None = None, **options: Any) -> None:
         super().__init__(*arguments, **options)
         del self.rotary_pos_emb  # the model has one for all layers
+        if norm_epsilon is not None:
+            norms = [self.kv_layernorm, *([self.q_layernorm] if self.config.q_lora_rank is not None else [])]
+            for norm in norms:
+                norm.eps = norm_epsilon
 
     def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
         parts = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")

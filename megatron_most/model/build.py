@@ -49,12 +49,13 @@ def build_model(config: RunConfig) -> list[MoSTModel]:
     for vp_stage in [None] if num_stages is None else range(num_stages):
         chunk = MoSTModel(
             config=megatron,
-            transformer_layer_spec=block_spec(megatron, config.model.moe, backend, config.data.packing, vp_stage),
+            transformer_layer_spec=block_spec(megatron, config.model, backend, config.data.packing, vp_stage),
             vocab=config.vocab,
             max_sequence_length=config.data.seq_length,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             rotary=rotary,
+            shares_weights=config.model.share_embeddings_and_output_weights,
             vp_stage=vp_stage,
         )
         chunks.append(chunk.to(platform.device()))
@@ -80,20 +81,24 @@ def count_parameters(config: RunConfig) -> dict[str, int]:
         f"experts/{name}": num_moe_layers * len(experts) * expert
         for name, experts in ExpertGroups.from_config(moe).pools.items()
     }
-    shared = num_moe_layers * 3 * hidden * moe.moe_shared_expert_intermediate_size
+    gate = 1 if moe.moe_shared_expert_gate else 0
+    shared = num_moe_layers * hidden * (3 * moe.moe_shared_expert_intermediate_size + gate)
     router = num_moe_layers * moe.num_experts * hidden
     routers = router * (len(moe.groups) if moe.router_weights == "per_modality" else 1)
     dense = model.first_k_dense_replace * 3 * hidden * model.ffn_hidden_size
     trunk = model.num_layers * (_attention_size(hidden, model.attention) + norms) + hidden + shared + routers + dense
     frames = vocab.num_codebooks if vocab.codec_layout.uses_side_codes else 0
-    table = hidden * (padded(vocab.size) + frames * padded(vocab.codebook_size))
-    active = trunk - routers + router + num_moe_layers * moe.max_top_k * expert + hidden * (1 + frames) + table
+    ids, codes = hidden * padded(vocab.size), hidden * frames * padded(vocab.codebook_size)
+    tables = (1 if model.share_embeddings_and_output_weights else 2) * ids + 2 * codes
+    # All heads, and the embeddings of one id and its codes.
+    read = ids + codes + hidden * ((not model.share_embeddings_and_output_weights) + frames)
+    active = trunk - routers + router + num_moe_layers * moe.max_top_k * expert + read
     return {
-        "total": trunk + sum(pools.values()) + 2 * table,
+        "total": trunk + sum(pools.values()) + tables,
         "active": active,
         **pools,
         "shared_experts": shared,
-        "embeddings": 2 * table,
+        "embeddings": tables,
     }
 
 
@@ -101,7 +106,10 @@ def _attention_size(hidden: int, attention: AttentionConfig) -> int:
     """Parameters of one layer's attention."""
     heads = attention.num_attention_heads
     if attention.type == "gqa":
-        return 2 * hidden * (heads + attention.num_query_groups) * attention.kv_channels
+        keys = attention.num_query_groups
+        biases = (heads + 2 * keys) * attention.kv_channels if attention.add_qkv_bias else 0
+        norms = {"none": 0, "head": 2, "all_heads": heads + keys}[attention.qk_layernorm] * attention.kv_channels
+        return 2 * hidden * (heads + keys) * attention.kv_channels + biases + norms
     head_dim = attention.qk_head_dim + attention.qk_pos_emb_head_dim
     if attention.q_lora_rank is None:
         query = hidden * heads * head_dim

@@ -41,6 +41,8 @@ class MoSTModel(LanguageModule):
         vocab: the id space. Layout ``frame`` adds codebook embeddings to the first stage and heads to the last.
         max_sequence_length: positions of the longest row.
         rotary: the rotary embeddings of all layers.
+        shares_weights: whether one matrix is both the embedding of ids and their output head. The last stage then has a
+            copy of it, if it is not the first.
     """
 
     def __init__(
@@ -52,12 +54,13 @@ class MoSTModel(LanguageModule):
         pre_process: bool,
         post_process: bool,
         rotary: Rotations,
+        shares_weights: bool = False,
         vp_stage: int | None = None,
     ) -> None:
         super().__init__(config)
         # Attributes that Megatron's schedules and gradient reductions read.
         self.model_type = ModelType.encoder_or_decoder
-        self.share_embeddings_and_output_weights = False
+        self.share_embeddings_and_output_weights = shares_weights
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.max_sequence_length = max_sequence_length
         if pre_process:
@@ -88,6 +91,7 @@ class MoSTModel(LanguageModule):
                 bias=False,
                 # forward() gathers the sequence once for all heads; the backward of that reduces the gradients.
                 disable_grad_reduce=True,
+                skip_weight_param_allocation=pre_process and shares_weights,
                 tp_group=self.pg_collection.tp,
             )
             self.output_layer.sequence_parallel = False
@@ -163,7 +167,7 @@ class MoSTModel(LanguageModule):
         """``hidden [s, b, h]`` of the whole sequence -> losses ``[b, s, 1 + C]``. Heads run on targets only."""
         length, batch_size, _ = hidden.shape
         rows, tensor_group = hidden.flatten(0, 1), self.pg_collection.tp
-        logits = self.output_layer(take_rows(rows, targets.index))[0]
+        logits = self.output_layer(take_rows(rows, targets.index), weight=self._tied_weight())[0]
         losses = put_rows(cross_entropy(logits, targets.labels, tensor_group)[:, None], targets.index, len(rows))
         if self.codebook_heads is not None:
             assert targets.code_index is not None and targets.code_labels is not None
@@ -183,10 +187,16 @@ class MoSTModel(LanguageModule):
     def _logits(self, hidden: torch.Tensor, ids: range | None) -> torch.Tensor:
         """``[s, b, h]`` -> ``[b, s, V]`` fp32."""
         if ids is None:
-            logits, _ = self.output_layer(hidden, runtime_gather_output=True)
+            logits, _ = self.output_layer(hidden, weight=self._tied_weight(), runtime_gather_output=True)
         else:
-            logits = F.linear(hidden, self.output_layer.weight[ids.start : ids.stop])
+            tied = self._tied_weight()
+            weight = self.output_layer.weight if tied is None else tied
+            logits = F.linear(hidden, weight[ids.start : ids.stop])
         return logits.float().transpose(0, 1)
+
+    def _tied_weight(self) -> torch.Tensor | None:
+        """The output head where it is the embedding; None if the output layer has its own."""
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
 
     def _local_planes(self, modality: torch.Tensor, is_padding: torch.Tensor) -> torch.Tensor:
         """This rank's planes under sequence parallelism. Megatron shards ``padding_mask`` on the first stage only."""

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_most.config import MoEConfig
+from megatron_most.config.model import ModelConfig
 from megatron_most.model.attention import FusedMultiLatentAttention, GroupedQueryAttention, MultiLatentAttention
 from megatron_most.model.core_attention import PortableCoreAttention
 from megatron_most.model.norm import RMSNorm
@@ -32,7 +33,7 @@ from megatron_most.moe import (
 
 
 def block_spec(
-    config: TransformerConfig, moe: MoEConfig, backend: str, packing: bool, vp_stage: int | None = None
+    config: TransformerConfig, model: ModelConfig, backend: str, packing: bool, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage.
 
@@ -41,7 +42,7 @@ def block_spec(
             are the same: norms are separate modules, not fused into linear layers.
         packing: rows hold several documents.
     """
-    parts = _PARTS[backend]
+    parts, moe = _PARTS[backend], model.moe
     groups = ExpertGroups.from_config(moe, config.expert_model_parallel_size)
     spec = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
@@ -56,10 +57,14 @@ def block_spec(
         if config.multi_latent_attention:
             fused = config.mla_down_proj_fusion
             layer.submodules.self_attention.module = FusedMultiLatentAttention if fused else MultiLatentAttention
+            layer.submodules.self_attention.params["norm_epsilon"] = model.attention.latent_layernorm_epsilon
             _complete_multi_latent(attention, parts)
         else:
             layer.submodules.self_attention.module = GroupedQueryAttention
+            layer.submodules.self_attention.params["norms_all_heads"] = model.attention.qk_layernorm == "all_heads"
             attention.linear_qkv = parts.column
+            if config.qk_layernorm:
+                attention.q_layernorm = attention.k_layernorm = parts.norm
         # Megatron's spec of the feed-forward part is a partial call with the class and its submodules.
         mlp = layer.submodules.mlp
         submodules = mlp.keywords["submodules"]

@@ -55,6 +55,7 @@ def _experts(config: RunConfig) -> dict[str, Any]:
         "moe_router_topk": moe.max_top_k,
         "moe_ffn_hidden_size": moe.moe_ffn_hidden_size,
         "moe_shared_expert_intermediate_size": moe.moe_shared_expert_intermediate_size or None,
+        "moe_shared_expert_gate": moe.moe_shared_expert_gate,
         "moe_layer_freq": [int(layer >= model.first_k_dense_replace) for layer in range(model.num_layers)],
         "moe_router_pre_softmax": True,
         "moe_router_load_balancing_type": "none",
@@ -172,6 +173,8 @@ def _grouped_query(attention: AttentionConfig) -> dict[str, Any]:
     return {
         "num_query_groups": attention.num_query_groups,
         "kv_channels": attention.kv_channels,
+        "add_qkv_bias": attention.add_qkv_bias,
+        "qk_layernorm": attention.qk_layernorm == "head",  # our module makes those of all heads
         "softmax_scale": softmax_scale(attention),
     }
 

@@ -148,6 +148,8 @@ def layer_activations(config: RunConfig, layer: int, pairs: float) -> tuple[floa
     kept = 2 if config.training.recompute == "moe_act" else 3
     routed = pairs * (config.model.hidden_size + kept * moe.moe_ffn_hidden_size / config.parallel.expert_tensor_size)
     shared = positions * mlp * moe.moe_shared_expert_intermediate_size
+    if moe.moe_shared_expert_gate:
+        shared += positions * width * config.model.hidden_size
     router = positions * 13 * moe.num_experts  # scores and probs in fp32, logits of the z-loss, the map
     return _attention_activations(config), routed * width + shared + router
 
@@ -163,7 +165,8 @@ def _attention_activations(config: RunConfig) -> float:
     split: float
     if attention.type == "mla":
         local += 2 * attention.kv_lora_rank + attention.qk_pos_emb_head_dim + 2 * (attention.q_lora_rank or 0)
-    # Split by head: queries, output, and the keys and values of the whole row.
+    # Split by head: queries and keys before their norms; queries, output, and the keys and values of the whole row.
+    normed = (heads + key_heads) * query if attention.type == "gqa" and attention.qk_layernorm != "none" else 0
     if not config.data.packing:
         split = heads * (query + value) + key_heads * (query + value) * context
     elif width == 2 and context == 1 and query <= _LARGEST_FLASH_HEAD:
@@ -172,7 +175,7 @@ def _attention_activations(config: RunConfig) -> float:
     else:
         batches = (heads * (query + value) + key_heads * (query + value) * context) / _PACKED_FILL
         split = batches + heads * value
-    kept = positions / config.parallel.tensor_model_parallel_size * (local + split) * width
+    kept = positions / config.parallel.tensor_model_parallel_size * (local + normed + split) * width
     if context > 1:
         kept += positions * config.data.seq_length  # which keys a query may see, a byte each
     return kept

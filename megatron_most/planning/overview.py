@@ -128,9 +128,9 @@ def describe_parameters(config: RunConfig) -> list[str]:
     counts = count_parameters(config)
     parts = ", ".join(f"{name} {count:,}" for name, count in counts.items() if name not in ("total", "active"))
     lines = [f"parameters: {counts['total']:,} in total, {counts['active']:,} active for a token ({parts})"]
-    base = counts["total"] - 2 * config.model.hidden_size * (
-        padded(config.vocab.size) - config.vocab.text_vocab_size + code_rows(config)
-    )
+    tables = 1 if config.model.share_embeddings_and_output_weights else 2
+    new_ids = padded(config.vocab.size) - config.vocab.text_vocab_size
+    base = counts["total"] - config.model.hidden_size * (tables * new_ids + 2 * code_rows(config))
     lines.append(f"parameters without the ids, codes and padding that audio adds to the base model's tables: {base:,}")
     frozen = [part for part in config.part_names if config.lr_scale(part) == 0]
     return lines + ([f"frozen: {', '.join(frozen)}"] if frozen else [])

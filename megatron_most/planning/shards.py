@@ -70,10 +70,17 @@ def _parameters(config: RunConfig, pipeline_rank: int, expert_rank: int, tensor_
     is_last = pipeline_rank == parallel.pipeline_model_parallel_size - 1
     if is_last:
         yield {"norms": hidden}
-    for part, is_here in {"embeddings": pipeline_rank == 0, "heads": is_last}.items():
-        if is_here:
-            yield _table(config, part, tensor_rank)
-            yield {f"{part}.audio": hidden * code_rows(config) // parallel.tensor_model_parallel_size}
+    is_tied = config.model.share_embeddings_and_output_weights
+    codes = hidden * code_rows(config) // parallel.tensor_model_parallel_size
+    if pipeline_rank == 0:
+        yield _table(config, "embeddings", tensor_rank)
+        yield {"embeddings.audio": codes}
+    if is_last and not is_tied:
+        yield _table(config, "heads", tensor_rank)
+    elif is_last and pipeline_rank > 0:  # a copy of the table that the first stage holds, too
+        yield _table(config, "embeddings", tensor_rank)
+    if is_last and codes:
+        yield {"heads.audio": codes}
 
 
 def _table(config: RunConfig, part: str, tensor_rank: int) -> dict[str, int]:
@@ -99,6 +106,8 @@ def _layer(config: RunConfig, layer: int, pools: dict[str, int]) -> Iterator[tup
     yield "routers", router_rows(config) * hidden, 1
     if moe.moe_shared_expert_intermediate_size:
         yield "shared_experts", 3 * hidden * moe.moe_shared_expert_intermediate_size, tensor
+        if moe.moe_shared_expert_gate:
+            yield "shared_experts", hidden, 1
     for pool, count in pools.items():
         yield f"experts.{pool}", count * 3 * hidden * moe.moe_ffn_hidden_size, parallel.expert_tensor_size
 
@@ -107,7 +116,14 @@ def attention_weights(hidden: int, attention: AttentionConfig, tensor: int) -> I
     """(part, parameters, ranks they are split over) of one layer's attention; down projections are replicated."""
     heads = attention.num_attention_heads
     if attention.type == "gqa":
-        yield "attention", 2 * hidden * (heads + attention.num_query_groups) * attention.kv_channels, tensor
+        keys, size = attention.num_query_groups, attention.kv_channels
+        yield "attention", 2 * hidden * (heads + keys) * size, tensor
+        if attention.add_qkv_bias:
+            yield "attention", (heads + 2 * keys) * size, tensor
+        if attention.qk_layernorm == "head":
+            yield "norms", 2 * size, 1
+        elif attention.qk_layernorm == "all_heads":
+            yield "norms", (heads + keys) * size, tensor
         return
     head_dim = attention.qk_head_dim + attention.qk_pos_emb_head_dim
     if attention.q_lora_rank is None:

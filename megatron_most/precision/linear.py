@@ -34,6 +34,7 @@ class _Parallel(torch.nn.Module):
         input: torch.Tensor,
         weight: torch.Tensor,
         *,
+        bias: torch.Tensor | None,
         allreduce_dgrad: bool,
         sequence_parallel: bool,
         tp_group: torch.distributed.ProcessGroup | None,
@@ -43,7 +44,8 @@ class _Parallel(torch.nn.Module):
             input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
         elif allreduce_dgrad:
             input = copy_to_tensor_model_parallel_region(input, group=tp_group)
-        return self.fp8.linear(input, weight)
+        product = self.fp8.linear(input, weight)
+        return product if bias is None else product + bias
 
 
 class Fp8ColumnParallelLinear(_Parallel, ColumnParallelLinear):

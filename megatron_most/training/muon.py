@@ -65,7 +65,9 @@ def muon_options(config: RunConfig, chunks: Iterable[torch.nn.Module]) -> dict[s
     """
     check_muon(config)
     for _, parameter, part in named_parts(config, chunks):
-        parameter.uses_muon = config.uses_muon(part)  # type: ignore[attr-defined]  # read by _is_left_to_adam
+        # Biases and the row of a gate are no matrices.
+        is_matrix = parameter.ndim > 1 and parameter.shape[0] > 1
+        parameter.uses_muon = is_matrix and config.uses_muon(part)  # type: ignore[attr-defined]  # for _is_left_to_adam
     fields = (
         "muon_momentum",
         "muon_nesterov",

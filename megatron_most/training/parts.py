@@ -16,6 +16,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.optimizer import ParamGroupOverride, ParamKey
 from megatron.core.optimizer.optimizer_config import ParamPredicate
+from megatron.core.utils import unwrap_model
 
 from megatron_most.config import RunConfig
 from megatron_most.model import MoSTModel
@@ -78,8 +79,15 @@ def named_parts(config: RunConfig, chunks: Iterable[torch.nn.Module]) -> Iterato
     local = groups.local_experts(parallel_state.get_expert_model_parallel_rank())
     pools = [pool for pool, experts in local.items() for _ in experts]
     for chunk in chunks:
+        tied = _shared_weight(chunk)
         for name, parameter in chunk.named_parameters():
-            yield name, parameter, part_of(name, pools)
+            yield name, parameter, "embeddings" if parameter is tied else part_of(name, pools)
+
+
+def _shared_weight(chunk: torch.nn.Module) -> torch.nn.Parameter | None:
+    """The matrix that is embedding and output head, where the model has one and this stage holds it."""
+    model = unwrap_model(chunk)
+    return model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
 
 
 def is_expert(name: str) -> bool:

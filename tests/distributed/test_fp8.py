@@ -54,6 +54,26 @@ def test_the_layers_in_between_compute_in_fp8_and_nothing_else_does() -> None:
     assert found == {f"decoder.layers.{layer}.{name}" for layer in (1, 2) for name in attention + experts}
 
 
+def added_by_biases(config: RunConfig) -> torch.Tensor:
+    parallel.initialize(config.parallel, config.seed)
+    linear = build_model(config)[0].decoder.layers[1].self_attention.linear_qkv
+    rows = torch.randn(32, 1, config.model.hidden_size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = linear(rows)[0]
+        linear.bias.fill_(3.0)
+        return linear(rows)[0] - before
+
+
+def test_biases_are_added_to_fp8_products() -> None:
+    gqa = {
+        "model__attention__type": "gqa",
+        "model__attention__num_query_groups": 2,
+        "model__attention__kv_channels": 16,
+    }
+    (added,) = run_ranks(1, added_by_biases, fp8_config(**gqa, model__attention__add_qkv_bias=True))
+    torch.testing.assert_close(added, torch.full_like(added, 3.0))
+
+
 def test_first_and_last_layers_are_the_models_not_the_stages() -> None:
     config = fp8_config(parallel__pipeline_model_parallel_size=2, precision__num_layers_at_start_in_bf16=0)
     first, last = run_ranks(2, names_in_fp8, config)

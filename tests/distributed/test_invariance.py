@@ -63,14 +63,15 @@ THREE_MODALITIES = [
     {"modality": "audio", "size": 4, "moe_router_topk": 3, "moe_router_num_groups": 3, "moe_router_group_topk": 2},
     {"modality": "image", "size": 3, "moe_router_topk": 1, "moe_aux_loss_coeff": 0.03, "moe_z_loss_coeff": 0.0},
 ]
+_GQA: Overrides = {
+    "model__attention__type": "gqa",
+    "model__attention__num_query_groups": 2,
+    "model__attention__kv_channels": 12,
+}
 VARIANTS: dict[str, Overrides] = {
     "packed": {"data__packing": True, "data__document_multiple": 4, MICRO: 1},
     "q-lora": {"model__attention__q_lora_rank": 20},
-    "gqa": {
-        "model__attention__type": "gqa",
-        "model__attention__num_query_groups": 2,
-        "model__attention__kv_channels": 12,
-    },
+    "gqa": _GQA,
     "score-all": {"model__moe__score_rule": "all", "model__moe__expert_order": "contiguous"},
     "sequential": {"model__moe__expert_backend": "sequential"},
     # Everything of the router that the defaults leave out.
@@ -98,6 +99,20 @@ VARIANTS: dict[str, Overrides] = {
         "model__moe__common": {"size": 2, "modalities": ["audio", "image"]},
         "model__moe__router_weights": "per_modality",
     },
+    "qwen": {
+        **_GQA,
+        "model__attention__qk_layernorm": "head",
+        "model__attention__add_qkv_bias": True,
+        "model__moe__moe_shared_expert_gate": True,
+        "model__share_embeddings_and_output_weights": True,
+    },
+    "olmoe": {**_GQA, "model__attention__qk_layernorm": "all_heads"},
+    "moonlight": {
+        "model__attention__latent_layernorm_epsilon": 0.1,
+        "model__moe__moe_router_score_function": "sigmoid",
+        "model__moe__norm_topk_prob": True,
+        "model__moe__moe_router_bias_update_rate": 1e-2,
+    },
     "micro-batch-balance": {"model__moe__moe_router_load_balancing_type": "aux_loss"},
     "global-balance": {
         "model__moe__moe_router_load_balancing_type": "global_aux_loss",
@@ -114,10 +129,17 @@ VARIANT_LAYOUTS = {
     "sequential": ("ep2", "tp2-ep2-etp2"),
     "sigmoid": ("ep2", "tp2-ep2-etp1", "pp2-vpp2", "cp2-ep2", "dp2-ep2"),
     "modalities": ("tp2", "ep2", "cp2", "dp2-ep2"),
+    "qwen": ("tp2", "ep2", "pp2", "tp2-pp2"),
+    "olmoe": ("tp2", "ep2", "pp2"),
+    "moonlight": ("tp2", "ep2", "pp2"),
     "micro-batch-balance": ("tp2", "cp2", "pp2-recompute"),
     # Its fractions are those of the step so far: data parallelism, which does more at a time, gives others.
     "global-balance": ("tp2", "cp2"),
 }
+SLOW = {("qwen", "ep2"), ("qwen", "pp2"), ("olmoe", "ep2"), ("olmoe", "pp2")} | {
+    ("moonlight", layout) for layout in ("tp2", "ep2", "pp2")
+}
+"""Rows that others cover in part."""
 
 
 @functools.cache
@@ -144,7 +166,12 @@ def test_layout_equals_one_process(layout):
 
 
 @pytest.mark.parametrize(
-    "variant, layout", [(v, layout) for v, layouts in VARIANT_LAYOUTS.items() for layout in layouts]
+    "variant, layout",
+    [
+        pytest.param(variant, layout, marks=pytest.mark.slow if (variant, layout) in SLOW else ())
+        for variant, layouts in VARIANT_LAYOUTS.items()
+        for layout in layouts
+    ],
 )
 def test_variant_equals_one_process(variant, layout):
     world_size, overrides = {**LAYOUTS, **RECOMPUTED}[layout]
@@ -169,7 +196,7 @@ def test_variant_equals_one_process_everywhere(variant, layout):
     check(world_size, [(variant, overrides | {RECOMPUTE: mode}, 5) for mode in MODES], timeout=500)
 
 
-@pytest.mark.parametrize("variant", ["frame", "q-lora", "gqa", "modalities"])
+@pytest.mark.parametrize("variant", ["frame", "q-lora", "gqa", "modalities", "qwen", "olmoe"])
 def test_every_weight_has_a_gradient(variant):
     gradients = assemble([one_process(variant).gradients])
     assert {name for name, gradient in gradients.items() if not gradient.any()} == set()

@@ -44,6 +44,7 @@ MODELS: dict[str, Overrides] = {
         "model__moe__common__size": 2,
         "model__moe__expert_order": "contiguous",
         "model__moe__router_weights": "per_modality",
+        "model__moe__moe_shared_expert_gate": True,
         "model__attention__q_lora_rank": 20,
         "model__first_k_dense_replace": 2,  # so that it matters which layers a virtual stage has
         "optimizer__lr_scales": "[{part: experts.text, scale: 0}, {part: embeddings, scale: 0}]",
@@ -53,6 +54,9 @@ MODELS: dict[str, Overrides] = {
         "model__attention__type": "gqa",
         "model__attention__num_query_groups": 4,
         "model__attention__kv_channels": 12,
+        "model__attention__add_qkv_bias": True,
+        "model__attention__qk_layernorm": "all_heads",
+        "model__share_embeddings_and_output_weights": True,
         "model__first_k_dense_replace": 0,
         "model__moe__moe_shared_expert_intermediate_size": 0,
         "model__moe__expert_backend": "sequential",

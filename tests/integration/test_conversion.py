@@ -27,7 +27,7 @@ from megatron_most.training.optimizer import build_optimizer, wrap_model
 from tests.distributed.harness import run_ranks
 from tests.integration.test_commands import ROOT, run
 from tests.integration.tiny_run import write_dataset
-from tests.unit.conversion.models import deepseek, fresh_copy, llama
+from tests.unit.conversion.models import BASES, deepseek, fresh_copy, llama, write_base
 from tests.unit.conversion.test_round_trips import assert_same_files, assert_same_logits, tokens
 
 EXPAND = ImportOptions(experts="expand", audio_vocab="frame:2x16")
@@ -77,6 +77,20 @@ def test_weights_survive_another_layout_bit_for_bit(tmp_path, kind):
         assert_same_files(tmp_path / "hf", tmp_path / f"out-{name}")
     found = fresh_copy(tmp_path / "out-joined")(tokens()).logits
     assert_same_logits(found, fresh_copy(tmp_path / "hf"), tokens())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["moonlight", "qwen3-moe", "qwen2-moe", "olmoe", "smollm2"])
+def test_weights_of_a_base_survive_another_layout_bit_for_bit(tmp_path, name):
+    """A norm over all heads and biases are split, a tied table is on two stages, expert biases on every rank."""
+    sizes = {"num_hidden_layers": 4, "num_key_value_heads": 4 if name in ("moonlight", "olmoe") else 2}
+    write_base(name, tmp_path / "hf", **sizes)
+    mode = "upcycle" if name == "smollm2" else "expand"
+    options = ImportOptions(experts=mode, audio_vocab="frame:2x16")
+    checkpoint = in_one_process(import_model, tmp_path / "hf", tmp_path / "native", options)
+    run_ranks(4, load_and_save, checkpoint, checkpoint, tmp_path / "split", SPLIT)
+    in_one_process(export_model, tmp_path / "split", tmp_path / "out", BASES[name][0])
+    assert_same_files(tmp_path / "hf", tmp_path / "out")
 
 
 def test_a_trained_model_knows_which_experts_of_the_base_it_has(tmp_path):

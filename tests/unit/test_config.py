@@ -204,6 +204,17 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
             ["model.attention.type=gqa", "model.attention.num_query_groups=3"],
             "must divide model.attention.num_attention_heads, 16",
         ),
+        (["model.attention.qk_layernorm=head"], "qk_layernorm='head': needs model.attention.type=gqa"),
+        (["model.attention.qk_layernorm=both"], "qk_layernorm='both': must be one of none, head, all_heads"),
+        (["model.attention.add_qkv_bias=true"], "add_qkv_bias=True: needs model.attention.type=gqa"),
+        (
+            ["model.attention.type=gqa", "model.attention.latent_layernorm_epsilon=1e-6"],
+            "latent_layernorm_epsilon=1e-06: needs model.attention.type=mla",
+        ),
+        (
+            ["model.moe.moe_shared_expert_gate=true", "model.moe.moe_shared_expert_intermediate_size=0"],
+            "moe_shared_expert_gate=True: needs shared experts (moe_shared_expert_intermediate_size)",
+        ),
         (
             ["model.attention.mla_down_proj_fusion=true"],
             "mla_down_proj_fusion=True: needs model.attention.type=mla with a q_lora_rank",

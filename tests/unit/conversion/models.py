@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 VOCAB = 90  # no multiple of anything
@@ -96,10 +97,83 @@ def llama(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 2, **opt
     return model
 
 
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+}
+_EXPERTS: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_DEEPSEEK: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 12,
+    "n_group": 1,
+    "topk_group": 1,
+    "rms_norm_eps": 1e-2,  # not that of the latents' norms
+}
+BASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "moonlight": ("deepseek-v3", "DeepseekV3", _DEEPSEEK),
+    "deepseek-v3": (
+        "deepseek-v3",
+        "DeepseekV3",
+        {**_DEEPSEEK, "q_lora_rank": 12, "n_group": 4, "topk_group": 2, "rope_parameters": YARN},
+    ),
+    "qwen3-moe": ("qwen3-moe", "Qwen3Moe", {**_EXPERTS, "head_dim": 16, "norm_topk_prob": True}),
+    "qwen3-moe with a dense layer": (
+        "qwen3-moe",
+        "Qwen3Moe",
+        {**_EXPERTS, "head_dim": 4, "mlp_only_layers": [0], "tie_word_embeddings": True},
+    ),
+    "qwen2-moe": ("qwen2-moe", "Qwen2Moe", {**_EXPERTS, "shared_expert_intermediate_size": 24}),
+    "mixtral": ("mixtral", "Mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2}),
+    "mixtral with wide heads": (
+        "mixtral",
+        "Mixtral",
+        {"num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 16},
+    ),
+    "olmoe": ("olmoe", "Olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "num_key_value_heads": 4}),
+    "olmoe with groups": ("olmoe", "Olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": True}),
+    "qwen2": ("qwen2", "Qwen2", {}),
+    "qwen2, tied": ("qwen2", "Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", "Qwen3", {"head_dim": 16}),
+    "qwen3, tied": ("qwen3", "Qwen3", {"head_dim": 4, "tie_word_embeddings": True}),
+    "smollm2": ("llama", "Llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+}
+"""Name -> format, class in transformers, and what a tiny model of it has."""
+
+
+def write_base(name: str, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> torch.nn.Module:
+    """Write a tiny random model of :data:`BASES` to ``folder``."""
+    _, kind, values = BASES[name]
+    config = getattr(transformers, f"{kind}Config")(**{**_SIZES, **values, **options})
+    model = randomized(getattr(transformers, f"{kind}ForCausalLM")(config), seed=3)
+    generator = torch.Generator().manual_seed(4)
+    for buffer_name, buffer in model.named_buffers():
+        if buffer_name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
+    model = model.to(dtype)
+    model.save_pretrained(folder)
+    return model
+
+
 def fresh_copy(folder: Path) -> torch.nn.Module:
     """The model of a folder as transformers reads it, in fp32."""
-    kind = LlamaForCausalLM if '"llama"' in (folder / "config.json").read_text() else DeepseekV2ForCausalLM
-    model, info = kind.from_pretrained(
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]

@@ -14,8 +14,10 @@ from megatron_most.checkpointing.regions import Region
 from megatron_most.checkpointing.state import _model_state
 from megatron_most.config import RunConfig
 from megatron_most.config.load import build_config
+from megatron_most.conversion.architectures.deepseek import DeepSeekV2
+from megatron_most.conversion.architectures.dense import Llama
 from megatron_most.conversion.native import native_shapes
-from megatron_most.conversion.tables import DEEPSEEK_V2, HEAD_RULE, LLAMA
+from megatron_most.conversion.tables import HEAD_RULE
 from megatron_most.conversion.weight_map import (
     Correspondence,
     IdRun,
@@ -99,7 +101,7 @@ def test_every_foreign_row_has_its_place_and_every_native_row_one_source(data):
     num = config.model.moe.num_experts
     order = data.draw(st.permutations(range(num)))
     both = Correspondence((tuple(Origin(expert) for expert in order),) * (layers - dense), (IdRun(0, 0, 30),))
-    rules = (*(DEEPSEEK_V2 if kind == "mla" else LLAMA), HEAD_RULE)
+    rules = (*(DeepSeekV2 if kind == "mla" else Llama).rules, HEAD_RULE)
     blocks = [piece for block in all_blocks(rules, config, both) for piece in cut_block(block)]
 
     shapes = native_shapes(config)

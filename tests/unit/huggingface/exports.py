@@ -87,6 +87,21 @@ CASES: dict[str, dict[str, Any]] = {
         " moe_router_topk: 2}, {modality: image, size: 2, moe_router_topk: 1}]",
         "model__text_loss_weight": 3.0,
     },
+    "qwen": {
+        **GQA,
+        "model__attention__kv_channels": 12,
+        "model__attention__qk_layernorm": "head",
+        "model__attention__add_qkv_bias": True,
+        "model__moe__moe_shared_expert_gate": True,
+        "model__share_embeddings_and_output_weights": True,
+    },
+    "olmoe": {**GQA, "model__attention__qk_layernorm": "all_heads"},
+    "moonlight": {
+        **SIGMOID,
+        "model__attention__q_lora_rank": 12,
+        "model__attention__latent_layernorm_epsilon": 0.1,
+        "model__moe__moe_router_bias_update_rate": 1e-3,
+    },
     "odd_sizes": {
         "model__moe__moe_ffn_hidden_size": 10,
         "model__hidden_size": 30,
@@ -94,7 +109,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 """Name -> overrides of the tiny configuration."""
-FAST = ("frame", "flat_delay", "gqa_yarn", "common", "bias", "per_modality_bias")
+FAST = ("frame", "flat_delay", "gqa_yarn", "common", "bias", "per_modality_bias", "qwen")
 """Cases of the fast suite: together they have each kind of attention, of ids, of experts and of router."""
 
 _MADE = tempfile.TemporaryDirectory(prefix="most-exports-")  # deleted when the process ends

@@ -189,9 +189,10 @@ def process_groups():
 
 
 @pytest.mark.usefixtures("process_groups")
-@pytest.mark.parametrize("num_query_groups", [1, 4])
-def test_parameter_count_is_the_built_models(num_query_groups):
-    config = tiny_config(**{**GQA, "model__attention__num_query_groups": num_query_groups})
+@pytest.mark.parametrize("norm, has_biases", [("none", False), ("head", True), ("all_heads", False)])
+def test_parameter_count_is_the_built_models(norm, has_biases):
+    further = {"model__attention__qk_layernorm": norm, "model__attention__add_qkv_bias": has_biases}
+    config = tiny_config(**GQA, **further, model__share_embeddings_and_output_weights=has_biases)
     [model] = build_model(config)
     assert count_parameters(config)["total"] == sum(parameter.numel() for parameter in model.parameters())
 

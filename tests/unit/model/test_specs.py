@@ -38,6 +38,7 @@ ATTENTION = {
         "model__attention__type": "gqa",
         "model__attention__num_query_groups": 2,
         "model__attention__kv_channels": 16,
+        "model__attention__qk_layernorm": "head",
     },
 }
 
@@ -76,7 +77,7 @@ def modules_of(config: RunConfig, backend: str) -> dict[str, object]:
             elif name.startswith("linear_") or name.endswith("norm") or name == "core_attention":
                 found[place] = value
 
-    spec = block_spec(transformer_config(config), config.model.moe, backend, config.data.packing)
+    spec = block_spec(transformer_config(config), config.model, backend, config.data.packing)
     for index, layer in enumerate(spec.layer_specs):
         collect(str(index), layer.submodules)
         assert layer.submodules.sharded_state_dict_keys_map == {}

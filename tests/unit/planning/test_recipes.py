@@ -78,7 +78,132 @@ LLAMA_3_2_3B = {
     "tie_word_embeddings": True,
     "torch_dtype": "bfloat16",
 }
+QWEN3_30B_A3B = {
+    "model_type": "qwen3_moe",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "decoder_sparse_step": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+MOONLIGHT_16B_A3B = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 163840,
+    "hidden_size": 2048,
+    "intermediate_size": 11264,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "num_nextn_predict_layers": 0,
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 1408,
+    "moe_layer_freq": 1,
+    "n_shared_experts": 2,
+    "n_routed_experts": 64,
+    "num_experts_per_tok": 6,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.446,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 50000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+OLMOE_1B_7B = {
+    "model_type": "olmoe",
+    "attention_bias": False,
+    "clip_qkv": None,
+    "hidden_size": 2048,
+    "intermediate_size": 1024,
+    "max_position_embeddings": 4096,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 16,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 50304,
+}
+QWEN_1_5_MOE = {
+    "model_type": "qwen2_moe",
+    "decoder_sparse_step": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "max_window_layers": 21,
+    "moe_intermediate_size": 1408,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 16,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "shared_expert_intermediate_size": 5632,
+    "sliding_window": 32768,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+MIXTRAL_8X7B = {
+    "model_type": "mixtral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 32,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.02,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 32000,
+}
 """What ``config.json`` of the base models says."""
+PARTITIONED = {
+    "most_30b_qwen3": (QWEN3_30B_A3B, 30_532_122_624),
+    "most_16b_moonlight": (MOONLIGHT_16B_A3B, 15_960_110_208),
+    "most_7b_olmoe": (OLMOE_1B_7B, 6_919_161_856),
+    "most_14b_qwen2": (QWEN_1_5_MOE, 14_315_784_192),
+    "most_47b_mixtral": (MIXTRAL_8X7B, 46_702_792_704),
+}
+"""Recipe -> its base, and the base's parameters as published."""
 
 
 def recipe(name: str) -> RunConfig:
@@ -96,11 +221,16 @@ def test_a_recipe_says_for_how_many_gpus_it_is_and_fits_them(name: str) -> None:
 
 def test_all_recipes_are_there() -> None:
     assert RECIPES == [
+        "most_14b_qwen2",
         "most_16b_expand",
         "most_16b_librispeech",
+        "most_16b_moonlight",
         "most_16b_stage1",
         "most_16b_stage2",
+        "most_30b_qwen3",
         "most_3b_upcycled",
+        "most_47b_mixtral",
+        "most_7b_olmoe",
         "most_debug",
     ]
 
@@ -113,6 +243,7 @@ def test_all_recipes_are_there() -> None:
         ("most_16b_librispeech", DEEPSEEK_V2_LITE),
         ("most_16b_expand", DEEPSEEK_V2_LITE),
         ("most_3b_upcycled", LLAMA_3_2_3B),
+        *((name, base) for name, (base, _) in PARTITIONED.items()),
     ],
 )
 def test_models_are_those_that_conversion_makes_of_the_base(name: str, base: dict[str, Any]) -> None:
@@ -122,8 +253,9 @@ def test_models_are_those_that_conversion_makes_of_the_base(name: str, base: dic
     assert config.vocab.text_vocab_size == foreign.vocab_size
     assert (config.precision.dtype, foreign.dtype) == ("bf16", torch.bfloat16)
     text, audio = config.model.moe.groups
-    if base is DEEPSEEK_V2_LITE:
-        sizes = (64, 64) if name == "most_16b_expand" else (32, 32)
+    if foreign.num_experts:
+        share = foreign.num_experts // (1 if name == "most_16b_expand" else 2)
+        sizes = (share, share)
         assert (text.size, audio.size, text.moe_router_topk, audio.moe_router_topk) == (
             *sizes,
             foreign.top_k,
@@ -140,6 +272,7 @@ def test_models_are_those_that_conversion_makes_of_the_base(name: str, base: dic
         ("most_16b_librispeech", "partition", DEEPSEEK_V2_LITE),
         ("most_16b_expand", "expand", DEEPSEEK_V2_LITE),
         ("most_3b_upcycled", "upcycle", LLAMA_3_2_3B),
+        *((name, "partition", base) for name, (base, _) in PARTITIONED.items()),
     ],
 )
 def test_the_command_in_a_recipe_makes_a_checkpoint_that_the_recipe_takes(
@@ -173,6 +306,13 @@ def contains(whole: dict[str, Any], part: dict[str, Any], path: str = "") -> lis
 def test_deepseek_v2_lite_is_counted_as_published() -> None:
     text = describe_run(recipe("most_16b_stage1"), 64)
     assert "adds to the base model's tables: 15,706,484,224\n" in text
+
+
+@pytest.mark.parametrize("name", PARTITIONED)
+def test_bases_are_counted_as_published(name: str) -> None:
+    biases = 26 * 64 if name == "most_16b_moonlight" else 0  # of experts: no parameters here
+    expected = PARTITIONED[name][1] - biases
+    assert f"adds to the base model's tables: {expected:,}\n" in describe_run(recipe(name), 64)
 
 
 def test_stages_follow_the_paper() -> None:
