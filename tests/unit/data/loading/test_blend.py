@@ -138,7 +138,7 @@ def test_the_seed_and_the_dataset_determine_packing_and_order(folder):
     # Unpacked, both copies have equally many rows: generators in the same state would shuffle them equally.
     first, second = open_rows(folder, ["asr", "asr"], [1.0, 1.0], packing=False)._streams
     first.row(0), second.row(0)  # shuffles the first epoch
-    assert (first._row_order != second._row_order).any()
+    assert (first._shuffled.row_order != second._shuffled.row_order).any()
 
 
 def test_hidden_frames_depend_on_the_seed_and_the_row(folder):
