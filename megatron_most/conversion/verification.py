@@ -134,7 +134,8 @@ class _Models:
         modality = config.vocab.modality_of(native_tokens)
         self._native = NativeLayers(config, state, native_tokens, modality)
         self._foreign = [ForeignLayers(source, foreign, tokens, modality, subset) for subset in subsets]
-        self._hidden = self._normed = [model.embed() for model in (self._native, *self._foreign)]
+        self._models: list[NativeLayers | ForeignLayers] = [self._native, *self._foreign]
+        self._hidden = self._normed = [model.embed() for model in self._models]
         self._layers: list[list[float]] = [[] for _ in subsets]
 
     def _to_native(self, vocab_size: int) -> torch.Tensor:
@@ -152,8 +153,7 @@ class _Models:
 
     def run(self, layer: int) -> None:
         """Run a layer of each model, one after the other."""
-        models = (self._native, *self._foreign)
-        results = [model.run(layer, hidden) for model, hidden in zip(models, self._hidden, strict=True)]
+        results = [model.run(layer, hidden) for model, hidden in zip(self._models, self._hidden, strict=True)]
         self._hidden, self._normed = ([result[place] for result in results] for place in (0, 1))
         mine, *theirs = self._hidden
         for found, hidden in zip(self._layers, theirs, strict=True):

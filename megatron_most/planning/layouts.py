@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_most.config import ParallelConfig, RunConfig
 from megatron_most.errors import ConfigError
@@ -34,7 +35,7 @@ class Layout:
 
     def overrides(self, config: RunConfig) -> list[str]:
         """The overrides that give ``config`` this layout; none if it has it."""
-        wanted = {"parallel": self.parallel.sizes, "training": {"recompute": self.recompute}}
+        wanted: dict[str, dict[str, Any]] = {"parallel": self.parallel.sizes, "training": {"recompute": self.recompute}}
         return [
             f"{section}.{name}={'null' if value is None else value}"
             for section, values in wanted.items()

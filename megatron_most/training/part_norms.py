@@ -51,7 +51,7 @@ def _gradients(config: RunConfig, tables: list[Table], member: MegatronOptimizer
                 continue
             pieces = [(rows.part, rows.gradient) for rows in split if rows.main is main] or [(group["part"], main.grad)]
             for part, gradient in pieces:
-                if config.lr_scale(part) > 0:
+                if gradient is not None and config.lr_scale(part) > 0:
                     found[part].append(gradient)
     return found
 
