@@ -1,4 +1,4 @@
-"""A model behind the interface of lm-evaluation-harness (EleutherAI): its whole catalogue of text tasks, as ``--model most``.
+"""A model behind the interface of lm-evaluation-harness (EleutherAI), for its whole catalogue of text tasks.
 
 Importing this module registers the name ``most`` with the harness.
 """
