@@ -63,6 +63,11 @@ def _add_answers(parser: argparse.ArgumentParser) -> None:
         help="sqa: how the model answers (default written)",
     )
     parser.add_argument(
+        "--recognizer",
+        help="who listens to speech: folder of a Whisper or CTC model of transformers (default: pocketsphinx, which"
+        " knows the sentences of --vocabulary alone)",
+    )
+    parser.add_argument(
         "--vocabulary",
         nargs="+",
         help="manifests with all sentences that the recognizer can hear (tts: default --data; sqa with spoken answers)",
@@ -87,14 +92,16 @@ def _add_answers(parser: argparse.ArgumentParser) -> None:
 
 
 AUDIO = ("nemo", "soundfile", "soxr")
-NEEDS = {"asr": (*AUDIO, "jiwer"), "tts": (*AUDIO, "jiwer", "pocketsphinx"), "sqa": (*AUDIO, "pyarrow"), "text": ()}
+NEEDS = {"asr": (*AUDIO, "jiwer"), "tts": (*AUDIO, "jiwer"), "sqa": (*AUDIO, "pyarrow"), "text": ()}
 """Packages of extras that a suite needs, if not those of audio alone."""
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
     sizes = ("limit", "max_new_tokens", "max_seconds", "batch_size", "tensor_parallel", "expert_parallel")
     cli.require_positive(arguments, *sizes)
-    require(*NEEDS.get(arguments.suite, AUDIO), *(["pocketsphinx"] if arguments.answer == "spoken" else []))
+    is_spoken = arguments.suite == "tts" or (arguments.suite == "sqa" and arguments.answer == "spoken")
+    recognizer = "pocketsphinx" if arguments.recognizer is None else "transformers"
+    require(*NEEDS.get(arguments.suite, AUDIO), *([recognizer] if is_spoken else []))
     from megatron_most.config import ParallelConfig
     from megatron_most.evaluation.interface import load_model
     from megatron_most.evaluation.running import run_suite
@@ -144,7 +151,11 @@ def _decoding(arguments: argparse.Namespace) -> Decoding:
     return Decoding(arguments.max_new_tokens, arguments.max_seconds, Sampling(arguments.temperature))
 
 
-def _recognizer(manifests: Sequence[str]) -> Recognizer:
+def _recognizer(arguments: argparse.Namespace, manifests: Sequence[str]) -> Recognizer:
+    if arguments.recognizer is not None:
+        from megatron_most.evaluation.transformers_recognizer import TransformersRecognizer
+
+        return TransformersRecognizer(arguments.recognizer)
     from megatron_most.data.preparation.manifest import read_manifest
     from megatron_most.evaluation.recognizer import PocketsphinxRecognizer
 
@@ -161,15 +172,17 @@ def _word_errors(arguments: argparse.Namespace) -> Suite[Any]:
     evaluated = EvaluationSet(Path(arguments.data).stem, records, arguments.normalizer)
     if arguments.suite == "asr":
         return AsrSuite(evaluated, _decoding(arguments))
-    return TtsSuite(evaluated, _recognizer(arguments.vocabulary or [arguments.data]), _decoding(arguments))
+    return TtsSuite(evaluated, _recognizer(arguments, arguments.vocabulary or [arguments.data]), _decoding(arguments))
 
 
 def _questions(arguments: argparse.Namespace) -> Suite[Any]:
     from megatron_most.evaluation.suites.questions import QuestionSuite
 
-    if arguments.answer == "spoken" and not arguments.vocabulary:
-        raise ConfigError("--vocabulary: is required with --answer spoken: what the recognizer can hear")
-    recognizer = _recognizer(arguments.vocabulary) if arguments.answer == "spoken" else None
+    recognizer = None
+    if arguments.answer == "spoken":
+        if not arguments.vocabulary and arguments.recognizer is None:
+            raise ConfigError("--answer spoken: needs --recognizer, or --vocabulary with all that can be heard")
+        recognizer = _recognizer(arguments, arguments.vocabulary or [])
     return QuestionSuite(arguments.data, _decoding(arguments), recognizer, arguments.limit)
 
 
