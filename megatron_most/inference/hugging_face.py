@@ -15,7 +15,6 @@ import torch
 from megatron_most import parallel, platform
 from megatron_most.audio import AudioCodec, load_codec
 from megatron_most.config import ParallelConfig
-from megatron_most.config.load import build_config
 from megatron_most.conversion import hf_format
 from megatron_most.conversion.hugging_face import CONFIG, HuggingFaceModel
 from megatron_most.errors import CheckpointError, ConfigError
@@ -65,7 +64,7 @@ def load_export(
         HuggingFaceGenerator(model.to(platform.device()), trained.vocab),
         text_tokenizer,
         _codec(folder, source.config.get("codec"), codec) if needs_codec else no_codec(str(folder)),
-        build_config(str(folder), source.config["run_config"]),
+        trained,
         None,
         stop_ids(tokenizer or folder, text_tokenizer),
     )

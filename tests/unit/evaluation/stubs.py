@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from megatron_most.data.storage.documents import Document
 from megatron_most.evaluation.interface import Decoding, Generated
 from megatron_most.evaluation.likelihood import Likelihood
 from tests.unit.data.tiny import LetterTokenizer, LoudnessCodec, layout
+
+WORDS = ["<s>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz ,.'", "the", "fox", "dog", "and"]
 
 
 class StubModel:
@@ -57,3 +62,14 @@ def guess(document: Document) -> float:
 def knows_loudness(document: Document) -> float:
     """Prefers the louder recording: what a test writes as the correct one."""
     return -10.0 if document.codes is None or not len(document.codes) else -10.0 + float(document.codes[:, 0].mean())
+
+
+def write_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Single letters, a few words, and special tokens: all ids that the model has."""
+    model = tokenizers.models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="<unk>")
+    inner = tokenizers.Tokenizer(model)
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("the|fox|dog|and|."), "isolated")
+    inner.add_special_tokens(["<s>", "</s>"])
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    made.save_pretrained(folder)
+    return made

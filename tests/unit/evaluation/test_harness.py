@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import tokenizers
 import yaml
-from transformers import PreTrainedTokenizerFast
 
 pytest.importorskip("lm_eval", reason="the extra 'harness' is not installed")
 
@@ -20,20 +17,9 @@ from megatron_most.commands import harness as command
 from megatron_most.conversion import ImportOptions, import_model
 from megatron_most.evaluation.harness import MostLM, _until
 from tests.unit.conversion.models import fresh_copy, llama
+from tests.unit.evaluation.stubs import WORDS, write_tokenizer
 
-WORDS = ["<s>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz ,.'", "the", "fox", "dog", "and"]
 TEXTS = ["the fox sees a dog", "a dog sleeps", "foxes and dogs, dogs and foxes " * 8, "x"]
-
-
-def write_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Single letters, a few words, and special tokens: all ids that the model has."""
-    model = tokenizers.models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="<unk>")
-    inner = tokenizers.Tokenizer(model)
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("the|fox|dog|and|."), "isolated")
-    inner.add_special_tokens(["<s>", "</s>"])
-    made = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    made.save_pretrained(folder)
-    return made
 
 
 @pytest.fixture(scope="module")

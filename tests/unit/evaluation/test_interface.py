@@ -6,14 +6,20 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_most import parallel
+from megatron_most.config import ParallelConfig
 from megatron_most.data.building.tasks import prompt
-from megatron_most.evaluation.interface import Decoding, EvaluatedModel, scored
+from megatron_most.errors import CheckpointError, ConfigError, DataError
+from megatron_most.evaluation.interface import Decoding, EvaluatedModel, load_model, scored
 from megatron_most.evaluation.likelihood import likelihoods
+from megatron_most.evaluation.running import run_suite
+from megatron_most.evaluation.suites.text import TextSuite
 from megatron_most.inference import Generator, Sampling
 from megatron_most.inference.hugging_face import HuggingFaceGenerator
 from megatron_most.inference.loading import LoadedModel
 from megatron_most.vocab import NO_CODE
-from tests.unit.huggingface.exports import config_of, exported_model, native_model, parameters
+from tests.unit.evaluation.stubs import write_tokenizer
+from tests.unit.huggingface.exports import config_of, exported, exported_model, native_model, parameters
 
 
 class Letters:
@@ -126,3 +132,37 @@ def document_with(start, vocab, ids: list[int]):
     start = type(start)(np.append(start.ids, ids), np.append(start.loss_mask, [True] * len(ids)))
     start.coded, start.codes = np.empty(0, np.int64), np.empty((0, vocab.num_codebooks), np.int64)
     return start
+
+
+def test_a_checkpoint_and_its_export_are_loaded_and_judged_alike(tmp_path):
+    write_tokenizer(tmp_path)
+    (tmp_path / "fox.txt").write_text("the fox and the dog, and a fox. " * 9)
+    found = []
+    for place, folder in enumerate(exported("gqa")):
+        output = tmp_path / f"{place}.json"
+        model = load_model(str(folder), str(tmp_path), needs_codec=False)
+        with pytest.raises(ConfigError, match=f"{folder}: was loaded without a codec"):
+            model.codec.encode(np.zeros(9))
+        found.append(run_suite(TextSuite(tmp_path / "fox.txt"), model, output))
+    parallel.destroy()
+    native, hf = found
+    assert hf["score"] == pytest.approx(native["score"], rel=1e-5) and hf["num_samples"] == native["num_samples"] > 2
+    assert (native["model"]["kind"], native["model"]["step"], hf["model"]["kind"]) == ("native", 7, "hf")
+
+
+def test_what_cannot_be_loaded_is_refused(tmp_path):
+    checkpoint, export = exported("gqa")
+    with pytest.raises(ConfigError, match="an export is not split over ranks"):
+        load_model(str(export), layout=ParallelConfig(tensor_model_parallel_size=2))
+    with pytest.raises(ConfigError, match="generation splits a model over tensor- and expert-parallel ranks alone"):
+        write_tokenizer(tmp_path)
+        load_model(
+            str(checkpoint), str(tmp_path), needs_codec=False, layout=ParallelConfig(pipeline_model_parallel_size=2)
+        )
+    with pytest.raises(ConfigError, match="has no codec; pass one with --codec"):
+        load_model(str(checkpoint), str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError):
+        load_model(str(tmp_path), str(tmp_path))
+    with pytest.raises(DataError, match="document: nothing to score"):
+        scored(config_of("gqa").vocab, Letters(), ["a"], [])
