@@ -104,12 +104,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
     require(*NEEDS.get(arguments.suite, AUDIO), *([recognizer] if is_spoken else []))
     from megatron_most.config import ParallelConfig
     from megatron_most.evaluation.interface import load_model
-    from megatron_most.evaluation.running import run_suite
+    from megatron_most.evaluation.running import results_path, run_suite
     from megatron_most.files import require_writable
     from megatron_most.parallel import is_rank_zero
 
-    suite = _suite(arguments)  # what is wrong with the data stops here, before anything is computed
+    # What is wrong with the data or the output stops here, before anything is computed.
+    require_writable(results_path(arguments.output))
     require_writable(arguments.output)
+    suite = _suite(arguments)
     model = load_model(
         arguments.checkpoint,
         arguments.tokenizer,

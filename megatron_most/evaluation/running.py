@@ -55,7 +55,7 @@ def run_suite(
         twice = next(identity for place, identity in enumerate(ids) if identity in ids[:place])
         raise DataError(f"{suite.set_name}: two samples have the id {twice!r}")
     asked = _question(suite, model, ids)
-    journal = None if output is None else _Journal(_results_path(output), asked)
+    journal = None if output is None else _Journal(results_path(output), asked)
     known = journal.start(fresh) if journal else {}
     pending = [sample for sample in samples if sample.id not in known]
     place, size = _share()
@@ -120,7 +120,12 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _results_path(output: str | Path) -> Path:
+def results_path(output: str | Path) -> Path:
+    """The file of outcomes beside a result.
+
+    Raises:
+        ConfigError: ``output`` is no ``.json`` file.
+    """
     path = Path(output)
     if path.suffix != ".json":
         raise ConfigError(f"--output={output}: must be a .json file")
@@ -133,7 +138,7 @@ def read_outcomes(result: str | Path) -> list[Outcome]:
     Raises:
         DataError: they are missing or damaged.
     """
-    path = _results_path(result)
+    path = results_path(result)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines[1:]]
