@@ -12,6 +12,7 @@ EXTRAS = {
     "report": ("jinja2", "jiwer", "whisper_normalizer"),
     "sweep": ("jinja2", "jiwer", "pyarrow", "scipy", "submitit", "whisper_normalizer"),
     "conversion": ("safetensors", "transformers"),
+    "harness": ("lm_eval",),
     "quickstart": ("espeakng_loader",),
     "muon": ("emerging_optimizers",),
     "gpu": ("transformer_engine",),

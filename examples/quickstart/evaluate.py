@@ -18,17 +18,22 @@ from typing import Any
 from sentences import balanced_sentences
 
 from megatron_most import cli
+from megatron_most.checkpointing import read_metadata
+from megatron_most.config import RunConfig
 from megatron_most.data.preparation.manifest import read_manifest
+from megatron_most.evaluation.interface import Decoding, EvaluatedModel
 from megatron_most.evaluation.recognizer import PocketsphinxRecognizer
-from megatron_most.evaluation.suites import (
+from megatron_most.evaluation.running import run_suite
+from megatron_most.evaluation.suites.base import Suite
+from megatron_most.evaluation.suites.speech import (
+    AsrSuite,
     EvaluationSet,
+    ReferenceAudioSuite,
+    TtsSuite,
     encode_records,
-    evaluate_asr,
-    evaluate_reference_audio,
-    evaluate_tts,
 )
 from megatron_most.files import read_json, write_json
-from megatron_most.inference import LoadedModel, load_for_generation
+from megatron_most.inference import load_for_generation
 from megatron_most.model import count_parameters
 
 NORMALIZER = "basic"  # Whisper's turns "two nine", two words of the corpus, into one number
@@ -52,22 +57,24 @@ def evaluate(arguments: argparse.Namespace) -> None:
         )
         for name in SETS
     }
-    untrained = load_for_generation(run_dir, random_weights=True)
+    written, spoken = Decoding(max_new=MAX_NEW_TEXT), Decoding(max_seconds=MAX_SECONDS)
+    untrained = _load(run_dir, random_weights=True)
     codes = {name: encode_records(untrained.codec, one.records) for name, one in sets.items()}
 
     summary: dict[str, Any] = {}
     first = next(iter(SETS))
-    result = _timed("ASR of the untrained model", evaluate_asr, untrained, sets[first], codes[first], MAX_NEW_TEXT)
+    result = _timed("ASR of the untrained model", AsrSuite(sets[first], written, codes[first]), untrained)
     summary["asr_wer_untrained"] = result["wer"]
-    model = load_for_generation(run_dir)
+    model = _load(run_dir)
     for name, key in SETS.items():
         one, known = sets[name], codes[name]
-        judged = model.codec, one, recognizer
         results = {
-            "original": _timed(f"original audio of {name}", evaluate_reference_audio, *judged),
-            "roundtrip": _timed(f"codec round trip of {name}", evaluate_reference_audio, *judged, known),
-            "asr": _timed(f"ASR of {name}", evaluate_asr, model, one, known, MAX_NEW_TEXT),
-            "tts": _timed(f"TTS of {name}", evaluate_tts, model, one, recognizer, max_seconds=MAX_SECONDS),
+            "original": _timed(f"original audio of {name}", ReferenceAudioSuite(model.codec, one, recognizer)),
+            "roundtrip": _timed(
+                f"codec round trip of {name}", ReferenceAudioSuite(model.codec, one, recognizer, known)
+            ),
+            "asr": _timed(f"ASR of {name}", AsrSuite(one, written, known), model),
+            "tts": _timed(f"TTS of {name}", TtsSuite(one, recognizer, spoken), model),
         }
         for kind in ("original", "roundtrip"):
             for item, source in zip(results["tts"]["items"], results[kind]["items"], strict=True):
@@ -80,10 +87,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
         summary[f"tts_wer_{key}"] = results["tts"]["wer"]
         summary[f"original_wer{suffix}"] = results["original"]["wer"]
         summary[f"codec_roundtrip_wer{suffix}"] = results["roundtrip"]["wer"]
-    write_json(run_dir / "summary.json", summary | _training_summary(run_dir, model))
+    write_json(run_dir / "summary.json", summary | _training_summary(run_dir, model.loaded.config))
 
 
-def _training_summary(run_dir: Path, model: LoadedModel) -> dict[str, Any]:
+def _load(run_dir: Path, **options: Any) -> EvaluatedModel:
+    return EvaluatedModel(load_for_generation(run_dir, **options), {"name": str(run_dir), **options})
+
+
+def _training_summary(run_dir: Path, config: RunConfig) -> dict[str, Any]:
     """Numbers about training, from the files of the run."""
     metrics = [entry for entry in _json_lines(run_dir / "metrics.jsonl") if "loss" in entry]
     routing = _json_lines(run_dir / "routing.jsonl")
@@ -91,7 +102,8 @@ def _training_summary(run_dir: Path, model: LoadedModel) -> dict[str, Any]:
     steps = [entry["step"] for entry in metrics]
     intervals = [after - before for before, after in zip([0, *steps[:-1]], steps, strict=True)]
     seconds = sum(entry["step_seconds"] * count for entry, count in zip(metrics, intervals, strict=True))
-    parameters = count_parameters(model.config)
+    parameters = count_parameters(config)
+    metadata = read_metadata(run_dir)
     losses = ("loss/text", "loss/audio")
     return {
         "loss_first": {name.removeprefix("loss/"): metrics[0][name] for name in losses},
@@ -102,14 +114,14 @@ def _training_summary(run_dir: Path, model: LoadedModel) -> dict[str, Any]:
         "tokens_per_second": metrics[-1]["consumed_tokens"] / seconds,
         "parameters_total": parameters["total"],
         "parameters_active": parameters["active"],
-        "layout": model.metadata.config["parallel"] | {"world_size": model.metadata.world_size},
+        "layout": metadata.config["parallel"] | {"world_size": metadata.world_size},
         "versions": environment["versions"],
     }
 
 
-def _timed(label: str, function: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+def _timed(label: str, suite: Suite, model: EvaluatedModel | None = None) -> dict[str, Any]:
     start = time.monotonic()
-    result = function(*args, **kwargs)
+    result = run_suite(suite, model)
     print(f"  {label}: WER {result['wer']:.2%} ({time.monotonic() - start:.0f} s)", flush=True)
     return result
 

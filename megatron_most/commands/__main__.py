@@ -17,7 +17,9 @@ COMMANDS = {
     "torchrun": "start the ranks of train or convert; an error is the last line",
     "launch": "print the folder of the launch scripts (one node, several, SLURM, Kubernetes)",
     "generate": "transcribe audio or speak text",
-    "evaluate": "measure word error rates of a trained model",
+    "evaluate": "measure a trained model: speech, spoken language, ...",
+    "harness": "run text tasks of lm-evaluation-harness",
+    "compare": "compare models on the same suites",
     "report": "write an HTML page about a run",
     "sweep": "run an ablation: many runs, one table",
 }

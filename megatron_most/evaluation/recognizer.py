@@ -7,6 +7,7 @@ measured with the same sentences.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import tempfile
 from collections import Counter
@@ -30,6 +31,11 @@ SENTENCE_START, SENTENCE_END = "<s>", "</s>"
 class Recognizer(Protocol):
     """What an evaluation asks of a recognizer."""
 
+    @property
+    def name(self) -> str:
+        """What results call it: all that decides about what it hears."""
+        ...
+
     def transcribe(self, audio: np.ndarray, sample_rate: int) -> str:
         """The words said in ``audio`` (float ``[num_samples]`` in -1..1); empty when none are recognized."""
         ...
@@ -52,6 +58,8 @@ class PocketsphinxRecognizer:
         import pocketsphinx
 
         words = [normalize_text(sentence).split() for sentence in sentences]
+        digest = hashlib.sha256("\n".join(map(" ".join, words)).encode()).hexdigest()[:12]
+        self.name = f"pocketsphinx, {len(words)} sentences ({digest}), {order}-grams"
         arpa = arpa_language_model([sentence for sentence in words if sentence], order)
         full_dictionary = Path(pocketsphinx.get_model_path()) / "en-us" / "cmudict-en-us.dict"
         dictionary = pronunciations(full_dictionary, {word for sentence in words for word in sentence})

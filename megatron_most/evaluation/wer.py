@@ -8,6 +8,7 @@ rate can exceed 1. The alignment itself is jiwer's (minimum edit distance).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -22,15 +23,12 @@ from megatron_most.evaluation.normalization import (
     normalize_text,
     text_normalizer,
 )
+from megatron_most.evaluation.scores import bootstrap_interval
 from megatron_most.extras import require
 
 __all__ = ["NORMALIZERS", "Edit", "UtteranceErrors", "WordErrors", "normalize_text", "text_normalizer", "word_errors"]
 
 EditKind = Literal["equal", "substitute", "delete", "insert"]
-
-CONFIDENCE = 0.95
-_RESAMPLES = 10_000
-_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -86,25 +84,12 @@ class WordErrors:
         return self.num_errors / self.num_reference_words
 
     def interval(self) -> tuple[float, float] | None:
-        """Percentile bootstrap interval of :attr:`wer` at :data:`CONFIDENCE`; None for fewer than two utterances.
-
-        Utterances are drawn with replacement (Bisani and Ney 2004, https://doi.org/10.1109/ICASSP.2004.1326009), from a
-        fixed seed: the same errors give the same interval. It says how much the rate depends on the choice of
-        utterances, and nothing about other training runs.
+        """The bootstrap interval of :attr:`wer` over utterances, None for fewer than two of them; see
+        :func:`~megatron_most.evaluation.scores.bootstrap_interval`.
         """
         errors = np.array([utterance.num_errors for utterance in self.utterances])
         words = np.array([utterance.num_reference_words for utterance in self.utterances])
-        count = len(errors)
-        if count < 2:
-            return None
-        random = np.random.default_rng(_SEED)
-        rates = []
-        for _ in range(_RESAMPLES):
-            times = np.bincount(random.integers(0, count, count), minlength=count)
-            if num_words := int(times @ words):  # only utterances without words may have been drawn
-                rates.append(int(times @ errors) / num_words)
-        low, high = np.quantile(rates, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-        return float(low), float(high)
+        return bootstrap_interval(errors, words)
 
 
 def word_errors(references: Sequence[str], hypotheses: Sequence[str], normalizer: str | None = None) -> WordErrors:
@@ -121,6 +106,19 @@ def word_errors(references: Sequence[str], hypotheses: Sequence[str], normalizer
             another language.
         MissingExtra: jiwer or the normalizer is not installed.
     """
+    normalizer = normalizer or default_normalizer(references)
+    check_normalizer(normalizer, references)
+    utterances = aligned(references, hypotheses, normalizer)
+    if not any(utterance.num_reference_words for utterance in utterances):
+        raise DataError(f"word error rate needs reference words, the {len(references)} references have none")
+    totals = Counter({kind: 0 for kind in ("equal", "substitute", "delete", "insert")})
+    for edit in (edit for utterance in utterances for edit in utterance.edits):
+        totals[edit.kind] += max(len(edit.reference), len(edit.hypothesis))
+    return WordErrors(normalizer, totals["equal"], totals["substitute"], totals["delete"], totals["insert"], utterances)
+
+
+def aligned(references: Sequence[str], hypotheses: Sequence[str], normalizer: str) -> tuple[UtteranceErrors, ...]:
+    """The alignment of each utterance. Arguments and errors as for :func:`word_errors`; no words are no error here."""
     require("jiwer")
     import jiwer  # lazily: its aligner is a compiled extension that most commands do not need
 
@@ -129,14 +127,9 @@ def word_errors(references: Sequence[str], hypotheses: Sequence[str], normalizer
             f"word error rate needs one hypothesis per reference, got {len(references)} references and"
             f" {len(hypotheses)} hypotheses"
         )
-    name = normalizer or default_normalizer(references)
-    normalize = text_normalizer(name)
-    check_normalizer(name, references)
+    normalize = text_normalizer(normalizer)
     reference_words = [normalize(text).split() for text in references]
     hypothesis_words = [normalize(text).split() for text in hypotheses]
-    if not any(reference_words):
-        raise DataError(f"word error rate needs reference words, the {len(references)} references have none")
-
     already_split = jiwer.Compose([])
     # jiwer's annotations know only texts to split; with transforms that do nothing, it takes lists of words.
     output = jiwer.process_words(
@@ -145,7 +138,7 @@ def word_errors(references: Sequence[str], hypotheses: Sequence[str], normalizer
         reference_transform=already_split,
         hypothesis_transform=already_split,
     )
-    utterances = tuple(
+    return tuple(
         UtteranceErrors(
             tuple(
                 Edit(
@@ -158,4 +151,3 @@ def word_errors(references: Sequence[str], hypotheses: Sequence[str], normalizer
         )
         for reference, hypothesis, chunks in zip(reference_words, hypothesis_words, output.alignments, strict=True)
     )
-    return WordErrors(name, output.hits, output.substitutions, output.deletions, output.insertions, utterances)

@@ -11,7 +11,9 @@ import logging
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 
+from megatron_most import parallel
 from megatron_most.errors import first_line
 from megatron_most.inference.grammar import DONE, Grammar
 from megatron_most.inference.sampling import Sampling
@@ -119,8 +121,14 @@ class Decoder:
         self._run()
 
     def all_done(self) -> bool:
-        """Whether all rows have ended. The host waits for the device."""
-        return bool((self._state == DONE).all())
+        """Whether all rows have ended, on all ranks that hold the model together. The host waits for the device.
+
+        Ranks with the same prompts may differ in rounding, and with it in where a row ends.
+        """
+        is_done = (self._state == DONE).all().int()
+        if dist.is_initialized() and (group := parallel.whole_model_group()).size() > 1:
+            dist.all_reduce(is_done, dist.ReduceOp.MIN, group=group)
+        return bool(is_done)
 
     def _step(self) -> None:
         self._bias.index_fill_(-1, self._position, 0.0)

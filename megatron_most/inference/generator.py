@@ -17,7 +17,7 @@ from megatron_most.inference.decoder import Decoder
 from megatron_most.inference.grammar import Grammar, speech_grammar, text_grammar
 from megatron_most.inference.sampling import Sampling
 from megatron_most.model import MoSTModel
-from megatron_most.vocab import NO_CODE
+from megatron_most.vocab import NO_CODE, VocabLayout
 
 _END_TESTED_EVERY = 16
 """After so many new positions, check whether all rows have ended. The host waits for the device for it."""
@@ -34,7 +34,10 @@ class Prompt(Protocol):
 
 
 class Generator:
-    """Continues prompts with text or speech. This process must hold the whole model (no model parallelism).
+    """Continues prompts with text or speech, and predicts the positions of whole documents.
+
+    Under tensor and expert parallelism all ranks that hold the model together must call it with the same arguments, and
+    all get the result. Sequence parallelism must be off (``build_model(..., for_inference=True)``).
 
     Args:
         cuda_graph: on a GPU, capture a step as a CUDA graph and replay it. The graph and the key-value cache stay in
@@ -50,6 +53,20 @@ class Generator:
         # Cached because tables of long audio take time to build, and because a CUDA graph refers to their memory.
         vocab, device = self.vocab, self.device
         self._grammar = functools.lru_cache(maxsize=8)(lambda build, *arguments: build(vocab, *arguments).to(device))
+
+    @torch.inference_mode()
+    def logits(
+        self, ids: torch.Tensor, codes: torch.Tensor, is_padding: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits ``[b, s, V]`` of the id after each position; in the ``frame`` layouts, ``[b, s, C, K]`` of its codes.
+
+        Args:
+            ids, codes: ``[b, s]`` and ``[b, s, C]``, padded on the right.
+            is_padding: ``[b, s]`` bool.
+        """
+        ids, codes, is_padding = (tensor.to(self.device) for tensor in (ids, codes, is_padding))
+        visible = codes if self.vocab.codec_layout.uses_side_codes else None
+        return self.model(ids, self.vocab.modality_of(ids), is_padding, codes=visible)
 
     def text(
         self,
@@ -110,7 +127,7 @@ class Generator:
         if max_new < 1:
             nothing = np.zeros((0, self.vocab.num_codebooks), np.int64)
             return [np.zeros(0, np.int64)] * len(prompts), [nothing] * len(prompts)
-        ids, codes, is_padding = self._left_padded(prompts)
+        ids, codes, is_padding = (tensor.to(self.device) for tensor in left_padded(prompts, self.vocab))
         start = ids.shape[1]
         decoder = self._decoder_for(grammar, sampling, len(prompts), start + max_new)
         # By prompt, so that what stands beside it in a batch does not change what is drawn for it.
@@ -141,19 +158,20 @@ class Generator:
         self._decoder = decoder if self._uses_graphs else None
         return decoder
 
-    def _left_padded(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``ids [b, s]``, ``codes [b, s, C]`` and ``is_padding [b, s]``.
 
-        Rotary embeddings depend only on differences of positions, so left padding does not change any result.
-        """
-        longest = max(len(prompt.ids) for prompt in prompts)
-        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-        codes = torch.full((len(prompts), longest, self.vocab.num_codebooks), NO_CODE)
-        is_padding = torch.ones(len(prompts), longest, dtype=torch.bool)
-        for row, prompt in enumerate(prompts):
-            start = longest - len(prompt.ids)
-            ids[row, start:] = torch.from_numpy(np.asarray(prompt.ids, dtype=np.int64))
-            if (side_codes := prompt.side_codes) is not None:
-                codes[row, start:] = torch.from_numpy(np.asarray(side_codes, dtype=np.int64))
-            is_padding[row, start:] = False
-        return ids.to(self.device), codes.to(self.device), is_padding.to(self.device)
+def left_padded(prompts: Sequence[Prompt], vocab: VocabLayout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``ids [b, s]``, ``codes [b, s, C]`` and ``is_padding [b, s]``, on the host.
+
+    Rotary embeddings depend only on differences of positions, so left padding does not change any result.
+    """
+    longest = max(len(prompt.ids) for prompt in prompts)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    codes = torch.full((len(prompts), longest, vocab.num_codebooks), NO_CODE)
+    is_padding = torch.ones(len(prompts), longest, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        start = longest - len(prompt.ids)
+        ids[row, start:] = torch.from_numpy(np.asarray(prompt.ids, dtype=np.int64))
+        if (side_codes := prompt.side_codes) is not None:
+            codes[row, start:] = torch.from_numpy(np.asarray(side_codes, dtype=np.int64))
+        is_padding[row, start:] = False
+    return ids, codes, is_padding

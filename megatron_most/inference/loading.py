@@ -1,79 +1,132 @@
-"""Loads a checkpoint for generation in one process."""
+"""Loads a model for generation and evaluation: a checkpoint of a run, or a Hugging Face export of one."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
 
 from megatron_most import parallel, platform
 from megatron_most.audio import AudioCodec, load_codec
 from megatron_most.checkpointing import CheckpointMetadata, load_model_weights, read_metadata
-from megatron_most.config import RunConfig
+from megatron_most.config import ParallelConfig, RunConfig
 from megatron_most.config.load import build_config
 from megatron_most.errors import ConfigError
-from megatron_most.inference.generator import Generator
+from megatron_most.inference.generator import Generator, Prompt
+from megatron_most.inference.sampling import Sampling
 from megatron_most.model import build_model
 from megatron_most.text import TextTokenizer, load_tokenizer
 from megatron_most.text.stop_ids import stop_ids
 
 
+class Continues(Protocol):
+    """The three things that are asked of a model; see :class:`~megatron_most.inference.generator.Generator`."""
+
+    def logits(
+        self, ids: torch.Tensor, codes: torch.Tensor, is_padding: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]: ...
+
+    def text(
+        self,
+        prompts: Sequence[Prompt],
+        end: int | Sequence[int],
+        max_new: int | Sequence[int],
+        sampling: Sampling,
+        *,
+        num_text_ids: int | None = None,
+        forbidden: tuple[int, ...] = (),
+    ) -> list[list[int]]: ...
+
+    def speech(self, prompts: Sequence[Prompt], max_frames: int, sampling: Sampling) -> list[np.ndarray]: ...
+
+
 @dataclass
 class LoadedModel:
-    """A model ready to generate, with the tokenizer and codec of its training."""
+    """A model ready to generate, with the tokenizer and codec of its training.
 
-    generator: Generator
+    metadata: of the checkpoint; None for an export.
+    """
+
+    generator: Continues
     tokenizer: TextTokenizer
     codec: AudioCodec
     config: RunConfig
-    metadata: CheckpointMetadata
+    metadata: CheckpointMetadata | None
     stop_ids: tuple[int, ...] = ()
     """Ids that end a text as the tokenizer's end of sequence does; see :func:`megatron_most.text.stop_ids.stop_ids`."""
 
 
 def load_for_generation(
-    checkpoint: str | Path, tokenizer: str | None = None, codec: str | None = None, random_weights: bool = False
+    checkpoint: str | Path,
+    tokenizer: str | None = None,
+    codec: str | None = None,
+    *,
+    random_weights: bool = False,
+    layout: ParallelConfig | None = None,
+    needs_codec: bool = True,
 ) -> LoadedModel:
-    """Load a checkpoint of any parallel layout onto this process.
+    """Load a checkpoint of any parallel layout onto this process, or onto the ranks of ``layout``.
 
     Args:
         checkpoint: a checkpoint directory, or a run directory for its newest checkpoint.
         tokenizer, codec: their current paths, if they have moved since training. The content must be the same.
         random_weights: keep the initial weights instead, as the baseline of an untrained model.
+        layout: tensor- and expert-parallel sizes; by default every process holds the whole model.
+        needs_codec: False for text alone: then no codec is loaded.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged, or was trained with another tokenizer or codec.
-        ConfigError: the checkpoint names no tokenizer or codec, and none is given.
+        ConfigError: the checkpoint names no tokenizer or codec, and none is given; or ``layout`` splits what generation
+            cannot split, or does not fit the number of ranks.
     """
     metadata = read_metadata(checkpoint)
     names = {
         "tokenizer": tokenizer or metadata.config["tokenizer"],
-        "codec": codec or metadata.config["codec"],
+        "codec": (codec or metadata.config["codec"]) if needs_codec else None,
     }
     for what, name in names.items():
-        if name is None:
+        if name is None and (what != "codec" or needs_codec):
             raise ConfigError(f"{checkpoint}: has no {what}; pass one with --{what}")
-    config = config_for_generation(str(checkpoint), {**metadata.config, **names})
+    layout = layout or ParallelConfig()
+    config = config_for_generation(str(checkpoint), {**metadata.config, **names}, layout)
     platform.install()
     parallel.initialize(config.parallel, config.seed)
-    chunks = build_model(config)
+    chunks = build_model(config, for_inference=True)
     if not random_weights:
         load_model_weights(checkpoint, config, chunks)
     text_tokenizer = load_tokenizer(names["tokenizer"])
+    # Ranks that hold a model together exchange rows whose number the host reads, which no CUDA graph can hold.
     return LoadedModel(
-        Generator(chunks[0]),
+        Generator(chunks[0], cuda_graph=parallel.whole_model_group().size() == 1),
         text_tokenizer,
-        load_codec(names["codec"]),
+        load_codec(names["codec"]) if needs_codec else no_codec(str(checkpoint)),
         config,
         metadata,
         stop_ids(names["tokenizer"], text_tokenizer),
     )
 
 
-def config_for_generation(source: str, trained_with: dict[str, Any]) -> RunConfig:
-    """The configuration of a training run, changed for generation in one process.
+def no_codec(source: str) -> AudioCodec:
+    """What stands for the codec of a model that is loaded for text alone: whatever is asked of it is an error."""
+    return cast(AudioCodec, _NoCodec(source))
 
-    - No parallelism, and the ``alltoall`` dispatcher, which needs no library.
+
+class _NoCodec:
+    def __init__(self, source: str) -> None:
+        self._source = source
+
+    def __getattr__(self, name: str) -> Any:
+        raise ConfigError(f"{self._source}: was loaded without a codec")
+
+
+def config_for_generation(source: str, trained_with: dict[str, Any], layout: ParallelConfig | None = None) -> RunConfig:
+    """The configuration of a training run, changed for generation.
+
+    - Tensor and expert parallelism as ``layout`` says, and the ``alltoall`` dispatcher, which needs no library.
     - Torch's operators where training may have used kernels for a GPU.
     - Portable layers: Transformer Engine's attention does not take a padding mask together with a cache.
     - No FP8: it needs a multiple of the alignment in positions, and a generation step has one.
@@ -82,7 +135,14 @@ def config_for_generation(source: str, trained_with: dict[str, Any]) -> RunConfi
         source: the name to use in error messages.
         trained_with: see :attr:`CheckpointMetadata.config`.
     """
+    layout = layout or ParallelConfig()
+    if (
+        layout.model_parallel_size != layout.tensor_model_parallel_size
+        or layout.expert_tensor_parallel_size is not None
+    ):
+        raise ConfigError("parallel: generation splits a model over tensor- and expert-parallel ranks alone")
     values = {name: value for name, value in trained_with.items() if name not in ("parallel", "data", "precision")}
+    values["parallel"] = asdict(layout)
     values["data"] = {"seq_length": trained_with["data"]["seq_length"]}
     values["precision"] = {"dtype": trained_with["precision"]["dtype"]}
     overrides = [

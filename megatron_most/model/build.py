@@ -32,16 +32,19 @@ def check_libraries(config: RunConfig) -> None:
         platform.require_library(library, "model.moe.moe_token_dispatcher_type", moe.moe_token_dispatcher_type)
 
 
-def build_model(config: RunConfig) -> list[MoSTModel]:
+def build_model(config: RunConfig, for_inference: bool = False) -> list[MoSTModel]:
     """This rank's model chunks, one for each virtual pipeline stage, on its device and not wrapped.
 
     Call :func:`megatron_most.parallel.initialize` with ``config.parallel`` first.
+
+    Args:
+        for_inference: see :func:`~megatron_most.model.transformer_config.transformer_config`.
 
     Raises:
         ConfigError: a library that the configuration needs is missing.
     """
     check_libraries(config)
-    megatron = transformer_config(config)
+    megatron = transformer_config(config, for_inference)
     backend = platform.model_backend(config.model.transformer_impl)
     rotary = Rotations(config.model.attention, config.data.seq_length, parallel_state.get_context_parallel_group())
     num_stages = config.parallel.virtual_pipeline_model_parallel_size

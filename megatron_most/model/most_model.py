@@ -134,7 +134,7 @@ class MoSTModel(LanguageModule):
             packed_seq_params: the documents of a packed row. Positions restart at their boundaries, and attention does
                 not cross them.
             inference_context: key-value cache.
-            logit_ids: compute the logits of these ids only (requires the whole model on this rank). None: of all ids.
+            logit_ids: return the logits of these ids only. None: of all ids.
 
         Returns:
             Not the last stage: hidden states ``[s, b, h]``. Last stage with targets: losses ``[b, s, 1 + C]`` fp32
@@ -186,8 +186,9 @@ class MoSTModel(LanguageModule):
 
     def _logits(self, hidden: torch.Tensor, ids: range | None) -> torch.Tensor:
         """``[s, b, h]`` -> ``[b, s, V]`` fp32."""
-        if ids is None:
+        if ids is None or self.pg_collection.tp.size() > 1:
             logits, _ = self.output_layer(hidden, weight=self._tied_weight(), runtime_gather_output=True)
+            logits = logits if ids is None else logits[..., ids.start : ids.stop]
         else:
             tied = self._tied_weight()
             weight = self.output_layer.weight if tied is None else tied

@@ -17,8 +17,12 @@ from megatron_most.precision import fp8_backend
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def transformer_config(config: RunConfig) -> TransformerConfig:
-    """Megatron's configuration of the transformer."""
+def transformer_config(config: RunConfig, for_inference: bool = False) -> TransformerConfig:
+    """Megatron's configuration of the transformer.
+
+    Args:
+        for_inference: no sequence parallelism, which cannot split the single position of a generation step.
+    """
     model, attention = config.model, config.model.attention
     config_class = MLATransformerConfig if attention.type == "mla" else TransformerConfig
     return config_class(
@@ -38,7 +42,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         **(_multi_latent(attention) if attention.type == "mla" else _grouped_query(attention)),
         **_experts(config),
         **_dispatcher(config),
-        **_parallel(config.parallel),
+        **_parallel(config.parallel, for_inference),
         **_numerics(config),
         **_recompute(config.training.recompute),
         # No CUDA graphs of modules. Megatron's default, "full", is deprecated.
@@ -65,7 +69,7 @@ def _experts(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _parallel(parallel: ParallelConfig) -> dict[str, Any]:
+def _parallel(parallel: ParallelConfig, for_inference: bool) -> dict[str, Any]:
     virtual = parallel.virtual_pipeline_model_parallel_size
     return {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
@@ -74,7 +78,7 @@ def _parallel(parallel: ParallelConfig) -> dict[str, Any]:
         "context_parallel_size": parallel.context_parallel_size,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
-        "sequence_parallel": parallel.tensor_model_parallel_size > 1,
+        "sequence_parallel": parallel.tensor_model_parallel_size > 1 and not for_inference,
         # Batched point-to-point communication silently gives wrong results with virtual stages on two pipeline ranks
         # (0.19.2).
         "overlap_p2p_comm": virtual is not None,

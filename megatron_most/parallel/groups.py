@@ -85,6 +85,19 @@ def is_first_of_replica() -> bool:
     )
 
 
+def whole_model_place() -> tuple[int, int]:
+    """(rank, size) among the groups of ranks that hold the whole model, experts included, and can run without others.
+
+    Expert tensor parallelism must be tensor parallelism.
+    """
+    return parallel_state.get_expert_data_parallel_rank(), parallel_state.get_expert_data_parallel_world_size()
+
+
+def whole_model_group() -> dist.ProcessGroup:
+    """The ranks that hold the whole model together with this one, where there are no pipeline stages."""
+    return parallel_state.get_expert_tensor_and_model_parallel_group()
+
+
 def is_rank_zero() -> bool:
     """Whether this is global rank 0. True before torch.distributed is started."""
     return not dist.is_initialized() or dist.get_rank() == 0

@@ -58,6 +58,7 @@ _OPTIONAL_PACKAGES = {
         "safetensors": "checkpoints from and to Hugging Face",
         "transformers": "models to compare converted ones with",
     },
+    "harness": {"lm-eval": "text tasks of lm-evaluation-harness"},
     "quickstart": {"espeakng-loader": "the synthetic speech of the quickstart"},
 }
 """Extra -> what each of its packages is for; a package of several extras stands in the first."""

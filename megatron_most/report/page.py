@@ -16,6 +16,7 @@ from megatron_most.report.curves import MEMORY, loss_charts, points_of, training
 from megatron_most.report.routing import routing_view
 from megatron_most.report.run_files import RunFiles, number, read_run
 from megatron_most.report.samples import KINDS, speech_samples
+from megatron_most.report.scores import suite_scores
 from megatron_most.report.transcripts import SHORT_NAMES, error_rates, transcript_tables
 from megatron_most.report.utilization import FLOPS, MFU, with_utilization
 
@@ -76,6 +77,7 @@ def render(run: RunFiles) -> str:
         "routing_charts": _figures(run, by_tokens, _routing_charts) if routing else [],
         "suites": [SHORT_NAMES.get(suite, suite) for suite in suites],
         "rates": rates,
+        "scores": suite_scores(run),
         "tables": transcript_tables(run),
         "samples": speech_samples(run),
         "kinds": KINDS,

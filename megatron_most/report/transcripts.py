@@ -79,6 +79,8 @@ def transcript_tables(run: RunFiles) -> list[TranscriptTable]:
     """A table for every evaluation, in the order of :data:`SUITES`; a note for each that cannot be aligned."""
     tables = []
     for name, result in run.evaluation.items():
+        if "items" not in result and "score" in result:
+            continue  # its suite has no transcripts
         items = [item for item in result.get("items", []) if _is_text(item)]
         if not items:
             run.notes.append(f"evaluation/{name}.json lists no utterances.")

@@ -10,6 +10,7 @@ from megatron_most.data.storage.documents import TASKS
 from megatron_most.report.curves import loss_charts, points_of, training_charts
 from megatron_most.report.run_files import RunFiles, read_run
 from megatron_most.report.samples import MAX_SAMPLES, speech_samples
+from megatron_most.report.scores import suite_scores
 from megatron_most.report.transcripts import Rate, error_rates, transcript_tables
 from tests.unit.report.fake_run import make_run, write_tone
 
@@ -161,3 +162,20 @@ def test_the_size_of_the_sound_is_bounded(tmp_path):
 def test_every_task_that_data_can_have_has_a_curve():
     (chart,) = loss_charts([{"step": 1, **{f"loss/{task}": 1.0 for task in TASKS}}], [])
     assert len(chart.curves) == len({curve.series.color for curve in chart.curves}) == len(TASKS)
+
+
+def test_suites_without_word_error_rates_have_a_table_of_their_own(tmp_path):
+    known = {"interval": [0.5, 0.75], "num_samples": 1200, "num_failed": 3}
+    run = run_with(
+        tmp_path,
+        evaluation={
+            "swuggy": {"suite": "swuggy", "set": "lexical/dev", "metric": "accuracy", "score": 0.625, **known},
+            "text": {"suite": "text", "set": "books", "metric": "bits_per_byte", "score": 1.25, "interval": None},
+            "asr_a": {"suite": "asr", "set": "a", "wer": 0.5, "metric": "wer", "score": 0.5, "items": []},
+        },
+    )
+    first, second = suite_scores(run)
+    assert (first.value, first.interval, first.samples, first.failed) == ("62.5%", "50.0% to 75.0%", "1,200", 3)
+    assert (second.metric, second.value, second.interval) == ("bits per byte", "1.2500", "")
+    assert transcript_tables(run) == []
+    assert run.notes == ["evaluation/asr_a.json lists no utterances."]

@@ -8,8 +8,9 @@ import pytest
 from megatron_most.data.building.tasks import prompt
 from megatron_most.data.preparation.manifest import Record
 from megatron_most.errors import DataError
-from megatron_most.evaluation import suites
-from megatron_most.evaluation.suites import EvaluationSet
+from megatron_most.evaluation.interface import Decoding, EvaluatedModel
+from megatron_most.evaluation.running import run_suite
+from megatron_most.evaluation.suites.speech import AsrSuite, EvaluationSet, ReferenceAudioSuite, TtsSuite
 from megatron_most.inference import Sampling
 from tests.unit.data.tiny import LAYOUTS, LetterTokenizer, LoudnessCodec, layout, random_codes
 
@@ -22,6 +23,8 @@ def record(identity: str, text: str = "the fox") -> Record:
 
 class Deaf:
     """A recognizer that hears nothing."""
+
+    name = "deaf"
 
     def transcribe(self, audio, sample_rate):
         return ""
@@ -48,33 +51,37 @@ def model(request):
     vocab = layout(request.param)
     config = SimpleNamespace(vocab=vocab, data=SimpleNamespace(seq_length=CONTEXT))
     parts = {"generator": Endless(vocab), "tokenizer": LetterTokenizer(), "codec": LoudnessCodec(), "stop_ids": ()}
-    return SimpleNamespace(config=config, **parts)
+    return EvaluatedModel(SimpleNamespace(config=config, **parts), {"name": "endless"})
+
+
+def evaluate_asr(model, evaluated, codes, max_new=None):
+    return run_suite(AsrSuite(evaluated, Decoding(max_new=max_new), codes), model)
 
 
 def asr_prompt_length(model, num_frames: int) -> int:
     """bos, "Transcribe:" without its colon, begin and end of audio."""
-    return 1 + len("Transcribe") + 2 + model.config.vocab.codec_layout.num_positions(num_frames)
+    return 1 + len("Transcribe") + 2 + model.vocab.codec_layout.num_positions(num_frames)
 
 
 def test_a_transcript_may_fill_the_room_beside_its_own_prompt(model):
     codes, evaluated = [random_codes(3), random_codes(11)], EvaluationSet("set", [record("a"), record("b")])
-    result = suites.evaluate_asr(model, evaluated, codes)
+    result = evaluate_asr(model, evaluated, codes)
     rooms = [CONTEXT - asr_prompt_length(model, 3), CONTEXT - asr_prompt_length(model, 11)]
     assert [len(item["hypothesis"]) for item in result["items"]] == rooms
     assert [item["at_limit"] for item in result["items"]] == [True, True]
     assert result["num_at_limit"] == 2
-    alone = suites.evaluate_asr(model, EvaluationSet("set", [record("a")]), codes[:1])
+    alone = evaluate_asr(model, EvaluationSet("set", [record("a")]), codes[:1])
     assert alone["items"] == result["items"][:1]
-    bounded = suites.evaluate_asr(model, evaluated, codes, max_new=5)
+    bounded = evaluate_asr(model, evaluated, codes, max_new=5)
     assert [item["hypothesis"] for item in bounded["items"]] == ["a" * 5] * 2
 
 
 def test_an_utterance_that_does_not_fit_fails_alone_and_counts_as_wrong(model):
     records = [record("a"), record("long", "three more words"), record("broken")]
     codes = [random_codes(3), random_codes(CONTEXT), DataError("broken.wav: no sound")]
-    result = suites.evaluate_asr(model, EvaluationSet("set", records, "basic"), codes)
+    result = evaluate_asr(model, EvaluationSet("set", records, "basic"), codes)
     good, long, broken = result["items"]
-    assert good == suites.evaluate_asr(model, EvaluationSet("set", records[:1], "basic"), codes[:1])["items"][0]
+    assert good == evaluate_asr(model, EvaluationSet("set", records[:1], "basic"), codes[:1])["items"][0]
     length = asr_prompt_length(model, CONTEXT)
     assert long["failed"] == (
         f"a prompt of {length} positions leaves no room for an answer: data.seq_length is {CONTEXT}"
@@ -89,7 +96,7 @@ def test_an_utterance_that_does_not_fit_fails_alone_and_counts_as_wrong(model):
 def test_speech_fills_the_room_beside_its_own_text_and_fails_alone(model):
     texts = ["the fox", "a longer text", "x" * CONTEXT]
     evaluated = EvaluationSet("set", [record(text, text) for text in texts], "basic")
-    result = suites.evaluate_tts(model, evaluated, Deaf())
+    result = run_suite(TtsSuite(evaluated, Deaf()), model)
     assert [("failed" in item, item.get("at_limit", False)) for item in result["items"]] == [
         (False, True),
         (False, True),
@@ -108,10 +115,10 @@ def test_sampled_speech_of_a_text_does_not_depend_on_the_texts_beside_it(model):
 
 
 def test_a_set_of_which_nothing_can_be_evaluated_is_refused(model):
-    with pytest.raises(DataError, match="set: no utterance could be evaluated: no sound"):
-        suites.evaluate_asr(model, EvaluationSet("set", [record("a")]), [DataError("no sound")])
-    with pytest.raises(DataError, match="set: no utterance could be evaluated$"):
-        suites.evaluate_asr(model, EvaluationSet("set", []), [])
+    with pytest.raises(DataError, match="set: no sample could be judged: no sound"):
+        evaluate_asr(model, EvaluationSet("set", [record("a")]), [DataError("no sound")])
+    with pytest.raises(DataError, match="set: no samples$"):
+        evaluate_asr(model, EvaluationSet("set", []), [])
 
 
 def test_sound_stays_in_its_folder_whatever_the_ids(tmp_path):
@@ -119,7 +126,7 @@ def test_sound_stays_in_its_folder_whatever_the_ids(tmp_path):
     records = [record("../../up"), record("/etc/name"), record("käse 1"), record("heldout-0003")]
     codes = [random_codes(2)] * len(records)
     evaluated = EvaluationSet("../set", records, samples=samples, num_samples=4)
-    result = suites.evaluate_reference_audio(LoudnessCodec(), evaluated, Deaf(), codes)
+    result = run_suite(ReferenceAudioSuite(LoudnessCodec(), evaluated, Deaf(), codes), None)
     written = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.wav"))
     assert written == sorted(f"run/{item['roundtrip_wav']}" for item in result["items"])
     assert [item["roundtrip_wav"] for item in result["items"]] == [
@@ -132,6 +139,6 @@ def test_sound_stays_in_its_folder_whatever_the_ids(tmp_path):
 
 def test_results_name_their_normalizer_and_interval(model):
     evaluated = EvaluationSet("set", [record(str(index), "the fox") for index in range(4)])
-    result = suites.evaluate_asr(model, evaluated, [random_codes(3)] * 4, max_new=1)
+    result = evaluate_asr(model, evaluated, [random_codes(3)] * 4, max_new=1)
     assert result["normalizer"] == "whisper-english"
     assert result["wer_interval"] == (1.0, 1.0)

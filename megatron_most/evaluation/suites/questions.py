@@ -1,0 +1,185 @@
+"""Spoken question answering: Llama Questions, TriviaQA and Web Questions, read aloud.
+
+Two layouts:
+
+    OpenAudioBench   <set>/<set>.csv with a column audio_filename, and <set>/audios/
+    UltraEval-Audio  Parquet files with a column audio (bytes and path), as Hugging Face's data sets have them
+
+Columns of answers are ``Answer`` (Llama Questions), ``answers`` (Web Questions), and ``answer``, ``answer_aliases`` or
+``answer_normalized_aliases`` (TriviaQA). All aliases count.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_most.audio import read_audio
+from megatron_most.data.building.tasks import ChatTurn, make_chat
+from megatron_most.data.storage.documents import Document
+from megatron_most.errors import DataError, first_line
+from megatron_most.evaluation.answers import aliases, has_answer, is_exact
+from megatron_most.evaluation.interface import Decoding, Model, require_room
+from megatron_most.evaluation.recognizer import Recognizer
+from megatron_most.evaluation.scores import interval, score, units_of
+from megatron_most.evaluation.suites.base import Interval, Outcome, Suite, attempt, merged
+from megatron_most.files import read_text
+
+QUESTIONS = ("Questions", "question", "Question")
+ANSWERS = ("Answer", "answers", "answer", "answer_value", "answer_aliases", "answer_normalized_aliases")
+
+
+@dataclass(frozen=True)
+class Question:
+    """audio: a file, or the bytes of one. ``text`` is what is asked, for the reader of results."""
+
+    id: str
+    audio: Path | bytes
+    text: str
+    answers: tuple[str, ...]
+
+
+class QuestionSuite(Suite[Question]):
+    """Answers to spoken questions, written, or spoken to a recognizer. A chat with one turn of the user's.
+
+    Args:
+        path: a CSV or Parquet file, or the folder that holds it.
+        recognizer: reads spoken answers; None asks for written ones.
+    """
+
+    name, metric = "sqa", "has_answer"
+
+    def __init__(
+        self,
+        path: str | Path,
+        decoding: Decoding | None = None,
+        recognizer: Recognizer | None = None,
+        limit: int | None = None,
+    ) -> None:
+        self.decoding, self.recognizer = decoding or Decoding(), recognizer
+        self._samples = list(read_questions(Path(path)))[:limit]
+        self.set_name = f"{Path(path).stem} {'S-T' if recognizer is None else 'S-S'}"
+
+    @property
+    def samples(self) -> Sequence[Question]:
+        return self._samples
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        judged_by = None if self.recognizer is None else self.recognizer.name
+        return {"decoding": self.decoding.to_dict(), "recognizer": judged_by}
+
+    def outcomes(self, model: Model, samples: Sequence[Question]) -> list[Outcome]:
+        prompts, failures = self.try_each(samples, lambda sample: self._prompt(model, sample))
+        answers = model.generate(prompts, self.decoding, speech=self.recognizer is not None)
+        working = [sample for place, sample in enumerate(samples) if place not in failures]
+        judged: list[Outcome] = []
+        for sample, answer in zip(working, answers, strict=True):
+            text: Any = answer.text
+            if self.recognizer is not None:
+                waveform = attempt(model.codec.decode, answer.codes)
+                text = attempt(self.recognizer.transcribe, waveform, model.codec.sample_rate)
+            if isinstance(text, DataError):
+                judged.append(self.failure(sample, str(text)))
+            else:
+                judged.append(self._judged(sample, text) | ({"at_limit": True} if answer.at_limit else {}))
+        return merged(len(samples), failures, judged)
+
+    def failure(self, sample: Question, reason: str) -> Outcome:
+        return {**self._judged(sample, ""), "failed": reason}
+
+    def summary(self, outcomes: Sequence[Outcome], score: float, interval: Interval) -> dict[str, Any]:
+        return {
+            "num_at_limit": sum(outcome.get("at_limit", False) for outcome in outcomes),
+            "exact_match": _scored(outcomes, "exact_match"),
+            "exact_match_of_first": _scored(outcomes, "exact_match_of_first"),
+        }
+
+    def _prompt(self, model: Model, sample: Question) -> Document:
+        audio = io.BytesIO(sample.audio) if isinstance(sample.audio, bytes) else sample.audio
+        codes = model.codec.encode(read_audio(audio, model.codec.sample_rate))[:, : model.vocab.num_codebooks]
+        is_spoken = self.recognizer is not None
+        turns, where = [ChatTurn("user", "", codes)], f"question {sample.id}"
+        document = make_chat(
+            model.vocab, model.tokenizer, turns, where=where, answer="spoken" if is_spoken else "written"
+        )
+        return require_room(model, document, model.vocab.codec_layout.num_positions(1) if is_spoken else 1)
+
+    def _judged(self, sample: Question, text: str) -> Outcome:
+        return {
+            "id": sample.id,
+            "value": float(has_answer(sample.answers, text)),
+            "exact_match": float(is_exact(sample.answers, text)),
+            "exact_match_of_first": float(is_exact(sample.answers[:1], text)),
+            "question": sample.text,
+            "answers": list(sample.answers),
+            "answer": text,
+        }
+
+
+def _scored(outcomes: Sequence[Outcome], key: str) -> dict[str, Any]:
+    units = units_of(outcomes, key)
+    return {"score": score(units), "interval": interval(units)}
+
+
+def read_questions(path: Path) -> Iterator[Question]:
+    """The questions of a CSV or Parquet file, or of the folder that holds it.
+
+    Raises:
+        DataError: there is no such file, or a row has no answer or no audio.
+    """
+    if path.is_dir():
+        named = path / f"{path.name}.csv"
+        files = [named] if named.is_file() else sorted(path.rglob("*.parquet"))
+        if not files:
+            raise DataError(f"{path}: holds neither {named.name} nor Parquet files")
+    elif path.is_file():
+        files = [path]
+    else:
+        raise DataError(f"{path}: no such file or folder")
+    for file in files:
+        rows = _parquet_rows(file) if file.suffix == ".parquet" else _csv_rows(file)
+        for number, row in enumerate(rows):
+            where = f"{file}, row {number + 1}"
+            answers = list(dict.fromkeys(one for name in ANSWERS for one in aliases(row.get(name))))
+            if not answers:
+                raise DataError(f"{where}: has no answer in {', '.join(ANSWERS)}")
+            text = next((str(row[name]) for name in QUESTIONS if row.get(name)), "")
+            yield Question(f"{file.stem}/{number}", _audio(file, row, where), text, tuple(answers))
+
+
+def _audio(file: Path, row: Mapping[str, Any], where: str) -> Path | bytes:
+    if name := row.get("audio_filename"):
+        return file.parent / "audios" / str(name)
+    audio = row.get("audio")
+    content = audio.get("bytes") if isinstance(audio, dict) else audio
+    if isinstance(content, bytes):
+        return content
+    path = audio.get("path") if isinstance(audio, dict) else audio
+    if isinstance(path, str) and path:
+        return file.parent / path
+    raise DataError(f"{where}: has no audio in audio_filename or audio")
+
+
+def _csv_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        return list(csv.DictReader(io.StringIO(read_text(path, DataError).removeprefix("\ufeff"))))
+    except (UnicodeDecodeError, csv.Error):
+        raise DataError(f"{path}: not readable as CSV") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            wanted = {*QUESTIONS, *ANSWERS, "audio", "audio_filename"} & set(file.schema_arrow.names)
+            for batch in file.iter_batches(64, columns=sorted(wanted)):
+                yield from batch.to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path}: not readable as Parquet: {first_line(error)}") from None
