@@ -145,3 +145,16 @@ def test_a_code_that_is_an_id_counts_as_its_codebook_weighs() -> None:
     assert loss_sum == 0.5 * 1 + 3 * 2 + 4 + 8
     assert rows["loss/audio"] == (0.5 + 6 + 8, 3)
     assert (rows["loss/codebook_0"], rows["loss/codebook_1"]) == ((1, 1), (2, 1))
+
+
+@pytest.mark.parametrize("num_codebooks", [1, 2])
+def test_flat_labels_at_the_edges_of_the_codes(num_codebooks: int) -> None:
+    vocab = VocabLayout(text_vocab_size=10, num_codebooks=num_codebooks, codebook_size=4, layout="flat")
+    first = vocab.codec_layout.first_code_id
+    last = first + 4 * num_codebooks - 1
+    batch = make_batch(labels=[first - 1, first, last, last + 1, 5], mask=[1, 1, 1, 1, 0], tasks=["tts"] * 5, codes=None)
+    weights = [0.5, 0.25][:num_codebooks]
+    loss_sum, count, rows = reduce(LossTable(vocab, weights), batch, [[1.0], [2.0], [4.0], [8.0], [100.0]])
+    assert (loss_sum, count) == (1 + 2 * 0.5 + 4 * weights[-1] + 8, 4)
+    of_codebooks = [rows[f"loss/codebook_{index}"] for index in range(num_codebooks)]
+    assert of_codebooks == ([(6, 2)] if num_codebooks == 1 else [(2, 1), (4, 1)])

@@ -252,9 +252,11 @@ def test_weights_are_changed_as_little_as_the_share_allows(datasets, place):
     assert (monotonous > -1e-6).all()
 
 
-def test_an_audio_share_out_of_reach_is_refused():
-    with pytest.raises(ConfigError, match=r"data.audio_share=0.9: must be between 0.100 and 0.800"):
-        weights_for_audio_share([1, 1], [0.1, 0.8], 0.9)
+@pytest.mark.parametrize("target", [0.05, 0.1, 0.8, 0.9])
+def test_an_audio_share_out_of_reach_is_refused(target):
+    """So are the shares of the datasets themselves: no weights above zero meet them."""
+    with pytest.raises(ConfigError, match=rf"data.audio_share={target}: must be between 0.100 and 0.800"):
+        weights_for_audio_share([1, 1], [0.1, 0.8], target)
 
 
 def test_the_order_goes_on_after_a_block(folder):
