@@ -3,10 +3,10 @@
     most torchrun --nproc-per-node 8 -m megatron_most.commands.train --config FILE.yaml [key=value ...]
     most torchrun --nproc-per-node 8 -m megatron_most.commands.convert import ...
 
-What differs from torchrun itself: an error in the configuration is told before any rank starts; when ranks fail, the
-last line is the error of the first of them; an interrupt is one line. Exit status: 0 when the ranks have finished, 75
-when they were asked to stop and have saved, 1 when they have failed, 128 + N after signal N without saving.
-torchrun --help lists the options.
+What differs from torchrun itself: an error in the configuration of a training run is reported before any rank starts;
+when ranks fail, the last line is the error of the first of them; an interrupt is one line; ranks that are asked to stop
+have 600 seconds to save (PET_SHUTDOWN_TIMEOUT). Exit status: 0 when the ranks have finished, 75 when they were asked to
+stop and have saved, 1 when they have failed, 128 + N after signal N without saving. torchrun --help lists the options.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ from megatron_most.processes import SPOKEN_FOR
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-_HANDLED, _BY_DEFAULT = "PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
+_HANDLED, _TIMEOUT = "PET_SIGNALS_TO_HANDLE", "PET_SHUTDOWN_TIMEOUT"
+_SAVE_SECONDS = "600"
+"""How long ranks that are asked to stop may take to finish their step and save, where the user does not say so."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -55,11 +57,10 @@ def torchrun(given: Sequence[str], arguments: argparse.Namespace) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     _check_configuration(given)
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup
-        handled = os.environ.get(_HANDLED, _BY_DEFAULT).split(",")
-        os.environ[_HANDLED] = ",".join(name for name in handled if name.strip() != "SIGHUP")
+    _set_signals()
     with tempfile.TemporaryDirectory(prefix="most-") as folder:
         record = Path(os.environ.setdefault(train.STOPPED_FILE, f"{folder}/stopped"))
+        record.unlink(missing_ok=True)  # of an earlier run: ranks may fail before they remove it
         status: int | None = None
         try:
             launcher.main(list(given))
@@ -87,6 +88,17 @@ def _make_quiet() -> None:
     logging.getLogger("torch.distributed.elastic.multiprocessing.errors").setLevel(logging.CRITICAL)
 
 
+def _set_signals() -> None:
+    """Pass all signals on that ask training to stop, and give it time to save."""
+    os.environ.setdefault(_TIMEOUT, _SAVE_SECONDS)
+    # SIGUSR1, which batch systems send before the time of a job is over, would otherwise end torchrun.
+    all_signals = ",".join(number.name for number in (*cli.STOP_SIGNALS, signal.SIGQUIT))
+    handled = os.environ.get(_HANDLED, all_signals).split(",")
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup
+        handled = [name for name in handled if name.strip() != "SIGHUP"]
+    os.environ[_HANDLED] = ",".join(handled)
+
+
 def _check_configuration(given: Sequence[str]) -> None:
     """Read the configuration of a training run here, once, before each rank does."""
     from torch.distributed import run as launcher
@@ -111,7 +123,7 @@ def root_cause(error: ChildFailedError) -> str:
         return f"rank {rank}: {failure.message['message']}"
     if failure.exitcode < 0:
         return f"rank {rank}: was ended by signal {-failure.exitcode} ({failure.signal_name()})"
-    return f"rank {rank}: ended with status {failure.exitcode}; what it wrote stands above"
+    return f"rank {rank}: ended with status {failure.exitcode}; see its output above"
 
 
 def _wait_for_ranks(number: int) -> None:
@@ -126,7 +138,7 @@ def _wait_for_ranks(number: int) -> None:
         if signal.getsignal(further) != signal.SIG_IGN:
             signal.signal(further, pass_on)
     pass_on(number)
-    end = time.monotonic() + float(os.environ.get("PET_SHUTDOWN_TIMEOUT", "30"))
+    end = time.monotonic() + float(os.environ[_TIMEOUT])
     while _ranks() and time.monotonic() < end:
         time.sleep(0.1)
     pass_on(signal.SIGKILL)

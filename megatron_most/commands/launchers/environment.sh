@@ -16,10 +16,6 @@ export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 export NVTE_ALLOW_NONDETERMINISTIC_ALGO="${NVTE_ALLOW_NONDETERMINISTIC_ALGO:-1}"
 # Lines of a rank appear when they are written, not when a buffer is full.
 export PYTHONUNBUFFERED="${PYTHONUNBUFFERED:-1}"
-# Asked to stop, torchrun gives its ranks this many seconds to finish their step and save before it kills them.
-export PET_SHUTDOWN_TIMEOUT="${PET_SHUTDOWN_TIMEOUT:-600}"
-# Signals that torchrun passes on to its ranks. SIGUSR1, which batch systems send before a job's time is over, would end it.
-export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}"
 # Every start of the ranks gets a store of its own. torch 2.13 keeps the first one, and never tells a node that takes a lost
 # one's place where it is: all wait for that node until they give up.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"

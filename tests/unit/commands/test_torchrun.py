@@ -33,7 +33,7 @@ time.sleep(60)
 
 @pytest.fixture(autouse=True)
 def own_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in (STOPPED_FILE, "PET_SIGNALS_TO_HANDLE"):
+    for name in (STOPPED_FILE, "PET_SIGNALS_TO_HANDLE", "PET_SHUTDOWN_TIMEOUT"):
         monkeypatch.setenv(name, "")  # so that it is restored
         monkeypatch.delenv(name)
     handlers = {number: signal.getsignal(number) for number in cli.STOP_SIGNALS}
@@ -91,7 +91,7 @@ def test_a_failure_is_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("handled", "expected"),
-    [(None, "SIGTERM,SIGINT,SIGQUIT"), ("SIGTERM,SIGHUP,SIGUSR1", "SIGTERM,SIGUSR1")],
+    [(None, "SIGTERM,SIGINT,SIGUSR1,SIGQUIT"), ("SIGTERM,SIGHUP", "SIGTERM")],
 )
 def test_a_hangup_stays_ignored_under_nohup(
     handled: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
@@ -101,6 +101,26 @@ def test_a_hangup_stays_ignored_under_nohup(
         monkeypatch.setenv("PET_SIGNALS_TO_HANDLE", handled)
     assert status_of(monkeypatch, lambda: None) is None
     assert os.environ["PET_SIGNALS_TO_HANDLE"] == expected
+
+
+def test_ranks_get_every_signal_that_asks_them_to_save_and_time_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    assert status_of(monkeypatch, lambda: None) is None
+    handled = os.environ["PET_SIGNALS_TO_HANDLE"].split(",")
+    assert set(handled) == {"SIGQUIT", *(number.name for number in cli.STOP_SIGNALS)}
+    assert os.environ["PET_SHUTDOWN_TIMEOUT"] == "600"
+    monkeypatch.setenv("PET_SHUTDOWN_TIMEOUT", "60")
+    assert status_of(monkeypatch, lambda: None) is None
+    assert os.environ["PET_SHUTDOWN_TIMEOUT"] == "60"
+
+
+def test_the_record_of_an_earlier_run_does_not_hide_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    record = tmp_path / "stopped"
+    record.touch()
+    monkeypatch.setenv(STOPPED_FILE, str(record))
+    monkeypatch.setattr(torch.distributed.run, "main", lambda args: fail_with(RuntimeError("rank 1: exit code 1"))())
+    with pytest.raises(RuntimeError, match="rank 1"):
+        torchrun.main([])
 
 
 def test_ranks_save_although_torchrun_was_signaled_again_and_left_them_alone(monkeypatch: pytest.MonkeyPatch) -> None:

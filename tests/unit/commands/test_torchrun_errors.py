@@ -58,7 +58,7 @@ def started(monkeypatch) -> list[argparse.Namespace]:
     """The command lines that reach torch's launcher, which starts nothing here."""
     seen: list[argparse.Namespace] = []
     monkeypatch.setattr(launcher, "run", seen.append)
-    for name in ("OMP_NUM_THREADS", "LOGLEVEL", STOPPED_FILE):
+    for name in ("OMP_NUM_THREADS", "LOGLEVEL", STOPPED_FILE, "PET_SIGNALS_TO_HANDLE", "PET_SHUTDOWN_TIMEOUT"):
         monkeypatch.setenv(name, "")  # so that it is restored
         monkeypatch.delenv(name)
     return seen
