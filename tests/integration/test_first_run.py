@@ -111,7 +111,7 @@ class Walk:
 
     def follow(self, block: Block) -> str:
         """Run a block; the page says that a training may be stopped, and goes on when the command is repeated."""
-        if "torchrun" in block.text:
+        if "most torchrun" in block.text:
             self.stop(block, lambda: self.steps_logged() >= 3)
         return self.run(block)
 

@@ -71,6 +71,12 @@ def test_scripts_and_configurations_that_a_document_names_exist(document):
     assert not missing
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_document_starts_ranks_in_one_way(document):
+    """By ``most torchrun``; plain torchrun would end with another status, and with a traceback."""
+    assert not re.findall(r"^ *torchrun .*", document.read_text(), re.MULTILINE)
+
+
 def test_documents_that_the_code_names_exist():
     sources = [path for folder in ("megatron_most", "tools", "examples") for path in (ROOT / folder).rglob("*.py")]
     named = {name for path in sources for name in re.findall(r"docs/[\w-]+\.md", path.read_text())}

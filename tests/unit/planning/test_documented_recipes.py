@@ -31,8 +31,14 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "train": train.make_parser,
 }
 STAND_INS = """
-most() { printf '%s\\x1f' "$@"; printf '\\n'; }
-torchrun() { while [ "$1" != -m ]; do shift; done; shift; most "${1##*.}" "${@:2}"; }
+most() {
+    if [ "$1" = torchrun ]; then
+        while [ "$1" != -m ]; do shift; done
+        set -- "${2##*.}" "${@:3}"
+    fi
+    printf '%s\\x1f' "$@"
+    printf '\\n'
+}
 """
 
 
@@ -40,7 +46,7 @@ torchrun() { while [ "$1" != -m ]; do shift; done; shift; most "${1##*.}" "${@:2
 def commands(page: str) -> list[list[str]]:
     """The arguments of every ``most`` command of a page, shell variables and loops expanded."""
     blocks = [block.text for block in code_blocks(page) if block.language in ("", "bash")]
-    script = STAND_INS + "".join(block for block in blocks if re.search(r"most (prepare|convert|plan)|torchrun", block))
+    script = STAND_INS + "".join(block for block in blocks if re.search(r"most (prepare|convert|plan|torchrun)", block))
     with tempfile.TemporaryDirectory() as folder:
         shell = ["/bin/bash", "--norc", "-c", script]
         done = subprocess.run(shell, env={"PATH": ""}, cwd=folder, capture_output=True, text=True, check=False)
