@@ -59,7 +59,7 @@ def run(
                 print("interrupted", file=sys.stderr)
             sys.exit(INTERRUPTED)
         line = _one_line(error, parser.prog)
-        _tell_torchrun(line or f"{type(error).__name__}: {first_line(error)}")
+        tell_torchrun(line or f"{type(error).__name__}: {first_line(error)}")
         if options.debug or line is None:
             raise
         print(f"error: {line}", file=sys.stderr)
@@ -84,7 +84,7 @@ def _is_interrupt(error: BaseException | None) -> bool:
     return error is not None
 
 
-def _tell_torchrun(message: str) -> None:
+def tell_torchrun(message: str) -> None:
     """Write the file whose message ``torchrun`` quotes in its own report (its ErrorHandler defines the format)."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
+from megatron_most.cli import tell_torchrun
 from megatron_most.errors import MostError
 
 
@@ -38,10 +39,16 @@ def on_rank_zero[T](action: Callable[[], T]) -> T:
     return result[0]  # type: ignore[return-value]
 
 
-def fail(error: MostError | None) -> NoReturn:
-    """Raise ``error``, or exit with status 1 on a rank that has none."""
+def fail(error: MostError | None, unless_told: str = "") -> NoReturn:
+    """Raise ``error``, or exit with status 1 on a rank that has none.
+
+    Args:
+        unless_told: what a rank without an error leaves for ``torchrun``, in case no other rank raises one.
+    """
     if error is not None:
         raise error
     # torchrun kills all ranks as soon as one exits: let the rank with the error print it first.
     time.sleep(1)
+    if unless_told:
+        tell_torchrun(unless_told)
     sys.exit(1)

@@ -61,9 +61,16 @@ class FailedBatches(StepHook):
             trainer.say(f"step {trainer.state.step}  {reason}; {saved}")
 
     def end(self, trainer: Trainer, error: NonFiniteStep) -> NoReturn:
-        """End the run with ``error``, which also names the record of the batch. Call it on every rank."""
+        """End the run with ``error``, which also names the record of the batch.
+
+        Call it on every rank that has the error. Rank 0, which reports it, may not be one of them (``own_losses`` is
+        None): torchrun then reports what the others leave.
+        """
         saved = self._record(trainer.state.step + 1, error.reason, trainer.state.consumed_samples, error.own_losses)
-        parallel.fail(MostError(f"{error}; {saved}") if dist.get_rank() == 0 else None)
+        parallel.fail(
+            MostError(f"{error}; {saved}") if dist.get_rank() == 0 else None,
+            unless_told=str(error) if error.own_losses is None else "",
+        )
 
     def _spike(self, loss: float) -> str:
         """Why ``loss`` counts as a spike; empty if it does not."""

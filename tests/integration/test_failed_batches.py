@@ -6,6 +6,8 @@ import contextlib
 import io
 import itertools
 import json
+import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -245,6 +247,37 @@ def test_a_gradient_that_is_not_finite_is_skipped(layout: str, tmp_path: Path) -
     record = json.loads(record_of(config, 2).read_text())
     assert re.fullmatch("the gradient norm is (inf|nan)", record["reason"])
     assert all(isinstance(row["loss"], float) for row in record["rows"])
+
+
+def train_with_a_damaged_rank(config: RunConfig, error_file: Path) -> str:
+    """Rank 1 finds an infinite gradient norm in step 2, rank 0 a finite one, as where memory is damaged."""
+    if os.environ["RANK"] == "1":
+        os.environ["TORCHELASTIC_ERROR_FILE"] = str(error_file)
+
+    class Damaged(BeforeStep):
+        def __init__(self) -> None:
+            self.step = 2
+
+        def before_step(self, trainer: Trainer) -> None:
+            if trainer.state.step == 1 and dist.get_rank() == 1:
+                update = trainer.state.optimizer.step
+                trainer.state.optimizer.step = lambda: (update()[0], math.inf, None)
+
+    try:
+        train(config, Damaged())
+    except SystemExit as error:
+        return f"status {error.code}"
+    except RuntimeError:
+        return "has lost the other rank"
+    return "finished"
+
+
+def test_what_one_rank_alone_has_found_is_not_lost(tmp_path: Path) -> None:
+    config = run_config(tmp_path, **OPTIONS, parallel__distributed_timeout_minutes=0.5)
+    ends = run_ranks(2, train_with_a_damaged_rank, config, tmp_path / "error.json")
+    assert ends == ["has lost the other rank", "status 1"]
+    message = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
+    assert message.startswith("step 2: the gradient norm is inf; nothing of this step was saved")
 
 
 def train_with_a_spike(config: RunConfig) -> str:
