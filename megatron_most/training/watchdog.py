@@ -97,7 +97,8 @@ class Watchdog:
         if error is not None and not isinstance(error, MostError):
             minutes = f"parallel.distributed_timeout_minutes={self._seconds / 60:g}"
             hung = f"; no progress within {minutes}; stacks of all ranks: {self._folder}"
-            error.add_note(self.where() + (hung if self._reported is self._progress else ""))
+            is_hung = self._reported is self._progress and self._is_stuck(self._progress)
+            error.add_note(self.where() + (hung if is_hung else ""))
 
     def enter(self, step: int, phase: str, is_long: bool = False) -> None:
         """A phase begins. Costs less than a microsecond.
@@ -117,12 +118,15 @@ class Watchdog:
             # Fires only if this thread does not come back in time to set it anew.
             faulthandler.dump_traceback_later(self._seconds / 2, file=2)
             now = self._progress
-            is_stuck = time.monotonic() - now.since > self._seconds * (0.75 if now.is_long else 0.5)
+            is_stuck = self._is_stuck(now)
             is_asked = self._requested() != self._answered
             if (is_stuck and now is not self._reported) or is_asked:
                 self._reported = now
                 seconds = time.monotonic() - now.since
                 self._report(now, f"no progress for {seconds:.0f} s" if is_stuck else "asked for stacks")
+
+    def _is_stuck(self, now: Progress) -> bool:
+        return time.monotonic() - now.since > self._seconds * (0.75 if now.is_long else 0.5)
 
     def _report(self, now: Progress, why: str) -> None:
         try:

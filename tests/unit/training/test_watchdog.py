@@ -200,6 +200,17 @@ def test_the_error_that_ends_a_hang_names_the_key_and_the_stacks(tmp_path: Path)
     )
 
 
+def test_an_error_after_stacks_were_asked_for_is_no_hang(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path, [HERE])
+    with pytest.raises(RuntimeError) as caught, ranks.rank(0) as watchdog:
+        (tmp_path / "stacks").mkdir()
+        watchdog.enter(7, "saving", is_long=True)
+        (tmp_path / "stacks" / "request").touch()
+        ranks.wait()
+        raise RuntimeError("gloo")
+    assert caught.value.__notes__ == ["rank 0, step 7, saving"]
+
+
 def test_entering_a_phase_costs_next_to_nothing(tmp_path: Path) -> None:
     with Ranks(tmp_path, [HERE]).rank(0) as watchdog:
         began = time.process_time()
