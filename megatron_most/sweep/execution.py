@@ -183,7 +183,7 @@ def _stop(active: list[_Active], report: Callable[[str], None]) -> None:
     for run, job in active:
         # A job that has not begun yet is known to submitit alone: its number is that of its process.
         begun = None if job is None else int(job.job_id)
-        pid = pid_of(run.directory) if state(run) == "running" else begun
+        pid = (pid_of(run.directory) if state(run) == "running" else None) or begun
         if pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)

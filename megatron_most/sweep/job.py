@@ -34,6 +34,10 @@ _SAVE_SECONDS = 600
 _LAST_LINES = 15
 
 
+_process: subprocess.Popen | None = None
+"""The process that runs now, to pass signals on to it. Not in the job, which submitit pickles to requeue it."""
+
+
 @dataclass
 class Programs:
     """Command lines of a run, without their options. The command passes them in, since they are of a higher layer.
@@ -129,7 +133,7 @@ class Job:
             environment |= _meeting_point()
             environment["PET_NNODES"] = str(self.resources.nodes)
             environment["PET_LOG_DIR"] = str(directory / "logs" / os.environ["SLURMD_NODENAME"])
-        return _call([*program, "--config", str(directory / CONFIG)], log, environment, descriptors)
+        return self._call([*program, "--config", str(directory / CONFIG)], log, environment, descriptors)
 
     def _unfinished(self, directory: Path) -> str:
         """Why training that exited with status 0 is not complete; empty if it is."""
@@ -149,32 +153,29 @@ class Job:
         command += ["--normalizer", one.normalizer] if one.normalizer else []
         command += ["--limit", str(one.limit)] if one.limit else []
         command += ["--vocabulary", *one.vocabulary] if one.vocabulary else []
-        return _call(command, log, {}, descriptors)
+        return self._call(command, log, {}, descriptors)
 
-
-_process: subprocess.Popen | None = None
-"""The process that runs now, to pass signals on to it."""
-
-
-def _call(command: list[str], log: Path, environment: dict[str, str], descriptors: tuple[int, ...]) -> int:
-    """Run a command and return its status. It inherits ``descriptors``, and with them the lock."""
-    global _process
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # launchers start python
-    # submitit sets variables that torchrun would take for its own.
-    inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    with open(log, "a", encoding="utf-8") as output:
-        _process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**inherited, "PATH": path, **environment},
-            pass_fds=descriptors,
-            preexec_fn=end_with_parent,
-        )
-        try:
-            return _process.wait()
-        finally:
-            _process = None
+    def _call(self, command: list[str], log: Path, environment: dict[str, str], descriptors: tuple[int, ...]) -> int:
+        """Run a command and return its status. It inherits ``descriptors``, and with them the lock."""
+        global _process
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # launchers start python
+        # submitit sets variables that torchrun would take for its own.
+        inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+        with open(log, "a", encoding="utf-8") as output:
+            _process = subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**inherited, "PATH": path, **environment},
+                pass_fds=descriptors,
+                preexec_fn=end_with_parent,
+            )
+            if self.is_stopped:
+                _process.terminate()  # the signal came before there was a process to pass it on to
+            try:
+                return _process.wait()
+            finally:
+                _process = None
 
 
 def _meeting_point() -> dict[str, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +12,6 @@ import pytest
 
 from megatron_most import checkpointing, cli
 from megatron_most.config import CONFIG, dump_config
-from megatron_most.sweep import job as job_module
 from megatron_most.sweep.job import FAILURE, LOG, RESULT, STOPPED, Job, Programs, lock
 from megatron_most.sweep.spec import EvaluationConfig, ResourcesConfig
 from tests.distributed.tiny import tiny_config
@@ -32,12 +33,12 @@ def calls(monkeypatch, tmp_path):
     found = Calls()
     (tmp_path / CONFIG).write_text(dump_config(tiny_config(training__train_iters=6, run_dir=tmp_path)))
 
-    def call(command: list[str], log: Path, environment: dict, descriptors: tuple) -> int:
+    def call(job: Job, command: list[str], log: Path, environment: dict, descriptors: tuple) -> int:
         found.append(command)
         log.write_text("some line\nerror: model.hidden_size=3: must be even\nSignal caught\n")
         return found.statuses.pop(0) if found.statuses else 0
 
-    monkeypatch.setattr(job_module, "_call", call)
+    monkeypatch.setattr(Job, "_call", call)
     monkeypatch.setattr(checkpointing, "read_metadata", lambda directory: SimpleNamespace(step=found.reached))
     monkeypatch.delenv("SLURM_NODEID", raising=False)
     return found
@@ -90,6 +91,17 @@ def test_training_that_was_asked_to_stop_is_not_finished(tmp_path, calls):
     make(tmp_path)()
     assert (tmp_path / RESULT).exists() and not (tmp_path / STOPPED).exists()
     assert json.loads((tmp_path / RESULT).read_text())["attempts"] == 1
+
+
+def test_a_job_that_is_asked_to_stop_before_training_starts_does_not_train(tmp_path, monkeypatch):
+    (tmp_path / CONFIG).write_text(dump_config(tiny_config(training__train_iters=6, run_dir=tmp_path)))
+    monkeypatch.delenv("SLURM_NODEID", raising=False)
+    job = Job(str(tmp_path), "abc", ResourcesConfig(), [], Programs(["sh", "-c", "sleep 60"], [], []))
+    job._stop(signal.SIGTERM, None)
+    began = time.monotonic()
+    job()
+    assert time.monotonic() - began < 30
+    assert not any((tmp_path / name).exists() for name in (RESULT, FAILURE, STOPPED))
 
 
 def test_training_that_ends_early_without_a_word_is_a_failure(tmp_path, calls):
