@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_most import checkpointing
+from megatron_most import checkpointing, cli
 from megatron_most.errors import MostError
 
 PATH = Path(__file__).parents[2] / "examples" / "quickstart" / "run.py"
@@ -89,12 +89,12 @@ def test_a_failed_step_stops_the_run_and_is_tried_again(run, counting, tmp_path)
 
 @pytest.fixture
 def training(run, tmp_path):
-    """Makes a step that leaves a checkpoint, then fails as long as the file ``interrupt`` is there."""
+    """Makes a step that leaves a checkpoint, then ends with the status in the file ``status``, or 0."""
     script = (
         "import pathlib, sys; run_dir = pathlib.Path(sys.argv[1]);"
         "(run_dir / 'checkpoints' / 'step_1').mkdir(parents=True, exist_ok=True);"
         "open(run_dir / 'ran.txt', 'a').write(sys.argv[2] + '\\n');"
-        "sys.exit((run_dir / 'interrupt').exists())"
+        "sys.exit(int((run_dir / 'status').read_text()) if (run_dir / 'status').exists() else 0)"
     )
 
     def make(configuration: str):
@@ -114,23 +114,24 @@ def test_the_work_of_another_configuration_is_refused_and_not_stamped(run, train
 
 
 def test_an_interrupted_training_continues_but_not_with_another_configuration(run, training, tmp_path):
-    (tmp_path / "interrupt").touch()
+    (tmp_path / "status").write_text("1")
     with pytest.raises(MostError, match="step train failed"):
         run.run_steps(training("first"), tmp_path)
-    (tmp_path / "interrupt").unlink()
+    (tmp_path / "status").unlink()
     with pytest.raises(MostError, match="another configuration"):
         run.run_steps(training("second"), tmp_path)
     run.run_steps(training("first"), tmp_path)
     assert (tmp_path / "ran.txt").read_text() == "first\n" * 2
 
 
-def test_training_that_was_asked_to_stop_is_gone_on_with(run, training, tmp_path, monkeypatch):
-    """It saves and leaves with status 0."""
+def test_training_that_was_asked_to_stop_continues(run, training, tmp_path, monkeypatch):
     (step,) = training("first")
+    (tmp_path / "status").write_text(str(cli.STOPPED))
     step.training_steps = 100
     monkeypatch.setattr(checkpointing, "read_metadata", lambda path: SimpleNamespace(step=40))
     with pytest.raises(MostError, match="train was stopped after step 40 of 100; run again to continue"):
         run.run_steps([step], tmp_path)
+    (tmp_path / "status").unlink()
     monkeypatch.setattr(checkpointing, "read_metadata", lambda path: SimpleNamespace(step=100))
     run.run_steps([step], tmp_path)
     run.run_steps([step], tmp_path)  # is complete
