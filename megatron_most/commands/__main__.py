@@ -14,7 +14,7 @@ COMMANDS = {
     "prepare": "turn audio and text into indexed datasets",
     "convert": "convert checkpoints from and to Hugging Face",
     "train": "train in this process, or under torchrun in many",
-    "torchrun": "start the ranks of train or convert; an error is the last line",
+    "torchrun": "start the ranks of train or convert; if they fail, the last line is the error",
     "launch": "print the folder of the launch scripts (one node, several, SLURM, Kubernetes)",
     "generate": "transcribe audio or speak text",
     "evaluate": "measure a trained model: speech, spoken language, ...",

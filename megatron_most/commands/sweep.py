@@ -5,8 +5,8 @@
     most sweep --spec examples/sweeps/16b_routing.yaml --executor slurm    # again with --resume to collect
 
 Every configuration is checked before the first run starts. Ctrl-C lets the running jobs save and stop; a sweep that is
-killed leaves them running. Results: results.csv, results.parquet and sweep.html in the
-sweep's output folder. docs/ablations.md describes the file.
+killed leaves them running. Results: results.csv, results.parquet and sweep.html in the sweep's output folder.
+docs/ablations.md describes the file.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--replay",
         metavar="FILE",
-        help="run the batch of a step that a run recorded in failed_batches/ alone, and print its losses",
+        help="run one batch alone, as recorded in a run's failed_batches/, and print its losses; nothing is trained",
     )
     parser.add_argument(
         "overrides",
@@ -65,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
 def train(arguments: argparse.Namespace) -> None:
     cli.require_positive(arguments, "world_size")
     if arguments.dry_run and arguments.replay is not None:
-        raise ConfigError(f"--replay={arguments.replay}: has no --dry-run")
+        raise ConfigError(f"--replay={arguments.replay}: cannot be combined with --dry-run")
     if arguments.dry_run:
         if _rank() == 0:
             describe(arguments)

@@ -1,7 +1,7 @@
 """The load-balancing loss, taken inside each modality's choice of experts.
 
-Shape letters: b micro-batch rows, n tokens (of this rank), B sequences that are balanced
-separately (the b rows, or 1 for all tokens together), E experts (physical order), M modalities.
+Shape letters: b micro-batch rows, n tokens (of this rank), B sequences that are balanced separately (the b rows, or 1
+for all tokens together), E experts (physical order), M modalities.
 """
 
 from __future__ import annotations

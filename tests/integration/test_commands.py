@@ -128,7 +128,7 @@ WRONG = {
         (["--config", "{config}"], "error: ", 1),
         (["--replay", "{tmp}/absent.json"], "error: {tmp}/absent.json: no such file", 1),
         (["--replay", "{config}"], "error: {config}: not readable as JSON: ", 1),
-        (["--replay", "f", "--dry-run"], "error: --replay=f: has no --dry-run", 1),
+        (["--replay", "f", "--dry-run"], "error: --replay=f: cannot be combined with --dry-run", 1),
         (["--replay", "f", "--config", "{config}"], "not allowed with argument", 2),
         ([], "one of the arguments --config --replay is required", 2),
     ],
