@@ -152,7 +152,9 @@ def test_flat_labels_at_the_edges_of_the_codes(num_codebooks: int) -> None:
     vocab = VocabLayout(text_vocab_size=10, num_codebooks=num_codebooks, codebook_size=4, layout="flat")
     first = vocab.codec_layout.first_code_id
     last = first + 4 * num_codebooks - 1
-    batch = make_batch(labels=[first - 1, first, last, last + 1, 5], mask=[1, 1, 1, 1, 0], tasks=["tts"] * 5, codes=None)
+    batch = make_batch(
+        labels=[first - 1, first, last, last + 1, 5], mask=[1, 1, 1, 1, 0], tasks=["tts"] * 5, codes=None
+    )
     weights = [0.5, 0.25][:num_codebooks]
     loss_sum, count, rows = reduce(LossTable(vocab, weights), batch, [[1.0], [2.0], [4.0], [8.0], [100.0]])
     assert (loss_sum, count) == (1 + 2 * 0.5 + 4 * weights[-1] + 8, 4)
