@@ -66,6 +66,6 @@ class TransformersRecognizer:
         inputs = self._processor(audio, sampling_rate=self._sample_rate, return_tensors="pt").to(self._model.device)
         if self._is_ctc:
             ids = self._model(**inputs).logits.argmax(dim=-1)
-            return self._processor.batch_decode(ids)[0].strip()
+            return self._processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
         ids = self._model.generate(**inputs, do_sample=False, num_beams=1)
         return self._processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
