@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_most.audio import codec_file, file_fingerprint
 from megatron_most.checkpointing.directory import MANIFEST, read_manifest, resolve, step_of, verify_small_files
-from megatron_most.config import RunConfig, number_experts, with_new_names
+from megatron_most.config import ModelConfig, RunConfig, number_experts, with_new_names
 from megatron_most.data.storage.sidecar import read_sidecar
 from megatron_most.errors import CheckpointError
 from megatron_most.files import read_json
@@ -168,7 +168,8 @@ def check_same_model(directory: Path, metadata: CheckpointMetadata, config: RunC
 
     The tokenizer and the codec must have the same content, as far as it is known.
     """
-    stored, wanted = _with_numbered_experts(metadata.config), _with_numbered_experts(dataclasses.asdict(config))
+    stored = _with_numbered_experts(with_new_fields(metadata.config))
+    wanted = _with_numbered_experts(dataclasses.asdict(config))
     for section in ("vocab", "model"):
         difference = first_difference(stored.get(section), wanted[section], section, ignore=TRAINING_ONLY)
         if difference:
@@ -221,6 +222,20 @@ def check_same_data(directory: Path, metadata: CheckpointMetadata, datasets: lis
                 f"{directory}: dataset {dataset.name} was rebuilt with other content since this checkpoint was trained"
                 " on it; restore the old dataset, or choose another run_dir"
             )
+
+
+def with_new_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a recorded configuration with the fields of the model that the version that wrote it did not have.
+
+    They have their defaults, with which a model computes what it did then.
+    """
+    return {**config, "model": _filled(config.get("model"), dataclasses.asdict(ModelConfig()))}
+
+
+def _filled(values: Any, defaults: Any) -> Any:
+    if not isinstance(values, dict) or not isinstance(defaults, dict):
+        return values
+    return {**defaults, **{key: _filled(value, defaults.get(key)) for key, value in values.items()}}
 
 
 def first_difference(

@@ -107,7 +107,8 @@ class NativeLayers:
         }
         model["moe"] |= PORTABLE
         if is_dense:
-            model["moe"] |= {"moe_ffn_hidden_size": 1, "moe_shared_expert_intermediate_size": 0}
+            small = {"moe_ffn_hidden_size": 1, "moe_shared_expert_intermediate_size": 0}
+            model["moe"] |= small | {"moe_shared_expert_gate": False}
         sections: dict[str, Any] = {
             "vocab": {**vocab, "further_modalities": further},
             "model": model,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_most.checkpointing.directory import checkpoints_directory, complete_checkpoints, remove_leftovers
-from megatron_most.checkpointing.metadata import TRAINING_ONLY, first_difference, read_metadata
+from megatron_most.checkpointing.metadata import TRAINING_ONLY, first_difference, read_metadata, with_new_fields
 from megatron_most.config import CONFIG, RunConfig, dump_config, read_yaml, with_new_names
 from megatron_most.errors import ConfigError
 from megatron_most.files import set_aside, write_json, write_text
@@ -81,9 +81,9 @@ def check_same_run(config: RunConfig) -> None:
     path, metrics = run_dir / CONFIG, run_dir / METRICS
     checkpoints, _ = complete_checkpoints(run_dir)
     if checkpoints:
-        theirs = read_metadata(checkpoints[-1]).config
+        theirs = with_new_fields(read_metadata(checkpoints[-1]).config)
     elif metrics.is_file() and metrics.stat().st_size and path.is_file():
-        theirs = with_new_names(read_yaml(path))
+        theirs = with_new_fields(with_new_names(read_yaml(path)))
     else:
         return
     mine = dataclasses.asdict(config)

@@ -61,8 +61,7 @@ MODELS: dict[str, Overrides] = {
         "model__moe__moe_shared_expert_intermediate_size": 0,
         "model__moe__expert_backend": "sequential",
         "precision__dtype": "bf16",
-        "optimizer__lr_scales": "[{part: embeddings, scale: 0}, {part: embeddings.audio, scale: 1},"
-        " {part: heads.audio, scale: 0}]",
+        "optimizer__lr_scales": "[{part: embeddings, scale: 0}, {part: embeddings.audio, scale: 1}]",
     },
 }
 

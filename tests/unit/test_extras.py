@@ -75,10 +75,9 @@ def test_an_extra_brings_the_modules_that_are_looked_for(extra):
     assert declared(extra) <= set(EXTRAS[extra]) | elsewhere
 
 
-def test_all_brings_everything_but_what_only_a_gpu_can_use():
-    everything = set().union(*map(declared, set(EXTRAS) - {"gpu"}))
-    assert declared("all") == everything
-    assert declared("dev") >= everything
+def test_all_brings_everything_but_what_only_a_gpu_can_use_and_the_many_packages_of_the_harness():
+    assert declared("all") == set().union(*map(declared, set(EXTRAS) - {"gpu", "harness"}))
+    assert declared("dev") >= declared("all") | declared("harness")
 
 
 def test_training_requires_nothing_of_an_extra():
@@ -159,6 +158,7 @@ MISSING = [
     (("convert", "import", "--hf", "h", "--out", "{tmp}/o"), "safetensors", "conversion"),
     (("convert", "export", "--checkpoint", "c", "--format", "most", "--out", "{tmp}/o"), "safetensors", "conversion"),
     (("convert", "verify", "--hf", "h", "--checkpoint", "c"), "transformers", "conversion"),
+    (("harness", "--checkpoint", "c", "--tasks", "arc_easy", "--output", "{tmp}/o.json"), "lm_eval", "harness"),
 ]
 
 
@@ -178,7 +178,14 @@ def test_a_command_whose_extra_is_missing_says_so_in_one_line(files, arguments, 
 def test_every_command_that_needs_an_extra_is_tested_without_it():
     from megatron_most.commands.__main__ import COMMANDS
 
-    assert {arguments[0] for arguments, *_ in MISSING} == set(COMMANDS) - {"doctor", "plan", "train", "launch"}
+    assert {arguments[0] for arguments, *_ in MISSING} == set(COMMANDS) - {
+        "compare",
+        "doctor",
+        "launch",
+        "plan",
+        "torchrun",
+        "train",
+    }
 
 
 @pytest.mark.slow

@@ -135,7 +135,7 @@ def test_few_operators_surround_the_kernels(monkeypatch: pytest.MonkeyPatch) -> 
     with Operators() as operators:
         probs, _ = router(hidden, planes)
         probs.backward(torch.ones_like(probs))
-    assert operators.counts.total() + 2 <= 30, operators.counts
+    assert operators.counts.total() + 2 <= 33, operators.counts
 
 
 @pytest.mark.slow

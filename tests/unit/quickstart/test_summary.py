@@ -26,7 +26,7 @@ def evaluate():
     return module
 
 
-def test_training_summary_adds_up_the_intervals(evaluate, tmp_path):
+def test_training_summary_adds_up_the_intervals(evaluate, tmp_path, monkeypatch):
     metrics = [
         {"step": 1, "loss": 9.0, "loss/text": 6.0, "loss/audio": 12.0, "step_seconds": 3.0, "consumed_tokens": 100},
         {"step": 10, "validation/x/loss": 5.0},
@@ -38,11 +38,10 @@ def test_training_summary_adds_up_the_intervals(evaluate, tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "environment.json").write_text(json.dumps({"versions": {"torch": "2"}}))
     config = tiny_config()
-    model = SimpleNamespace(
-        config=config, metadata=SimpleNamespace(config={"parallel": {"expert_model_parallel_size": 2}}, world_size=2)
-    )
+    metadata = SimpleNamespace(config={"parallel": {"expert_model_parallel_size": 2}}, world_size=2)
+    monkeypatch.setattr(evaluate, "read_metadata", lambda run_dir: metadata)
 
-    summary = evaluate._training_summary(tmp_path, model)
+    summary = evaluate._training_summary(tmp_path, config)
 
     assert summary["train_seconds"] == pytest.approx(3.0 + 10 * 0.5 + 4 * 1.0)
     assert summary["tokens_per_second"] == pytest.approx(1500 / 12)
