@@ -119,6 +119,7 @@ def load_model(
     batch_size: int = 32,
 ) -> EvaluatedModel:
     """A checkpoint, the newest of a run, or a Hugging Face export. Arguments and errors as for their loaders."""
+    identity: dict[str, Any]
     if is_export(path):
         if layout is not None and layout != ParallelConfig():
             raise ConfigError(f"{path}: an export is not split over ranks; evaluate the checkpoint that it is of")

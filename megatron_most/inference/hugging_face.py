@@ -61,7 +61,7 @@ def load_export(
     parallel.initialize(ParallelConfig(), trained.seed)
     model = MoSTForConditionalGeneration.from_pretrained(folder, dtype="auto", local_files_only=True)
     return LoadedModel(
-        HuggingFaceGenerator(model.to(platform.device()), trained.vocab),
+        HuggingFaceGenerator(model.to(platform.device()), trained.vocab),  # type: ignore[arg-type]  # wrapped by transformers
         text_tokenizer,
         _codec(folder, source.config.get("codec"), codec) if needs_codec else no_codec(str(folder)),
         trained,

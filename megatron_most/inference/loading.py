@@ -84,7 +84,7 @@ def load_for_generation(
             cannot split, or does not fit the number of ranks.
     """
     metadata = read_metadata(checkpoint)
-    names = {
+    names: dict[str, Any] = {
         "tokenizer": tokenizer or metadata.config["tokenizer"],
         "codec": (codec or metadata.config["codec"]) if needs_codec else None,
     }

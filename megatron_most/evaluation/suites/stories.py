@@ -120,7 +120,7 @@ class Salmon(PairSuite):
                 if len(files) != 2:
                     raise DataError(f"{folder}: sample {index} has {len(files)} files, must have 2")
                 identity = f"{part}/{index}"
-                pairs.append(Pair(identity, identity, *files, groups={"part": part}))
+                pairs.append(Pair(identity, identity, files[0], files[1], groups={"part": part}))
         return pairs
 
 
