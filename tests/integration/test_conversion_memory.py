@@ -137,6 +137,7 @@ def peaks(tmp_path: Path, shape: dict, layers: tuple[int, ...]) -> dict[str, lis
     return found
 
 
+@pytest.mark.timeout(600)  # four processes that import all of Megatron, the first ones on this machine to do so
 def test_memory_stays_flat_as_layers_are_added(tmp_path):
     """A layer has 19 MB; six more of them would show."""
     found = peaks(tmp_path, SMALL, (8, 14))
