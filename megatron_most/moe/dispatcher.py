@@ -120,8 +120,14 @@ class AlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
 
     def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> torch.Tensor:
         """Rows ``[r, h]`` by expert -> ``[..., h]``, the sum of each token's rows, plus the shared experts' output."""
+        # Megatron keeps them. They lead through the graph to hooks that lead back here, a cycle no collector can see: a
+        # model that has made a step would never be freed.
+        self.probs = None  # type: ignore[assignment]
         if self.config.moe_permute_fusion:
-            return super().combine_postprocess(permutated_local_input_tokens)
+            output = super().combine_postprocess(permutated_local_input_tokens)
+            self.routing_map = self.reversed_local_input_permutation_mapping = None  # type: ignore[assignment]
+            return output
+        self.routing_map = None  # type: ignore[assignment]
         assert self._pairs is not None, "token_dispatch comes first"
         output = _Unpermute.apply(permutated_local_input_tokens, self._pairs).view(self.hidden_shape)
         self._pairs = None

@@ -1,6 +1,6 @@
 """Everything that depends on the hardware: devices, kernels, and stand-ins on machines without a GPU."""
 
-from megatron_most.platform.attention import document_attention, wants_equal_head_sizes
+from megatron_most.platform.attention import document_attention, wants_equal_head_sizes, why_no_document_attention
 from megatron_most.platform.choices import model_backend, part_choices
 from megatron_most.platform.cpu_stand_ins import install
 from megatron_most.platform.device import (
@@ -32,4 +32,5 @@ __all__ = [
     "require_library",
     "set_threads",
     "wants_equal_head_sizes",
+    "why_no_document_attention",
 ]

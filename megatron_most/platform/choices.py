@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_most.platform.attention import document_attention
+from megatron_most.platform.attention import why_no_document_attention
 from megatron_most.platform.device import has_fp8
 from megatron_most.platform.libraries import has_library, require_library
 
@@ -93,6 +93,7 @@ def part_choices() -> list[Choice]:
 
 
 def _lost_without_engine() -> str:
-    if document_attention(128, torch.bfloat16) is not None:
+    why_not = why_no_document_attention(128, torch.bfloat16)
+    if not why_not:
         return "fused kernels"
-    return "fused kernels; attention over packed rows runs in a few calls a layer instead of one"
+    return f"fused kernels; attention over packed rows runs in a few calls a layer instead of one ({why_not})"

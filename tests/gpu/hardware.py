@@ -19,9 +19,14 @@ def missing(what: str) -> str | None:
         return "no FP8: the GPU's compute capability is below 8.9"
     if what == ENGINE and not platform.has_library("Transformer Engine"):
         return "no Transformer Engine: not installed, or it cannot be imported"
-    if what == DOCUMENTS and platform.document_attention(192, torch.bfloat16) is None:
-        return "no kernel for packed rows: torch's FlashAttention is not built, or not for this GPU"
+    if what == DOCUMENTS and (why := platform.why_no_document_attention(192, torch.bfloat16)):
+        return f"no kernel for packed rows: {why}"
     return None
+
+
+def is_ampere() -> bool:
+    """Whether the GPU is an Ampere or a later one."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def needs(what: str) -> pytest.MarkDecorator:

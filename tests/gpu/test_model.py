@@ -64,6 +64,13 @@ def test_recomputation_changes_no_gradient() -> None:
     assert_near(again, plain, logits=1e-2, loss=1e-3, gradients=2e-2)  # sums of atomic additions have no order
 
 
+@pytest.mark.skipif(not hardware.is_ampere(), reason="FlashAttention needs a compute capability of 8.0")
+@pytest.mark.parametrize("head_dim", [64, 128, 192])
+def test_there_is_a_kernel_for_packed_rows(head_dim: int) -> None:
+    """Without it every test of it is skipped, and packed rows take a third more time."""
+    assert not platform.why_no_document_attention(head_dim, torch.bfloat16)
+
+
 @hardware.needs(hardware.DOCUMENTS)
 @pytest.mark.parametrize("context_size", [2, 4])
 def test_the_kernel_for_packed_rows_on_ranks_that_share_them(context_size: int) -> None:

@@ -18,6 +18,7 @@ def document_kernel(
 
     The last query of a document sees all keys, or if not ``aligns_ends``, the first query sees the first key.
     """
+    assert all(x.stride(-1) == 1 for x in (query, key, value)), "elements of a head follow each other"
     assert query.shape[-1] == key.shape[-1] == value.shape[-1] and query.shape[1] % key.shape[1] == 0
     assert cum_q.dtype == cum_k.dtype == torch.int32
     assert (dropout, is_causal, debug) == (0.0, True, False)

@@ -14,7 +14,7 @@ from tests.unit.model.packed_rows import document_kernel
 @pytest.fixture(autouse=True)
 def forget():
     yield
-    attention.document_attention.cache_clear()
+    attention.why_no_document_attention.cache_clear()
 
 
 def test_without_a_gpu_no_kernel_knows_documents():
@@ -23,7 +23,7 @@ def test_without_a_gpu_no_kernel_knows_documents():
 
 def test_a_kernel_that_fails_when_it_is_tried_is_not_taken(monkeypatch: pytest.MonkeyPatch):
     """As in builds of torch without FlashAttention: here it has no kernel for the CPU."""
-    attention.document_attention.cache_clear()
+    attention.why_no_document_attention.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(attention, "device", lambda: torch.device("cpu"))
     assert attention.document_attention(128, torch.bfloat16) is None

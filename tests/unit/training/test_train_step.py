@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -180,3 +182,14 @@ def test_update_n_uses_the_rate_at_n(updates_before: int, monkeypatch: pytest.Mo
     for _ in range(2):
         train_step(state, [tiny_batch(config, seed=0)])
     assert used == pytest.approx([0.1 * (updates_before + 1), 0.1 * (updates_before + 2)])
+
+
+def test_a_state_that_is_no_longer_used_is_freed() -> None:
+    """Several models can follow each other in one process, also after they have made a step."""
+    config = tiny_config()
+    state = built(config)
+    train_step(state, [tiny_batch(config, seed=0)])
+    model = weakref.ref(state.model_chunks[0])
+    del state
+    gc.collect()
+    assert model() is None
