@@ -70,7 +70,7 @@ def steps(overrides: dict[str, Any], is_overlapped: bool, num_steps: int = 3) ->
 
 
 def check(world_size: int, overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_most.training.optimizer._bucket_size", lambda: 20_000)
+    monkeypatch.setattr("megatron_most.training.optimizer._bucket_size", lambda: 5_000)
     expected = run_ranks(world_size, steps, overrides, False)
     found = run_ranks(world_size, steps, overrides, True)
     assert max(buckets for _, _, buckets in found) >= 3
