@@ -8,7 +8,7 @@ from megatron_most.errors import ConfigError
 
 EXTRAS = {
     "audio": ("nemo", "pyarrow", "soundfile", "soxr"),
-    "evaluation": ("jiwer", "pocketsphinx", "whisper_normalizer"),
+    "evaluation": ("faster_whisper", "jiwer", "pocketsphinx", "whisper_normalizer"),
     "report": ("jinja2", "jiwer", "whisper_normalizer"),
     "sweep": ("jinja2", "jiwer", "pyarrow", "scipy", "submitit", "whisper_normalizer"),
     "conversion": ("safetensors", "transformers"),

@@ -22,7 +22,7 @@ from megatron_most.checkpointing import read_metadata
 from megatron_most.config import RunConfig
 from megatron_most.data.preparation.manifest import read_manifest
 from megatron_most.evaluation.interface import Decoding, EvaluatedModel
-from megatron_most.evaluation.recognizer import PocketsphinxRecognizer
+from megatron_most.evaluation.recognizers.closed_vocabulary import PocketsphinxRecognizer
 from megatron_most.evaluation.running import run_suite
 from megatron_most.evaluation.suites.base import Suite
 from megatron_most.evaluation.suites.speech import (

@@ -14,8 +14,9 @@ from megatron_most.evaluation.suites import SUITES
 from megatron_most.extras import require
 
 if TYPE_CHECKING:
+    from megatron_most.data.preparation.manifest import Record
     from megatron_most.evaluation.interface import Decoding
-    from megatron_most.evaluation.recognizer import Recognizer
+    from megatron_most.evaluation.recognizers import Recognizer
     from megatron_most.evaluation.suites.base import Suite
 
 
@@ -32,7 +33,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data",
         required=True,
-        help="the evaluation set; asr, tts: a NeMo manifest (JSON lines); others: the folder as it was published",
+        help="the evaluation set; asr, tts: a NeMo manifest (JSON lines); tts: or seed-tts-eval's meta.lst; others: the"
+        " folder as it was published",
     )
     parser.add_argument("--output", required=True, help="JSON file for the result")
     parser.add_argument("--limit", type=int, help="use only the first LIMIT samples")
@@ -64,8 +66,11 @@ def _add_answers(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--recognizer",
-        help="who listens to speech: folder of a Whisper or CTC model of transformers (default: pocketsphinx, which"
-        " knows the sentences of --vocabulary alone)",
+        help="who listens to speech: folder of a Whisper model that CTranslate2 converted, or of a Whisper or CTC model"
+        " of transformers (default: pocketsphinx, which knows the sentences of --vocabulary alone)",
+    )
+    parser.add_argument(
+        "--language", default="en", help="language that a multilingual --recognizer hears (default %(default)s)"
     )
     parser.add_argument(
         "--vocabulary",
@@ -100,8 +105,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     sizes = ("limit", "max_new_tokens", "max_seconds", "batch_size", "tensor_parallel", "expert_parallel")
     cli.require_positive(arguments, *sizes)
     is_spoken = arguments.suite == "tts" or (arguments.suite == "sqa" and arguments.answer == "spoken")
-    recognizer = "pocketsphinx" if arguments.recognizer is None else "transformers"
-    require(*NEEDS.get(arguments.suite, AUDIO), *([recognizer] if is_spoken else []))
+    from megatron_most.evaluation.recognizers import package_of
+
+    require(*NEEDS.get(arguments.suite, AUDIO), *([package_of(arguments.recognizer)] if is_spoken else []))
     from megatron_most.config import ParallelConfig
     from megatron_most.evaluation.interface import load_model
     from megatron_most.evaluation.running import results_path, run_suite
@@ -155,22 +161,30 @@ def _decoding(arguments: argparse.Namespace) -> Decoding:
 
 def _recognizer(arguments: argparse.Namespace, manifests: Sequence[str]) -> Recognizer:
     if arguments.recognizer is not None:
-        from megatron_most.evaluation.transformers_recognizer import TransformersRecognizer
+        from megatron_most.evaluation.recognizers import load_recognizer
 
-        return TransformersRecognizer(arguments.recognizer)
+        return load_recognizer(arguments.recognizer, arguments.language)
+    from megatron_most.evaluation.recognizers.closed_vocabulary import PocketsphinxRecognizer
+
+    return PocketsphinxRecognizer(record.text for path in manifests for record in _texts(path))
+
+
+def _texts(path: str) -> Sequence[Record]:
+    """The texts of a manifest or of seed-tts-eval's list."""
     from megatron_most.data.preparation.manifest import read_manifest
-    from megatron_most.evaluation.recognizer import PocketsphinxRecognizer
+    from megatron_most.evaluation.suites import meta_list
 
-    return PocketsphinxRecognizer(
-        record.text for path in manifests for record in read_manifest(path, needs_audio=False)
-    )
+    if Path(path).suffix == meta_list.SUFFIX:
+        return meta_list.read_meta_list(path)
+    return read_manifest(path, needs_audio=False)
 
 
 def _word_errors(arguments: argparse.Namespace) -> Suite[Any]:
     from megatron_most.data.preparation.manifest import read_manifest
     from megatron_most.evaluation.suites.speech import AsrSuite, EvaluationSet, TtsSuite
 
-    records = read_manifest(arguments.data, needs_audio=arguments.suite == "asr")[: arguments.limit]
+    records = read_manifest(arguments.data) if arguments.suite == "asr" else _texts(arguments.data)
+    records = records[: arguments.limit]
     evaluated = EvaluationSet(Path(arguments.data).stem, records, arguments.normalizer)
     if arguments.suite == "asr":
         return AsrSuite(evaluated, _decoding(arguments))

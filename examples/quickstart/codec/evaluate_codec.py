@@ -25,7 +25,7 @@ from examples.quickstart.sentences import balanced_sentences  # noqa: E402
 from megatron_most.audio import load_codec, read_audio  # noqa: E402
 from megatron_most.cli import run  # noqa: E402
 from megatron_most.errors import DataError  # noqa: E402
-from megatron_most.evaluation.recognizer import PocketsphinxRecognizer  # noqa: E402
+from megatron_most.evaluation.recognizers.closed_vocabulary import PocketsphinxRecognizer  # noqa: E402
 from megatron_most.evaluation.wer import word_errors  # noqa: E402
 
 HELD_OUT_SETS = ("heldout_s", "heldout_p")

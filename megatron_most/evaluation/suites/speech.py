@@ -26,7 +26,7 @@ from megatron_most.data.storage.documents import Document
 from megatron_most.errors import DataError
 from megatron_most.evaluation.interface import Decoding, Generated, Model, require_room
 from megatron_most.evaluation.normalization import check_normalizer, default_normalizer, text_normalizer
-from megatron_most.evaluation.recognizer import Recognizer
+from megatron_most.evaluation.recognizers import Recognizer
 from megatron_most.evaluation.suites.base import Interval, Outcome, Suite, attempt
 from megatron_most.evaluation.wer import aligned
 

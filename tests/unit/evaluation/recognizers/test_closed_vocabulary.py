@@ -7,7 +7,7 @@ import pytest
 
 from examples.quickstart.espeak import Espeak
 from megatron_most.errors import ConfigError, DataError
-from megatron_most.evaluation.recognizer import PocketsphinxRecognizer, arpa_language_model
+from megatron_most.evaluation.recognizers.closed_vocabulary import PocketsphinxRecognizer, arpa_language_model
 
 SENTENCES = ["the red fox sees two small birds", "the black dog follows nine heavy ships"]
 

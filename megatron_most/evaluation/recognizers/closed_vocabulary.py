@@ -1,44 +1,29 @@
-"""Speech recognizers that judge generated speech: audio in, words out.
+"""A recognizer of the sentences that it is given: pocketsphinx.
 
-The pocketsphinx recognizer needs no network and no accelerator (its English acoustic model comes inside its package).
-It is weak on open vocabulary, so it is given the sentences that can occur. Its error rates compare only with rates
-measured with the same sentences.
+It needs no network and no accelerator (its English acoustic model comes inside its package). It is weak on open
+vocabulary, so it is given the sentences that can occur. Its error rates compare only with rates measured with the same
+sentences.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
-from megatron_most.audio.io import resample
 from megatron_most.errors import ConfigError, DataError
 from megatron_most.evaluation.normalization import normalize_text
+from megatron_most.evaluation.recognizers import digest, heard
 from megatron_most.extras import require
 
 POCKETSPHINX_SAMPLE_RATE = 16000
 NOISE_AMPLITUDE = 3e-4  # pocketsphinx's noise estimate fails on digital silence
 SILENCE_SECONDS = 0.3  # on both sides, which that estimate also needs
 SENTENCE_START, SENTENCE_END = "<s>", "</s>"
-
-
-class Recognizer(Protocol):
-    """What an evaluation asks of a recognizer."""
-
-    @property
-    def name(self) -> str:
-        """What results call it: all that decides about what it hears."""
-        ...
-
-    def transcribe(self, audio: np.ndarray, sample_rate: int) -> str:
-        """The words said in ``audio`` (float ``[num_samples]`` in -1..1); empty when none are recognized."""
-        ...
 
 
 class PocketsphinxRecognizer:
@@ -58,8 +43,7 @@ class PocketsphinxRecognizer:
         import pocketsphinx
 
         words = [normalize_text(sentence).split() for sentence in sentences]
-        digest = hashlib.sha256("\n".join(map(" ".join, words)).encode()).hexdigest()[:12]
-        self.name = f"pocketsphinx, {len(words)} sentences ({digest}), {order}-grams"
+        self.name = f"pocketsphinx, {len(words)} sentences ({digest(map(' '.join, words))}), {order}-grams"
         arpa = arpa_language_model([sentence for sentence in words if sentence], order)
         full_dictionary = Path(pocketsphinx.get_model_path()) / "en-us" / "cmudict-en-us.dict"
         dictionary = pronunciations(full_dictionary, {word for sentence in words for word in sentence})
@@ -76,18 +60,8 @@ class PocketsphinxRecognizer:
             )
 
     def transcribe(self, audio: np.ndarray, sample_rate: int) -> str:
-        """See :class:`Recognizer`. The same audio gives the same words.
-
-        Raises:
-            DataError: ``audio`` is not one-dimensional or holds values that are not finite.
-        """
-        audio = np.asarray(audio, dtype=np.float32)
-        if audio.ndim != 1:
-            raise DataError(f"audio to recognize must have shape [num_samples], got {list(audio.shape)}")
-        if not np.isfinite(audio).all():
-            raise DataError("audio to recognize holds values that are not finite")
-        if sample_rate != POCKETSPHINX_SAMPLE_RATE:
-            audio = resample(audio, sample_rate, POCKETSPHINX_SAMPLE_RATE)
+        """See :class:`~megatron_most.evaluation.recognizers.Recognizer`. The same audio gives the same words."""
+        audio = heard(audio, sample_rate, POCKETSPHINX_SAMPLE_RATE)
         padded = np.pad(audio, int(SILENCE_SECONDS * POCKETSPHINX_SAMPLE_RATE))
         padded = padded + np.random.default_rng(0).normal(scale=NOISE_AMPLITUDE, size=len(padded))
         pcm = (np.clip(padded, -1, 1) * 32767).astype(np.int16)
