@@ -5,6 +5,7 @@
     deepseek-ai/DeepSeek-V2-Lite    random weights of its architecture in shards, ``config.json`` in the form published
                                     (with remote code that must not run), its kind of tokenizer
     nvidia/nemo-nano-codec-...      the quickstart's codec: 4 codebooks of 1000 codes, 25 frames a second
+    facebook/hubert-large-ls960-ft  random weights of its architecture, with its kind of processor
     openslr.org/resources/12/...    LibriSpeech's folders, FLAC files and capitals, some sentences a split
 """
 
@@ -23,10 +24,12 @@ from examples.quickstart.espeak import Espeak
 from examples.quickstart.make_corpus import SAMPLE_RATE, render
 from tests.pages import ROOT
 from tests.unit.conversion.models import deepseek
+from tests.unit.evaluation.ctc_model import write_ctc_model
 from tests.unit.planning.test_recipes import DEEPSEEK_V2_LITE
 from tests.unit.text.test_tokenizer import BOS, EOS, LAYOUTS
 
 MODEL, CODEC = "deepseek-ai/DeepSeek-V2-Lite", "nvidia/nemo-nano-codec-22khz-1.78kbps-12.5fps"
+RECOGNIZER = "facebook/hubert-large-ls960-ft"
 TOY_SIZES: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 64,
@@ -67,6 +70,7 @@ def make_downloads(folder: Path) -> None:
     _model(folder / MODEL)
     (folder / CODEC).mkdir(parents=True)
     shutil.copy(ROOT / "examples/quickstart/codec/tiny_codec.nemo", folder / CODEC / f"{Path(CODEC).name}.nemo")
+    write_ctc_model(folder / RECOGNIZER)
     _librispeech(folder / "www.openslr.org/resources/12")
     for name, text in (("hf", HF), ("curl", CURL)):
         (folder / name).write_text(text.replace("DOWNLOADS", str(folder)))

@@ -211,6 +211,10 @@ def check_rates(walk: Walk, output: str) -> None:
         assert (result["num_utterances"], result["num_failed"]) == (UTTERANCES[split], 0)
         assert result["normalizer"] == "whisper-english" and result["wer"] > 0
         assert re.search(rf"^asr {split}: WER ", output, re.MULTILINE)
+    result = json.loads(walk.path(f"{RUN}/evaluation/tts_test-clean.json").read_text())
+    assert (result["num_utterances"], result["num_failed"]) == (UTTERANCES["test-clean"], 0)
+    assert result["settings"]["recognizer"].startswith("HubertForCTC in hubert-large-ls960-ft (")
+    assert re.search("^tts test-clean: WER ", output, re.MULTILINE)
 
 
 def check_end(walk: Walk, output: str) -> None:

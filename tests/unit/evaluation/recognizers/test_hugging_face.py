@@ -2,45 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    Wav2Vec2Config,
-    Wav2Vec2CTCTokenizer,
-    Wav2Vec2FeatureExtractor,
-    Wav2Vec2ForCTC,
-    Wav2Vec2Processor,
-)
 
 from megatron_most.errors import ConfigError, DataError
 from megatron_most.evaluation.recognizers.hugging_face import TransformersRecognizer
-
-SYMBOLS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDEFG"]
+from tests.unit.evaluation.ctc_model import SYMBOLS, write_ctc_model
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ctc")
-    (folder / "vocab.json").write_text(json.dumps({symbol: place for place, symbol in enumerate(SYMBOLS)}))
-    tokenizer = Wav2Vec2CTCTokenizer(str(folder / "vocab.json"))
-    Wav2Vec2Processor(Wav2Vec2FeatureExtractor(), tokenizer).save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    convolutions = {"conv_dim": [8, 8], "conv_stride": [10, 8], "conv_kernel": [10, 8]}
-    positions = {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
-    config = Wav2Vec2Config(
-        vocab_size=len(SYMBOLS),
-        num_feat_extract_layers=2,
-        feat_extract_norm="layer",
-        **sizes,
-        **convolutions,
-        **positions,
-    )
-    Wav2Vec2ForCTC(config).save_pretrained(folder)
+    write_ctc_model(folder)
     return folder
 
 
@@ -53,7 +29,7 @@ def test_a_ctc_model_writes_what_its_logits_say(folder):
     with torch.no_grad():
         recognizer._model.lm_head.bias[letter] += 100
     assert recognizer.transcribe(audio, 8000) == "C"
-    assert recognizer.name.startswith(f"Wav2Vec2ForCTC in {folder.name} (")
+    assert recognizer.name.startswith(f"HubertForCTC in {folder.name} (")
 
 
 def test_what_no_recognizer_hears_fails(folder, tmp_path):
