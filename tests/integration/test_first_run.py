@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,7 +23,7 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 from tests.integration.first_run_downloads import UTTERANCES, make_downloads
-from tests.integration.launching import environment, wait_for
+from tests.integration.launching import environment, started, wait_for
 from tests.pages import ROOT, Block, code_blocks
 
 PAGE = "docs/first-run.md"
@@ -122,28 +123,25 @@ class Walk:
     def run(self, block: Block) -> str:
         """What the block's commands print; each of them must succeed."""
         log = self.path("output.log")
-        with log.open("w") as output:
-            status = self._start(block, output).wait()
+        with log.open("w") as output, self._started(block, output) as shell:
+            status = shell.wait()
         text = log.read_text()
         assert status == 0, f"{PAGE}, line {block.line}: exit status {status}\n{text[-6000:]}"
         return text
 
     def stop(self, block: Block, happened: Callable[[], bool]) -> None:
         """Start the block's commands, and press Ctrl-C in their terminal when ``happened``."""
-        with self.path("stopped.log").open("w") as output:
-            started = self._start(block, output)
-            wait_for("what Ctrl-C waits for", lambda: happened() or started.poll() is not None, seconds=600)
-            os.killpg(started.pid, signal.SIGINT)
-            started.wait()
+        with self.path("stopped.log").open("w") as output, self._started(block, output) as shell:
+            wait_for("what Ctrl-C waits for", lambda: happened() or shell.poll() is not None, seconds=600)
+            os.killpg(shell.pid, signal.SIGINT)
+            shell.wait()
 
-    def _start(self, block: Block, output: IO[str]) -> subprocess.Popen[bytes]:
+    def _started(self, block: Block, output: IO[str]) -> AbstractContextManager[subprocess.Popen[bytes]]:
         """A shell in a terminal of its own, as far as Ctrl-C goes, that stops at the first command that fails."""
         settings = environment()
         settings["PATH"] = f"{self.downloads}:{settings['PATH']}"
         shell = ["/bin/bash", "--norc", "-exo", "pipefail", "-c", toy_commands(block.text)]
-        return subprocess.Popen(
-            shell, cwd=self.folder, env=settings, stdout=output, stderr=output, start_new_session=True
-        )
+        return started(shell, cwd=self.folder, env=settings, stdout=output, stderr=output)
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -240,7 +238,7 @@ CHECKS: dict[str, Callable[[Walk, str], None]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(2700)
 def test_the_first_run_runs_as_it_is_written(tmp_path: Path) -> None:
     walk = Walk(tmp_path)
     walk.prepare()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_most.config import dump_config
-from tests.integration.launching import ROOT, environment, wait_for
+from tests.integration.launching import ROOT, environment, started, wait_for
 from tests.integration.slurm_cluster import Cluster
 from tests.integration.tiny_run import run_config
 
@@ -46,16 +46,16 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_twelve_runs_killed_in_the_middle_and_resumed_run_each_exactly_once(tmp_path: Path) -> None:
     spec = write_spec(tmp_path, [1, 2, 3, 4], "{concurrent: 2}")
     assert "12 runs" in sweep(spec, "--dry-run") and not (tmp_path / "out").exists()
-    process = subprocess.Popen([*COMMAND, str(spec)], env=environment(), cwd=ROOT, start_new_session=True)
-    wait_for("three results", lambda: len(list(tmp_path.glob("out/runs/*/sweep_result.json"))) >= 3, 240)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert len(list(tmp_path.glob("out/runs/*/sweep_result.json"))) < 12
-    sweep(spec, "--resume")
+    with started([*COMMAND, str(spec)], env=environment(), cwd=ROOT) as process:
+        wait_for("three results", lambda: len(list(tmp_path.glob("out/runs/*/sweep_result.json"))) >= 3, 300)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert len(list(tmp_path.glob("out/runs/*/sweep_result.json"))) < 12
+        sweep(spec, "--resume")
     found = rows(tmp_path)
     assert [row["state"] for row in found] == ["finished"] * 12 and all(float(row["loss"]) > 0 for row in found)
     for row in found:
