@@ -235,7 +235,29 @@ def test_choices_are_as_frequent_as_they_are_probable():
     torch.testing.assert_close(counts, torch.tensor([0.1, 0.2, 0.7]), atol=0.01, rtol=0)
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}])
+@pytest.mark.parametrize("options", [{"top_k": 2}, {"top_p": 0.6}, {"top_k": 3, "top_p": 0.7}], ids=str)
+def test_choices_take_any_batch_dimensions(options: dict) -> None:
+    """Each row for itself, and greedy choices, too."""
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 4, 5, generator=random)
+    noise = torch.empty(3, 4, 5).exponential_(generator=random)
+    sampling = Sampling(temperature=0.8, **options)
+    expected = [[sampling.choose(logits[i, j], noise[i, j]).item() for j in range(4)] for i in range(3)]
+    assert sampling.choose(logits, noise).tolist() == expected
+    assert Sampling().choose(logits, None).tolist() == [[row.argmax().item() for row in rows] for rows in logits]
+
+
+def test_another_seed_changes_nothing_but_the_stream() -> None:
+    sampling = Sampling(temperature=0.7, top_k=3, top_p=0.9, seed=1)
+    other = sampling.with_seed(2)
+    assert other == Sampling(temperature=0.7, top_k=3, top_p=0.9, seed=2)
+    streams = [(sampling, b"a"), (other, b"a"), (sampling, b"b")]
+    drawn = [torch.rand(4, generator=one.generator(torch.device("cpu"), prompt)).tolist() for one, prompt in streams]
+    assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
+    assert torch.rand(4, generator=sampling.generator(torch.device("cpu"), b"a")).tolist() == drawn[0]
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
 def test_wrong_sampling_options_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         Sampling(**wrong)

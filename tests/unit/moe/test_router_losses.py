@@ -6,6 +6,8 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megatron_most import parallel
 from megatron_most.config import CommonExpertsConfig, ExpertGroupConfig, MoEConfig
+from megatron_most.moe.balance import BalanceLoss
+from megatron_most.moe.expert_groups import ExpertGroups
 from megatron_most.moe.router import end_routing_step
 from tests.distributed.tiny import tiny_config
 from tests.unit.moe.routing import HIDDEN, flat, make_router, make_tokens, reference_logits, reference_routing, route
@@ -107,6 +109,41 @@ def test_global_aux_loss_looks_at_the_micro_batches_of_the_step_so_far():
     assert not torch.allclose(gradient, alone)
     end_routing_step([router])
     torch.testing.assert_close(attached_gradient(router, second), alone)
+
+
+class Ranks:
+    """What a loss asks of a process group."""
+
+    def __init__(self, size: int) -> None:
+        self.size = lambda: size
+
+
+@pytest.mark.parametrize("is_alone", [False, True])
+@pytest.mark.parametrize("kind", ["aux_loss", "seq_aux_loss", "global_aux_loss"])
+def test_the_pairs_of_the_ranks_that_hold_the_other_tokens_count(kind, is_alone, monkeypatch):
+    """Those with other positions of the same rows; for ``global_aux_loss``, those with other rows, too."""
+    groups = ExpertGroups.from_config(text_and_audio())
+    row_group, step_group = Ranks(1 if is_alone else 2), Ranks(1 if is_alone else 2)
+    balance = BalanceLoss(kind, False, groups, torch.device("cpu"), row_group, step_group)
+    random, num_sequences = torch.Generator().manual_seed(0), 3 if kind == "seq_aux_loss" else 1
+    probs = torch.rand(num_sequences, 2, 10, generator=random) * groups.allowed()
+    mine, others = torch.randint(0, 9, (2, 2, num_sequences, 10), generator=random).float() * groups.allowed()[:, None]
+    mine, others = mine.transpose(0, 1), others.transpose(0, 1)  # laid out as a router's sums are
+    used = []
+
+    def all_reduce(pairs: torch.Tensor, group: Ranks) -> None:
+        assert pairs.is_contiguous()
+        used.append(group)
+        pairs += others
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    before = mine.clone()
+    found = balance(probs, mine)
+    assert torch.equal(mine, before)  # expert biases count this rank's own
+    assert used == ([] if is_alone else [step_group if kind == "global_aux_loss" else row_group])
+    pairs = mine if is_alone else mine + others
+    expected = (probs * pairs / pairs.sum(dim=-1, keepdim=True)).sum(dim=(0, 2)) * torch.tensor([7.0, 5.0])
+    torch.testing.assert_close(found, expected)
 
 
 def test_orthogonal_rows_have_no_orthogonality_loss():

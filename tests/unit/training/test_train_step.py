@@ -82,6 +82,54 @@ def test_a_step_counts_what_it_consumed_and_sums_the_votes() -> None:
     assert (state.step, state.skipped_steps) == (1, 0)
 
 
+def test_what_was_consumed_adds_up_over_steps() -> None:
+    state = built(tiny_config())
+    results = [train_step(state, [tiny_batch(state.config, seed=seed)]) for seed in (0, 4)]
+    assert state.consumed_samples == sum(result.num_samples for result in results) > 0
+    assert state.consumed_tokens == sum(result.num_tokens for result in results) > 0
+    assert state.step == 2
+
+
+def test_a_step_says_the_loss_of_each_micro_batch_of_this_rank() -> None:
+    state = built(tiny_config())
+    batches = [tiny_batch(state.config, seed=0), tiny_batch(state.config, seed=4, audio_share=0.8)]
+    result = train_step(state, batches)
+    assert result.own_losses[:, 1].tolist() == [batch.loss_mask.sum().item() for batch in batches]
+    assert result.own_losses.sum(dim=0).tolist() == pytest.approx(result.sums[result.names.index("loss")])
+
+
+def test_the_parts_of_a_gradient_are_measured_only_where_they_are_wanted() -> None:
+    state = built(tiny_config())
+    batches = [tiny_batch(state.config, seed=0)]
+    assert train_step(state, batches).part_grad_norms == {}
+    result = train_step(state, batches, wants_part_grad_norms=True)
+    assert set(result.part_grad_norms) == set(state.config.part_names)
+    assert sum(norm**2 for norm in result.part_grad_norms.values()) == pytest.approx(result.grad_norm**2, rel=1e-4)
+
+
+def test_a_state_is_built_from_its_configuration() -> None:
+    weights_of_codebooks = {"model__codebook_loss_weights": "[0.5,0.25]"}
+    state = built(tiny_config(model__text_loss_weight=3.0, **weights_of_codebooks))
+    assert (state.loss_table.text_weight, state.loss_table.weights) == (3.0, [0.5, 0.25])
+    assert (state.step, state.scheduler.num_steps) == (0, 0)
+
+
+def test_weights_are_loaded_before_the_optimizer_copies_them() -> None:
+    config = tiny_config(precision__dtype="bf16", optimizer__lr=1e-9)
+    loaded = []
+
+    def load(chunks: list) -> None:
+        loaded.append(chunks)
+        with torch.no_grad():
+            for parameter in chunks[0].parameters():
+                parameter.fill_(0.25)
+
+    state = build_train_state(config, load)
+    assert loaded == [state.model_chunks]
+    train_step(state, [tiny_batch(config, seed=0)])
+    assert weights(state).unique().tolist() == [0.25]
+
+
 def test_only_a_norm_above_the_threshold_skips_the_update() -> None:
     config = tiny_config(optimizer__lr=0.1)
     batches = [tiny_batch(config, seed=0)]
@@ -92,6 +140,14 @@ def test_only_a_norm_above_the_threshold_skips_the_update() -> None:
         result = train_step(state, batches)
         assert (result.is_skipped, state.skipped_steps, state.step) == (is_skipped, int(is_skipped), 1)
         assert torch.equal(before, weights(state)) == is_skipped
+
+
+def test_skipped_steps_are_counted() -> None:
+    state = built(tiny_config(optimizer__grad_norm_skip_threshold=1e-9))
+    for _ in range(2):
+        result = train_step(state, [tiny_batch(state.config, seed=0)])
+        assert result.skip_reason.endswith("exceeds optimizer.grad_norm_skip_threshold, 1e-09")
+    assert (state.step, state.skipped_steps, state.nonfinite_steps) == (2, 2, 0)
 
 
 def test_a_skipped_step_does_not_advance_the_learning_rate() -> None:
@@ -108,17 +164,37 @@ def test_a_loss_that_is_not_finite_is_refused_before_the_update() -> None:
     state = built(tiny_config())
     with torch.no_grad():
         state.model_chunks[0].decoder.final_layernorm.weight.fill_(float("nan"))
-    with pytest.raises(MostError, match="step 1: the loss is nan; nothing of this step was saved"):
-        train_step(state, [tiny_batch(state.config, seed=0)])
-    assert state.step == 0
+    batch = tiny_batch(state.config, seed=0)
+    with pytest.raises(NonFiniteStep, match="step 1: the loss is nan; nothing of this step was saved") as refused:
+        train_step(state, [batch])
+    assert state.step == 0 and refused.value.reason == "the loss is nan"
+    [[_, count]] = refused.value.own_losses.tolist()
+    assert count == batch.loss_mask.sum()
 
 
 def test_a_gradient_norm_that_is_not_finite_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     state = built(tiny_config())
     monkeypatch.setattr(state.optimizer, "step", lambda: (True, float("inf"), None))
-    with pytest.raises(MostError, match="step 1: the gradient norm is inf; nothing of this step was saved"):
+    with pytest.raises(MostError, match="step 1: the gradient norm is inf; nothing of this step was saved") as refused:
         train_step(state, [tiny_batch(state.config, seed=0)])
     assert state.step == 0
+    # Only ranks whose gradients were damaged may see it: the losses of this rank prove nothing.
+    assert (refused.value.reason, refused.value.own_losses) == ("the gradient norm is inf", None)
+
+
+def test_a_gradient_norm_that_is_not_finite_is_skipped_where_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = built(tiny_config(training__skip_nonfinite_steps=2))
+    monkeypatch.setattr(state.optimizer, "get_grad_norm", lambda: float("inf"))
+    batch, before = tiny_batch(state.config, seed=0), weights(state)
+    for step in (1, 2):
+        result = train_step(state, [batch], wants_part_grad_norms=True)
+        assert result.skip_reason == "the gradient norm is inf"
+        assert result.grad_norm == float("inf") and not result.is_finite and result.part_grad_norms == {}
+        assert (state.step, state.skipped_steps, state.nonfinite_steps) == (step, step, step)
+    assert torch.equal(before, weights(state))
+    with pytest.raises(NonFiniteStep, match="step 3: the gradient norm is inf, after 2 such steps in a row") as refused:
+        train_step(state, [batch])
+    assert refused.value.own_losses[0, 1] == batch.loss_mask.sum()
 
 
 HISTORIES = {**FP8, "precision__fp8_recipe": "delayed", "model__moe__moe_router_bias_update_rate": 1e-3}

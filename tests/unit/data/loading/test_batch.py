@@ -126,6 +126,15 @@ def test_on_a_device_the_boundaries_of_the_row_stay_with_the_host(datasets):
     assert {name for name, tensor in tensors.items() if tensor.device.type != "meta"} == {"cu_seqlens", "predicts"}
 
 
+def test_a_share_takes_its_positions_and_its_packed_row_to_a_device_as_they_are(datasets):
+    batch = make_batch([one_row(datasets["tts", "frame"], True)], layout(), DataConfig(seq_length=80, packing=True))
+    positions, packed_row = torch.tensor([7, 3, 60]), object()
+    share = dataclasses.replace(batch.take_positions(positions), packed_row=packed_row)
+    moved = share.to("meta")
+    assert moved.positions is positions and moved.packed_row is packed_row and moved.predicts is share.predicts
+    assert moved.codes.device.type == moved.is_padding.device.type == "meta"
+
+
 @pytest.mark.parametrize("name", ["frame", "frame_delay", "flat"])
 def test_targets_are_the_positions_of_the_mask_as_hidden_states_number_them(datasets, name):
     rows = [one_row(datasets["tts", name], False), one_row(datasets["asr", name], False)]
@@ -175,6 +184,11 @@ def test_types_and_shapes(datasets):
     assert batch.loss_mask.dtype == torch.float32 and batch.is_padding.dtype == torch.bool
     assert batch.codes.shape == batch.code_labels.shape == (2, 80, CODEBOOKS)
     assert batch.task[:, 0].tolist() == [1, 0]
+
+
+def test_boundaries_have_the_type_that_attention_kernels_take(datasets):
+    batch = make_batch([one_row(datasets["tts", "frame"], True)], layout(), DataConfig(seq_length=80, packing=True))
+    assert batch.cu_seqlens.dtype == torch.int32 and batch.predicts.dtype == torch.uint8
 
 
 def test_the_first_position_of_a_document_is_predicted_by_none():

@@ -9,7 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from megatron_most.config import DataConfig
-from megatron_most.data.loading.blend import BLOCK, Rows, _blend, weights_for_audio_share
+from megatron_most.data.loading.batch import make_batch
+from megatron_most.data.loading.blend import _EPOCH, BLOCK, Rows, _blend, _stream, weights_for_audio_share
 from megatron_most.data.storage.documents import TASKS
 from megatron_most.data.storage.token_dataset import TokenDataset
 from megatron_most.errors import ConfigError, DataError
@@ -87,6 +88,53 @@ def test_rows_of_a_block_go_to_the_largest_remainders_and_to_every_dataset(share
     assert counts.tolist() == np.bincount(dataset_of).tolist() == expected
     for index, count in enumerate(expected):
         assert rank[dataset_of == index].tolist() == list(range(count))
+
+
+def test_datasets_of_equal_weight_get_their_rows_in_order():
+    """Also where there are so many that a machine's quickest way of sorting would not keep the order of equal ones."""
+    _, _, counts = _blend(np.ones(40), np.zeros(40), seed=0)
+    assert counts.tolist() == [BLOCK // 40 + 1] * (BLOCK % 40) + [BLOCK // 40] * (40 - BLOCK % 40)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_documents_of_equal_length_are_exchanged_alike_on_every_machine(folder, packing):
+    """Places of equal length are numbered in order, and take the documents of that length as they were shuffled."""
+    [stream] = open_rows(folder, ["asr"], [1.0], packing=packing)._streams
+    stream.row(0)
+    slots = stream._slots_by_length
+    shuffled = _stream(5, _EPOCH, 0, 0).permutation(60)
+    place_of = np.argsort(shuffled)
+    documents = stream._shuffled.document_in_slot[slots]
+    lengths = stream._lengths[documents]
+    assert (np.diff(lengths) >= 0).all() and len(np.unique(lengths)) < 50
+    for length in np.unique(lengths):
+        assert (np.diff(slots[lengths == length]) > 0).all()
+        assert (np.diff(place_of[documents[lengths == length]]) > 0).all()
+
+
+@pytest.mark.parametrize(("packing", "multiple"), [(True, 1), (True, 8), (False, 1)])
+def test_sources_say_where_the_documents_of_a_row_are(folder, packing, multiple):
+    names = ["asr", "tts", "text"]
+    rows = open_rows(folder, names, [1.0, 1.0, 1.0], packing=packing, document_multiple=multiple)
+    datasets = {str(folder / name): TokenDataset(folder / name) for name in names}
+    data = DataConfig(seq_length=96, packing=packing, document_multiple=multiple)
+    for k in (0, 3, 40, BLOCK + 1):
+        row, sources = rows[k], rows.sources(k)
+        dataset = datasets[sources.dataset]
+        assert (sources.row, sources.task) == (k, TASKS[row.task]) == (k, dataset.task)
+        assert sources.lengths == row.lengths.tolist() == [len(part) for part in parts_of(row)]
+        batch = make_batch([row], dataset.vocab, data)
+        assert len(sources.offsets) == len(sources.documents) == len(row.lengths)
+        for document, offset in zip(sources.documents, sources.offsets, strict=True):
+            ids = dataset.read(np.array([document])).ids[:-1]
+            assert batch.ids[0, offset : offset + len(ids)].tolist() == ids.tolist()
+
+
+def test_a_run_may_go_on_in_any_epoch(folder):
+    for epoch in (1, 2):
+        rows = open_rows(folder, ["asr"], [1.0], packing=False)
+        first = epoch * rows.rows_per_epoch[0]
+        assert len({content(rows[k])[0] for k in range(first, first + 60)}) == 60
 
 
 def test_neighbors_change_between_epochs(folder):

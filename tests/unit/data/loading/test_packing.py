@@ -15,6 +15,8 @@ def test_rows_hold_every_document_and_never_too_much(lengths):
     assert (np.diff(row_of[order]) >= 0).all()
     assert set(row_of.tolist()) == set(range(row_of.max() + 1))
     assert np.bincount(row_of, weights=lengths).max() <= 50
+    # In a row they keep their given order, with every machine's way of sorting.
+    assert order.tolist() == sorted(range(len(lengths)), key=lambda document: (row_of[document], document))
 
 
 def test_the_fullest_row_that_fits_is_chosen():
