@@ -12,9 +12,9 @@ import pytest
 from megatron_most import parallel
 from megatron_most.config import ParallelConfig
 from megatron_most.data.building.tasks import prompt
-from megatron_most.evaluation.interface import Decoding, EvaluatedModel, scored
+from megatron_most.evaluation.interface import EvaluatedModel, scored
 from megatron_most.evaluation.running import run_suite
-from megatron_most.inference import Generator
+from megatron_most.inference import Decoding, Generator
 from megatron_most.inference.loading import LoadedModel, config_for_generation
 from megatron_most.model import build_model
 from tests.distributed.harness import run_ranks

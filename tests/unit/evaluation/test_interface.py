@@ -10,11 +10,11 @@ from megatron_most import parallel
 from megatron_most.config import ParallelConfig
 from megatron_most.data.building.tasks import prompt
 from megatron_most.errors import CheckpointError, ConfigError, DataError
-from megatron_most.evaluation.interface import Decoding, EvaluatedModel, load_model, scored
+from megatron_most.evaluation.interface import EvaluatedModel, load_model, scored
 from megatron_most.evaluation.likelihood import likelihoods
 from megatron_most.evaluation.running import run_suite
 from megatron_most.evaluation.suites.text import TextSuite
-from megatron_most.inference import Generator, Sampling
+from megatron_most.inference import Decoding, Generator, Sampling
 from megatron_most.inference.hugging_face import HuggingFaceGenerator
 from megatron_most.inference.loading import LoadedModel
 from megatron_most.vocab import NO_CODE
