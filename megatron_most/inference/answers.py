@@ -156,25 +156,22 @@ class _Plan:
         at_limit = not row.is_ended
         for where, is_audio in segments_of(self.vocab, row.ids, self.starts_in_audio):
             if is_audio:
-                frames = self.frames(row, where)
-                segments.append(frames)
+                _, frames = self.frames(row, where)
+                segments += [frames] if len(frames) else []
                 at_limit |= len(frames) == self.max_frames
             else:
                 segments.append(self.model.tokenizer.decode(row.ids[where].tolist()))
                 at_limit |= where.stop - where.start == self.max_new
         return Answer(tuple(segments), at_limit)
 
-    def frames(self, row: Row, where: slice) -> np.ndarray:
-        """Codes ``[F, C]`` of the whole frames in a segment, without those of the prompt."""
-        ids, codes = row.ids[where], row.codes[where]
+    def frames(self, row: Row, where: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Codes ``[F, C]`` of the whole frames in a segment: those that the prompt began, and those after them."""
+        ids, codes, num_before = row.ids[where], row.codes[where], 0
         if self.starts_in_audio and where.start == 0:
             ids, codes = np.append(self._open_ids, ids), np.concatenate([self._open_codes, codes])
-            return self.layout.whole_frames(ids, codes)[self.num_before :]
-        return self.layout.whole_frames(ids, codes)
-
-    def before(self) -> np.ndarray:
-        """Codes ``[F, C]`` of the prompt's whole frames that the answer continues."""
-        return self.layout.whole_frames(self._open_ids, self._open_codes)
+            num_before = self.num_before
+        frames = self.layout.whole_frames(ids, codes)
+        return frames[:num_before], frames[num_before:]
 
     def _positions_of(self, num_frames: int) -> int:
         """Positions of so many frames after those of the prompt."""
@@ -209,10 +206,12 @@ class _Pieces:
             where, is_audio = found[place]
             is_closed = is_over or where.stop < len(row.ids)
             if is_audio:
-                yield from self._audio(self._plan.frames(row, where), place, is_closed)
+                yield from self._audio(*self._plan.frames(row, where), is_closed)
             else:
                 yield from self._words(row.ids[where].tolist(), is_closed)
             if is_closed:
+                if self._sound is not None and len(rest := self._sound.finish()):
+                    yield rest
                 self._num_closed += 1
                 self._begin()
 
@@ -225,19 +224,16 @@ class _Pieces:
             yield text[len(self._text) :]
             self._text = text
 
-    def _audio(self, frames: np.ndarray, place: int, is_closed: bool) -> Iterator[np.ndarray]:
-        codec = self._model.codec
+    def _audio(self, before: np.ndarray, frames: np.ndarray, is_closed: bool) -> Iterator[np.ndarray]:
+        codec, num_new = self._model.codec, len(frames) - self._num_frames
+        if not num_new or not (is_closed or num_new >= max(1, round(_CHUNK_SECONDS * codec.frame_rate))):
+            return
         if self._sound is None:
-            before = self._plan.before() if place == 0 and self._plan.starts_in_audio else None
             self._sound = SoundStream(codec, self._plan.vocab.num_codebooks, before)
-        chunk = max(1, round(_CHUNK_SECONDS * codec.frame_rate))
-        if is_closed or len(frames) - self._num_frames >= chunk:
-            sound = self._sound.add(frames[self._num_frames :])
-            self._num_frames = len(frames)
-            if is_closed:
-                sound = np.concatenate([sound, self._sound.finish()])
-            if len(sound):
-                yield sound
+        sound = self._sound.add(frames[self._num_frames :])
+        self._num_frames = len(frames)
+        if len(sound):
+            yield sound
 
 
 def segments_of(vocab: VocabLayout, ids: np.ndarray, starts_in_audio: bool = False) -> list[tuple[slice, bool]]:
