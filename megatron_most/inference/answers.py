@@ -135,7 +135,8 @@ class _Plan:
         if side_codes is not None:
             self._open_codes = side_codes[start:]
         self.num_before = int(self.layout.is_leading(self._open_ids).sum())
-        self.max_frames = self._most_frames(room, decoding.max_seconds)
+        # A model that was loaded for text alone has no codec, which knows how long a frame is.
+        self.max_frames = 0 if form == "written" else self._most_frames(room, decoding.max_seconds)
         text = (tokenizer.vocab_size, (tokenizer.eos_id, *model.stop_ids), (tokenizer.bos_id, tokenizer.pad_id))
         self.grammar_key: tuple = (text_grammar, *text)
         self.limit = room if self.max_new is None else min(self.max_new, room)

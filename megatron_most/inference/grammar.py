@@ -122,10 +122,8 @@ def mixed_grammar(
     """
     tables = _Tables(vocab, range(vocab.size), ends)
     words = tables.words(num_text_ids, forbidden)
-    begins, stops = (
-        (range(vocab.begin_of_audio, vocab.begin_of_audio + 1),),
-        (range(vocab.end_of_audio, vocab.end_of_audio + 1),),
-    )
+    begins = (range(vocab.begin_of_audio, vocab.begin_of_audio + 1),)
+    stops = (range(vocab.end_of_audio, vocab.end_of_audio + 1),)
 
     def describe(state: _Key) -> _State:
         if state == _FINISHED:

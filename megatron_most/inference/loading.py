@@ -11,7 +11,6 @@ from megatron_most.audio import AudioCodec, load_codec
 from megatron_most.checkpointing import CheckpointMetadata, load_model_weights, read_metadata
 from megatron_most.config import ParallelConfig, RunConfig
 from megatron_most.config.load import build_config
-from megatron_most.conversion.hugging_face import CONFIG as HUGGING_FACE_CONFIG
 from megatron_most.errors import ConfigError
 from megatron_most.inference.generator import Generator
 from megatron_most.model import build_model
@@ -58,7 +57,7 @@ def load_for_generation(
         ConfigError: the checkpoint names no tokenizer or codec, and none is given; or ``layout`` splits what generation
             cannot split, or does not fit the number of ranks.
     """
-    if (Path(checkpoint) / HUGGING_FACE_CONFIG).is_file():
+    if (Path(checkpoint) / "config.json").is_file():  # neither a run nor a checkpoint has one
         from megatron_most.inference.hugging_face import load_export
 
         assert not random_weights, "an export has no configuration of a run to begin from"
