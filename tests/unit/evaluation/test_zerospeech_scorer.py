@@ -42,7 +42,7 @@ else:
     pairs, types = SyntacticTask.run_syntactic_comparison(SyntacticTask, gold, submission)
     groups = {"type": types}
 rows = {
-    name: {str(row[name]): [float(row["score"]), int(row["n"])] for _, row in table.iterrows() if row["n"]}
+    name: {str(key): [float(score), int(n)] for key, score, n in zip(table[name], table.score, table.n) if n}
     for name, table in groups.items()
 }
 print("SCORES " + json.dumps({"score": float(pairs["score"].mean()), "pairs": len(pairs), **rows}))
@@ -50,6 +50,11 @@ print("SCORES " + json.dumps({"score": float(pairs["score"].mean()), "pairs": le
 
 
 def official(task: str, gold: Path, submission: Path, home: Path) -> dict[str, Any]:
+    # Without an index, or with a new one, the package asks its server for one when it is imported.
+    index = home / "zr-data" / "repo.json"
+    index.parent.mkdir(exist_ok=True)
+    index.write_text("{}")
+    os.utime(index, (0, 0))
     done = subprocess.run(
         [str(PYTHON), "-W", "ignore", "-c", PROGRAM, task, str(gold), str(submission)],
         capture_output=True,

@@ -152,6 +152,7 @@ def test_prompts_of_all_lengths_are_answered_as_without_cache_and_batch(model: L
     assert not alternates or max(len(one.segments) for one in found) > 2
 
 
+@pytest.mark.parametrize("model", [f"latent {layout}" for layout in CODEC_LAYOUTS], indirect=True)
 @pytest.mark.parametrize("case", CASES)
 def test_pieces_are_the_whole_answer(model: LoadedModel, case: str) -> None:
     form, alternates, _, decoding = CASES[case]
@@ -176,6 +177,7 @@ def collect(pieces: Any) -> tuple[list[Any], Answer]:
             return found, stop.value
 
 
+@pytest.mark.parametrize("model", [f"latent {layout}" for layout in CODEC_LAYOUTS], indirect=True)
 def test_sound_goes_on_from_that_of_the_prompt(model: LoadedModel) -> None:
     """The sound after a recording is that of both together."""
     for seed in range(20):
