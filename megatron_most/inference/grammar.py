@@ -132,9 +132,10 @@ def mixed_grammar(
             return tables.audio(state, max_frames, stops, _TEXT if alternates else _FINISHED)
         length = state[1]
         may_begin = alternates or state == _TEXT
-        following = ("text", length if max_new is None and length else length + 1)
-        allowed = (() if length == max_new else (words,)) + tables.ends + (begins if may_begin else ())
-        return _State(allowed, (following, None, None, _audio_start(vocab, 0)))
+        is_full = length == max_new
+        following = None if is_full else ("text", length if max_new is None and length else length + 1)
+        allowed = (() if is_full else (words,)) + tables.ends + (begins if may_begin else ())
+        return _State(allowed, (following, None, None, _audio_start(vocab, 0) if may_begin else None))
 
     tables.build(_TEXT, describe)
     return tables.grammar(has_codes=vocab.codec_layout.uses_side_codes)
