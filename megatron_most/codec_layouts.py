@@ -62,6 +62,17 @@ class CodecLayout(ABC):
         in the layout's order.
         """
 
+    def encode_open(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As :meth:`encode`, of audio that goes on: the positions before the one that begins frame F.
+
+        In a delay pattern they lack the last codes of the last frames, which come later.
+        """
+        return self.encode(codes)
+
+    @abstractmethod
+    def whole_frames(self, ids: np.ndarray, side_codes: np.ndarray) -> np.ndarray:
+        """Codes ``[f, C]`` of the frames that the first positions of a segment, ``ids [n]``, hold completely."""
+
     @abstractmethod
     def num_positions(self, num_frames: int) -> int:
         """Positions that ``num_frames`` frames take."""
@@ -118,6 +129,9 @@ class FrameLayout(CodecLayout):
         assert side_codes is not None, "a layout with side codes gets them"
         return np.array(side_codes)
 
+    def whole_frames(self, ids: np.ndarray, side_codes: np.ndarray) -> np.ndarray:
+        return side_codes[: ids.size]
+
     def num_positions(self, num_frames: int) -> int:
         return num_frames
 
@@ -164,6 +178,14 @@ class FrameDelayLayout(FrameLayout):
             name = "frame" if expected[wrong[0]] == self.frame else "tail"
             raise DataError(f"audio position {wrong[0]} holds id {ids[wrong[0]]}, not {name} ({expected[wrong[0]]})")
         assert side_codes is not None, "a layout with side codes gets them"
+        return self.whole_frames(ids, side_codes)
+
+    def encode_open(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        ids, side_codes = self.encode(codes)
+        return ids[: len(codes)], side_codes[: len(codes)]
+
+    def whole_frames(self, ids: np.ndarray, side_codes: np.ndarray) -> np.ndarray:
+        num_frames = max(0, ids.size - self.num_codebooks + 1)
         frame, codebook = np.ogrid[:num_frames, : self.num_codebooks]
         return side_codes[frame + codebook, codebook]
 
@@ -215,6 +237,12 @@ class FlatLayout(CodecLayout):
         codes[frame, codebook] = values
         return codes
 
+    def whole_frames(self, ids: np.ndarray, side_codes: np.ndarray) -> np.ndarray:
+        codebook, code = np.divmod(ids - self.first_code_id, self.codebook_size)
+        # A codebook's codes come in the order of the frames, and the last codebook's come last.
+        in_order = [code[codebook == one] for one in range(self.num_codebooks)]
+        return np.stack([codes[: in_order[-1].size] for codes in in_order], axis=1)
+
     def num_positions(self, num_frames: int) -> int:
         return num_frames * self.num_codebooks
 
@@ -241,6 +269,12 @@ class FlatDelayLayout(FlatLayout):
     def __init__(self, frame: int, num_codebooks: int, codebook_size: int) -> None:
         super().__init__(frame, num_codebooks, codebook_size)
         _require_codebooks("flat_delay", num_codebooks)
+
+    def encode_open(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        longer = np.concatenate([codes, np.zeros((self.num_codebooks, codes.shape[1]), dtype=codes.dtype)])
+        ids, side_codes = self.encode(longer)
+        stop = self._start(len(codes))
+        return ids[:stop], side_codes[:stop]
 
     def steps(self, num_positions: int) -> np.ndarray:
         codebook, frame = self._order(num_positions // self.num_codebooks)

@@ -21,7 +21,7 @@ from megatron_most import cli
 from megatron_most.checkpointing import read_metadata
 from megatron_most.config import RunConfig
 from megatron_most.data.preparation.manifest import read_manifest
-from megatron_most.evaluation.interface import Decoding, EvaluatedModel
+from megatron_most.evaluation.interface import EvaluatedModel
 from megatron_most.evaluation.recognizers.closed_vocabulary import PocketsphinxRecognizer
 from megatron_most.evaluation.running import run_suite
 from megatron_most.evaluation.suites.base import Suite
@@ -33,7 +33,7 @@ from megatron_most.evaluation.suites.speech import (
     encode_records,
 )
 from megatron_most.files import read_json, write_json
-from megatron_most.inference import load_for_generation
+from megatron_most.inference import Decoding, load_for_generation
 from megatron_most.model import count_parameters
 
 NORMALIZER = "basic"  # Whisper's turns "two nine", two words of the corpus, into one number

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_most import cli
+from megatron_most.commands.model_options import SIZES, add_checkpoint, add_sizes, layout_of
 from megatron_most.errors import ConfigError
 from megatron_most.evaluation.normalization import NORMALIZERS
 from megatron_most.evaluation.suites import SUITES
@@ -15,20 +16,16 @@ from megatron_most.extras import require
 
 if TYPE_CHECKING:
     from megatron_most.data.preparation.manifest import Record
-    from megatron_most.evaluation.interface import Decoding
     from megatron_most.evaluation.recognizers import Recognizer
     from megatron_most.evaluation.suites.base import Suite
+    from megatron_most.inference import Decoding
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(
         "evaluate", f"{__doc__}\n\nsuites:\n" + "".join(f"  {k:12} {v}\n" for k, v in SUITES.items())
     )
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        help="checkpoint directory, run directory (its newest checkpoint), or folder of a Hugging Face export",
-    )
+    add_checkpoint(parser)
     parser.add_argument("--suite", required=True, choices=SUITES, help="what to evaluate")
     parser.add_argument(
         "--data",
@@ -47,12 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", help="text tokenizer, if it has moved since training")
     parser.add_argument("--codec", help="codec, if it has moved since training")
     parser.add_argument("--batch-size", type=int, default=32, help="samples at a time (default %(default)s)")
-    parser.add_argument(
-        "--tensor-parallel", type=int, default=1, help="under torchrun: ranks that share every layer (default 1)"
-    )
-    parser.add_argument(
-        "--expert-parallel", type=int, default=1, help="under torchrun: ranks that share the experts (default 1)"
-    )
+    add_sizes(parser)
     return parser
 
 
@@ -102,13 +94,11 @@ NEEDS = {"asr": (*AUDIO, "jiwer"), "tts": (*AUDIO, "jiwer"), "sqa": (*AUDIO, "py
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    sizes = ("limit", "max_new_tokens", "max_seconds", "batch_size", "tensor_parallel", "expert_parallel")
-    cli.require_positive(arguments, *sizes)
+    cli.require_positive(arguments, "limit", "max_new_tokens", "max_seconds", "batch_size", *SIZES)
     is_spoken = arguments.suite == "tts" or (arguments.suite == "sqa" and arguments.answer == "spoken")
     from megatron_most.evaluation.recognizers import package_of
 
     require(*NEEDS.get(arguments.suite, AUDIO), *([package_of(arguments.recognizer)] if is_spoken else []))
-    from megatron_most.config import ParallelConfig
     from megatron_most.evaluation.interface import load_model
     from megatron_most.evaluation.running import results_path, run_suite
     from megatron_most.files import require_writable
@@ -122,9 +112,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         arguments.checkpoint,
         arguments.tokenizer,
         arguments.codec,
-        layout=ParallelConfig(
-            tensor_model_parallel_size=arguments.tensor_parallel, expert_model_parallel_size=arguments.expert_parallel
-        ),
+        layout=layout_of(arguments),
         needs_codec=arguments.suite != "text",
         batch_size=arguments.batch_size,
     )
@@ -153,8 +141,7 @@ def _suite(arguments: argparse.Namespace) -> Suite[Any]:
 
 
 def _decoding(arguments: argparse.Namespace) -> Decoding:
-    from megatron_most.evaluation.interface import Decoding
-    from megatron_most.inference import Sampling
+    from megatron_most.inference import Decoding, Sampling
 
     return Decoding(arguments.max_new_tokens, arguments.max_seconds, Sampling(arguments.temperature))
 

@@ -1,30 +1,62 @@
-"""Transcribe audio or speak text with a trained model."""
+"""Let a trained model transcribe, speak, chat, or continue text and audio."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_most import cli
-from megatron_most.errors import ConfigError, DataError
+from megatron_most.commands import talking
+from megatron_most.commands.model_options import SIZES, add_checkpoint, add_sizes, layout_of
+from megatron_most.errors import ConfigError
 from megatron_most.extras import require
 from megatron_most.files import require_writable, write_text
+
+if TYPE_CHECKING:
+    from megatron_most.inference import Decoding, LoadedModel
+
+TASKS = ("asr", "tts", "chat", "continue")
+AUDIO = ("nemo", "soundfile", "soxr")
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser("generate", __doc__)
+    add_checkpoint(parser)
     parser.add_argument(
-        "--checkpoint", required=True, help="checkpoint directory, or run directory (its newest checkpoint)"
+        "--task",
+        required=True,
+        choices=TASKS,
+        help="transcribe audio, speak text, answer the turns of a chat, or go on where the input ends",
     )
-    parser.add_argument("--task", required=True, choices=("asr", "tts"), help="transcribe audio or speak text")
     parser.add_argument(
-        "--input", required=True, nargs="+", help="asr: audio files; tts: the text to speak, or a .txt file with it"
+        "--input",
+        nargs="+",
+        help="asr: audio files; tts: the text to speak, or a .txt file with it; chat: the user's turns; continue: what"
+        " to continue, piece by piece. A turn or piece is a text, a .txt file, or an audio file"
+        f" ({', '.join(talking.AUDIO_SUFFIXES)})",
     )
-    parser.add_argument("--output", help="asr: text file (default: print the text); tts: WAV file (required)")
+    parser.add_argument("--interactive", action="store_true", help="chat: read the turns from the terminal")
+    parser.add_argument(
+        "--answer",
+        choices=("written", "spoken", "either"),
+        help="chat (default written), continue (default: as the last piece): in what form; either: the model chooses",
+    )
+    parser.add_argument("--system", help="chat: a message that stands before the first turn")
+    parser.add_argument(
+        "--output",
+        help="asr: text file (default: print the text); else: WAV file for the speech. Several spoken answers are"
+        " numbered: NAME_1.wav, NAME_2.wav, ...",
+    )
+    _add_decoding(parser)
     parser.add_argument("--tokenizer", help="text tokenizer, if it has moved since training")
     parser.add_argument("--codec", help="codec, if it has moved since training")
+    add_sizes(parser)
+    return parser
+
+
+def _add_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; 0 (default) is greedy")
     parser.add_argument(
         "--top-k", type=int, default=0, help="sample from the k most probable ids; 0 (default): from all"
@@ -34,51 +66,125 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling (default %(default)s)")
     parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        help="make text ids that the prompt or the answer has less probable, by 1.1 for example (default 1: off)",
+    )
+    parser.add_argument(
         "--max-new-tokens",
         type=int,
-        help="asr: maximum length of a transcript in ids (default: what the model's context leaves)",
+        help="maximum length of a text in ids (default: what the model's context leaves)",
     )
     parser.add_argument(
         "--max-seconds",
         type=float,
-        help="tts: maximum length of the speech (default: what the model's context leaves)",
+        help="maximum length of speech (default: what the model's context leaves)",
     )
-    return parser
 
 
 def generate(arguments: argparse.Namespace) -> None:
-    if arguments.task == "tts" and not arguments.output:
-        raise ConfigError("--output: is required with --task tts: the WAV file to write")
-    cli.require_positive(arguments, "max_new_tokens", "max_seconds")
-    require("nemo", "soundfile", "soxr")
-    from megatron_most.audio import read_audio, write_wav
-    from megatron_most.inference import Sampling, load_for_generation, speak, transcribe
+    cli.require_positive(arguments, "max_new_tokens", "max_seconds", *SIZES)
+    form = _form(arguments)
+    _check(arguments, form)
+    pieces = (
+        [talking.piece_of(text) for text in arguments.input or []] if arguments.task in ("chat", "continue") else []
+    )
+    needs_codec = arguments.interactive or form != "written" or any(not isinstance(piece, str) for piece in pieces)
+    if needs_codec:
+        require(*AUDIO)
+    from megatron_most.inference import Decoding, Sampling, load_for_generation
 
-    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    text = _text(arguments.input) if arguments.task == "tts" else ""
+    sampling = Sampling(
+        arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed, arguments.repetition_penalty
+    )
+    decoding = Decoding(arguments.max_new_tokens, arguments.max_seconds, sampling)
     if arguments.output:
         require_writable(arguments.output)
-    model = load_for_generation(arguments.checkpoint, arguments.tokenizer, arguments.codec)
+    model = load_for_generation(
+        arguments.checkpoint,
+        arguments.tokenizer,
+        arguments.codec,
+        layout=layout_of(arguments),
+        needs_codec=needs_codec,
+    )
     if arguments.task == "asr":
-        codes = [model.codec.encode(read_audio(path, model.codec.sample_rate)) for path in arguments.input]
-        at_limit: list[int] = []
-        text = "\n".join(transcribe(model, codes, arguments.max_new_tokens, sampling, on_limit=at_limit.append))
-        if arguments.output:
-            write_text(arguments.output, text + "\n")
-            print(f"{arguments.output}: {_count(len(arguments.input), 'transcript')}")
-        else:
-            print(text)
-        for index in sorted(at_limit):
-            _warn_of_limit(arguments.input[index], "--max-new-tokens", arguments.max_new_tokens)
+        _transcribe(arguments, model, decoding)
+    elif arguments.task == "tts":
+        _speak(arguments, model, decoding)
+    elif arguments.task == "continue":
+        talking.go_on(model, pieces, form, decoding, arguments.output)
+    elif arguments.interactive:
+        talking.converse(model, arguments.system, form, decoding, arguments.output)
     else:
-        at_limit = []
-        [spoken] = speak(model, [text], arguments.max_seconds, sampling, on_limit=at_limit.append)
-        waveform = model.codec.decode(spoken)
-        write_wav(arguments.output, waveform, model.codec.sample_rate)
-        seconds = len(waveform) / model.codec.sample_rate
-        print(f"{arguments.output}: {seconds:.2f} s of speech at {model.codec.sample_rate} Hz")
-        if at_limit:
-            _warn_of_limit(arguments.output, "--max-seconds", arguments.max_seconds)
+        talking.chat(model, arguments.system, pieces, form, decoding, arguments.output)
+
+
+def _form(arguments: argparse.Namespace) -> str:
+    """In what form the model answers."""
+    if arguments.task in ("asr", "tts"):
+        return "spoken"  # also the transcript needs the codec
+    if arguments.answer is not None:
+        return arguments.answer
+    ends_in_audio = bool(arguments.input) and talking.is_audio_file(arguments.input[-1])
+    return "spoken" if arguments.task == "continue" and ends_in_audio else "written"
+
+
+def _check(arguments: argparse.Namespace, form: str) -> None:
+    """Options that belong together."""
+    task = arguments.task
+    if arguments.interactive and task != "chat":
+        raise ConfigError(f"--interactive: is for --task chat, not {task}")
+    if arguments.interactive and arguments.input:
+        raise ConfigError("--input: --interactive reads the turns from the terminal")
+    if not arguments.interactive and not arguments.input:
+        raise ConfigError(f"--input: is required with --task {task}")
+    if arguments.answer is not None and task in ("asr", "tts"):
+        raise ConfigError(f"--answer: is for --task chat and continue, not {task}")
+    if arguments.system is not None and task != "chat":
+        raise ConfigError(f"--system: is for --task chat, not {task}")
+    if task != "asr" and form != "written" and not arguments.output:
+        what = "--task tts" if task == "tts" else f"--answer {form}"
+        raise ConfigError(f"--output: is required with {what}: the WAV file to write")
+    if arguments.interactive and cli.launcher_integer("WORLD_SIZE", 1, least=1) > 1:
+        raise ConfigError("--interactive: is for one process, not for torchrun")
+
+
+def _transcribe(arguments: argparse.Namespace, model: LoadedModel, decoding: Decoding) -> None:
+    from megatron_most.audio import read_audio
+    from megatron_most.inference import transcribe
+    from megatron_most.parallel import is_rank_zero
+
+    codes = [model.codec.encode(read_audio(path, model.codec.sample_rate)) for path in arguments.input]
+    at_limit: list[int] = []
+    texts = transcribe(model, codes, decoding.max_new, decoding.sampling, on_limit=at_limit.append)
+    if not is_rank_zero():
+        return
+    if arguments.output:
+        write_text(arguments.output, "\n".join(texts) + "\n")
+        print(f"{arguments.output}: {_count(len(texts), 'transcript')}")
+    else:
+        print("\n".join(texts))
+    for index in sorted(at_limit):
+        _warn_of_limit(arguments.input[index], "--max-new-tokens", arguments.max_new_tokens)
+
+
+def _speak(arguments: argparse.Namespace, model: LoadedModel, decoding: Decoding) -> None:
+    from megatron_most.audio import write_wav
+    from megatron_most.inference import speak
+    from megatron_most.parallel import is_rank_zero
+
+    at_limit: list[int] = []
+    text = talking.text_of(arguments.input[0]) if len(arguments.input) == 1 else " ".join(arguments.input)
+    [spoken] = speak(model, [text], decoding.max_seconds, decoding.sampling, on_limit=at_limit.append)
+    if not is_rank_zero():
+        return
+    waveform = model.codec.decode(spoken)
+    write_wav(arguments.output, waveform, model.codec.sample_rate)
+    seconds = len(waveform) / model.codec.sample_rate
+    print(f"{arguments.output}: {seconds:.2f} s of speech at {model.codec.sample_rate} Hz")
+    if at_limit:
+        _warn_of_limit(arguments.output, "--max-seconds", arguments.max_seconds)
 
 
 def _count(number: int, what: str) -> str:
@@ -88,18 +194,6 @@ def _count(number: int, what: str) -> str:
 def _warn_of_limit(name: str, option: str, value: float | None) -> None:
     limit = "the model's context" if value is None else f"{option}={value:g}"
     print(f"warning: {name}: the answer reached its limit ({limit}); its end may be missing", file=sys.stderr)
-
-
-def _text(words: list[str]) -> str:
-    path = Path(words[0])
-    if len(words) > 1 or path.suffix != ".txt":
-        return " ".join(words)
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: must be UTF-8 text") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,16 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_most import cli
+from megatron_most.commands.model_options import SIZES, add_checkpoint, add_sizes
 from megatron_most.extras import require
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser("harness", __doc__)
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        help="checkpoint directory, run directory (its newest checkpoint), or folder of a Hugging Face export",
-    )
+    add_checkpoint(parser)
     parser.add_argument("--tasks", required=True, nargs="+", help="names of the harness's tasks and groups")
     parser.add_argument("--include-path", help="folder with further tasks (YAML)")
     parser.add_argument("--num-fewshot", type=int, help="examples before each question (default: as the task says)")
@@ -25,17 +22,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, help="JSON file for the results")
     parser.add_argument("--tokenizer", help="text tokenizer, if it has moved since training")
     parser.add_argument("--batch-size", type=int, default=32, help="samples at a time (default %(default)s)")
-    parser.add_argument(
-        "--tensor-parallel", type=int, default=1, help="under torchrun: ranks that share every layer (default 1)"
-    )
-    parser.add_argument(
-        "--expert-parallel", type=int, default=1, help="under torchrun: ranks that share the experts (default 1)"
-    )
+    add_sizes(parser)
     return parser
 
 
 def harness(arguments: argparse.Namespace) -> None:
-    cli.require_positive(arguments, "limit", "batch_size", "tensor_parallel", "expert_parallel")
+    cli.require_positive(arguments, "limit", "batch_size", *SIZES)
     require("lm_eval")
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager

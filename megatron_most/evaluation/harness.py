@@ -12,9 +12,9 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
 from megatron_most.config import ParallelConfig
-from megatron_most.evaluation.interface import Decoding, Model, load_model
+from megatron_most.evaluation.interface import Model, load_model
 from megatron_most.evaluation.suites.text import text_document, windows
-from megatron_most.inference import Sampling
+from megatron_most.inference import Decoding, Sampling
 
 MAX_NEW = 256
 """Ids that an answer may have where a task sets no limit; the harness's own default for Hugging Face models."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,29 +20,11 @@ from megatron_most.audio import AudioCodec
 from megatron_most.config import ParallelConfig
 from megatron_most.data.building.document_builder import DocumentBuilder
 from megatron_most.data.storage.documents import Document
-from megatron_most.errors import ConfigError, DataError
+from megatron_most.errors import DataError
 from megatron_most.evaluation.likelihood import Likelihood, likelihoods
-from megatron_most.inference import LoadedModel, Sampling, answer_in_speech, answer_in_text, load_for_generation
-from megatron_most.inference.hugging_face import is_export, load_export
+from megatron_most.inference import Decoding, LoadedModel, answer, load_for_generation
 from megatron_most.text import TextTokenizer
 from megatron_most.vocab import VocabLayout
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How answers are generated.
-
-    Args:
-        max_new: the maximum number of text ids; None: what the context leaves.
-        max_seconds: the maximum length of speech; None: what the context leaves.
-    """
-
-    max_new: int | None = None
-    max_seconds: float | None = None
-    sampling: Sampling = field(default_factory=Sampling)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -100,13 +82,11 @@ class EvaluatedModel:
         return likelihoods(documents, self.vocab, num_text_ids, forward, self.batch_size)
 
     def generate(self, prompts: Sequence[Document], decoding: Decoding, *, speech: bool = False) -> list[Generated]:
-        at_limit: set[int] = set()
-        options = (decoding.sampling, self.batch_size, at_limit.add)
+        form = "spoken" if speech else "written"
+        answers = answer(self.loaded, prompts, form, decoding, batch_size=self.batch_size)
         if speech:
-            spoken = answer_in_speech(self.loaded, prompts, decoding.max_seconds, *options)
-            return [Generated(codes=codes, at_limit=place in at_limit) for place, codes in enumerate(spoken)]
-        texts = answer_in_text(self.loaded, prompts, decoding.max_new, *options)
-        return [Generated(text=text, at_limit=place in at_limit) for place, text in enumerate(texts)]
+            return [Generated(codes=one.codes, at_limit=one.at_limit) for one in answers]
+        return [Generated(text=one.text, at_limit=one.at_limit) for one in answers]
 
 
 def load_model(
@@ -119,16 +99,12 @@ def load_model(
     batch_size: int = 32,
 ) -> EvaluatedModel:
     """A checkpoint, the newest of a run, or a Hugging Face export. Arguments and errors as for their loaders."""
+    loaded = load_for_generation(path, tokenizer, codec, layout=layout, needs_codec=needs_codec)
     identity: dict[str, Any]
-    if is_export(path):
-        if layout is not None and layout != ParallelConfig():
-            raise ConfigError(f"{path}: an export is not split over ranks; evaluate the checkpoint that it is of")
-        loaded = load_export(path, tokenizer, codec, needs_codec=needs_codec)
+    if loaded.metadata is None:
         files = [(file.name, *_state(file)) for file in sorted(Path(path).glob("*.safetensors"))]
         identity = {"kind": "hf", "files": hashlib.sha256(repr(files).encode()).hexdigest()}
     else:
-        loaded = load_for_generation(path, tokenizer, codec, layout=layout, needs_codec=needs_codec)
-        assert loaded.metadata is not None, "a checkpoint has metadata"
         identity = {"kind": "native", "step": loaded.metadata.step, "samples": loaded.metadata.consumed_samples}
     if needs_codec:
         identity["codec"] = loaded.codec.fingerprint

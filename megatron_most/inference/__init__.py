@@ -1,17 +1,23 @@
 """Generation: text and speech from a trained model."""
 
+from megatron_most.inference.answers import FORMS, Answer, answer, stream
+from megatron_most.inference.conversation import Conversation
 from megatron_most.inference.generator import Generator
 from megatron_most.inference.loading import LoadedModel, load_for_generation
-from megatron_most.inference.sampling import Sampling
-from megatron_most.inference.speech import answer_in_speech, answer_in_text, speak, transcribe
+from megatron_most.inference.sampling import Decoding, Sampling
+from megatron_most.inference.speech import speak, transcribe
 
 __all__ = [
+    "FORMS",
+    "Answer",
+    "Conversation",
+    "Decoding",
     "Generator",
     "LoadedModel",
     "Sampling",
-    "answer_in_speech",
-    "answer_in_text",
+    "answer",
     "load_for_generation",
     "speak",
+    "stream",
     "transcribe",
 ]

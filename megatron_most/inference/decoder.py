@@ -10,18 +10,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron_most import parallel
 from megatron_most.errors import first_line
 from megatron_most.inference.grammar import DONE, Grammar
+from megatron_most.inference.past import Past
 from megatron_most.inference.sampling import Sampling
-from megatron_most.model import KeyValueCache, MoSTModel
-from megatron_most.vocab import NO_CODE
-
-_POSITIONS_MULTIPLE = 64
-"""Divides the length of the cache: kernels need aligned masks, and prompts of similar lengths share a graph."""
+from megatron_most.vocab import NO_CODE, VocabLayout
 
 
 class Decoder:
@@ -31,36 +29,35 @@ class Decoder:
     grammar has none.
 
     Args:
-        num_positions: of prompt and continuation together.
+        past: reads the prompts, and every position that is chosen.
+        num_positions: the most positions of prompt and continuation together.
         cuda_graph: capture the step as a CUDA graph and replay it.
     """
 
     def __init__(
         self,
-        model: MoSTModel,
+        past: Past,
+        vocab: VocabLayout,
         grammar: Grammar,
         sampling: Sampling,
         num_rows: int,
         num_positions: int,
         cuda_graph: bool,
     ) -> None:
-        self.model, self.grammar, self.sampling, self.num_rows = model, grammar, sampling, num_rows
-        self.num_positions = -(-num_positions // _POSITIONS_MULTIPLE) * _POSITIONS_MULTIPLE
-        vocab, weight = model.vocab, next(model.parameters())
-        self._cache = KeyValueCache(num_rows, self.num_positions)
+        self.vocab, self.grammar, self.sampling = vocab, grammar, sampling
+        self.num_rows, self.num_positions = num_rows, num_positions
+        self._past = past
 
         def tensor(*shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
-            return torch.zeros(shape, dtype=dtype, device=weight.device)
+            return torch.zeros(shape, dtype=dtype, device=past.position.device)
 
-        self.ids = tensor(num_rows, self.num_positions)
-        self._position = tensor(1)
+        self.ids = tensor(num_rows, num_positions)
         self._state = tensor(num_rows)
-        self._bias = tensor(num_rows, 1, 1, self.num_positions, dtype=weight.dtype)
         self._new_ids, self._is_padding = tensor(num_rows, 1), tensor(num_rows, 1, dtype=torch.bool)
         self.codes: torch.Tensor | None = None
         self._new_codes: torch.Tensor | None = None
         if grammar.has_no_code is not None:
-            self.codes = tensor(num_rows, self.num_positions, vocab.num_codebooks)
+            self.codes = tensor(num_rows, num_positions, vocab.num_codebooks)
             self._new_codes = tensor(num_rows, 1, vocab.num_codebooks)
         self._noise: torch.Tensor | None = None
         self._code_noise: torch.Tensor | None = None
@@ -68,6 +65,11 @@ class Decoder:
             self._noise = tensor(num_rows, len(grammar.ids), dtype=torch.float32)
             if self.codes is not None:
                 self._code_noise = tensor(num_rows, vocab.num_codebooks, vocab.codebook_size, dtype=torch.float32)
+        # The text ids that a row has, and a column for all others.
+        self._num_penalized = max(0, min(grammar.ids.stop, vocab.text_vocab_size) - grammar.ids.start)
+        self._is_said: torch.Tensor | None = None
+        if sampling.repetition_penalty != 1 and self._num_penalized:
+            self._is_said = tensor(num_rows, self._num_penalized + 1, dtype=torch.bool)
         self._run: Callable[[], None] = _GraphedCall(self._step) if cuda_graph else self._step
 
     @property
@@ -93,32 +95,25 @@ class Decoder:
             is_padding: ``[b, s]`` bool.
             random: the random number generator of each row.
         """
-        length = ids.shape[1]
-        self._cache.start_prompt()
-        self._position.fill_(length)
         self._state.copy_(self.grammar.start(self.num_rows))
-        self._bias.fill_(float("-inf"))
-        self._bias[:, 0, 0, :length].masked_fill_(~is_padding, 0.0)
-        at = torch.arange(length, device=ids.device)
-        # A padding query attends to itself: softmax over no keys is NaN, which would spread through the values.
-        forbidden = is_padding[:, None, None] & (at[:, None] != at)
-        logits, code_logits = self.model(
-            ids,
-            self.model.vocab.modality_of(ids),
-            is_padding,
-            codes=codes,
-            attention_mask=forbidden,
-            inference_context=self._cache,
-            logit_ids=self.grammar.ids,
-        )
-        self._cache.start_decoding(self._position)
+        if self._is_said is not None:
+            places = (ids - self.grammar.ids.start).masked_fill(is_padding, self._num_penalized)
+            self._is_said.zero_().scatter_(1, places.clamp(max=self._num_penalized), True)
+        logits = self._past.read_prompt(ids, codes, is_padding)
         self._draw(random)
-        self._choose(logits, code_logits)
+        self._choose(*logits)
 
     def advance(self, random: list[torch.Generator]) -> None:
         """Read the position chosen last and choose the next."""
         self._draw(random)
         self._run()
+
+    def chosen(self, positions: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Ids ``[b, n]`` and codes ``[b, n, C]`` of these positions, on the host."""
+        ids = self.ids[:, positions].cpu().numpy()
+        if self.codes is None:
+            return ids, np.full((*ids.shape, self.vocab.num_codebooks), NO_CODE)
+        return ids, self.codes[:, positions].cpu().numpy()
 
     def all_done(self) -> bool:
         """Whether all rows have ended, on all ranks that hold the model together. The host waits for the device.
@@ -131,18 +126,7 @@ class Decoder:
         return bool(is_done)
 
     def _step(self) -> None:
-        self._bias.index_fill_(-1, self._position, 0.0)
-        logits, code_logits = self.model(
-            self._new_ids,
-            self.model.vocab.modality_of(self._new_ids),
-            self._is_padding,
-            codes=self._new_codes,
-            attention_mask=self._bias,
-            inference_context=self._cache,
-            logit_ids=self.grammar.ids,
-        )
-        self._position += 1
-        self._choose(logits, code_logits)
+        self._choose(*self._past.read_next(self._new_ids, self._new_codes, self._is_padding))
 
     def _draw(self, random: list[torch.Generator]) -> None:
         for noise in (self._noise, self._code_noise):
@@ -151,18 +135,23 @@ class Decoder:
                     row.exponential_(generator=generator)
 
     def _choose(self, logits: torch.Tensor, code_logits: torch.Tensor | None) -> None:
-        """Choose ids and codes at ``_position`` from logits ``[b, 1, V]`` and ``[b, 1, C, K]``."""
+        """Choose ids and codes at the next position from logits ``[b, 1, V]`` and ``[b, 1, C, K]``."""
         logits = logits[:, -1].masked_fill(self.grammar.forbidden_after(self._state), float("-inf"))
+        if self._is_said is not None:
+            self.sampling.penalize(logits[:, : self._num_penalized], self._is_said[:, :-1])
         choice = self.sampling.choose(logits, self._noise)
+        if self._is_said is not None:
+            self._is_said.scatter_(1, choice.clamp(max=self._num_penalized)[:, None], True)
         has_no_code = self.grammar.advance(self._state, choice)
+        position = self._past.position
         torch.add(choice[:, None], self.grammar.ids.start, out=self._new_ids)
         torch.eq(self._state[:, None], DONE, out=self._is_padding)
-        self.ids.index_copy_(1, self._position, self._new_ids)
+        self.ids.index_copy_(1, position, self._new_ids)
         if has_no_code is not None:
             assert code_logits is not None and self.codes is not None and self._new_codes is not None
-            codes = self.sampling.choose(code_logits[:, -1, :, : self.model.vocab.codebook_size], self._code_noise)
+            codes = self.sampling.choose(code_logits[:, -1, :, : self.vocab.codebook_size], self._code_noise)
             self._new_codes.copy_(codes.masked_fill(has_no_code, NO_CODE)[:, None])
-            self.codes.index_copy_(1, self._position, self._new_codes)
+            self.codes.index_copy_(1, position, self._new_codes)
 
 
 class _GraphedCall:

@@ -6,7 +6,8 @@ Shape letters: b prompts, s prompt positions, k cached positions, C codebooks, F
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -15,12 +16,16 @@ import torch
 from megatron_most.errors import ConfigError
 from megatron_most.inference.decoder import Decoder
 from megatron_most.inference.grammar import Grammar, speech_grammar, text_grammar
+from megatron_most.inference.past import NativePast, Past
 from megatron_most.inference.sampling import Sampling
 from megatron_most.model import MoSTModel
 from megatron_most.vocab import NO_CODE, VocabLayout
 
 _END_TESTED_EVERY = 16
 """After so many new positions, check whether all rows have ended. The host waits for the device for it."""
+
+_POSITIONS_MULTIPLE = 64
+"""Divides the length of the cache: kernels need aligned masks, and prompts of similar lengths share a graph."""
 
 
 class Prompt(Protocol):
@@ -31,6 +36,29 @@ class Prompt(Protocol):
 
     @property
     def side_codes(self) -> np.ndarray | None: ...
+
+
+@dataclass(frozen=True)
+class Row:
+    """What follows a prompt: ``ids [n]`` and ``codes [n, C]``, without the id that ends it.
+
+    is_ended: False: it was cut off at its limit.
+    """
+
+    ids: np.ndarray
+    codes: np.ndarray
+    is_ended: bool
+
+    @classmethod
+    def until(cls, ends: Sequence[int], ids: np.ndarray, codes: np.ndarray) -> Row:
+        """Up to the first of ``ends``."""
+        found = np.flatnonzero(np.isin(ids, ends))
+        length = int(found[0]) if found.size else len(ids)
+        return cls(ids[:length], codes[:length], bool(found.size))
+
+    @classmethod
+    def nothing(cls, num_codebooks: int) -> Row:
+        return cls(np.zeros(0, np.int64), np.zeros((0, num_codebooks), np.int64), False)
 
 
 class Generator:
@@ -46,13 +74,15 @@ class Generator:
 
     def __init__(self, model: MoSTModel, cuda_graph: bool = True) -> None:
         self.model = model.eval()
-        self.vocab = model.vocab
-        self.device = next(model.parameters()).device
+        self._prepare(model.vocab, next(model.parameters()).device, model.max_sequence_length)
         self._uses_graphs = cuda_graph and self.device.type == "cuda"
+
+    def _prepare(self, vocab: VocabLayout, device: torch.device, max_positions: int) -> None:
+        self.vocab, self.device, self.max_positions = vocab, device, max_positions
+        self._uses_graphs = False
         self._decoder: Decoder | None = None
         # Cached because tables of long audio take time to build, and because a CUDA graph refers to their memory.
-        vocab, device = self.vocab, self.device
-        self._grammar = functools.lru_cache(maxsize=8)(lambda build, *arguments: build(vocab, *arguments).to(device))
+        self.grammar = functools.lru_cache(maxsize=8)(lambda build, *arguments: build(vocab, *arguments).to(device))
 
     @torch.inference_mode()
     def logits(
@@ -90,12 +120,9 @@ class Generator:
             ConfigError: a prompt and its ``max_new`` exceed the positions of the model.
         """
         limits = [max_new] * len(prompts) if isinstance(max_new, int) else list(max_new)
-        self._require_room(prompts, limits)
         ends = (end,) if isinstance(end, int) else tuple(end)
-        grammar = self._grammar(text_grammar, num_text_ids or self.vocab.text_vocab_size, ends, tuple(forbidden))
-        # Positions are relative, so a short prompt may go past the context that a longer one beside it fills.
-        ids, _ = self._continue(prompts, grammar, max(limits), sampling)
-        return [row[:limit].tolist() for row, limit in zip(ids, limits, strict=True)]
+        grammar = self.grammar(text_grammar, num_text_ids or self.vocab.text_vocab_size, ends, tuple(forbidden))
+        return [row.ids.tolist() for row in self.rows(prompts, grammar, limits, sampling)]
 
     def speech(self, prompts: Sequence[Prompt], max_frames: int, sampling: Sampling) -> list[np.ndarray]:
         """Codes ``[F, C]``, at most ``max_frames`` frames, for each prompt; prompts end in ``begin_of_audio``.
@@ -104,59 +131,86 @@ class Generator:
             ConfigError: a prompt and ``max_frames`` exceed the positions of the model.
         """
         layout = self.vocab.codec_layout
-        max_new = layout.num_positions(max_frames)
-        self._require_room(prompts, [max_new] * len(prompts))
-        ids, codes = self._continue(prompts, self._grammar(speech_grammar, max_frames), max_new, sampling)
-        return [layout.decode(row, row_codes) for row, row_codes in zip(ids, codes, strict=True)]
+        limits = [layout.num_positions(max_frames)] * len(prompts)
+        rows = self.rows(prompts, self.grammar(speech_grammar, max_frames), limits, sampling)
+        return [layout.decode(row.ids, row.codes) for row in rows]
 
-    def _require_room(self, prompts: Sequence[Prompt], limits: Sequence[int]) -> None:
+    def rows(self, prompts: Sequence[Prompt], grammar: Grammar, limits: Sequence[int], sampling: Sampling) -> list[Row]:
+        """What ``grammar`` lets follow each prompt, at most ``limits`` positions, without the id that ends it.
+
+        Raises:
+            ConfigError: a prompt and its limit exceed the positions of the model.
+        """
+        self.require_room(prompts, limits)
+        blocks = list(self.positions(prompts, grammar, max(limits, default=0), sampling))
+        if not blocks:
+            return [Row.nothing(self.vocab.num_codebooks)] * len(prompts)
+        ids, codes = (np.concatenate(pieces, axis=1) for pieces in zip(*blocks, strict=True))
+        # Positions are relative, so a short prompt may go past the context that a longer one beside it fills.
+        cut = zip(ids, codes, limits, strict=True)
+        return [Row.until(grammar.ends, row[:limit], row_codes[:limit]) for row, row_codes, limit in cut]
+
+    def require_room(self, prompts: Sequence[Prompt], limits: Sequence[int]) -> None:
+        """Raise :class:`ConfigError` if a prompt and its limit exceed the positions of the model."""
         longest, max_new = max(
             ((len(prompt.ids), limit) for prompt, limit in zip(prompts, limits, strict=True)), key=sum
         )
-        if longest + max_new > self.model.max_sequence_length:
+        if longest + max_new > self.max_positions:
             raise ConfigError(
-                f"a prompt of {longest} positions and {max_new} new ones exceed the model's"
-                f" {self.model.max_sequence_length}"
+                f"a prompt of {longest} positions and {max_new} new ones exceed the model's {self.max_positions}"
             )
 
     @torch.inference_mode()
-    def _continue(
-        self, prompts: Sequence[Prompt], grammar: Grammar, max_new: int, sampling: Sampling
-    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Generated ids ``[n]`` and codes ``[n, C]`` for each prompt, without the end id."""
+    def positions(
+        self,
+        prompts: Sequence[Prompt],
+        grammar: Grammar,
+        max_new: int,
+        sampling: Sampling,
+        every: int | None = None,
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Generated ids ``[b, n]`` and codes ``[b, n, C]`` as they come, until all rows have ended or ``max_new``.
+
+        A row that has ended repeats an end of ``grammar``.
+
+        Args:
+            every: at most so many positions at a time. The host waits for the device for each.
+        """
+        every = every or _END_TESTED_EVERY
         if max_new < 1:
-            nothing = np.zeros((0, self.vocab.num_codebooks), np.int64)
-            return [np.zeros(0, np.int64)] * len(prompts), [nothing] * len(prompts)
+            return
         ids, codes, is_padding = (tensor.to(self.device) for tensor in left_padded(prompts, self.vocab))
         start = ids.shape[1]
-        decoder = self._decoder_for(grammar, sampling, len(prompts), start + max_new)
         # By prompt, so that what stands beside it in a batch does not change what is drawn for it.
         random = [sampling.generator(self.device, np.asarray(prompt.ids).tobytes()) for prompt in prompts]
+        decoder = self._decoder_for(grammar, sampling, len(prompts), start + max_new)
+        # Whoever asks for something else before this has ended gets a decoder of their own.
+        self._decoder = None
         decoder.start(ids, codes, is_padding, random)
-        num_new = 1
-        while num_new < max_new and not (num_new % _END_TESTED_EVERY == 0 and decoder.all_done()):
+        num_new, num_given = 1, 0
+        while True:
+            is_last = num_new == max_new or (num_new % every == 0 and decoder.all_done())
+            if is_last and self._uses_graphs:
+                self._decoder = decoder
+            if is_last or num_new % every == 0:
+                yield decoder.chosen(slice(start + num_given, start + num_new))
+                num_given = num_new
+            if is_last:
+                return
             decoder.advance(random)
             num_new += 1
-        new = slice(start, start + num_new)
-        all_ids = decoder.ids[:, new].cpu().numpy()
-        if decoder.codes is None:
-            all_codes = np.full((*all_ids.shape, self.vocab.num_codebooks), NO_CODE)
-        else:
-            all_codes = decoder.codes[:, new].cpu().numpy()
-        lengths = [int(np.append(np.isin(row, grammar.ends), True).argmax()) for row in all_ids]
-        return (
-            [row[:length] for row, length in zip(all_ids, lengths, strict=True)],
-            [row[:length] for row, length in zip(all_codes, lengths, strict=True)],
-        )
 
     def _decoder_for(self, grammar: Grammar, sampling: Sampling, num_rows: int, num_positions: int) -> Decoder:
         """The previous decoder if it can be reused, else a new one."""
         if self._decoder is not None and self._decoder.fits(grammar, sampling, num_rows, num_positions):
             return self._decoder
         self._decoder = None  # frees its memory first
-        decoder = Decoder(self.model, grammar, sampling, num_rows, num_positions, self._uses_graphs)
-        self._decoder = decoder if self._uses_graphs else None
-        return decoder
+        num_positions = -(-num_positions // _POSITIONS_MULTIPLE) * _POSITIONS_MULTIPLE
+        past = self._past(grammar.ids, num_rows, num_positions)
+        return Decoder(past, self.vocab, grammar, sampling, num_rows, num_positions, self._uses_graphs)
+
+    def _past(self, logit_ids: range, num_rows: int, num_positions: int) -> Past:
+        return NativePast(self.model, logit_ids, num_rows, num_positions)
 
 
 def left_padded(prompts: Sequence[Prompt], vocab: VocabLayout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -9,33 +9,34 @@ Shape letters: b rows, V ids of the grammar, S states, U sets of forbidden ids, 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from megatron_most.vocab import Modality, VocabLayout
 
-_OTHER, _LEADING, _END = range(3)
-"""Kinds of ids: those that begin a codec frame, the one that ends the segment, and all others."""
-_KINDS = 3  # a state has one transition for each kind, in this order
+_OTHER, _LEADING, _END, _SWITCH = range(4)
+"""Kinds of ids: those that begin a codec frame, end the answer, or stand between text and audio; and all others."""
+_KINDS = 4  # a state has one transition for each kind, in this order
 
 DONE = 0
-"""The state after the end, where only the end id may follow."""
+"""The state after the end, where only an end id may follow."""
 _START = _KINDS
 
 
 @dataclasses.dataclass(frozen=True)
 class Grammar:
-    """The tables of an automaton. The number of a state is the index of its first transition: 0, 3, 6, ...
+    """The tables of an automaton. The number of a state is the index of its first transition: 0, 4, 8, ...
 
     Args:
-        ends: the ids that end the generated segment; they are not part of the result.
+        ends: the ids that end what is generated; they are not part of the result.
         ids: the ids that may be generated. A choice is an index into this range.
         forbidden: ``[U, V]`` bool.
-        forbidden_in: ``[3 * S]``, at the number of each state, its row of ``forbidden``.
+        forbidden_in: ``[4 * S]``, at the number of each state, its row of ``forbidden``.
         kind_of: ``[V]``, the kind of each id.
-        next_state: ``[3 * S]``, the state after each transition.
-        has_no_code: ``[3 * S, C]`` bool, True for codebooks without a code at the id of a transition. None if ids have
+        next_state: ``[4 * S]``, the state after each transition.
+        has_no_code: ``[4 * S, C]`` bool, True for codebooks without a code at the id of a transition. None if ids have
             no codes beside them.
     """
 
@@ -81,97 +82,177 @@ def text_grammar(
         num_text_ids: the tokenizer's number of ids; the model may have more.
         forbidden: the tokenizer's special ids, which never occur inside text; ``ends`` may be among them.
     """
-    ids = torch.arange(num_text_ids)
-    is_forbidden = vocab.modality_of(ids) != Modality.TEXT
-    is_forbidden[[marker for marker in forbidden if marker not in ends]] = True
-    is_end = torch.isin(ids, torch.tensor(ends))
-    kind_of = torch.where(is_end, _END, _OTHER)
-    return Grammar(
-        ends=ends,
-        ids=range(num_text_ids),
-        forbidden=torch.stack([~is_end, is_forbidden]),
-        forbidden_in=torch.tensor([0, 0, 0, 1, 1, 1]),
-        kind_of=kind_of,
-        next_state=torch.tensor([DONE, DONE, DONE, _START, DONE, DONE]),
-        has_no_code=None,
+    tables = _Tables(vocab, range(num_text_ids), ends)
+    words = tables.words(num_text_ids, forbidden)
+    tables.build(_TEXT, lambda state: _State((words, *tables.ends), (_TEXT, None, None, None)))
+    return tables.grammar(has_codes=False)
+
+
+def speech_grammar(vocab: VocabLayout, max_frames: int, num_before: int = 0) -> Grammar:
+    """Codec frames in the order of the codec layout, then ``end_of_audio``.
+
+    Args:
+        max_frames: the maximum number of frames.
+        num_before: frames that the prompt ends with, laid out by ``CodecLayout.encode_open``. Without any there is at
+            least one new frame.
+    """
+    tables = _Tables(vocab, range(vocab.text_vocab_size, vocab.size), (vocab.end_of_audio,))
+    tables.build(
+        _audio_start(vocab, num_before), lambda state: tables.audio(state, num_before + max_frames, tables.ends, None)
     )
+    return tables.grammar(has_codes=vocab.codec_layout.uses_side_codes)
 
 
-def speech_grammar(vocab: VocabLayout, max_frames: int) -> Grammar:
-    """1 to ``max_frames`` codec frames in the order of the codec layout, then ``end_of_audio``."""
-    return _SpeechTables(vocab, max_frames).grammar()
+def mixed_grammar(
+    vocab: VocabLayout,
+    num_text_ids: int,
+    ends: tuple[int, ...],
+    forbidden: tuple[int, ...],
+    max_new: int | None,
+    max_frames: int,
+    alternates: bool = False,
+) -> Grammar:
+    """Text or audio, as the model chooses, up to any of ``ends``.
+
+    Args:
+        num_text_ids, forbidden: as for text.
+        max_new: the maximum number of ids of a text; None: any number.
+        max_frames: the maximum number of frames of a segment of audio.
+        alternates: texts and segments of audio may follow each other; else there is one text or one segment.
+    """
+    tables = _Tables(vocab, range(vocab.size), ends)
+    words = tables.words(num_text_ids, forbidden)
+    begins = (range(vocab.begin_of_audio, vocab.begin_of_audio + 1),)
+    stops = (range(vocab.end_of_audio, vocab.end_of_audio + 1),)
+
+    def describe(state: _Key) -> _State:
+        if state == _FINISHED:
+            return _State(tables.ends, (None,) * _KINDS)
+        if state[0] == "audio":
+            return tables.audio(state, max_frames, stops, _TEXT if alternates else _FINISHED)
+        length = state[1]
+        may_begin = alternates or state == _TEXT
+        is_full = length == max_new
+        following = None if is_full else ("text", length if max_new is None and length else length + 1)
+        allowed = (() if is_full else (words,)) + tables.ends + (begins if may_begin else ())
+        return _State(allowed, (following, None, None, _audio_start(vocab, 0) if may_begin else None))
+
+    tables.build(_TEXT, describe)
+    return tables.grammar(has_codes=vocab.codec_layout.uses_side_codes)
 
 
-class _SpeechTables:
-    """Enumerates the states of audio: a number of positions and a number of frames so far."""
+_Key = tuple
+"""A state: ``("text", ids so far)``, ``("audio", positions and frames so far)`` or ``("finished",)``."""
+_TEXT: _Key = ("text", 0)
+_FINISHED: _Key = ("finished",)
 
-    def __init__(self, vocab: VocabLayout, max_frames: int) -> None:
-        self.layout = vocab.codec_layout
-        self.max_frames = max_frames
-        self.end = vocab.end_of_audio
-        self.ids = range(vocab.text_vocab_size, vocab.size)
-        self.forbidden = [self._all_but(range(0), may_end=True)]
-        self._forbidden_of: dict[tuple[range, bool, bool], int] = {}
-        self._state_of = {(0, 0): _START}
 
-    def grammar(self) -> Grammar:
-        forbidden_in, next_state = [0] * _KINDS, [DONE] * _KINDS
-        has_no_code = [self._without_code(0, 0, None)] * _KINDS
-        states = list(self._state_of)
-        for position, num_frames in states:
-            ids, may_end = self.layout.allowed_next(position, num_frames)
-            forbidden_in += [self._forbidden(ids, may_end, may_lead=num_frames < self.max_frames)] * _KINDS
-            for chosen, frames in self._continuations(ids, num_frames):
-                following = (position + 1, frames)
-                if chosen is not None and following not in self._state_of:
-                    states.append(following)
-                    self._state_of[following] = _KINDS * len(states)
-                next_state.append(DONE if chosen is None else self._state_of[following])
-                has_no_code.append(self._without_code(position, frames, chosen))
-        kind_of = torch.full((len(self.ids),), _OTHER)
-        kind_of[self._places(self.layout.leading_ids)] = _LEADING
-        kind_of[self.end - self.ids.start] = _END
+def _audio_start(vocab: VocabLayout, num_before: int) -> _Key:
+    """The state of audio that goes on after so many frames.
+
+    With at least as many frames as codebooks it does not depend on their number, apart from the maximum.
+    """
+    layout = vocab.codec_layout
+    codes = np.zeros((num_before, layout.num_codebooks), dtype=np.int64)
+    return ("audio", len(layout.encode_open(codes)[0]) if num_before else 0, num_before)
+
+
+@dataclasses.dataclass
+class _State:
+    """allowed: ids, as ranges, or the name of a set of :class:`_Tables`. following: after each kind; None: the end."""
+
+    allowed: tuple[range | str, ...]
+    following: tuple[_Key | None, ...]
+    has_no_code: Sequence[np.ndarray] | None = None
+
+
+class _Tables:
+    """Numbers the states that can be reached, and writes down what each allows."""
+
+    def __init__(self, vocab: VocabLayout, ids: range, ends: tuple[int, ...]) -> None:
+        self.layout, self._vocab, self._ids, self._end_ids = vocab.codec_layout, vocab, ids, ends
+        self.ends = tuple(range(end, end + 1) for end in ends)
+        self._sets: dict[str, torch.Tensor] = {}
+        self._states = [_State(self.ends, (None,) * _KINDS)]
+
+    def words(self, num_text_ids: int, forbidden: tuple[int, ...]) -> str:
+        """The name of the set of ids that text consists of."""
+        ids = torch.arange(self._ids.start, self._ids.stop)
+        is_word = (self._vocab.modality_of(ids) == Modality.TEXT) & (ids < num_text_ids)
+        is_word[[marker - self._ids.start for marker in forbidden]] = False
+        self._sets["words"] = is_word
+        return "words"
+
+    def audio(self, state: _Key, max_frames: int, stops: tuple[range, ...], after: _Key | None) -> _State:
+        """A state inside audio, which one of ``stops`` ends."""
+        _, position, num_frames = state
+        layout = self.layout
+        ids, may_end = layout.allowed_next(position, num_frames)
+        leading, may_lead = layout.leading_ids, num_frames < max_frames
+        leads = range(max(ids.start, leading.start), min(ids.stop, leading.stop) if may_lead else 0)
+        others = (range(ids.start, min(ids.stop, leading.start)), range(max(ids.start, leading.stop), ids.stop))
+        other = next((run for run in others if len(run)), None)
+        following: list[_Key | None] = [None, None, after, after]
+        has_no_code = [np.ones(layout.num_codebooks, dtype=bool)] * _KINDS
+        for kind, run, frames in ((_OTHER, other, num_frames), (_LEADING, leads, num_frames + 1)):
+            if run:
+                following[kind] = ("audio", position + 1, frames)
+                has_no_code[kind] = self._without_code(position, frames, run.start)
+        allowed = tuple(run for run in (*others, leads) if len(run)) + (stops if may_end else ())
+        return _State(allowed, tuple(following), has_no_code)
+
+    def build(self, start: _Key, describe: Callable[[_Key], _State]) -> None:
+        keys, self._number_of = [start], {start: 1}
+        for key in keys:  # grows
+            state = describe(key)
+            self._states.append(state)
+            for following in state.following:
+                if following is not None and following not in self._number_of:
+                    keys.append(following)
+                    self._number_of[following] = len(keys)
+
+    def grammar(self, *, has_codes: bool) -> Grammar:
+        nothing = [np.ones(self.layout.num_codebooks, dtype=bool)] * _KINDS
+        rows: dict[tuple[range | str, ...], int] = {}
+        forbidden_in: list[int] = []
+        next_state: list[int] = []
+        for state in self._states:
+            forbidden_in += [rows.setdefault(state.allowed, len(rows))] * _KINDS
+            next_state += [DONE if key is None else _KINDS * self._number_of[key] for key in state.following]
+        without = [row for state in self._states for row in state.has_no_code or nothing]
         return Grammar(
-            ends=(self.end,),
-            ids=self.ids,
-            forbidden=torch.stack(self.forbidden),
+            ends=self._end_ids,
+            ids=self._ids,
+            forbidden=torch.stack([self._all_but(allowed) for allowed in rows]),
             forbidden_in=torch.tensor(forbidden_in),
-            kind_of=kind_of,
+            kind_of=self._kinds(),
             next_state=torch.tensor(next_state),
-            has_no_code=torch.from_numpy(np.stack(has_no_code)) if self.layout.uses_side_codes else None,
+            has_no_code=torch.from_numpy(np.stack(without)) if has_codes else None,
         )
 
-    def _continuations(self, ids: range, num_frames: int) -> list[tuple[int | None, int]]:
-        """For each kind of id: one of ``ids`` after which audio continues, or None, and the number of frames then."""
-        leading = self.layout.leading_ids
-        first, stop = max(ids.start, leading.start), min(ids.stop, leading.stop)
-        leads = first if first < stop and num_frames < self.max_frames else None
-        other = next((id_ for id_ in (ids.start, ids.stop - 1) if id_ in ids and id_ not in leading), None)
-        return [(other, num_frames), (leads, num_frames + 1), (None, num_frames)]
+    def _kinds(self) -> torch.Tensor:
+        kind_of = torch.full((len(self._ids),), _OTHER)
+        kind_of[self._places(self.layout.leading_ids)] = _LEADING
+        kind_of[self._places(range(self._vocab.begin_of_audio, self._vocab.end_of_audio + 1))] = _SWITCH
+        for end in self.ends:
+            kind_of[self._places(end)] = _END
+        return kind_of
 
-    def _without_code(self, position: int, num_frames: int, id_: int | None) -> np.ndarray:
+    def _without_code(self, position: int, num_frames: int, id_: int) -> np.ndarray:
         """``[C]`` bool for ``id_`` at ``position``; ``num_frames`` includes the frame that ``id_`` begins, if any."""
         codebooks = np.arange(self.layout.num_codebooks)
-        if id_ is None or not self.layout.holds_side_codes(id_):
+        if not self.layout.holds_side_codes(id_):
             return np.ones_like(codebooks, dtype=bool)
         return ~self.layout.has_code(position, num_frames, codebooks)
 
-    def _forbidden(self, ids: range, may_end: bool, may_lead: bool) -> int:
-        """The row of the table ``forbidden``, added if it is new."""
-        key = (ids, may_end, may_lead)
-        if key not in self._forbidden_of:
-            self._forbidden_of[key] = len(self.forbidden)
-            mask = self._all_but(ids, may_end)
-            if not may_lead:
-                mask[self._places(self.layout.leading_ids)] = True
-            self.forbidden.append(mask)
-        return self._forbidden_of[key]
-
-    def _all_but(self, ids: range, may_end: bool) -> torch.Tensor:
-        mask = torch.ones(len(self.ids), dtype=torch.bool)
-        mask[self._places(ids)] = False
-        mask[self.end - self.ids.start] = not may_end
+    def _all_but(self, allowed: tuple[range | str, ...]) -> torch.Tensor:
+        mask = torch.ones(len(self._ids), dtype=torch.bool)
+        for item in allowed:
+            if isinstance(item, str):
+                mask &= ~self._sets[item]
+            else:
+                mask[self._places(item)] = False
         return mask
 
     def _places(self, ids: range) -> slice:
-        return slice(max(ids.start - self.ids.start, 0), max(ids.stop - self.ids.start, 0))
+        return slice(max(ids.start - self._ids.start, 0), max(ids.stop - self._ids.start, 0))

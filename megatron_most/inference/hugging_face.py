@@ -1,15 +1,13 @@
 """Generation from a Hugging Face export, behind the interface of the native generator.
 
-Shape letters: b prompts, s positions, C codebooks, F codec frames, V ids, K codes.
+Shape letters: b prompts, s positions, C codebooks, V ids, K codes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from megatron_most import parallel, platform
@@ -19,17 +17,12 @@ from megatron_most.conversion import hf_format
 from megatron_most.conversion.hugging_face import CONFIG, HuggingFaceModel
 from megatron_most.errors import CheckpointError, ConfigError
 from megatron_most.extras import require
-from megatron_most.inference.generator import Prompt, left_padded
+from megatron_most.inference.generator import Generator
 from megatron_most.inference.loading import LoadedModel, no_codec
-from megatron_most.inference.sampling import Sampling
+from megatron_most.inference.past import Logits, Past
 from megatron_most.text import load_tokenizer
 from megatron_most.text.stop_ids import stop_ids
 from megatron_most.vocab import VocabLayout
-
-
-def is_export(path: str | Path) -> bool:
-    """Whether this is a Hugging Face folder rather than a checkpoint or a run directory."""
-    return (Path(path) / CONFIG).is_file()
 
 
 def load_export(
@@ -84,75 +77,51 @@ def _codec(folder: Path, stored: Any, given: str | None) -> AudioCodec:
     return codec
 
 
-class HuggingFaceGenerator:
+class HuggingFaceGenerator(Generator):
     """As :class:`~megatron_most.inference.generator.Generator`, by the exported model. It must be on one device."""
 
     def __init__(self, model: Any, vocab: VocabLayout) -> None:
-        self.model, self.vocab = model.eval(), vocab
+        self.model = model.eval()
+        self._prepare(vocab, model.device, model.config.max_position_embeddings)
 
     @torch.inference_mode()
     def logits(
         self, ids: torch.Tensor, codes: torch.Tensor, is_padding: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        inputs = self._inputs(ids, codes, is_padding)
-        outputs = self.model(**inputs, use_cache=False)
+        visible = codes.to(self.device) if self.vocab.codec_layout.uses_side_codes else None
+        mask = (~is_padding).long().to(self.device)
+        outputs = self.model(input_ids=ids.to(self.device), codes=visible, attention_mask=mask, use_cache=False)
         return outputs.logits.float(), None if outputs.code_logits is None else outputs.code_logits.float()
 
-    def text(
-        self,
-        prompts: Sequence[Prompt],
-        end: int | Sequence[int],
-        max_new: int | Sequence[int],
-        sampling: Sampling,
-        *,
-        num_text_ids: int | None = None,
-        forbidden: tuple[int, ...] = (),
-    ) -> list[list[int]]:
-        ends = [end] if isinstance(end, int) else list(end)
-        limits = [max_new] * len(prompts) if isinstance(max_new, int) else list(max_new)
-        beyond = range(num_text_ids or self.vocab.text_vocab_size, self.vocab.text_vocab_size)
-        options: dict[str, Any] = {
-            "eos_token_id": ends,
-            "pad_token_id": ends[0],
-            "suppress_tokens": sorted({*forbidden, *beyond} - set(ends)) or None,
-            "do_sample": sampling.is_random,
-        }
-        if sampling.is_random:
-            options |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
-        rows: list[list[int]] = []
-        for group, seed in self._groups(prompts, sampling):
-            inputs = self._inputs(*left_padded(group, self.vocab))
-            with torch.random.fork_rng(enabled=sampling.is_random):
-                if seed is not None:
-                    torch.manual_seed(seed)
-                made = self.model.generate(**inputs, **options, max_new_tokens=max(limits))
-            rows += made[:, inputs["input_ids"].shape[1] :].tolist()
-        return [_until(row, ends)[:limit] for row, limit in zip(rows, limits, strict=True)]
-
-    def speech(self, prompts: Sequence[Prompt], max_frames: int, sampling: Sampling) -> list[np.ndarray]:
-        choices = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
-        spoken: list[np.ndarray] = []
-        for group, seed in self._groups(prompts, sampling):
-            inputs = self._inputs(*left_padded(group, self.vocab))
-            spoken += self.model.generate_speech(**inputs, max_frames=max_frames, **choices, seed=seed or 0)
-        return spoken
-
-    def _groups(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[tuple[Sequence[Prompt], int | None]]:
-        """Prompts that are continued together, and the seed. Random draws of a batch would depend on all its rows."""
-        if not sampling.is_random:
-            return [(prompts, None)]
-        device = torch.device("cpu")
-        return [
-            ([one], sampling.generator(device, np.asarray(one.ids).tobytes()).initial_seed() % (1 << 63))
-            for one in prompts
-        ]
-
-    def _inputs(self, ids: torch.Tensor, codes: torch.Tensor, is_padding: torch.Tensor) -> dict[str, Any]:
-        device = self.model.device
-        visible = codes.to(device) if self.vocab.codec_layout.uses_side_codes else None
-        return {"input_ids": ids.to(device), "codes": visible, "attention_mask": (~is_padding).long().to(device)}
+    def _past(self, logit_ids: range, num_rows: int, num_positions: int) -> Past:
+        return ExportPast(self.model, logit_ids)
 
 
-def _until(row: list[int], ends: Sequence[int]) -> list[int]:
-    """``row`` up to the first of ``ends``."""
-    return row[: next((place for place, token in enumerate(row) if token in ends), len(row))]
+class ExportPast:
+    """The past of an exported model, in the cache of ``transformers``."""
+
+    def __init__(self, model: Any, logit_ids: range) -> None:
+        self._model, self._logit_ids = model, logit_ids
+        self.position = torch.zeros(1, dtype=torch.long, device=model.device)
+
+    def read_prompt(self, ids: torch.Tensor, codes: torch.Tensor, is_padding: torch.Tensor) -> Logits:
+        from transformers import DynamicCache
+
+        self._cache = DynamicCache(config=self._model.config)
+        self._mask = ids.new_zeros(len(ids), 0)
+        self.position.zero_()
+        return self.read_next(ids, codes, is_padding)
+
+    def read_next(self, ids: torch.Tensor, codes: torch.Tensor | None, is_padding: torch.Tensor) -> Logits:
+        self._mask = torch.cat([self._mask, (~is_padding).long()], dim=1)
+        outputs = self._model(
+            input_ids=ids,
+            codes=codes,
+            attention_mask=self._mask,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.position += ids.shape[1]
+        logits = outputs.logits[..., self._logit_ids.start : self._logit_ids.stop].float()
+        return logits, None if outputs.code_logits is None else outputs.code_logits.float()

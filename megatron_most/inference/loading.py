@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
-
-import numpy as np
-import torch
+from typing import Any, cast
 
 from megatron_most import parallel, platform
 from megatron_most.audio import AudioCodec, load_codec
@@ -16,32 +12,10 @@ from megatron_most.checkpointing import CheckpointMetadata, load_model_weights, 
 from megatron_most.config import ParallelConfig, RunConfig
 from megatron_most.config.load import build_config
 from megatron_most.errors import ConfigError
-from megatron_most.inference.generator import Generator, Prompt
-from megatron_most.inference.sampling import Sampling
+from megatron_most.inference.generator import Generator
 from megatron_most.model import build_model
 from megatron_most.text import TextTokenizer, load_tokenizer
 from megatron_most.text.stop_ids import stop_ids
-
-
-class Continues(Protocol):
-    """The three things that are asked of a model; see :class:`~megatron_most.inference.generator.Generator`."""
-
-    def logits(
-        self, ids: torch.Tensor, codes: torch.Tensor, is_padding: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]: ...
-
-    def text(
-        self,
-        prompts: Sequence[Prompt],
-        end: int | Sequence[int],
-        max_new: int | Sequence[int],
-        sampling: Sampling,
-        *,
-        num_text_ids: int | None = None,
-        forbidden: tuple[int, ...] = (),
-    ) -> list[list[int]]: ...
-
-    def speech(self, prompts: Sequence[Prompt], max_frames: int, sampling: Sampling) -> list[np.ndarray]: ...
 
 
 @dataclass
@@ -51,7 +25,7 @@ class LoadedModel:
     metadata: of the checkpoint; None for an export.
     """
 
-    generator: Continues
+    generator: Generator
     tokenizer: TextTokenizer
     codec: AudioCodec
     config: RunConfig
@@ -69,12 +43,12 @@ def load_for_generation(
     layout: ParallelConfig | None = None,
     needs_codec: bool = True,
 ) -> LoadedModel:
-    """Load a checkpoint of any parallel layout onto this process, or onto the ranks of ``layout``.
+    """Load a checkpoint of any parallel layout, or a Hugging Face export, onto this process or the ranks of ``layout``.
 
     Args:
-        checkpoint: a checkpoint directory, or a run directory for its newest checkpoint.
+        checkpoint: a checkpoint directory, a run directory for its newest checkpoint, or the folder of an export.
         tokenizer, codec: their current paths, if they have moved since training. The content must be the same.
-        random_weights: keep the initial weights instead, as the baseline of an untrained model.
+        random_weights: keep the initial weights instead, as the baseline of an untrained model; not of an export.
         layout: tensor- and expert-parallel sizes; by default every process holds the whole model.
         needs_codec: False for text alone: then no codec is loaded.
 
@@ -83,6 +57,13 @@ def load_for_generation(
         ConfigError: the checkpoint names no tokenizer or codec, and none is given; or ``layout`` splits what generation
             cannot split, or does not fit the number of ranks.
     """
+    if (Path(checkpoint) / "config.json").is_file():  # neither a run nor a checkpoint has one
+        from megatron_most.inference.hugging_face import load_export
+
+        assert not random_weights, "an export has no configuration of a run to begin from"
+        if layout not in (None, ParallelConfig()):
+            raise ConfigError(f"{checkpoint}: an export is not split over ranks; use the checkpoint that it is of")
+        return load_export(checkpoint, tokenizer, codec, needs_codec=needs_codec)
     metadata = read_metadata(checkpoint)
     names: dict[str, Any] = {
         "tokenizer": tokenizer or metadata.config["tokenizer"],

@@ -11,10 +11,10 @@ import pytest
 
 from megatron_most import parallel
 from megatron_most.config import ParallelConfig
-from megatron_most.data.building.tasks import prompt
-from megatron_most.evaluation.interface import Decoding, EvaluatedModel, scored
+from megatron_most.data.building.tasks import continuation_prompt, prompt
+from megatron_most.evaluation.interface import EvaluatedModel, scored
 from megatron_most.evaluation.running import run_suite
-from megatron_most.inference import Generator
+from megatron_most.inference import Decoding, Generator, answer, stream
 from megatron_most.inference.loading import LoadedModel, config_for_generation
 from megatron_most.model import build_model
 from tests.distributed.harness import run_ranks
@@ -35,7 +35,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
 
 
 def judged(overrides: dict[str, Any], layout: dict[str, int]) -> list[Any]:
-    """Likelihoods, texts and codes of a tiny model with weights that depend on their names alone."""
+    """Likelihoods and answers of a tiny model with weights that depend on their names alone."""
     trained = tiny_config(**overrides, data__seq_length=96)
     config = config_for_generation("tiny", dataclasses.asdict(trained), ParallelConfig(**layout))
     parallel.initialize(config.parallel, seed=1)
@@ -52,18 +52,29 @@ def judged(overrides: dict[str, Any], layout: dict[str, int]) -> list[Any]:
     tts = [prompt("tts", vocab, Letters(), text=text) for text in ("hello", "a")]
     texts = [one.text for one in model.generate(asr, Decoding(max_new=10))]
     spoken = [one.codes for one in model.generate(tts, Decoding(max_seconds=0.6), speech=True)]
-    return [likelihoods, texts, spoken]
+    # Few words, so that it speaks; and as they come, because ranks must stop together.
+    few = Letters()
+    few.vocab_size = 6
+    loaded = LoadedModel(model.loaded.generator, few, Codec(), config, None)
+    decoding, mixed = Decoding(max_new=3, max_seconds=0.4), []
+    for codes_of_prompt in codes:
+        start = continuation_prompt(vocab, few, [codes_of_prompt], spoken=False)
+        [whole] = answer(loaded, [start], "either", decoding, alternates=True)
+        mixed += [one if isinstance(one, str) else one.tolist() for one in whole.segments]
+    pieces = list(stream(loaded, start, "written", Decoding(max_new=9)))
+    return [likelihoods, texts, spoken, mixed, pieces]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_likelihoods_and_answers_are_those_of_one_process(layout):
     world_size, sizes = LAYOUTS[layout]
     for overrides in ({}, {"vocab__layout": "flat_delay"}):
-        [(likelihoods, texts, spoken)] = run_ranks(1, judged, overrides, {})
+        [(likelihoods, texts, spoken, mixed, pieces)] = run_ranks(1, judged, overrides, {})
+        assert {type(one) for one in mixed} == {str, list} and pieces
         for rank in run_ranks(world_size, judged, overrides, sizes):
             for found, expected in zip(rank[0], likelihoods, strict=True):
                 np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-            assert rank[1] == texts
+            assert rank[1] == texts and rank[3] == mixed and rank[4] == pieces
             assert all(np.array_equal(a, b) for a, b in zip(rank[2], spoken, strict=True))
 
 

@@ -143,3 +143,33 @@ def test_numpy_and_torch_agree(name):
 def test_codes_the_wrong_way_round_are_not_taken(name):
     with pytest.raises(AssertionError, match=r"are not \[frames, 3\]"):
         vocab_of(name).codec_layout.encode(np.zeros((3, 5), dtype=np.int64))
+
+
+@pytest.mark.parametrize("name", CODEC_LAYOUTS)
+@pytest.mark.parametrize("num_codebooks", [2, 3, 5])
+def test_the_first_positions_hold_the_first_frames(name: str, num_codebooks: int) -> None:
+    """A frame is whole as soon as the position of its last code is there."""
+    layout = CODEC_LAYOUTS[name](10, num_codebooks, 50)
+    codes = np.random.default_rng(0).integers(0, 50, (6, num_codebooks))
+    ids, side_codes = layout.encode(codes)
+    for stop in range(len(ids) + 1):
+        found = layout.whole_frames(ids[:stop], side_codes[:stop])
+        np.testing.assert_array_equal(found, codes[: len(found)])
+        needed = {"frame": 1, "frame_delay": num_codebooks, "flat": num_codebooks}.get(name)
+        if needed is not None:
+            step = 1 if name != "flat" else num_codebooks
+            assert len(found) == max(0, (stop - needed) // step + 1)
+    assert len(found) == 6
+
+
+@pytest.mark.parametrize("name", CODEC_LAYOUTS)
+@pytest.mark.parametrize("num_codebooks", [2, 3, 5])
+def test_open_audio_stops_where_the_next_frame_begins(name: str, num_codebooks: int) -> None:
+    layout = CODEC_LAYOUTS[name](10, num_codebooks, 50)
+    codes = np.random.default_rng(0).integers(0, 50, (9, num_codebooks))
+    whole, whole_side = layout.encode(codes)
+    for num_frames in range(1, 8):
+        ids, side_codes = layout.encode_open(codes[:num_frames])
+        np.testing.assert_array_equal(ids, whole[: len(ids)])
+        np.testing.assert_array_equal(side_codes, whole_side[: len(ids)])
+        assert layout.is_leading(ids).sum() == num_frames and layout.is_leading(whole[len(ids)])

@@ -48,13 +48,16 @@ class DocumentBuilder:
             )
         self._add(ids, target)
 
-    def frames(self, codes: np.ndarray | None, *, target: bool = False) -> None:
-        """Codes ``[F, C]``; :class:`DataError` if there is no frame or a code is outside its codebook."""
+    def frames(self, codes: np.ndarray | None, *, target: bool = False, goes_on: bool = False) -> None:
+        """Codes ``[F, C]``; :class:`DataError` if there is no frame or a code is outside its codebook.
+
+        ``goes_on``: more frames are to follow in the same audio.
+        """
         if codes is None or len(codes) == 0:
             raise DataError(f"{self.where}: needs audio of at least one codec frame")
         self.vocab.check_codes(codes, self.where)
         layout = self.vocab.codec_layout
-        ids, side_codes = layout.encode(codes)
+        ids, side_codes = layout.encode_open(codes) if goes_on else layout.encode(codes)
         if layout.uses_side_codes:
             self._coded.append(np.arange(self._length, self._length + len(ids)))
             self._codes.append(side_codes)

@@ -124,7 +124,7 @@ def _prompt(
     elif task == "speech_lm":
         builder.id(vocab.begin_of_audio)
         if codes is not None:
-            builder.frames(codes)
+            builder.frames(codes, goes_on=True)
     else:
         raise DataError(f"{where}: task={task!r}: must be one of {', '.join(UTTERANCE_TASKS)}")
     return builder
@@ -150,6 +150,36 @@ def make_interleaved(
     return builder.document(loss)
 
 
+def continuation_prompt(
+    vocab: VocabLayout,
+    tokenizer: TextTokenizer,
+    segments: Sequence[str | np.ndarray],
+    *,
+    spoken: bool,
+    where: str = "prompt",
+) -> Document:
+    """The beginning of an ``interleaved`` document of texts and audio (codes ``[F, C]``), to be continued.
+
+    Args:
+        spoken: the document ends inside audio: in its last segment if that is audio, else in a new one.
+    """
+    builder = DocumentBuilder(vocab, tokenizer, where)
+    builder.id(tokenizer.bos_id)
+    for place, segment in enumerate(segments):
+        if isinstance(segment, str):
+            builder.text(segment)
+            continue
+        codes = segment[:, : vocab.num_codebooks]
+        if spoken and place == len(segments) - 1:
+            builder.id(vocab.begin_of_audio)
+            builder.frames(codes, goes_on=True)
+        else:
+            builder.audio(codes)
+    if spoken and (not segments or isinstance(segments[-1], str)):
+        builder.id(vocab.begin_of_audio)
+    return builder.document()
+
+
 def make_chat(
     vocab: VocabLayout,
     tokenizer: TextTokenizer,
@@ -169,7 +199,7 @@ def make_chat(
     Args:
         key: determines the wording of each instruction, among the first ``wordings``.
         answer: ``spoken`` or ``written`` makes a prompt: ``turns`` end with the user's, and the document ends with the
-            ids that begin the answer.
+            ids that begin the answer. With ``either`` the last turn has no instruction.
     """
     tokens = special_tokens(vocab, tokenizer, roles=True)
     builder = DocumentBuilder(vocab, tokenizer, where)
@@ -179,8 +209,9 @@ def make_chat(
         builder.id(tokens[turn.role])
         instruction = None
         if turn.role == "user":
-            speaks_next = turns[place + 1].codes is not None if place + 1 < len(turns) else answer == "spoken"
-            if speaks_next or turn.codes is not None:
+            is_last = place + 1 == len(turns)
+            speaks_next = answer == "spoken" if is_last else turns[place + 1].codes is not None
+            if (speaks_next or turn.codes is not None) and not (is_last and answer == "either"):
                 purpose = "answer_spoken" if speaks_next else "answer_written"
                 instruction = choose_instruction(purpose, f"{key}#{place}", wordings)
         if turn.codes is None:

@@ -23,11 +23,12 @@ from megatron_most.data.building.tasks import ChatTurn, make_chat
 from megatron_most.data.storage.documents import Document
 from megatron_most.errors import DataError, first_line
 from megatron_most.evaluation.answers import aliases, has_answer, is_exact
-from megatron_most.evaluation.interface import Decoding, Model, require_room
+from megatron_most.evaluation.interface import Model, require_room
 from megatron_most.evaluation.recognizers import Recognizer
 from megatron_most.evaluation.scores import interval, score, units_of
 from megatron_most.evaluation.suites.base import Interval, Outcome, Suite, attempt, merged
 from megatron_most.files import read_text
+from megatron_most.inference import Decoding
 
 QUESTIONS = ("Questions", "question", "Question")
 ANSWERS = ("Answer", "answers", "answer", "answer_value", "answer_aliases", "answer_normalized_aliases")

@@ -24,11 +24,12 @@ from megatron_most.data.building.tasks import prompt
 from megatron_most.data.preparation.manifest import Record, read_waveform
 from megatron_most.data.storage.documents import Document
 from megatron_most.errors import DataError
-from megatron_most.evaluation.interface import Decoding, Generated, Model, require_room
+from megatron_most.evaluation.interface import Generated, Model, require_room
 from megatron_most.evaluation.normalization import check_normalizer, default_normalizer, text_normalizer
 from megatron_most.evaluation.recognizers import Recognizer
 from megatron_most.evaluation.suites.base import Interval, Outcome, Suite, attempt
 from megatron_most.evaluation.wer import aligned
+from megatron_most.inference import Decoding
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_most.data.storage.documents import Document
-from megatron_most.evaluation.interface import Decoding, Generated
+from megatron_most.evaluation.interface import Generated
 from megatron_most.evaluation.likelihood import Likelihood
+from megatron_most.inference import Decoding
 from tests.unit.data.tiny import LetterTokenizer, LoudnessCodec, layout
 
 WORDS = ["<s>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz ,.'", "the", "fox", "dog", "and"]

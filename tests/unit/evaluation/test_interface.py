@@ -10,11 +10,11 @@ from megatron_most import parallel
 from megatron_most.config import ParallelConfig
 from megatron_most.data.building.tasks import prompt
 from megatron_most.errors import CheckpointError, ConfigError, DataError
-from megatron_most.evaluation.interface import Decoding, EvaluatedModel, load_model, scored
+from megatron_most.evaluation.interface import EvaluatedModel, load_model, scored
 from megatron_most.evaluation.likelihood import likelihoods
 from megatron_most.evaluation.running import run_suite
 from megatron_most.evaluation.suites.text import TextSuite
-from megatron_most.inference import Generator, Sampling
+from megatron_most.inference import Decoding, Generator, Sampling, answer
 from megatron_most.inference.hugging_face import HuggingFaceGenerator
 from megatron_most.inference.loading import LoadedModel
 from megatron_most.vocab import NO_CODE
@@ -94,7 +94,8 @@ def test_an_export_answers_as_the_checkpoint_does(case):
     asr = [prompt("asr", vocab, Letters(), codes=one) for one in codes]
     tts = [prompt("tts", vocab, Letters(), text=text) for text in ("hello", "a")]
     written, spoken = Decoding(max_new=8), Decoding(max_seconds=0.4)
-    answers = []
+    answers: list[tuple] = []
+    either: list[tuple] = []
 
     def ask(generator) -> None:
         model = EvaluatedModel(LoadedModel(generator, Letters(), Codec(), config, None), {"name": case})
@@ -102,11 +103,16 @@ def test_an_export_answers_as_the_checkpoint_does(case):
         sampled = Decoding(max_new=8, max_seconds=0.4, sampling=Sampling(temperature=1.0, seed=3))
         together, alone = model.generate(asr, sampled), [model.generate([one], sampled)[0] for one in asr]
         assert [one.text for one in together] == [one.text for one in alone]
+        decoding = Decoding(max_new=3, max_seconds=0.4, sampling=Sampling(repetition_penalty=1.3))
+        mixed = answer(model.loaded, asr, "either", decoding, alternates=True)
+        few = [one.text for one in together]
+        either.append(([[str(segment) for segment in one.segments] for one in mixed], few))
 
     with native_model(case) as native:
         ask(Generator(native))
     ask(HuggingFaceGenerator(exported_model(case), vocab))
     (native_text, native_speech), (hf_text, hf_speech) = answers
+    assert either[0] == either[1]  # a seed draws the same from both
     assert native_text == hf_text and len({one.text for one in native_text}) == 2
     assert [one.at_limit for one in native_speech] == [one.at_limit for one in hf_speech]
     for mine, theirs in zip(native_speech, hf_speech, strict=True):

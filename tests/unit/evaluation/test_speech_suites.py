@@ -8,10 +8,10 @@ import pytest
 from megatron_most.data.building.tasks import prompt
 from megatron_most.data.preparation.manifest import Record
 from megatron_most.errors import DataError
-from megatron_most.evaluation.interface import Decoding, EvaluatedModel
+from megatron_most.evaluation.interface import EvaluatedModel
 from megatron_most.evaluation.running import run_suite
 from megatron_most.evaluation.suites.speech import AsrSuite, EvaluationSet, ReferenceAudioSuite, TtsSuite
-from megatron_most.inference import Sampling
+from megatron_most.inference import Decoding, Sampling
 from tests.unit.data.tiny import LAYOUTS, LetterTokenizer, LoudnessCodec, layout, random_codes
 
 CONTEXT = 100

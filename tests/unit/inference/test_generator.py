@@ -101,11 +101,11 @@ def test_positions_hold_the_codes_that_training_shows_there(generator):
     grammar = speech_grammar(generator.vocab, max_frames=6)
     prompts = [tts_prompt(generator, seed, 5) for seed in range(4)]
     sampling = Sampling(temperature=3.0, seed=2)
-    rows = generator._continue(prompts, grammar, layout.num_positions(6), sampling)
-    for ids, codes in zip(*rows, strict=True):
-        expected_ids, expected_codes = layout.encode(layout.decode(ids, codes))
-        np.testing.assert_array_equal(ids, expected_ids)
-        np.testing.assert_array_equal(codes, expected_codes)
+    rows = generator.rows(prompts, grammar, [layout.num_positions(6)] * 4, sampling)
+    for row in rows:
+        expected_ids, expected_codes = layout.encode(layout.decode(row.ids, row.codes))
+        np.testing.assert_array_equal(row.ids, expected_ids)
+        np.testing.assert_array_equal(row.codes, expected_codes)
 
 
 def test_sampling_repeats_with_its_seed_and_differs_with_another(generator):

@@ -12,6 +12,7 @@ from examples.quickstart.codec import evaluate_codec
 from examples.quickstart.espeak import Espeak
 from examples.quickstart.make_corpus import render
 from megatron_most.audio import load_codec
+from megatron_most.audio.sound_stream import SoundStream, reach_of
 
 CODEC = Path(evaluate_codec.__file__).parent / "tiny_codec.nemo"
 SAMPLES_PER_FRAME = 640
@@ -109,3 +110,18 @@ def test_code_statistics_by_hand():
     used, entropies = evaluate_codec.code_statistics(np.array([[0, 3], [0, 3], [1, 3], [1, 3]]), codebook_size=5)
     assert used == [2, 1]
     assert entropies == pytest.approx([1.0, 0.0])
+
+
+def test_sound_of_frames_that_come_one_after_another_is_that_of_all(speech):
+    """The codec is causal, so nothing is waited for; and a piece is decoded with few frames before it."""
+    codec = load_codec(CODEC)
+    codes = codec.encode(speech.numpy())
+    reach = reach_of(codec, codec.num_codebooks)
+    assert reach.is_exact and reach.after == 0 and 0 < reach.before < 40
+    stream, pieces, start = SoundStream(codec, codec.num_codebooks), [], 0
+    for size in (1, 5, 2, 9, len(codes)):
+        pieces.append(stream.add(codes[start : start + size]))
+        start = min(start + size, len(codes))
+        assert sum(map(len, pieces)) == start * SAMPLES_PER_FRAME
+    assert not len(stream.finish())
+    np.testing.assert_allclose(np.concatenate(pieces), codec.decode(codes), atol=1e-5)
