@@ -498,7 +498,7 @@ def test_aliases_and_merged_keys_are_read(load):
 
 def doubling(count: int) -> str:
     """A configuration in which each of ``count`` paths is the one before twice."""
-    paths = ["x" * 10, *("${data.validation[" + str(place) + "].path}" * 2 for place in range(count - 1))]
+    paths = ["x" * 10, *(f"${{data.validation[{place}].path}}" * 2 for place in range(count - 1))]
     return YAML + "  validation:\n" + "".join(f"    - {{path: '{path}'}}\n" for path in paths)
 
 

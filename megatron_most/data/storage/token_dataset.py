@@ -119,7 +119,7 @@ class TokenDataset:
             counts = [self.input_positions[name] for name in self.vocab.modality_names]
             if not isinstance(self.provenance, dict) or not all(type(count) is int and count >= 0 for count in counts):
                 raise TypeError("provenance must be an object, and input_positions numbers")
-        except (KeyError, TypeError, ConfigError) as error:
+        except (AttributeError, KeyError, TypeError, ConfigError) as error:
             raise DataError(f"dataset {self.prefix}: broken sidecar: {error}") from None
         self._layout = self.vocab.codec_layout
         self._num_ids = self.vocab.size

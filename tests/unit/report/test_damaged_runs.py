@@ -41,7 +41,6 @@ DAMAGES = {
 }
 
 
-@pytest.mark.timeout(30)
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_run_has_a_report(tmp_path, name):
     os.mkfifo(tmp_path / "pipe")
