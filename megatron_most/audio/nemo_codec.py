@@ -54,7 +54,7 @@ def load_codec(name_or_path: str | Path) -> AudioCodec:
         try:
             with BoundedBuilding(weights):
                 model = model_class(cfg=OmegaConf.create(config))
-            model.load_state_dict(weights)
+            model.load_state_dict({name: tensor for name, tensor in weights.items() if _codes(name)})
         except Exception as error:  # NeMo raises whatever its configuration happens to trip over
             raise DataError(f"codec {path}: NeMo cannot build it: {first_line(error)}") from error
         _check_weights(model, weights, path)
@@ -246,14 +246,18 @@ def _quiet_nemo() -> Iterator[None]:
         logging.disable(disabled)
 
 
+def _codes(name: str) -> bool:
+    """Whether a weight encodes or decodes; losses, which a file also has, are built otherwise here and never used."""
+    return name.removeprefix("semantic_codec.").startswith(("audio_encoder.", "audio_decoder.", "vector_quantizer."))
+
+
 def _check_weights(model, stored: dict[str, torch.Tensor], path: Path) -> None:
     """NeMo's codec loads its state dict without insisting on every key; what is missing would stay random."""
-    parts = ("audio_encoder.", "audio_decoder.", "vector_quantizer.")
-    missing = [name for name in model.state_dict() if name.startswith(parts) and name not in stored]
+    missing = [name for name in model.state_dict() if _codes(name) and name not in stored]
     if missing:
         raise DataError(f"codec {path}: the weights lack {missing[0]} and {len(missing) - 1} other tensors")
     for name, tensor in model.state_dict().items():  # a NaN would give codes of no sound
-        if name.startswith(parts) and torch.isnan(tensor).any():
+        if _codes(name) and torch.isnan(tensor).any():
             raise DataError(f"codec {path}: the weights {name} hold NaN")
 
 
