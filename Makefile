@@ -34,7 +34,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: help setup check-environment wheelhouse quickstart test test-slow mutants test-gpu lint format docs clean
+.PHONY: help setup check-environment wheelhouse quickstart test test-slow mutants audit test-gpu lint format docs clean
 
 help: ## say what the targets do
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 19
@@ -117,6 +117,14 @@ mutants: $(STAMP) ## change the code in small ways, one at a time, and list the 
 	@$(PIP_INSTALL) --quiet -c constraints.txt mutmut==3.8.1
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m mutmut run --max-children 2
 	$(VENV)/bin/python -m mutmut results
+
+audit: $(STAMP) ## bandit, a bill of materials in build/sbom.json, and known vulnerabilities (needs pypi.org)
+	@tools=build/audit
+	$(VENV)/bin/python -m venv $$tools
+	$$tools/bin/python -m pip install --quiet --disable-pip-version-check bandit==1.9.4 cyclonedx-bom==7.5.0 pip-audit==2.10.1
+	$$tools/bin/bandit --quiet -c pyproject.toml -r megatron_most tools examples
+	$$tools/bin/cyclonedx-py environment --output-file build/sbom.json $(VENV)
+	$$tools/bin/pip-audit --path "$$(echo $(VENV)/lib/python*/site-packages)" --skip-editable
 
 test-gpu: $(STAMP) ## the tests that compare a GPU with the CPU; each says why where it is skipped
 	@$(PYTEST) -m gpu -rs tests/gpu

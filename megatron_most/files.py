@@ -9,14 +9,18 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron_most.errors import ConfigError, MostError, first_line, shown
 
 MAX_BYTES = 256 << 20
 """Bytes of the largest small file: the list of weights of a large model, or a tokenizer, has some tens of MiB."""
+
+
+MAX_DEPTH = 100
+"""Levels of lists and objects inside one another in JSON."""
 
 
 @contextlib.contextmanager
@@ -70,12 +74,27 @@ def read_text(
             more than ``limit`` bytes.
         UnicodeDecodeError: it is not UTF-8.
     """
+    return read_bytes(path, raises, limit=limit).decode("utf-8", errors)
+
+
+def read_bytes(path: str | Path, raises: type[MostError] = ConfigError, *, limit: int = MAX_BYTES) -> bytes:
+    """The content of a small file, with the errors of :func:`read_text`."""
+    with open_file(path, raises) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise raises(f"{path}: larger than {limit >> 20} MiB")
+    return content
+
+
+@contextlib.contextmanager
+def open_file(path: str | Path, raises: type[MostError] = ConfigError) -> Iterator[BinaryIO]:
+    """Open a regular file to read, with the errors of :func:`read_text`. Opening anything else could block forever."""
     try:
         # A pipe that was put in place after a look at the path must not block either.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise raises(f"{path}: not a regular file")
-            content = file.read(limit + 1)
+            yield file
     except FileNotFoundError:
         raise raises(f"{path}: no such file") from None
     except IsADirectoryError:
@@ -84,9 +103,6 @@ def read_text(
         raise raises(f"{path}: cannot be read: {error.strerror or error}") from None
     except ValueError as error:  # NUL in the path
         raise raises(f"{shown(str(path))}: cannot be read: {error}") from None
-    if len(content) > limit:
-        raise raises(f"{path}: larger than {limit >> 20} MiB")
-    return content.decode("utf-8", errors)
 
 
 def read_json(path: str | Path, raises: type[MostError] = ConfigError) -> dict[str, Any]:
@@ -97,12 +113,30 @@ def read_json(path: str | Path, raises: type[MostError] = ConfigError) -> dict[s
             object.
     """
     try:
-        content = json.loads(read_text(path, raises))
-    except (ValueError, RecursionError) as error:
+        content = parse_json(read_text(path, raises))
+    except ValueError as error:
         raise raises(f"{path}: not readable as JSON: {first_line(error)}") from None
     if not isinstance(content, dict):
         raise raises(f"{path}: must hold a JSON object")
     return content
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text from others. Raises :class:`ValueError` alone, also if it is nested too deeply."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
+    level = [value]
+    for _ in range(MAX_DEPTH):  # the parser takes thousands of levels, on which those who use the value would recurse
+        level = [entry for one in level for entry in _entries(one) if isinstance(entry, (dict, list))]
+        if not level:
+            return value
+    raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+
+
+def _entries(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def require_writable(path: str | Path) -> None:

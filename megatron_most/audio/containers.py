@@ -174,6 +174,8 @@ def _chunks(file: BinaryIO, size: int, name: str, chunked: _Chunked) -> Pieces:
         if head.startswith(chunked.audio):
             length = rf64_size if length == 0xFFFFFFFF and rf64_size else length
             return _audio_chunk(file, start, length, size, name, chunked)
+        if length < 0:
+            raise DataError(f"{name}: damaged: a chunk of {length} bytes at byte {start}")
         file.seek(min(start + length + -length % chunked.alignment, size))
     return (range(size),)
 

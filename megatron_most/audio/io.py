@@ -33,6 +33,9 @@ SAMPLE_RATES = (1000, 768000)
 MAX_AMPLITUDE = 16.0
 """Lossy codecs overshoot -1..1 a little. Far larger values mean another scale, such as 16-bit integers as floats."""
 
+MAX_SAMPLES = 1 << 28
+"""Samples that are read at once: 4.7 h at 16 kHz. A small file can hold days of silence."""
+
 _BLOCK = 1 << 20
 """Samples of all channels that are decoded at once."""
 
@@ -55,7 +58,7 @@ def read_audio(
 
     Raises:
         DataError: the file is missing, unreadable, cut off, empty, shorter than its header says or than the requested
-            segment, or has samples that are not finite or far outside -1..1.
+            segment, longer than :data:`MAX_SAMPLES`, or has samples that are not finite or far outside -1..1.
     """
     [waveform] = stream_audio(audio, sample_rate, offset=offset, duration=duration, channel=channel)
     return waveform
@@ -179,7 +182,10 @@ def _converted(
     for rate, group in itertools.groupby(blocks, key=lambda block: block[0]):
         samples = (block for _, block in group)
         # One chunk and a sample more tell whether there is a second chunk.
-        first, rest = _take(samples, None if chunk is None else -(-chunk * rate // sample_rate) + 1)
+        most = MAX_SAMPLES * rate // max(rate, sample_rate)
+        first, rest = _take(samples, (most if chunk is None else -(-chunk * rate // sample_rate)) + 1)
+        if chunk is None and rest is not None:
+            raise DataError(f"{name}: longer than {most / rate / 3600:.1f} h; read parts of it (offset and duration)")
         if rest is None:
             waveform = first if rate == sample_rate else resample(first, rate, sample_rate)
             if not len(waveform):
@@ -189,14 +195,14 @@ def _converted(
             yield from _resampled(itertools.chain([first, rest], samples), rate, sample_rate)
 
 
-def _take(blocks: Iterator[np.ndarray], count: int | None) -> tuple[np.ndarray, np.ndarray | None]:
-    """The first ``count`` samples (None: all), and what was read beyond them; None when that was all there is."""
+def _take(blocks: Iterator[np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """The first ``count`` samples, and what was read beyond them; None when that was all there is."""
     taken: list[np.ndarray] = []
     total = 0
     for block in blocks:
         taken.append(block)
         total += len(block)
-        if count is not None and total >= count:
+        if total >= count:
             whole = np.concatenate(taken)
             return whole[:count], whole[count:]
     return np.concatenate(taken) if len(taken) != 1 else taken[0], None

@@ -12,23 +12,21 @@ import contextlib
 import functools
 import logging
 import math
-import tarfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
+from omegaconf import OmegaConf
 from torch.nn.utils import parametrize
 
 from megatron_most.audio.codec import AudioCodec, codec_file, file_fingerprint
 from megatron_most.audio.io import resample
+from megatron_most.audio.nemo_archive import BoundedBuilding, read_archive
 from megatron_most.errors import ConfigError, DataError, first_line
 from megatron_most.extras import require
 from megatron_most.vocab import check_codes
-
-_TRUSTED_PACKAGES = ("nemo.", "torch.")
 
 _MOST_FRAMES_NEEDED = 32
 """Every codec is expected to encode this many frames, and a layer that looks ahead to change the last of them."""
@@ -48,18 +46,18 @@ def load_codec(name_or_path: str | Path) -> AudioCodec:
         DataError: the file is no intact NeMo codec.
     """
     file = codec_file(name_or_path)
-    if file:
-        _check_archive(file)
+    archive = read_archive(file) if file else None
     with _quiet_nemo():
         model_class = _import_nemo()
         path = file or _download(model_class, str(name_or_path))
-        if not file:
-            _check_archive(path)
+        config, weights = archive or read_archive(path)
         try:
-            model = model_class.restore_from(str(path), map_location="cpu")
-        except Exception as error:  # NeMo raises whatever its configuration and unpickling happen to trip over
-            raise DataError(f"codec {path}: NeMo cannot restore it: {first_line(error)}") from error
-        _check_weights(model, path)
+            with BoundedBuilding(weights):
+                model = model_class(cfg=OmegaConf.create(config))
+            model.load_state_dict({name: tensor for name, tensor in weights.items() if _codes(name)})
+        except Exception as error:  # NeMo raises whatever its configuration happens to trip over
+            raise DataError(f"codec {path}: NeMo cannot build it: {first_line(error)}") from error
+        _check_weights(model, weights, path)
         _fold_weight_norm(model)
     name = file.stem if file else str(name_or_path)
     return NemoCodec(model.float().eval(), name=name, fingerprint=file_fingerprint(path))
@@ -248,50 +246,18 @@ def _quiet_nemo() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _check_archive(path: Path) -> None:
-    """A ``.nemo`` file is a tar whose YAML names the classes to build: only NeMo's and torch's are let through."""
-    try:
-        with tarfile.open(path) as archive:
-            members = {Path(member.name).name: member for member in archive.getmembers()}
-            file = archive.extractfile(members["model_config.yaml"])
-            config = yaml.safe_load(file) if file else None
-    except KeyError:
-        raise DataError(f"codec {path}: has no model_config.yaml, so it is no NeMo model") from None
-    except (tarfile.TarError, EOFError, OSError, yaml.YAMLError) as error:
-        raise DataError(f"codec {path}: not readable as a .nemo archive: {first_line(error)}") from None
-    target = config.get("target", "") if isinstance(config, dict) else ""
-    if not target.endswith(".AudioCodecModel"):
-        raise DataError(f"codec {path}: holds {target or 'an unknown model'}, not an AudioCodecModel")
-    for named in _targets(config):
-        if not named.startswith(_TRUSTED_PACKAGES):
-            raise DataError(f"codec {path}: asks for the class {named}, which is neither NeMo's nor torch's")
+def _codes(name: str) -> bool:
+    """Whether a weight encodes or decodes; losses, which a file also has, are built otherwise here and never used."""
+    return name.removeprefix("semantic_codec.").startswith(("audio_encoder.", "audio_decoder.", "vector_quantizer."))
 
 
-def _targets(config: object) -> Iterator[str]:
-    if isinstance(config, dict):
-        for key, value in config.items():
-            if key in ("_target_", "target") and isinstance(value, str):
-                yield value
-            else:
-                yield from _targets(value)
-    elif isinstance(config, list):
-        for value in config:
-            yield from _targets(value)
-
-
-def _check_weights(model, path: Path) -> None:
+def _check_weights(model, stored: dict[str, torch.Tensor], path: Path) -> None:
     """NeMo's codec loads its state dict without insisting on every key; what is missing would stay random."""
-    with tarfile.open(path) as archive:
-        member = next(member for member in archive.getmembers() if member.name.endswith("model_weights.ckpt"))
-        weights = archive.extractfile(member)
-        assert weights is not None, "a file of the archive has content"
-        stored = torch.load(weights, map_location="cpu", weights_only=True)
-    parts = ("audio_encoder.", "audio_decoder.", "vector_quantizer.")
-    missing = [name for name in model.state_dict() if name.startswith(parts) and name not in stored]
+    missing = [name for name in model.state_dict() if _codes(name) and name not in stored]
     if missing:
         raise DataError(f"codec {path}: the weights lack {missing[0]} and {len(missing) - 1} other tensors")
     for name, tensor in model.state_dict().items():  # a NaN would give codes of no sound
-        if name.startswith(parts) and torch.isnan(tensor).any():
+        if _codes(name) and torch.isnan(tensor).any():
             raise DataError(f"codec {path}: the weights {name} hold NaN")
 
 

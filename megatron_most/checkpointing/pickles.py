@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
+import pickle  # nosec B403
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

@@ -8,7 +8,7 @@ that number, too.
 from __future__ import annotations
 
 import contextlib
-import pickle
+import pickle  # nosec B403
 import warnings
 from collections.abc import Iterator
 from pathlib import Path

@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -27,7 +26,7 @@ from megatron_most.config.run import RunConfig
 from megatron_most.errors import ConfigError, first_line, shown
 from megatron_most.files import read_text
 from megatron_most.keys import LARGEST_INTEGER
-from megatron_most.yaml_text import check_yaml
+from megatron_most.yaml_text import INTERPOLATION, check_expansion, load_yaml
 
 CONFIG = "config.yaml"
 """The file in which a run, an import or a sweep records its whole configuration."""
@@ -45,12 +44,6 @@ _SCALARS: dict[type, tuple[str, tuple[type, ...]]] = {
 
 CONFIG_DIR = "${config_dir}"
 """In a configuration file: the folder of that file. Other relative paths start from the working directory."""
-
-_NOT_YAML = (yaml.YAMLError, OSError, ValueError, RecursionError, OmegaConfBaseException)
-"""What OmegaConf raises for text that is no YAML; ``ValueError`` for ``!!int x`` and numbers of thousands of digits."""
-
-_INTERPOLATION = re.compile(r"\$\{\s*(\.*)([\w.\[\]]+)\s*\}")
-"""``${section.key}``; each leading dot of ``${.key}`` goes up one level."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -93,11 +86,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             holds no mapping.
     """
     try:
-        text = read_text(path)
-        check_yaml(text)
-        content: Any = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
-    except _NOT_YAML as error:
-        raise ConfigError(f"{path}: not readable as YAML: {_reason(error)}") from None
+        content = load_yaml(read_text(path), lambda text: OmegaConf.to_container(OmegaConf.load(io.StringIO(text))))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must hold a mapping of keys to values")
     return content
@@ -113,8 +104,11 @@ def build_config(source: str, values: Mapping[str, Any], overrides: Sequence[str
     try:
         merged = OmegaConf.merge(OmegaConf.structured(RunConfig), plain)
         assert isinstance(merged, DictConfig)
+        _check_expansion(source, merged)
         for override in overrides:
             _apply_override(merged, override)
+            if "${" in override:
+                _check_expansion(f"override {shown(override)}", merged)
         OmegaConf.resolve(merged)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
@@ -131,16 +125,23 @@ def dump_config(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+def _check_expansion(source: str, config: DictConfig) -> None:
+    """Raise :class:`ConfigError` before OmegaConf follows interpolations that lead in a circle or grow without end."""
+    try:
+        check_expansion(OmegaConf.to_container(config, resolve=False))
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
 def _apply_override(config: DictConfig, override: str) -> None:
     source = f"override {shown(override)}"
     key, equals, text = override.partition("=")
     if not key or not equals:
         raise ConfigError(f"{source}: must have the form key=value")
     try:
-        check_yaml(text)
-        parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
-    except _NOT_YAML as error:
-        raise ConfigError(f"{source}: the value is not readable as YAML: {_reason(error)}") from None
+        parsed = load_yaml(text, lambda text: OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"])))
+    except ValueError as error:
+        raise ConfigError(f"{source}: the value is not readable as YAML: {error}") from None
     value = parsed["value"] if text else None
 
     hint: Any = RunConfig
@@ -225,7 +226,7 @@ def _most(section: Any, key: str) -> int:
 
 def _check_interpolated_names(value: str, path: str, source: str) -> None:
     """Answer a key's old name in an interpolation with the new one; OmegaConf only says that the key is not there."""
-    for dots, name in _INTERPOLATION.findall(value):
+    for dots, name in INTERPOLATION.findall(value):
         # An index is an entry of its own in OmegaConf's paths: the dots of ${..lr} in a.b[0] lead to a.
         above = re.sub(r"\[(\d+)\]", r".\1", path).split(".")[: -len(dots)] if dots else []
         full = re.sub(r"\[(\d+)\]|\.(\d+)\b", r"[\1\2]", ".".join([*above, name]))
@@ -262,10 +263,3 @@ def _join(path: str, part: str | int) -> str:
     if isinstance(part, int):
         return f"{path}[{part}]"
     return f"{path}.{part}" if path else part
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
-        mark = error.problem_mark
-        return f"{error.problem} (line {mark.line + 1}, column {mark.column + 1})"
-    return first_line(error)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from megatron_most.conversion.hugging_face import CONFIG, HuggingFaceModel
 from megatron_most.conversion.native_layers import PORTABLE, NativeLayers
 from megatron_most.conversion.weight_map import MAX_ELEMENTS, IdRun
 from megatron_most.errors import CheckpointError, DataError, first_line
+from megatron_most.files import parse_json
 from megatron_most.model import MoSTModel, build_model
 from megatron_most.parallel import on_rank_zero
 from megatron_most.progress import Progress
@@ -192,7 +192,7 @@ def read_tokens(path: str | Path) -> torch.Tensor:
         DataError: the file is unreadable, or does not hold such lists.
     """
     try:
-        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [parse_json(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not readable as JSON lines: {first_line(error)}") from None
     valid = rows and all(isinstance(row, list) and len(row) == len(rows[0]) > 1 for row in rows)

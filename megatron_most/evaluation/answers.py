@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 import string
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
+
+from megatron_most.files import parse_json
 
 _ARTICLES = frozenset(("a", "an", "the"))
 _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
@@ -76,7 +77,7 @@ def aliases(value: Any) -> list[str]:
     text = value.strip()
     if text.startswith("[") and text.endswith("]"):
         try:
-            return aliases(json.loads(text))
+            return aliases(parse_json(text))
         except ValueError:
             if not _QUOTED.sub("", text[1:-1]).strip(", \n\t"):
                 return aliases([ast.literal_eval(literal) for literal in _QUOTED.findall(text)])

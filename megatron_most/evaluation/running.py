@@ -23,7 +23,7 @@ from megatron_most.errors import ConfigError, DataError, first_line
 from megatron_most.evaluation.interface import Model
 from megatron_most.evaluation.scores import CONFIDENCE, interval, score, units_of
 from megatron_most.evaluation.suites.base import Outcome, Suite
-from megatron_most.files import replacing, write_json
+from megatron_most.files import parse_json, replacing, write_json
 from megatron_most.progress import Progress
 
 CHUNK = 64
@@ -141,7 +141,7 @@ def read_outcomes(result: str | Path) -> list[Outcome]:
     path = results_path(result)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines[1:]]
+        return [parse_json(line) for line in lines[1:]]
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not readable as outcomes of samples: {first_line(error)}") from None
 
@@ -172,7 +172,7 @@ class _Journal:
         entries = []
         for line in lines:
             with suppress(ValueError):  # the last line of a run that was killed may be cut
-                entries.append(json.loads(line))
+                entries.append(parse_json(line))
         if not entries or entries[0] != self.asked:
             if entries:
                 print(f"{self.path}: holds outcomes of another question; starting anew", file=sys.stderr, flush=True)

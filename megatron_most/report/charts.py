@@ -158,7 +158,8 @@ def line_chart(title: str, series: Sequence[Series], unit: str = "", from_zero: 
     values = [value for points in thinned for _, value in points]
     low_x, high_x = min(steps), max(steps)
     if high_x == low_x:
-        low_x, high_x = low_x - 1, high_x + 1
+        margin = max(1.0, abs(low_x) / 1e9)  # 1 is lost in very large numbers
+        low_x, high_x = low_x - margin, high_x + margin
     is_log = not from_zero and min(values) > 0 and max(values) / min(values) > _LOG_RATIO
     low_y, high_y, ticks = _log_axis(values) if is_log else _linear_axis(values, from_zero)
 

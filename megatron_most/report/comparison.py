@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_most.errors import ConfigError
-from megatron_most.files import write_text
 from megatron_most.report.charts import LineChart, Marker, Series, figures, line_chart
 from megatron_most.report.curves import MEMORY, PALETTE, points_of
-from megatron_most.report.page import flatten, html_template
+from megatron_most.report.page import flatten, html_template, write_page
 from megatron_most.report.run_files import RunFiles, read_run
 from megatron_most.report.transcripts import SHORT_NAMES, Rate, error_rates
 from megatron_most.report.utilization import FLOPS, MFU, with_utilization
@@ -47,7 +46,7 @@ def write_comparison(run_dirs: Sequence[str | Path], output: str | Path) -> Path
             raise ConfigError(f"{directory}: named twice; a comparison needs different runs")
     if len(directories) < 2:
         raise ConfigError(f"a comparison needs at least 2 runs, got {len(directories)}")
-    write_text(output, render_comparison([read_run(one) for one in directories]))
+    write_page(output, render_comparison([read_run(one) for one in directories]))
     return Path(output)
 
 

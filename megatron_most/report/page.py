@@ -55,8 +55,13 @@ def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
     """
     run = read_run(run_dir)
     output = Path(output) if output is not None else run.directory / "report.html"
-    write_text(output, render(run))
+    write_page(output, render(run))
     return output
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write HTML. Half surrogate pairs, which JSON can hold and UTF-8 cannot, are written as escapes."""
+    write_text(path, page.encode("utf-8", "backslashreplace").decode())
 
 
 def render(run: RunFiles) -> str:
@@ -90,7 +95,7 @@ def render(run: RunFiles) -> str:
 
 def html_template(name: str, *packages: str) -> jinja2.Template:
     """A template that escapes everything it is given, from ``packages`` or from the report."""
-    environment = jinja2.Environment(
+    environment = jinja2.Environment(  # nosec B701
         loader=jinja2.ChoiceLoader([jinja2.PackageLoader(one) for one in (*packages, "megatron_most.report")]),
         autoescape=lambda name: name is not None and name.endswith(".html"),
         undefined=jinja2.StrictUndefined,

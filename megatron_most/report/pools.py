@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 _COMMON = "common"
+_MOST = 1 << 16
+"""Experts of a pool; more are a damaged configuration."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,15 @@ def read_pools(config: dict[str, Any]) -> Pools | None:
         for name, entry in [*groups, (_COMMON, common)]:
             listed = tuple(int(expert) for expert in entry.get("experts") or ())
             size = int(entry.get("size") or len(listed))
+            if not 0 <= size <= _MOST:
+                return None
             if size:
                 experts[name] = listed or tuple(range(start, start + size))
                 start += size
         allowed = common.get("modalities") or [name for name, _ in groups]
         shared = experts.get(_COMMON, ())
         choices = {name: experts.get(name, ()) + (shared if name in allowed else ()) for name, _ in groups}
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
         return None
     pools = Pools(experts, choices)
     return pools if sorted(pools.columns) == list(range(pools.num_experts)) else None

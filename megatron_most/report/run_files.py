@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from megatron_most.config import CONFIG, with_new_names
+from megatron_most.data.storage.json_lines import read_lines
 from megatron_most.errors import DataError
-from megatron_most.files import read_json
+from megatron_most.files import parse_json, read_json, read_text
+from megatron_most.yaml_text import MAX_BYTES, load_yaml
+
+_LARGEST = 1e100
+"""No quantity of a run is larger, and sums and quotients of smaller ones stay finite."""
 
 
 @dataclass
@@ -96,8 +98,9 @@ def read_run(directory: str | Path) -> RunFiles:
 
 
 def number(value: Any) -> float | None:
-    """``value`` as a finite float; None for anything else, booleans included."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    """``value`` as a float; None for what is no quantity of a run: booleans, NaN, infinite and absurd numbers."""
+    # The comparison fails for NaN, and takes integers of any size.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
         return None
     return float(value)
 
@@ -112,19 +115,26 @@ def _is_there(run: RunFiles, name: str, purpose: str) -> bool:
 def _text(run: RunFiles, name: str, purpose: str) -> str:
     if not _is_there(run, name, purpose):
         return ""
+    path = run.directory / name
     try:
-        return (run.directory / name).read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        run.notes.append(f"{name} cannot be read: {error.strerror}.")
+        return read_text(path, DataError, limit=MAX_BYTES, errors="replace")
+    except DataError as error:
+        run.notes.append(f"{name} cannot be read: {str(error).removeprefix(f'{path}: ')}.")
         return ""
 
 
 def _json_lines(run: RunFiles, name: str, purpose: str) -> list[dict[str, Any]]:
-    lines = [line for line in _text(run, name, purpose).splitlines() if line.strip()]
+    if not _is_there(run, name, purpose):
+        return []
+    try:
+        lines = [line for line in read_lines(run.directory / name) if line.problem or line.text.strip()]
+    except DataError as error:
+        run.notes.append(f"{name} cannot be read: {str(error).removeprefix(f'{run.directory / name}: ')}.")
+        return []
     values, broken = [], []
     for index, line in enumerate(lines):
         try:
-            value = json.loads(line)
+            value = parse_json(line.text)
         except ValueError:
             value = None
         if isinstance(value, dict) and number(value.get("step")) is not None:
@@ -152,8 +162,8 @@ def _json_object(run: RunFiles, name: str, purpose: str) -> dict[str, Any]:
 def _read_config(run: RunFiles) -> None:
     run.config_text = _text(run, CONFIG, "the configuration and the sizes of the expert groups")
     try:
-        value = yaml.safe_load(run.config_text) if run.config_text else {}
-    except yaml.YAMLError:
+        value = load_yaml(run.config_text) if run.config_text else {}
+    except ValueError:
         value = None
     if isinstance(value, dict):
         run.config = with_new_names(value)

@@ -6,11 +6,15 @@ import base64
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_most.errors import DataError, shown
+from megatron_most.files import open_file
 from megatron_most.report.run_files import RunFiles
 
 MAX_SAMPLES = 12
 MAX_BYTES = 3_200_000
 """Bounds of the page's size: utterances with sound, and bytes of WAV before base64."""
+
+_LONGEST_NAME = 4096
 
 KINDS = {"original_wav": "original", "roundtrip_wav": "codec round trip", "generated_wav": "generated"}
 
@@ -81,14 +85,16 @@ def _taking_turns(keys: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def _wav(directory: Path, name: str) -> bytes | str:
     """The bytes of a WAV file inside the run directory, or why they cannot be used."""
+    if "\0" in name or len(name) > _LONGEST_NAME:
+        return f"{shown(name, 60)} is no name of a file"
     path = (directory / name).resolve()
     if not path.is_relative_to(directory.resolve()):
         return f"{name} is outside of the run directory"
     try:
-        with path.open("rb") as file:
+        with open_file(path, DataError) as file:
             data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        return f"{name}: {error.strerror}"
+    except DataError as error:
+        return f"{name}: {str(error).removeprefix(f'{path}: ')}"
     if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
         return f"{name} is not a WAV file"
     return data

@@ -11,6 +11,9 @@ from megatron_most.report.run_files import RunFiles, number
 
 _NORMALIZER_OF_OLD_RESULTS = "basic"  # results that name none come from a version that had no other
 
+_LONGEST_TEXT = 100_000
+"""Letters of an utterance; the time to align grows with the square."""
+
 MAX_WITH_ERRORS = 16
 MAX_CORRECT = 4
 
@@ -117,7 +120,10 @@ def transcript_tables(run: RunFiles) -> list[TranscriptTable]:
 
 
 def _is_text(item: Any) -> bool:
-    return isinstance(item, dict) and all(isinstance(item.get(key), str) for key in ("reference", "hypothesis"))
+    if not isinstance(item, dict):
+        return False
+    texts = [item.get(key) for key in ("reference", "hypothesis")]
+    return all(isinstance(text, str) and len(text) <= _LONGEST_TEXT for text in texts)
 
 
 def _remark(item: dict[str, Any]) -> str:

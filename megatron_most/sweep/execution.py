@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterable
@@ -84,7 +85,7 @@ def start(
 def _executor(sweep: Sweep, cluster: str) -> submitit.AutoExecutor:
     resources = sweep.spec.resources
     try:
-        executor = submitit.AutoExecutor(folder=Path(sweep.spec.output) / "jobs", cluster=cluster)
+        executor = submitit.AutoExecutor(folder=_own_folder(Path(sweep.spec.output) / "jobs"), cluster=cluster)
     except RuntimeError as error:
         raise ConfigError(f"--executor={cluster}: {first_line(error)}") from None
     executor.update_parameters(name=sweep.spec.name, timeout_min=resources.minutes)
@@ -99,6 +100,23 @@ def _executor(sweep: Sweep, cluster: str) -> submitit.AutoExecutor:
             **{f"slurm_{key}": value for key, value in options.items() if value},
         )
     return executor
+
+
+def _own_folder(folder: Path) -> Path:
+    """Make the folder of pickled jobs, which only this user may write: a job runs whatever its pickle says.
+
+    Raises:
+        ConfigError: it cannot be made, or is another user's.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+        if found.st_uid != os.getuid():
+            raise ConfigError(f"{folder}: belongs to user {found.st_uid}, who could make its jobs run anything")
+        folder.chmod(stat.S_IMODE(found.st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be made: {error.strerror}") from None
+    return folder
 
 
 def _job(sweep: Sweep, run: PlannedRun, programs: Programs) -> Job:

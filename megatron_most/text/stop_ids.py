@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_most.errors import ConfigError, first_line
-from megatron_most.files import read_json
+from megatron_most.errors import ConfigError, first_line, shown
+from megatron_most.files import read_json, read_text
 from megatron_most.text.tokenizer import TextTokenizer
 
 GENERATION_CONFIG = "generation_config.json"
@@ -54,7 +54,7 @@ def eos_ids(values: Mapping[str, Any], source: str) -> list[int]:
     value = values.get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if any(type(token) is not int for token in ids):
-        raise ConfigError(f"{source}: eos_token_id={value!r}: must be an id or a list of ids")
+        raise ConfigError(f"{source}: eos_token_id={shown(value)}: must be an id or a list of ids")
     return ids
 
 
@@ -62,8 +62,8 @@ def _chat_template(folder: Path) -> str:
     """The source of the chat templates beside a tokenizer, empty if there are none."""
     file = folder / "chat_template.jinja"
     try:
-        text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    except (OSError, ValueError) as error:
+        text = read_text(file) if file.is_file() else ""
+    except ValueError as error:
         raise ConfigError(f"{file}: cannot be read: {first_line(error)}") from None
     # One template, or a list of named ones.
     return text + str(_read_json(folder / "tokenizer_config.json").get("chat_template", ""))

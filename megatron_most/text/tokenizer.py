@@ -11,8 +11,11 @@ from typing import Protocol
 import sentencepiece
 import tokenizers
 
-from megatron_most.errors import ConfigError, DataError, first_line
-from megatron_most.files import read_json, replacing
+from megatron_most.errors import ConfigError, DataError, first_line, shown
+from megatron_most.files import read_bytes, read_json, replacing
+
+_MAX_VOCAB = 1 << 24
+"""Ids of the largest tokenizer; embeddings are made for all of them."""
 
 
 class TextTokenizer(Protocol):
@@ -66,7 +69,7 @@ class SentencePieceTokenizer:
     """A SentencePiece model with beginning and end of sequence; without a padding id it pads with the end."""
 
     def __init__(self, path: Path) -> None:
-        data = path.read_bytes()
+        data = read_bytes(path)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError:
@@ -98,17 +101,21 @@ class HuggingFaceTokenizer:
     """A ``tokenizer.json`` through the ``tokenizers`` library."""
 
     def __init__(self, path: Path) -> None:
-        data = path.read_bytes()
+        data = read_bytes(path)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
-        except Exception as error:  # the library raises bare Exception
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises bare Exception, and its panics are not even that
             raise ConfigError(f"tokenizer {path}: not readable as a tokenizer.json: {first_line(error)}") from None
         # Text that spells a special token stays text: a transcript must not be able to end its own document.
         self._tokenizer.encode_special_tokens = True
         # Settings of whoever saved the file, for batches of theirs.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if not 0 < self.vocab_size <= _MAX_VOCAB:
+            raise ConfigError(f"tokenizer {path}: has {self.vocab_size:,} ids, must have 1 to {_MAX_VOCAB:,}")
         added = self._tokenizer.get_added_tokens_decoder().items()
         self._special_ids = {entry.content: token_id for token_id, entry in added if entry.special}
         special = _special_tokens(path.parent)
@@ -195,6 +202,8 @@ def _special_tokens(folder: Path) -> dict[str, str]:
             if isinstance(value, dict):
                 value = value.get("content")
             if value:
+                if not isinstance(value, str):
+                    raise ConfigError(f"{file}: {role}={shown(value)}: must be a token")
                 found[role] = value
     return found
 

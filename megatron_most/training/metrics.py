@@ -10,16 +10,16 @@ import importlib
 import json
 import math
 import time
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_most.config import LoggingConfig, MoEConfig
 from megatron_most.errors import ConfigError
-from megatron_most.files import write_text
+from megatron_most.files import parse_json, write_text
 from megatron_most.training.routing_metrics import RoutingMetrics
 from megatron_most.training.run_directory import METRICS, ROUTING
+from megatron_most.training.trackers import Trackers
 
 
 class MetricAccumulator:
@@ -132,7 +132,7 @@ def _unwritable(path: Path, error: OSError) -> ConfigError:
 def require_installed(logging: LoggingConfig) -> None:
     """Raise :class:`ConfigError` if TensorBoard or wandb is enabled but not installed."""
     asked = (
-        (logging.tensorboard, "torch.utils.tensorboard", "logging.tensorboard=True: tensorboard"),
+        (logging.tensorboard, "tensorboard", "logging.tensorboard=True: tensorboard"),
         (logging.wandb_project, "wandb", f"logging.wandb_project={logging.wandb_project!r}: wandb"),
     )
     for wanted, module, what in asked:
@@ -167,8 +167,7 @@ class MetricsWriter:
         self.modality_names = modality_names
         self.metrics = JsonLines(run_dir / METRICS, resume_step)
         self.routing = JsonLines(run_dir / ROUTING, resume_step)
-        self.tensorboard = _tensorboard(run_dir, resume_step) if logging.tensorboard else None
-        self.wandb = _wandb(run_dir, logging.wandb_project, run_config) if logging.wandb_project else None
+        self.trackers = Trackers(run_dir, logging, resume_step, run_config)
 
     def training(self, values: dict[str, Any], routing: list[dict[str, Any]]) -> None:
         """Write a line of training metrics, and the routing statistics of its layers."""
@@ -186,20 +185,12 @@ class MetricsWriter:
     def _write(self, values: dict[str, Any]) -> None:
         self.metrics.write(values)
         scalars = {name: value for name, value in values.items() if name not in ("step", "time")}
-        if self.tensorboard is not None:
-            for name, value in scalars.items():
-                self.tensorboard.add_scalar(name, value, values["step"])
-            self.tensorboard.flush()
-        if self.wandb is not None:
-            self.wandb.log(scalars, step=values["step"])
+        self.trackers.write(values["step"], scalars)
 
     def close(self) -> None:
         self.metrics.close()
         self.routing.close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+        self.trackers.close()
 
 
 def console_line(values: dict[str, Any], total_steps: int, modality_names: tuple[str, ...]) -> str:
@@ -231,30 +222,7 @@ def _duration(seconds: float) -> str:
 def _step(line: bytes) -> float | None:
     """The step of a JSON line; None for a damaged line."""
     try:
-        step = json.loads(line.decode())["step"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        step = parse_json(line.decode())["step"]
+    except (ValueError, KeyError, TypeError):
         return None
     return step if isinstance(step, int | float) else None
-
-
-def _tensorboard(run_dir: Path, resume_step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
-
-
-def _wandb(run_dir: Path, project: str, run_config: dict[str, Any]) -> Any:
-    import wandb
-
-    # A resumed run continues the same wandb run.
-    identity = run_dir / ".wandb_id"
-    if not identity.exists():
-        write_text(identity, uuid.uuid4().hex[:12])
-    return wandb.init(
-        project=project,
-        name=run_dir.name,
-        id=identity.read_text(encoding="utf-8"),
-        resume="allow",
-        dir=str(run_dir),
-        config=run_config,
-    )

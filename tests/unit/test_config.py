@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 import typing
 
 import pytest
@@ -406,7 +407,7 @@ def test_every_integer_has_a_range(key):
     [
         ("seed=" + "9" * 30, "seed=" + "9" * 30 + ": must be at most 2,147,483,647"),
         ("seed=-3000000000", "seed=-3000000000: must be at least -2,147,483,647"),
-        ("seed=0x" + "f" * 9000, "seed=a number of thousands of digits: must be at most 2,147,483,647"),
+        ("seed=0x" + "f" * 9000, "the value is not readable as YAML: a number of 9,002 digits"),
         ("training.threads_per_rank=1000000", "training.threads_per_rank=1000000: must be at most 1,024"),
         ("model.num_layers=1000000000", "model.num_layers=1000000000: must be at most 10,000"),
         ("model.moe.groups.0.size=100000000", "model.moe.groups[0].size=100000000: must be at most 65,536"),
@@ -442,14 +443,22 @@ ALIAS_BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
     [
         ("seed: !!int x", "not readable as YAML: invalid literal"),
         ("seed: !!float x", "not readable as YAML: could not convert"),
-        ("seed: " + "9" * 5000, "not readable as YAML: Exceeds the limit"),
+        ("seed: " + "9" * 5000, "not readable as YAML: a number of 5,000 digits in line 5"),
+        ("seed: " + "1:" * 10_000 + "1", "not readable as YAML: a number of 20,001 digits in line 5"),
+        ("seed: !!bool x", "not readable as YAML: a value does not fit its tag"),
+        ("a: !!timestamp x", "not readable as YAML: a value does not fit its tag"),
+        ("a: !!int ''", "not readable as YAML: a value does not fit its tag"),
+        ("run_dir: " + "${a}" * 2000, "not readable as YAML: more than 1,000 interpolations in line 5"),
+        ("run_dir: " + "${" * 900 + "}" * 900, "an interpolation must be ${section.key}"),
+        ("run_dir: ${oc.create:x}", "an interpolation must be ${section.key}"),
+        ("run_dir: ${a.${b}}", "an interpolation must be ${section.key}"),
         ("a: " + "[" * 5000, "not readable as YAML: nested deeper than 64 levels in line 5"),
         ("\n".join(" " * depth + "a:" for depth in range(200)), "not readable as YAML: nested deeper than 64 levels"),
         (ALIAS_BOMB, "not readable as YAML: more than 100,000 values"),
         ("a: &a [*a]", "not readable as YAML: *a in line 5 stands inside what it repeats"),
         ("a: *nowhere", "not readable as YAML: found undefined alias"),
         ("a: !!python/object/apply:os.getcwd []", "not readable as YAML: could not determine a constructor"),
-        ("# " + "x" * (4 << 20), "not readable as YAML: larger than 4 MiB"),
+        ("# " + "x" * (1 << 20), "not readable as YAML: larger than 1 MiB"),
     ],
     ids=lambda value: value[:20],
 )
@@ -462,7 +471,8 @@ def test_hostile_yaml_is_one_line(error, text, message):
     ("value", "message"),
     [
         ("!!int x", "the value is not readable as YAML: invalid literal"),
-        ("9" * 5000, "the value is not readable as YAML: Exceeds the limit"),
+        ("9" * 5000, "the value is not readable as YAML: a number of 5,000 digits"),
+        ("${oc.create:x}", "an interpolation must be ${section.key}"),
         ("[" * 5000, "the value is not readable as YAML: nested deeper than 64 levels"),
         ("{a: &a [x], b: *c}", "the value is not readable as YAML: found undefined alias"),
     ],
@@ -484,6 +494,24 @@ def test_aliases_and_merged_keys_are_read(load):
             text=text,
         ).model.moe.groups
     ] == [4, 4]
+
+
+def doubling(count: int) -> str:
+    """A configuration in which each of ``count`` paths is the one before twice."""
+    paths = ["x" * 10, *(f"${{data.validation[{place}].path}}" * 2 for place in range(count - 1))]
+    return YAML + "  validation:\n" + "".join(f"    - {{path: '{path}'}}\n" for path in paths)
+
+
+def test_interpolations_that_double_are_one_line(load, error):
+    assert len(load(text=doubling(6)).data.validation[5].path) == 320
+    start = time.monotonic()
+    for found in (
+        error(text=doubling(40)),
+        error("data.validation.0.path=${run_dir}", "run_dir=${data.validation[39].path}", text=doubling(40)),
+    ):
+        assert "interpolations make more than 100,000 values or 1 MiB of text" in found and len(found) < 500
+    assert "interpolations" in error(text=doubling(80))
+    assert time.monotonic() - start < 60
 
 
 def test_an_interpolation_of_itself_is_one_line(error):

@@ -18,7 +18,7 @@ import numpy as np
 from megatron_most.audio import read_audio
 from megatron_most.audio.io import DURATION_TOLERANCE
 from megatron_most.data.storage.json_lines import Line, license_of, parse_json_object, read_lines, seconds_of, text_of
-from megatron_most.errors import DataError
+from megatron_most.errors import DataError, shown
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def manifest_records(path: str | Path, *, needs_audio: bool = True) -> Iterator[
             raise DataError(f"{record.where}: {record.reason}")
         digest = id_digest(record.id)
         if digest in seen:
-            raise DataError(f"{record.where}: id {record.id!r} is already that of line {seen[digest]}")
+            raise DataError(f"{record.where}: id {shown(record.id)} is already that of line {seen[digest]}")
         seen[digest] = int(record.where.rsplit(" ", 1)[1])
         yield record
     if not seen:
@@ -201,14 +201,14 @@ def parse_record(
     if text is None and (turns or not needs_text):
         text = ""
     if not isinstance(text, str) or (needs_text and not turns and not text.strip()):
-        raise DataError(f"text={text!r}: must be a text that is not empty")
+        raise DataError(f"text={shown(text)}: must be a text that is not empty")
     audio = entry.get("audio_filepath")
     if audio is None and needs_audio:
         raise DataError("audio_filepath is missing")
     if audio is not None and (not isinstance(audio, str) or not audio or "\0" in audio):
-        raise DataError(f"audio_filepath={audio!r}: must be a path")
+        raise DataError(f"audio_filepath={shown(audio)}: must be a path")
     if audio is not None and "://" in audio:
-        raise DataError(f"audio_filepath={audio!r}: an address is not read; download the file")
+        raise DataError(f"audio_filepath={shown(audio)}: an address is not read; download the file")
     duration = seconds_of(entry, "duration")
     if duration == 0:
         raise DataError("duration=0: must be greater than 0")
@@ -233,11 +233,11 @@ def _part(value: Any) -> tuple[int, int] | None:
     if value is None:
         return None
     if not isinstance(value, list) or len(value) != 2 or not all(type(item) is int and item >= 0 for item in value):
-        raise DataError(f"part={value!r}: must be a first byte and a number of bytes")
+        raise DataError(f"part={shown(value)}: must be a first byte and a number of bytes")
     return value[0], value[1]
 
 
 def _channel(value: Any) -> int | None:
     if value is not None and (type(value) is not int or value < 0):
-        raise DataError(f"channel={value!r}: must be a number of a channel, from 0")
+        raise DataError(f"channel={shown(value)}: must be a number of a channel, from 0")
     return value

@@ -10,7 +10,6 @@ Shape letters: C codebooks, F codec frames.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from megatron_most.data.storage.indexed import ArrayReader
 from megatron_most.data.storage.json_lines import parse_json_object, read_lines
 from megatron_most.data.storage.sidecar import read_sidecar, with_current_keys
 from megatron_most.errors import DataError
+from megatron_most.files import parse_json
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,9 @@ class CodesDataset:
         sidecar = with_current_keys(read_sidecar(self.prefix + ".json", f"codes {self.prefix}"))
         try:
             self.codec = CodecIdentity(**sidecar["codec"])
-        except (KeyError, TypeError) as error:
+            if not min(self.codec.num_codebooks, self.codec.codebook_size, self.codec.frame_rate) > 0:
+                raise ValueError("the numbers of its codec must be above 0")
+        except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"codes {self.prefix}: broken sidecar: {error}") from None
         self.provenance = {name: value for name, value in sidecar.items() if name not in ("codec", "format")}
         self._codes = ArrayReader(self.prefix + ".codes")
@@ -131,11 +133,13 @@ class CodesDataset:
         try:
             with open(path, encoding="utf-8") as file:
                 for index, line in enumerate(file):
-                    entry = json.loads(line)
+                    entry = parse_json(line)
                     if entry["num_frames"] * self.codec.num_codebooks != self._codes.lengths[index]:
                         raise ValueError(f"{self._codes.lengths[index]} codes for {entry['num_frames']} frames")
-                    yield index, entry | {"id": entry["id"], "text": entry["text"]}  # KeyError if one is missing
-        except (OSError, ValueError, KeyError, IndexError) as error:
+                    if not isinstance(entry["id"], str) or not isinstance(entry["text"], str):
+                        raise ValueError("id and text must be texts")
+                    yield index, entry
+        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
             raise DataError(f"codes {self.prefix}: {path}, line {index + 1} does not fit the codes: {error}") from None
         if index + 1 != len(self):
             raise DataError(f"codes {self.prefix}: {path} has {index + 1} lines for {len(self)} utterances")

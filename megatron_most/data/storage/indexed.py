@@ -16,6 +16,11 @@ from megatron_most.errors import DataError
 
 _INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, type, number of sequences, number of documents + 1
 
+_INTEGERS = frozenset((1, 2, 3, 4, 5, 8))
+"""Megatron's numbers of the types that ids, masks and codes may have; 6 and 7 are floats."""
+
+_CHECKED_AT_ONCE = 1 << 20
+
 
 @functools.cache
 def _megatron():
@@ -71,12 +76,23 @@ def _check_index(path: str) -> None:
     with open(path, "rb") as file:
         header = file.read(_INDEX_HEADER.size)
     if len(header) == _INDEX_HEADER.size:
-        magic, version, _, num_sequences, num_documents = _INDEX_HEADER.unpack(header)
+        magic, version, kind, num_sequences, num_documents = _INDEX_HEADER.unpack(header)
         # Per sequence: its length (int32) and its start (int64). Per document: its first sequence (int64).
         expected = _INDEX_HEADER.size + num_sequences * (4 + 8) + num_documents * 8
-        if magic == b"MMIDIDX\x00\x00" and version == 1 and size == expected:
+        if magic == b"MMIDIDX\x00\x00" and version == 1 and size == expected and num_sequences and kind in _INTEGERS:
             return
     raise DataError(f"{path}: not the index of a Megatron dataset, or damaged")
+
+
+def _check_pointers(path: str, lengths: np.ndarray, starts: np.ndarray) -> None:
+    """Documents must follow one another: a damaged start would give another document without a word."""
+    at = 0
+    for first in range(0, len(lengths), _CHECKED_AT_ONCE):
+        part = slice(first, first + _CHECKED_AT_ONCE)
+        ends = at + np.cumsum(lengths[part], dtype=np.int64)
+        if lengths[part].min() < 0 or not np.array_equal(starts[part], np.concatenate([[at], ends[:-1]])):
+            raise DataError(f"{path}: damaged: its documents do not follow one another")
+        at = int(ends[-1])
 
 
 class ArrayReader:
@@ -97,6 +113,7 @@ class ArrayReader:
         # Megatron's reader makes a new array for each document, which takes longer than reading a short one.
         self._values = np.asarray(np.memmap(prefix + ".bin", dtype, mode="r"))
         self._starts = index.sequence_pointers // dtype.itemsize
+        _check_pointers(prefix + ".idx", self.lengths, self._starts)
 
     def __len__(self) -> int:
         return len(self.lengths)

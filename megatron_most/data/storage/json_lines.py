@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_most.errors import DataError
+from megatron_most.errors import DataError, shown
+from megatron_most.files import parse_json
 
 MAX_LINE_BYTES = 16 << 20
 """Longer lines are refused and never read into memory as a whole."""
@@ -64,8 +64,8 @@ def read_lines(path: str | Path) -> Iterator[Line]:
 def parse_json_object(line: str) -> dict[str, Any]:
     """The JSON object in ``line``; :class:`DataError` if it is not one."""
     try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        entry = parse_json(line)
+    except ValueError as error:
         raise DataError(f"not JSON: {error}") from None
     if not isinstance(entry, dict):
         raise DataError("must be a JSON object")
@@ -79,7 +79,7 @@ def seconds_of(entry: dict[str, Any], field: str) -> float | None:
         return None
     # The comparison fails for NaN, and takes whole numbers of any size.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_SECONDS:
-        raise DataError(f"{field}={repr(value)[:20]}: must be a number of seconds, at most {MAX_SECONDS:g}")
+        raise DataError(f"{field}={shown(value, 20)}: must be a number of seconds, at most {MAX_SECONDS:g}")
     return float(value)
 
 
@@ -95,4 +95,4 @@ def text_of(entry: dict[str, Any], field: str) -> str | None:
         return value or None
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    raise DataError(f"{field}={value!r}: must be text")
+    raise DataError(f"{field}={shown(value)}: must be text")

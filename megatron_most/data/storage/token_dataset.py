@@ -116,7 +116,10 @@ class TokenDataset:
             self.provenance: dict = sidecar["provenance"]
             self.input_positions: dict[str, int] = sidecar["input_positions"]
             holds_codes = sidecar["holds_codes"]
-        except (KeyError, TypeError, ConfigError) as error:
+            counts = [self.input_positions[name] for name in self.vocab.modality_names]
+            if not isinstance(self.provenance, dict) or not all(type(count) is int and count >= 0 for count in counts):
+                raise TypeError("provenance must be an object, and input_positions numbers")
+        except (AttributeError, KeyError, TypeError, ConfigError) as error:
             raise DataError(f"dataset {self.prefix}: broken sidecar: {error}") from None
         self._layout = self.vocab.codec_layout
         self._num_ids = self.vocab.size

@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_most.config import DataConfig
 from megatron_most.data.storage.codes import CodesDataset
-from megatron_most.errors import ConfigError, DataError
+from megatron_most.errors import ConfigError, DataError, first_line
 
 
 def write_utterances(prefix: str | Path, codes: Iterable[CodesDataset]) -> None:
@@ -65,9 +65,11 @@ def _read(prefix: str | Path) -> np.ndarray:
     if not path.is_file():
         return np.empty((0, 2), dtype=np.uint64)
     try:
-        hashes = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: not readable: {error}") from None
+        hashes = np.load(path, allow_pickle=False, mmap_mode="r")  # mapped: a header may promise any size
+    except Exception as error:  # NumPy evaluates the header, which can raise anything
+        raise DataError(f"{path}: not readable: {first_line(error)}") from None
+    if not isinstance(hashes, np.ndarray):
+        raise DataError(f"{path}: holds several arrays, not two hashes of each utterance")
     if hashes.ndim != 2 or hashes.shape[1] != 2 or hashes.dtype != np.uint64:
         raise DataError(f"{path}: holds {hashes.dtype} {list(hashes.shape)}, not two hashes of each utterance")
     return hashes

@@ -36,8 +36,8 @@ class TransformersRecognizer:
         self._is_ctc = str(names[0]).endswith("ForCTC")
         kind = "AutoModelForCTC" if self._is_ctc else "AutoModelForSpeechSeq2Seq"
         try:
-            self._processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
-            model = getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
+            self._processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)  # nosec B615
+            model = getattr(transformers, kind).from_pretrained(folder, local_files_only=True)  # nosec B615
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(
                 f"recognizer {folder}: not readable as a speech recognizer: {first_line(error)}"

@@ -21,7 +21,8 @@ from typing import Any
 from megatron_most.audio import read_audio
 from megatron_most.data.building.tasks import ChatTurn, make_chat
 from megatron_most.data.storage.documents import Document
-from megatron_most.errors import DataError, first_line
+from megatron_most.data.storage.parquet import read_rows
+from megatron_most.errors import DataError
 from megatron_most.evaluation.answers import aliases, has_answer, is_exact
 from megatron_most.evaluation.interface import Model, require_room
 from megatron_most.evaluation.recognizers import Recognizer
@@ -174,13 +175,7 @@ def _csv_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            wanted = {*QUESTIONS, *ANSWERS, "audio", "audio_filename"} & set(file.schema_arrow.names)
-            for batch in file.iter_batches(64, columns=sorted(wanted)):
-                yield from batch.to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path}: not readable as Parquet: {first_line(error)}") from None
+    for number, row in enumerate(read_rows(path, {*QUESTIONS, *ANSWERS, "audio", "audio_filename"}), start=1):
+        if isinstance(row, str):
+            raise DataError(f"{path}, row {number}: {row}")
+        yield row

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from megatron_most.audio import io as audio_io
 from megatron_most.audio import read_audio, write_wav
 from megatron_most.audio.io import stream_audio
 from megatron_most.errors import DataError
@@ -179,3 +180,27 @@ def test_an_ogg_file_cut_off_between_two_pages_is_refused(tmp_path):
     (tmp_path / "a.ogg").write_bytes(whole[: whole.rindex(b"OggS")])
     with pytest.raises(DataError, match=r"a\.ogg: cut off: the end of the Ogg stream is missing"):
         read_audio(tmp_path / "a.ogg", 16000)
+
+
+def test_more_than_fits_in_memory_is_refused_and_streamed(tmp_path, monkeypatch):
+    """A small file can hold days: what is read whole has a bound, at the rate of the file or of the result."""
+    monkeypatch.setattr(audio_io, "MAX_SAMPLES", 16000)
+    for rate in (8000, 16000, 48000):
+        seconds = 16000 / max(rate, 16000)
+        sound = np.zeros(round(rate * seconds) + 1, dtype=np.float32)
+        soundfile.write(tmp_path / "long.flac", sound, rate)
+        with pytest.raises(DataError, match=r"long\.flac: longer than 0\.0 h; read parts of it"):
+            read_audio(tmp_path / "long.flac", 16000)
+        assert len(read_audio(tmp_path / "long.flac", 16000, duration=seconds)) == round(16000 * seconds)
+        assert len(list(stream_audio(tmp_path / "long.flac", 16000, chunk=4000))) > 1
+
+
+def test_a_chunk_of_less_than_its_own_header_is_refused(tmp_path):
+    """Such a length led back to the chunk itself, for ever."""
+    soundfile.write(tmp_path / "a.w64", np.zeros(100, dtype=np.float32), 16000, format="W64")
+    content = bytearray((tmp_path / "a.w64").read_bytes())
+    place = content.index(b"fmt ") + 16
+    content[place : place + 8] = bytes(8)
+    (tmp_path / "a.w64").write_bytes(content)
+    with pytest.raises(DataError, match="damaged: a chunk of -24 bytes"):
+        read_audio(tmp_path / "a.w64", 16000)

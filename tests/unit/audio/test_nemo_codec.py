@@ -199,18 +199,12 @@ def test_a_truncated_file_is_named(tmp_path):
 
 def test_another_model_is_refused(tmp_path):
     path = write_archive(tmp_path / "asr.nemo", {"target": "nemo.collections.asr.models.EncDecCTCModel"})
-    with pytest.raises(DataError, match="EncDecCTCModel, not an AudioCodecModel"):
+    with pytest.raises(DataError, match="EncDecCTCModel': must be an AudioCodecModel"):
         load_codec(path)
 
 
-def test_classes_from_elsewhere_are_refused(tmp_path):
-    config = {"target": "nemo.collections.tts.models.AudioCodecModel", "parts": [{"_target_": "os.system"}]}
-    with pytest.raises(DataError, match="os.system, which is neither NeMo's nor torch's"):
-        load_codec(write_archive(tmp_path / "evil.nemo", config))
-
-
 def test_without_nemo_the_error_says_how_to_get_it(tmp_path, monkeypatch):
-    path = write_archive(tmp_path / "some.nemo", {"target": "nemo.collections.tts.models.AudioCodecModel"})
+    path = write_archive(tmp_path / "some.nemo", {**CONFIG, "target": "nemo.collections.tts.models.AudioCodecModel"})
     monkeypatch.setitem(sys.modules, "nemo.collections.tts.models", None)
     with pytest.raises(ConfigError, match="NeMo is installed and cannot be imported: "):
         load_codec(path)

@@ -154,3 +154,19 @@ def test_slurm_is_missed_in_one_line(described, monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="--executor=slurm: ") as raised:
         execution.start(sweep, runs, "slurm", False, PROGRAMS, print)
     assert "\n" not in str(raised.value)
+
+
+def test_jobs_are_unpickled_only_from_a_folder_that_nobody_else_can_write(tmp_path, monkeypatch):
+    folder = tmp_path / "out" / "jobs"
+    assert execution._own_folder(folder) == folder and folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    execution._own_folder(folder)
+    assert folder.stat().st_mode & 0o777 == 0o755
+    monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
+    with pytest.raises(
+        ConfigError, match=rf"jobs: belongs to user {folder.stat().st_uid}, who could make its jobs run anything"
+    ):
+        execution._own_folder(folder)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be made"):
+        execution._own_folder(tmp_path / "file" / "jobs")

@@ -268,3 +268,44 @@ def test_bytes_stand_for_characters_that_the_pieces_lack(tmp_path):
     assert tokenizer.encode("fox\u00e9") == [vocab[piece] for piece in ("f", "o", "x", "<0xC3>", "<0xA9>")]
     for text in ("fox fox", "\u65e5\u672c fox \U0001f98a"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "tokenizer.json").write_text("[" * 100_000), "not readable as a tokenizer.json"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "not readable as a tokenizer.json"),
+        (lambda folder: (folder / "tokenizer.json").write_bytes(b"\xff"), "not readable as a tokenizer.json"),
+        (lambda folder: _edit(folder, lambda model: model.update(vocab={}, merges=[])), "tokenizer"),
+        (lambda folder: _edit(folder, lambda model: model["vocab"].update(a=-1)), "tokenizer"),
+        (lambda folder: _edit(folder, lambda model: model["vocab"].update(x=4_000_000_000)), "ids, must have 1 to"),
+        (lambda folder: _settings(folder, bos_token=5), "bos_token=5: must be a token"),
+        (lambda folder: _settings(folder, bos_token={"content": [1]}), "bos_token=[1]: must be a token"),
+        (lambda folder: (folder / "tokenizer_config.json").write_text("[" * 100_000), "not readable as JSON"),
+    ],
+)
+def test_hostile_tokenizers_are_one_line(tmp_path, change, message):
+    path = write_hugging_face(tmp_path)
+    change(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        load_tokenizer(path)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def _edit(folder: Path, change) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    change(content["model"])
+    content["added_tokens"] = [] if not content["model"]["vocab"] else content["added_tokens"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+def _settings(folder: Path, **values: object) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS, "bos_token": BOS, **values}))
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 1000, bytes(1000)])
+def test_broken_sentencepiece_models_are_one_line(tmp_path, content):
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"tokenizer\.model: ") as caught:
+        load_tokenizer(tmp_path / "tokenizer.model")
+    assert "\n" not in str(caught.value)

@@ -128,7 +128,7 @@ def test_writer_writes_lines_tensorboard_and_console(tmp_path: Path, capsys: pyt
 
 def test_a_missing_tracker_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     require_installed(LoggingConfig(tensorboard=False))
     with pytest.raises(ConfigError, match="logging.wandb_project='most': wandb is not installed"):
         require_installed(LoggingConfig(tensorboard=False, wandb_project="most"))

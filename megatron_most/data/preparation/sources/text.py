@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_most.data.preparation.chat_files import check_roles
 from megatron_most.data.preparation.manifest import Record, Rejection, parse_turns
 from megatron_most.data.preparation.sources.base import Source
 from megatron_most.data.storage.json_lines import Line, license_of, parse_json_object, text_of
-from megatron_most.errors import DataError, first_line
-
-if TYPE_CHECKING:
-    import pyarrow
-
-_ROWS = 1024
-"""Rows of a Parquet file that are held at once."""
+from megatron_most.data.storage.parquet import read_rows
+from megatron_most.errors import DataError
 
 
 class TextCorpus(Source):
@@ -59,7 +54,9 @@ class TextCorpus(Source):
     def _entries(self, path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
         """What to call each entry, and the entry, or why there is none."""
         if path.suffix == ".parquet":
-            yield from self._parquet(path)
+            wanted = {self.options.text_field or self.default_field, "id", "language", "license", "licence"}
+            for number, row in enumerate(read_rows(self.real(path), wanted), start=1):
+                yield f"row {number}", row
         elif path.name.removesuffix(".gz").endswith(".txt"):
             yield from _paragraphs(self.lines(path))
         else:
@@ -72,35 +69,6 @@ class TextCorpus(Source):
                         yield number, parse_json_object(line.text)
                     except DataError as error:
                         yield number, str(error)
-
-    def _parquet(self, path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
-        import pyarrow
-        from pyarrow import parquet
-
-        try:
-            with parquet.ParquetFile(self.real(path)) as file:
-                wanted = {self.options.text_field or self.default_field, "id", "language", "license", "licence"}
-                columns = [name for name in file.schema_arrow.names if name in wanted]
-                number = 0
-                for batch in file.iter_batches(_ROWS, columns=columns):
-                    for row in _rows(batch):
-                        number += 1
-                        yield f"row {number}", row
-        except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{path}: not readable as Parquet: {first_line(error)}") from None
-
-
-def _rows(batch: pyarrow.RecordBatch) -> Iterator[dict[str, Any] | str]:
-    """Each row, or why it cannot be used; one that is not UTF-8 does not cost the others."""
-    try:
-        yield from batch.to_pylist()
-    except UnicodeDecodeError:
-        for place in range(batch.num_rows):
-            try:
-                [row] = batch.slice(place, 1).to_pylist()
-                yield row
-            except UnicodeDecodeError:
-                yield "not UTF-8"
 
 
 class Chat(TextCorpus):

@@ -184,3 +184,52 @@ def test_codes_take_one_byte_where_they_fit(tmp_path, layout_name, size):
     (segment,) = vocab.audio_segments(document.ids)
     side_codes = None if document.side_codes is None else document.side_codes[slice(*segment)]
     np.testing.assert_array_equal(vocab.codec_layout.decode(document.ids[slice(*segment)], side_codes), codes)
+
+
+HEADER = 9 + 8 + 1 + 8 + 8
+
+
+def test_damage_inside_an_index_is_named(tmp_path):
+    """Its header fits its size: a length or a place is wrong, or the type of its values."""
+    write_dataset(tmp_path / "data", "asr", 5)
+    path = tmp_path / "data.ids.idx"
+    whole = path.read_bytes()
+    lengths = np.frombuffer(whole, np.int32, 5, HEADER)
+    starts = np.frombuffer(whole, np.int64, 5, HEADER + 20)
+    negative, moved, swapped = lengths.copy(), starts.copy(), starts.copy()
+    negative[:2] = [lengths[0] + lengths[1] + 1, -1]
+    moved[1] += 1
+    swapped[[1, 2]] = swapped[[2, 1]]
+    damages = {
+        "its documents do not follow one another": [
+            whole[:HEADER] + negative.tobytes() + whole[HEADER + 20 :],
+            whole[: HEADER + 20] + moved.tobytes() + whole[HEADER + 60 :],
+            whole[: HEADER + 20] + swapped.tobytes() + whole[HEADER + 60 :],
+        ],
+        "not the index of a Megatron dataset": [whole[:17] + bytes([kind]) + whole[18:] for kind in (0, 6, 7, 9, 255)],
+    }
+    for message, contents in damages.items():
+        for content in contents:
+            path.write_bytes(content)
+            with pytest.raises(DataError, match=message):
+                TokenDataset(tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("vocab", []),
+        ("vocab", {"text_vocab_size": "x"}),
+        ("provenance", 5),
+        ("input_positions", {"text": 1}),
+        ("input_positions", {"text": "x", "audio": -1}),
+        ("input_positions", []),
+    ],
+)
+def test_a_sidecar_of_wrong_types_is_refused(tmp_path, field, value):
+    write_dataset(tmp_path / "data", "asr", 2)
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(DataError, match="broken sidecar") as caught:
+        TokenDataset(tmp_path / "data")
+    assert "\n" not in str(caught.value)
