@@ -181,6 +181,7 @@ ROWS = [
 ]
 
 
+@pytest.mark.timeout(480)  # the harness reads its whole catalogue first
 def test_lm_eval_runs_it_by_its_own_command_and_gives_this_packages_numbers(tmp_path):
     """Of a tokenizer without bytes: libraries differ in how they show those that are no text."""
     from lm_eval.api.instance import Instance
@@ -212,7 +213,12 @@ def test_lm_eval_runs_it_by_its_own_command_and_gives_this_packages_numbers(tmp_
         "2",
     ]
     command += ["--log_samples", "--output_path", str(tmp_path / "out")]
-    environment = {"PATH": "/usr/bin:/bin", "HF_HOME": str(tmp_path / "cache")}
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
