@@ -67,7 +67,8 @@ class HuggingFaceMoST(Architecture):
         return ForeignModel(model, **read_vocabulary(config), num_experts=config.integer("n_routed_experts"))
 
     def write(self, config: RunConfig, foreign: ForeignModel) -> dict[str, Any]:
-        return model_config(config)
+        dtype = str(foreign.dtype).removeprefix("torch.")
+        return {**model_config(config), "dtype": dtype, "torch_dtype": dtype}  # the second for older readers
 
     def target(self, config: RunConfig, experts: str, record: dict[str, Any] | None) -> Target:
         foreign = ForeignModel({}, config.vocab.text_vocab_size, num_experts=config.model.moe.num_experts)

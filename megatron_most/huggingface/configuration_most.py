@@ -42,6 +42,8 @@ class MoSTConfig(PreTrainedConfig):
         router_weights: one router matrix for all modalities (``shared``), or ``per_modality``.
         use_expert_bias: whether routers have biases that steer the choice of experts.
         text_loss_weight, codebook_loss_weights: weights of the training loss; one per codebook, 1 each when empty.
+        text_only: logits of ids that are no text are -inf, for likelihoods of text among texts. An option of loading:
+            ``from_pretrained(..., text_only=True)``.
         codec: ``name`` and ``fingerprint`` (SHA-256 of the weights file) of the codec that the codes are of.
         run_config: the run configuration of megatron_most that the model was trained with. ``most convert import``
             needs it; nothing else reads it.
@@ -96,6 +98,7 @@ class MoSTConfig(PreTrainedConfig):
     use_expert_bias: bool = False
     text_loss_weight: float = 1.0
     codebook_loss_weights: list[float] = field(default_factory=list)
+    text_only: bool = False
     codec: dict[str, Any] | None = None
     run_config: dict[str, Any] | None = None
     use_cache: bool = True

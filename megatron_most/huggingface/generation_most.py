@@ -24,12 +24,16 @@ class TextLogitsProcessor(LogitsProcessor):
 
     def __init__(self, config: MoSTConfig) -> None:
         self.config = config
-        self.num_text_ids = config.num_text_ids or config.text_vocab_size
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        ids = torch.arange(scores.shape[-1], device=scores.device)
-        is_forbidden = (ids >= self.num_text_ids) | (self.config.modality_of(ids) != 0)
-        return scores.masked_fill(is_forbidden, float("-inf"))
+        return text_alone(self.config, scores)
+
+
+def text_alone(config: MoSTConfig, logits: torch.Tensor) -> torch.Tensor:
+    """``logits [..., V]`` with -inf at every id that is no text, or that the tokenizer cannot decode."""
+    ids = torch.arange(logits.shape[-1], device=logits.device)
+    is_forbidden = (ids >= (config.num_text_ids or config.text_vocab_size)) | (config.modality_of(ids) != 0)
+    return logits.masked_fill(is_forbidden, float("-inf"))
 
 
 class SpeechState:

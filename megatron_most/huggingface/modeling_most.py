@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput
 from .attention_most import MoSTGroupedQueryAttention, MoSTMultiLatentAttention, MoSTRotaryEmbedding
 from .codec_layout_most import NO_CODE
 from .configuration_most import MoSTConfig
-from .generation_most import SpeechGeneration
+from .generation_most import SpeechGeneration, text_alone
 from .routing_most import MoSTRouter
 
 # Files have a tensor for each expert and projection, the model one for all experts of a layer.
@@ -325,6 +325,8 @@ class MoSTForConditionalGeneration(MoSTPreTrainedModel, SpeechGeneration):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = outputs.last_hidden_state[:, kept]
         logits, code_logits = self.lm_head(hidden), None
+        if self.config.text_only:
+            logits = text_alone(self.config, logits)
         if self.codebook_heads:
             code_logits = torch.stack([head(hidden) for head in self.codebook_heads], dim=-2)
         loss = None

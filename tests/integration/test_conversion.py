@@ -138,6 +138,15 @@ def test_a_rank_that_finds_a_broken_tensor_stops_all(tmp_path):
     assert not (tmp_path / "native").exists()
 
 
+def test_a_head_that_is_not_the_embedding_it_is_said_to_be_stops_every_rank(tmp_path):
+    deepseek(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with pytest.raises(RuntimeError, match="lm_head.weight, which differs from model.embed_tokens.weight|SystemExit"):
+        run_ranks(2, import_model, tmp_path / "hf", tmp_path / "native", EXPAND)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
 def test_two_ranks_verify_as_one(tmp_path):
     deepseek(tmp_path / "hf")
     run_ranks(2, import_model, tmp_path / "hf", tmp_path / "native", EXPAND)

@@ -26,7 +26,7 @@ from megatron_most.conversion.native import native_shapes
 from megatron_most.conversion.verification import whole_model
 from megatron_most.huggingface import MoSTForConditionalGeneration
 from megatron_most.model import MoSTModel
-from megatron_most.text import load_tokenizer
+from megatron_most.text import load_tokenizer, train_sentencepiece
 from tests.distributed.tiny import tiny_config
 
 GQA = {
@@ -112,6 +112,8 @@ CASES: dict[str, dict[str, Any]] = {
 FAST = ("frame", "flat_delay", "gqa_yarn", "common", "bias", "per_modality_bias", "qwen")
 """Cases of the fast suite: together they have each kind of attention, of ids, of experts and of router."""
 
+SENTENCES = ["the old brown dog sees seven gray cats", "Say: Transcribe:"] * 4
+
 _MADE = tempfile.TemporaryDirectory(prefix="most-exports-")  # deleted when the process ends
 
 
@@ -170,6 +172,14 @@ def exported(case: str) -> tuple[Path, Path]:
     folder.mkdir()
     checkpoint = write_native(config_of(case), folder / "native")
     return checkpoint, export_model(checkpoint, folder / "hf", "hf")
+
+
+def write_with_tokenizer(case: str, folder: Path, out: Path | None = None, **metadata: Any) -> Path:
+    """As :func:`write_native`, with a SentencePiece model in ``folder`` that has read :data:`SENTENCES`."""
+    tokenizer = train_sentencepiece(SENTENCES, folder / "tokenizer.model", 320)
+    config = config_of(case, vocab__text_vocab_size=tokenizer.vocab_size + 3)
+    config.tokenizer = str(folder / "tokenizer.model")
+    return write_native(config, out or folder / "native", **metadata)
 
 
 def exported_model(case: str) -> MoSTForConditionalGeneration:
