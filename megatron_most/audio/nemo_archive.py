@@ -12,7 +12,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any, cast
 
 import torch
 from omegaconf import OmegaConf
@@ -122,7 +122,7 @@ def _contents(archive: tarfile.TarFile) -> dict[str, bytes]:
 class _Bounded(io.RawIOBase):
     """A decompressed stream that ends with an error where it becomes absurdly long."""
 
-    def __init__(self, stream: IO[bytes], limit: int) -> None:
+    def __init__(self, stream: gzip.GzipFile, limit: int) -> None:
         self._stream, self._limit = stream, limit
 
     def read(self, size: int = -1) -> bytes:
@@ -151,10 +151,10 @@ def codec_config(content: bytes) -> dict[str, Any]:
         raise ValueError(f"target={shown(target)}: must be an AudioCodecModel")
     check_expansion(config)
     try:
-        config = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
+        resolved = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
     except Exception as error:  # a key that is no text, a name that is not there
         raise ValueError(first_line(error)) from None
-    return _kept(config)
+    return _kept(cast(dict[str, Any], resolved))
 
 
 def _kept(config: dict[str, Any]) -> dict[str, Any]:

@@ -62,7 +62,8 @@ class SoundStream:
     """
 
     def __init__(self, codec: AudioCodec, num_codebooks: int, before: np.ndarray | None = None) -> None:
-        self._codec, self._reach = codec, reach_of(codec, num_codebooks)
+        self._codec = codec
+        self._reach = reach_of(codec, num_codebooks)  # type: ignore[arg-type]  # codecs are hashed by identity
         self._codes = np.zeros((0, num_codebooks), dtype=np.int64) if before is None else before
         self._num_given = len(self._codes)
         self._tail = np.zeros(0, dtype=np.float32)

@@ -59,7 +59,7 @@ def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
     return output
 
 
-def write_page(path: Path, page: str) -> None:
+def write_page(path: str | Path, page: str) -> None:
     """Write HTML. Half surrogate pairs, which JSON can hold and UTF-8 cannot, are written as escapes."""
     write_text(path, page.encode("utf-8", "backslashreplace").decode())
 

@@ -55,8 +55,8 @@ class TextCorpus(Source):
         """What to call each entry, and the entry, or why there is none."""
         if path.suffix == ".parquet":
             wanted = {self.options.text_field or self.default_field, "id", "language", "license", "licence"}
-            for number, row in enumerate(read_rows(self.real(path), wanted), start=1):
-                yield f"row {number}", row
+            for place, row in enumerate(read_rows(self.real(path), wanted), start=1):
+                yield f"row {place}", row
         elif path.name.removesuffix(".gz").endswith(".txt"):
             yield from _paragraphs(self.lines(path))
         else:
