@@ -75,11 +75,14 @@ def _check_index(path: str) -> None:
     size = Path(path).stat().st_size
     with open(path, "rb") as file:
         header = file.read(_INDEX_HEADER.size)
+        file.seek(max(0, size - 8))
+        last = int.from_bytes(file.read(8), "little")  # where the last document ends, in sequences
     if len(header) == _INDEX_HEADER.size:
         magic, version, kind, num_sequences, num_documents = _INDEX_HEADER.unpack(header)
         # Per sequence: its length (int32) and its start (int64). Per document: its first sequence (int64).
         expected = _INDEX_HEADER.size + num_sequences * (4 + 8) + num_documents * 8
-        if magic == b"MMIDIDX\x00\x00" and version == 1 and size == expected and num_sequences and kind in _INTEGERS:
+        is_whole = size == expected and num_sequences > 0 and num_documents > 0 and last == num_sequences
+        if magic == b"MMIDIDX\x00\x00" and version == 1 and is_whole and kind in _INTEGERS:
             return
     raise DataError(f"{path}: not the index of a Megatron dataset, or damaged")
 
