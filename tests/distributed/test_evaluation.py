@@ -14,7 +14,7 @@ from megatron_most.config import ParallelConfig
 from megatron_most.data.building.tasks import continuation_prompt, prompt
 from megatron_most.evaluation.interface import EvaluatedModel, scored
 from megatron_most.evaluation.running import run_suite
-from megatron_most.inference import Decoding, Generator, answer, stream
+from megatron_most.inference import Decoding, Generator, Sampling, answer, stream
 from megatron_most.inference.loading import LoadedModel, config_for_generation
 from megatron_most.model import build_model
 from tests.distributed.harness import run_ranks
@@ -52,13 +52,14 @@ def judged(overrides: dict[str, Any], layout: dict[str, int]) -> list[Any]:
     tts = [prompt("tts", vocab, Letters(), text=text) for text in ("hello", "a")]
     texts = [one.text for one in model.generate(asr, Decoding(max_new=10))]
     spoken = [one.codes for one in model.generate(tts, Decoding(max_seconds=0.6), speech=True)]
-    # Few words, so that it speaks; and as they come, because ranks must stop together.
+    # Few words, and drawn, so that it speaks; and as they come, because ranks must stop together.
     few = Letters()
     few.vocab_size = 6
     loaded = LoadedModel(model.loaded.generator, few, Codec(), config, None)
-    decoding, mixed = Decoding(max_new=3, max_seconds=0.4), []
-    for codes_of_prompt in codes:
-        start = continuation_prompt(vocab, few, [codes_of_prompt], spoken=False)
+    mixed = []
+    for seed in range(6):
+        start = continuation_prompt(vocab, few, [codes[seed % 3]], spoken=False)
+        decoding = Decoding(3, 0.4, Sampling(temperature=1.0, seed=seed))
         [whole] = answer(loaded, [start], "either", decoding, alternates=True)
         mixed += [one if isinstance(one, str) else one.tolist() for one in whole.segments]
     pieces = list(stream(loaded, start, "written", Decoding(max_new=9)))
