@@ -219,8 +219,8 @@ run = sys.modules["quickstart_run"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(run)
 assert "torch" not in sys.modules
 step = run.Step("long", "wait", [sys.executable, "-c", "import argparse, pathlib, sys, time;"
-    "from megatron_most import cli; pathlib.Path(sys.argv[1], 'started').touch();"
-    "cli.run(argparse.ArgumentParser(), lambda _: time.sleep(60), [])", sys.argv[1]])
+    "from megatron_most import cli; work = lambda _: (pathlib.Path(sys.argv[1], 'started').touch(), time.sleep(60));"
+    "cli.run(argparse.ArgumentParser(), work, [])", sys.argv[1]])
 run.cli.run(run.argparse.ArgumentParser(), lambda _: run.run_steps([step], pathlib.Path(sys.argv[1])), [])
 """
     )
