@@ -101,7 +101,7 @@ def _one_line(error: BaseException, command: str) -> str | None:
     module = getattr(error, "name", None)
     if module is not None and is_optional(module):
         error = MissingExtra(module, command)
-    return " ".join(str(error).split()) if isinstance(error, MostError) else None
+    return str(error) if isinstance(error, MostError) else None
 
 
 def require_positive(arguments: argparse.Namespace, *names: str) -> None:

@@ -1,8 +1,27 @@
 """The errors a user can cause. Each carries one line that names the field, file or token, the value and the rule."""
 
+import re
+
+_MOST_CHARACTERS = 1500
+_BREAK = re.compile(r"\s*[\t\n\v\f\r\x85\u2028\u2029]\s*")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Characters that move the cursor or turn the direction of writing."""
+
 
 class MostError(Exception):
-    """Base of every error that a command prints as one line instead of a traceback."""
+    """Base of every error that a command prints as one line instead of a traceback.
+
+    Messages quote what files hold, which may be anything: a line break becomes a space, a control character an escape,
+    and the middle of a message that is too long to be read is left out.
+    """
+
+    def __str__(self) -> str:
+        text = _BREAK.sub(" ", super().__str__().strip())
+        text = _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+        if len(text) <= _MOST_CHARACTERS:
+            return text
+        half = _MOST_CHARACTERS // 2
+        return f"{text[:half]} ... {text[-half:]}"
 
 
 class ConfigError(MostError):

@@ -13,6 +13,13 @@ def test_each_kind_is_a_most_error_and_no_other_kind(kind):
     assert not any(issubclass(kind, other) for other in others)
 
 
+def test_a_message_is_one_line_whatever_it_quotes():
+    """Line breaks, escape sequences of terminals, characters that turn the direction; and no page of text."""
+    assert str(ConfigError("a key\r\n\x1b[2J\u2028\u202e:  unknown\n")) == r"a key \x1b[2J \u202e:  unknown"
+    text = str(DataError("first " + "x" * 100_000 + " last"))
+    assert len(text) < 2000 and text.startswith("first ") and text.endswith(" last")
+
+
 def test_errors_of_the_program_are_not_the_users():
     assert not issubclass(ValueError, MostError)
     assert not issubclass(MostError, (ValueError, OSError, RuntimeError))
