@@ -87,9 +87,11 @@ def generate(arguments: argparse.Namespace) -> None:
     cli.require_positive(arguments, "max_new_tokens", "max_seconds", *SIZES)
     form = _form(arguments)
     _check(arguments, form)
+    # What cannot be read stops here, before a model is loaded.
     pieces = (
         [talking.piece_of(text) for text in arguments.input or []] if arguments.task in ("chat", "continue") else []
     )
+    spoken = _text(arguments.input) if arguments.task == "tts" else ""
     needs_codec = arguments.interactive or form != "written" or any(not isinstance(piece, str) for piece in pieces)
     if needs_codec:
         require(*AUDIO)
@@ -111,7 +113,7 @@ def generate(arguments: argparse.Namespace) -> None:
     if arguments.task == "asr":
         _transcribe(arguments, model, decoding)
     elif arguments.task == "tts":
-        _speak(arguments, model, decoding)
+        _speak(arguments, spoken, model, decoding)
     elif arguments.task == "continue":
         talking.go_on(model, pieces, form, decoding, arguments.output)
     elif arguments.interactive:
@@ -169,13 +171,16 @@ def _transcribe(arguments: argparse.Namespace, model: LoadedModel, decoding: Dec
         _warn_of_limit(arguments.input[index], "--max-new-tokens", arguments.max_new_tokens)
 
 
-def _speak(arguments: argparse.Namespace, model: LoadedModel, decoding: Decoding) -> None:
+def _text(inputs: Sequence[str]) -> str:
+    return talking.text_of(inputs[0]) if len(inputs) == 1 else " ".join(inputs)
+
+
+def _speak(arguments: argparse.Namespace, text: str, model: LoadedModel, decoding: Decoding) -> None:
     from megatron_most.audio import write_wav
     from megatron_most.inference import speak
     from megatron_most.parallel import is_rank_zero
 
     at_limit: list[int] = []
-    text = talking.text_of(arguments.input[0]) if len(arguments.input) == 1 else " ".join(arguments.input)
     [spoken] = speak(model, [text], decoding.max_seconds, decoding.sampling, on_limit=at_limit.append)
     if not is_rank_zero():
         return

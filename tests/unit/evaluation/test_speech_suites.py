@@ -12,6 +12,8 @@ from megatron_most.evaluation.interface import EvaluatedModel
 from megatron_most.evaluation.running import run_suite
 from megatron_most.evaluation.suites.speech import AsrSuite, EvaluationSet, ReferenceAudioSuite, TtsSuite
 from megatron_most.inference import Decoding, Sampling
+from megatron_most.inference.generator import Row
+from megatron_most.inference.grammar import speech_grammar
 from tests.unit.data.tiny import LAYOUTS, LetterTokenizer, LoudnessCodec, layout, random_codes
 
 CONTEXT = 100
@@ -36,14 +38,20 @@ class Endless:
     def __init__(self, vocab):
         self.vocab = vocab
 
-    def text(self, prompts, end, max_new, sampling, **options):
-        assert all(len(one.ids) + limit <= CONTEXT for one, limit in zip(prompts, max_new, strict=True))
-        return [[3] * limit for limit in max_new]
+    def grammar(self, make, *options):
+        return make
 
-    def speech(self, prompts, max_frames, sampling):
-        positions = self.vocab.codec_layout.num_positions(max_frames)
-        assert all(len(one.ids) + positions <= CONTEXT for one in prompts)
-        return [np.zeros((max_frames, self.vocab.num_codebooks), dtype=np.int64) for _ in prompts]
+    def rows(self, prompts, grammar, limits, sampling):
+        assert all(len(one.ids) + limit <= CONTEXT for one, limit in zip(prompts, limits, strict=True))
+        layout = self.vocab.codec_layout
+        rows = []
+        for limit in limits:
+            ids, codes = np.full(limit, 3), np.full((limit, self.vocab.num_codebooks), -1)
+            if grammar is speech_grammar:
+                fitting = max(number for number in range(limit + 1) if layout.num_positions(number) <= limit)
+                ids, codes = layout.encode(np.zeros((fitting, self.vocab.num_codebooks), dtype=np.int64))
+            rows.append(Row(ids, codes, is_ended=False))
+        return rows
 
 
 @pytest.fixture(params=LAYOUTS)
