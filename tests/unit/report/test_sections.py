@@ -127,7 +127,7 @@ def test_sounds_of_one_utterance_come_together_from_several_suites(tmp_path):
     ("name", "reason"),
     [
         ("../outside.wav", "is outside of the run directory"),
-        ("absent.wav", "No such file"),
+        ("absent.wav", "no such file"),
         ("text.wav", "is not a WAV"),
     ],
 )
