@@ -73,7 +73,7 @@ def start(described, tmp_path) -> Iterator[Callable[[bool], multiprocessing.Proc
         process = multiprocessing.get_context("fork").Process(target=in_group, args=(resume,))
         process.start()
         started.append(process)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while len(running(runs)) < 2:
             assert time.monotonic() < deadline and process.is_alive()
             time.sleep(0.05)
@@ -92,7 +92,7 @@ def running(runs: list[PlannedRun]) -> list[PlannedRun]:
 def interrupt(process: multiprocessing.Process) -> None:
     time.sleep(1)  # so that a sweep that goes on has seen its jobs
     os.killpg(process.pid, signal.SIGINT)
-    process.join(60)
+    process.join(120)
     assert process.exitcode == 130
 
 
@@ -113,7 +113,7 @@ def test_jobs_outlive_a_killed_sweep_and_the_next_one_can_stop_them(described, s
     _, runs = described
     process = start(False)
     os.killpg(process.pid, number) if number == signal.SIGHUP else process.terminate()  # SIGHUP: the terminal is closed
-    process.join(60)
+    process.join(120)
     assert process.exitcode == -number
     time.sleep(0.5)
     assert len(running(runs)) == 2
