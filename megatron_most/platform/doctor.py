@@ -51,6 +51,7 @@ _OPTIONAL_PACKAGES = {
         "jiwer": "word error rates",
         "whisper-normalizer": "word error rates that compare with others'",
         "pocketsphinx": "an independent recognizer that judges speech",
+        "faster-whisper": "Whisper models that judge speech",
     },
     "report": {"jinja2": "the report"},
     "sweep": {"scipy": "intervals of a sweep", "submitit": "jobs of a sweep"},
