@@ -11,7 +11,9 @@ FOR ?= gpu-suite
 VENV := .venv
 STAMP := $(VENV)/installed
 LOG := $(VENV)/install.log
-# Without byte code, which takes 0.4 GB and is made when it is first needed.
+# Without byte code, which takes 0.4 GB and is made when it is first needed. Container images often forbid Python to write
+# it; then every process would compile torch and Megatron again, which takes 13 s.
+unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check --no-input --no-compile --progress-bar off
 # One thread for each test process: the tests start several ranks themselves.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --durations=15 --durations-min=2
