@@ -33,7 +33,7 @@ from megatron_most.processes import SPOKEN_FOR
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-_HANDLED, _TIMEOUT = "PET_SIGNALS_TO_HANDLE", "PET_SHUTDOWN_TIMEOUT"
+_HANDLED, _TIMEOUT, _LOGS = "PET_SIGNALS_TO_HANDLE", "PET_SHUTDOWN_TIMEOUT", "PET_LOG_DIR"
 _SAVE_SECONDS = "600"
 """How long ranks that are asked to stop may take to finish their step and save, where the user does not say so."""
 
@@ -56,9 +56,10 @@ def torchrun(given: Sequence[str], arguments: argparse.Namespace) -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    _check_configuration(given)
-    _set_signals()
     with tempfile.TemporaryDirectory(prefix="most-") as folder:
+        os.environ.setdefault(_LOGS, f"{folder}/logs")  # torchrun itself makes folders and leaves them
+        _check_configuration(given)
+        _set_signals()
         record = Path(os.environ.setdefault(train.STOPPED_FILE, f"{folder}/stopped"))
         record.unlink(missing_ok=True)  # of an earlier run: ranks may fail before they remove it
         status: int | None = None

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,7 +34,7 @@ time.sleep(60)
 
 @pytest.fixture(autouse=True)
 def own_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in (STOPPED_FILE, "PET_SIGNALS_TO_HANDLE", "PET_SHUTDOWN_TIMEOUT"):
+    for name in (STOPPED_FILE, "PET_SIGNALS_TO_HANDLE", "PET_SHUTDOWN_TIMEOUT", "PET_LOG_DIR"):
         monkeypatch.setenv(name, "")  # so that it is restored
         monkeypatch.delenv(name)
     handlers = {number: signal.getsignal(number) for number in cli.STOP_SIGNALS}
@@ -87,6 +88,24 @@ def test_a_failure_is_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed.run, "main", lambda args: fail_with(RuntimeError("rank 1: exit code 1"))())
     with pytest.raises(RuntimeError, match="rank 1"):
         torchrun.main([])
+
+
+@pytest.mark.parametrize("script", ["absent.py", "-m megatron_most.commands.train --config absent.yaml"])
+def test_torchruns_folders_are_removed(script: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """torchrun itself makes a folder for the output of ranks when it reads its options, and leaves it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    parsed = torch.distributed.run.parse_args
+    seen = []
+
+    def read_options() -> None:
+        torch.distributed.run.config_from_args(parsed(["--nproc-per-node", "1", "absent.py"]))
+        seen.extend(path.name for path in tmp_path.iterdir())
+
+    monkeypatch.setattr(torch.distributed.run, "main", lambda args: read_options())
+    with pytest.raises(SystemExit):
+        torchrun.main(["--nproc-per-node", "1", *script.split()])
+    assert all(name.startswith("most-") for name in seen)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
