@@ -154,6 +154,8 @@ assert {"megatron", "nemo", "accelerate"} <= blocked
 class Filter:  # in the place of the finder that goes through sys.path
     def find_spec(name, path=None, target=None):
         return None if name.partition(".")[0] in blocked else PathFinder.find_spec(name, path, target)
+    def find_distributions(context=metadata.DistributionFinder.Context()):
+        return (found for found in PathFinder.find_distributions(context) if normal(found.name) in allowed)
 sys.meta_path[sys.meta_path.index(PathFinder)] = Filter
 
 import numpy, torch
