@@ -8,6 +8,7 @@ import pytest
 
 from megatron_most.errors import DataError
 from megatron_most.evaluation.suites.meta_list import read_meta_list
+from tests.unit.evaluation import published
 
 LINES = [
     "common_voice_en_103|We asked over twenty people.|prompt-wavs/common_voice_en_103.wav|Get the trust fund.",
@@ -28,6 +29,13 @@ def test_the_text_to_speak_is_the_fourth_field(tmp_path: Path) -> None:
         ("common_voice_en_103", "Get the trust fund."),
         ("common_voice_en_104", "It was here, too."),
     ]
+
+
+def test_a_list_in_its_published_form_is_read(tmp_path: Path) -> None:
+    path = published.meta_list(tmp_path)
+    records = read_meta_list(path)
+    assert [record.text for record in records] == [text for text, _ in published.QUESTIONS]
+    assert all((tmp_path / line.split("|")[2]).is_file() for line in path.read_text().splitlines())
 
 
 @pytest.mark.parametrize(
