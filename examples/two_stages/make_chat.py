@@ -24,7 +24,7 @@ SEED = 7
 
 def make_chat(arguments: argparse.Namespace) -> None:
     cli.require_positive(arguments, "conversations")
-    sentences = [record.text for record in read_manifest(arguments.corpus / "train.jsonl")]
+    sentences = [record.text for record in read_manifest(arguments.corpus / "train.jsonl", needs_audio=False)]
     chats, texts = [], [INSTRUCTIONS[purpose][0] for purpose in ("answer_written", "answer_spoken")]
     for number, one in enumerate(exchanges(sentences, arguments.conversations, SEED)):
         turns = zip(("user", "assistant"), (one.question, one.answers[0]), strict=True)

@@ -135,7 +135,8 @@ def _room(waveform: np.ndarray) -> np.ndarray:
 
 def make_sets(arguments: argparse.Namespace) -> None:
     cli.require_positive(arguments, "count")
-    texts = [[one.text for one in read_manifest(arguments.corpus / f"{name}.jsonl")] for name in ("heldout_s", "train")]
+    manifests = [arguments.corpus / f"{name}.jsonl" for name in ("heldout_s", "train")]
+    texts = [[one.text for one in read_manifest(path, needs_audio=False)] for path in manifests]
     sets, output = Sets(*texts, arguments.count), arguments.output
     for task, rows in (("lexical", sets.lexical()), ("syntactic", sets.syntactic())):
         data_sets.zerospeech(output / "sLM21-dataset", task, "dev", rows, write_wav)

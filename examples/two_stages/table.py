@@ -34,7 +34,7 @@ HEAD = (
 )
 NOTE = (
     "WER and bits per byte: lower is better. A change is from stage 1 to stage 2, positive where stage 2 is better."
-    " Brackets hold its 95% interval, from the same samples drawn for both; it is called better or worse if they leave out zero."
+    " Brackets hold its 95% interval, from the same samples drawn for both; 'better' and 'worse' mark one without zero."
 )
 
 
