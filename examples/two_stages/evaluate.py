@@ -34,7 +34,7 @@ from megatron_most.evaluation.suites.zerospeech import Sblimp, Swuggy  # noqa: E
 from megatron_most.inference import Decoding, load_for_generation  # noqa: E402
 
 NORMALIZER = "basic"  # Whisper's turns "two nine", two words of the corpus, into one number
-SPEECH = 60
+SPEECH = 40
 """Sentences to transcribe and to speak."""
 WRITTEN = Decoding(max_new=16)  # twice a sentence's ids: an untrained model never ends one
 SENTENCE, ANSWER = Decoding(max_seconds=4.0), Decoding(max_seconds=3.0)

@@ -40,5 +40,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="write conversations about the sentences of the quickstart")
     parser.add_argument("--corpus", type=Path, required=True, help="what make_corpus.py wrote")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--conversations", type=int, default=1200, help="how many (default %(default)s)")
+    parser.add_argument("--conversations", type=int, default=1500, help="how many (default %(default)s)")
     cli.run(parser, make_chat)

@@ -153,5 +153,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="make evaluation sets in the toy world")
     parser.add_argument("--corpus", type=Path, required=True, help="what make_corpus.py wrote")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--count", type=int, default=40, help="samples of each set, about (default %(default)s)")
+    parser.add_argument("--count", type=int, default=36, help="samples of each set, about (default %(default)s)")
     cli.run(parser, make_sets)

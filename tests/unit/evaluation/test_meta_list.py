@@ -33,9 +33,10 @@ def test_the_text_to_speak_is_the_fourth_field(tmp_path: Path) -> None:
 
 def test_a_list_in_its_published_form_is_read(tmp_path: Path) -> None:
     path = published.meta_list(tmp_path)
-    records = read_meta_list(path)
-    assert [record.text for record in records] == [text for text, _ in published.QUESTIONS]
-    assert all((tmp_path / line.split("|")[2]).is_file() for line in path.read_text().splitlines())
+    lines = [line.split("|") for line in path.read_text().splitlines()]
+    assert len(read_meta_list(path)) == len(published.QUESTIONS)
+    assert [line[3] for line in lines] == [text for text, _ in published.QUESTIONS]
+    assert all((tmp_path / line[2]).is_file() for line in lines)
 
 
 @pytest.mark.parametrize(
