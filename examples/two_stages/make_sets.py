@@ -90,7 +90,7 @@ class Sets:
             "gender_consistency": ({}, {"voice": "en-us+f3"}),
             "sentiment_alignment": (EXCITED, EXCITED),
             "sentiment_consistency": ({}, EXCITED),
-            "speaker_consistency": ({}, {"voice": "en-gb"}),
+            "speaker_consistency": ({}, {"voice": "en-gb-scotland"}),
         }
         found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in (*changes, *voices)}
         for sentence in self.sentences[: max(2, self.count // 5)]:

@@ -38,6 +38,8 @@ ROLE_MARKERS = 3
 SECONDS = {"corpus": 28, "data": 100, "stage1": 300, "evaluate1": 130, "stage2": 205, "evaluate2": 70, "same": 30}
 """What the long steps are expected to take on two cores, by what the quickstart's steps take; not measured."""
 MINUTES = 15
+QUICK_SECONDS = 20
+"""What such a step takes with few samples: imports, for the most part."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ def make_steps(run_dir: Path, size: Size, overrides: list[str]) -> list[Step]:
         Step("compare", "compare the models on a page", most(page)),
         Step("table", "what each stage does", [python, f"{HERE}/table.py", "--run-dir", str(run_dir)]),
     ]
-    return [dataclasses.replace(step, expected=SECONDS.get(step.name, SHORT)) for step in steps]
+    expected = SECONDS if size == DEFAULT else dict.fromkeys(SECONDS, QUICK_SECONDS)
+    return [dataclasses.replace(step, expected=expected.get(step.name, SHORT)) for step in steps]
 
 
 def _preparation(run_dir: Path) -> list[list[str]]:
