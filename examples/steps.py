@@ -96,7 +96,7 @@ def run_steps(steps: list[Step], run_dir: Path) -> None:
         if done:
             print(f"{label}: done already", flush=True)
             continue
-        print(f"{label}\n    {_shown(step.command)}", flush=True)
+        print(label, *_shown(step.command), sep="\n    ", flush=True)
         start = time.monotonic()
         if step.trains is not None:
             _claim(ROOT / step.trains, stamps / f"{step.name}.started", identity)
@@ -161,11 +161,11 @@ def _identity(previous: str, step: Step) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _shown(command: Sequence[str]) -> str:
-    """The command; where it runs others of ``most``, each of these on a line of its own."""
+def _shown(command: Sequence[str]) -> list[str]:
+    """The command in a line; none for what shows the commands that it runs itself."""
     if command[1:2] == most()[1:]:
-        return "\n    ".join(f"most {line}" for line in command[2:])
-    return " ".join("python" if part == sys.executable else shlex.quote(part) for part in command)
+        return []
+    return [" ".join("python" if part == sys.executable else shlex.quote(part) for part in command)]
 
 
 def _environment() -> dict[str, str]:

@@ -87,7 +87,7 @@ class Sets:
             "rir_consistency": lambda one, two, key: (one, _room(two)),
         }
         voices: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-            "gender_consistency": ({}, {"voice": "en-us+f3"}),
+            "gender_consistency": ({}, {"voice": "en-us+f4"}),  # f2 and f3 sound otherwise in each process
             "sentiment_alignment": (EXCITED, EXCITED),
             "sentiment_consistency": ({}, EXCITED),
             "speaker_consistency": ({}, {"voice": "en-gb-scotland"}),

@@ -79,7 +79,7 @@ def test_conversations_are_spoken_by_one_process_for_all_turns(corpus, monkeypat
 
 
 def test_the_synthesizer_speaks_a_text_the_same_way_again(tmp_path):
-    turns = [{"text": SENTENCES[0], "voice": voice, "role": "user"} for voice in ("", "", "en-us+f3")]
+    turns = [{"text": SENTENCES[0], "voice": voice, "role": "user"} for voice in ("", "", "en-us+f4")]
     lines = [json.dumps({**turn, "output": str(tmp_path / f"{place}.wav")}) for place, turn in enumerate(turns)]
     command = [sys.executable, "examples/two_stages/synthesizer.py"]
     done = subprocess.run(command, input="\n".join(lines) + "\n", capture_output=True, text=True, cwd=ROOT)
