@@ -17,6 +17,7 @@ from examples.two_stages.world import CHANCE  # noqa: E402
 from megatron_most import cli  # noqa: E402
 from megatron_most.errors import DataError  # noqa: E402
 from megatron_most.evaluation.comparison import Cell, compare  # noqa: E402
+from megatron_most.evaluation.suites import SUITES  # noqa: E402
 from megatron_most.files import read_json, write_json, write_text  # noqa: E402
 
 MODELS = ("untrained", "stage1", "stage2")
@@ -63,7 +64,8 @@ def rows(run_dir: Path) -> tuple[list[list[str]], dict[str, Any]]:
             "failed": failed,
             **{model: cell.score for model, cell in zip(MODELS, cells, strict=True)},
         }
-    return lines, summary
+    order = list(SUITES)
+    return sorted(lines, key=lambda line: order.index(line[0]) if line[0] in order else len(order)), summary
 
 
 def _counts(folders: list[Path]) -> dict[tuple[str, str], tuple[int, int]]:
