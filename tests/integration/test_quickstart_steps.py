@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from examples import outlook as outlooks
+from examples import steps
 from megatron_most import checkpointing, cli
 from megatron_most.errors import MostError
 
@@ -86,6 +87,25 @@ def test_a_failed_step_stops_the_run_and_is_tried_again(run, counting, tmp_path)
     assert not (tmp_path / "ran.txt").exists()
     run.run_steps(steps(), tmp_path)
     assert ran() == ["first", "second x"]
+
+
+def test_what_a_command_would_not_replace_is_removed_before_it_runs(run, tmp_path):
+    folder = tmp_path / "export"
+    folder.mkdir()
+    (folder / "of an earlier run").touch()
+    command = [sys.executable, "-c", "import os, sys; os.mkdir(sys.argv[1])", str(folder)]
+    run.run_steps([run.Step("export", "export", command, replaces=folder)], tmp_path)
+    assert list(folder.iterdir()) == []
+
+
+def test_commands_in_one_process_are_shown_and_the_first_that_fails_ends_them(run, tmp_path, capfd):
+    command = steps.most(["launch"], ["compare", "one model"], ["launch"])
+    with pytest.raises(MostError, match="step several failed with status 1"):
+        run.run_steps([run.Step("several", "run several", command)], tmp_path)
+    out, err = capfd.readouterr()
+    shown = [line.strip() for line in out.splitlines() if line.startswith("    most ")]
+    assert shown == ["most launch", "most compare 'one model'"]
+    assert err == "error: compare: needs the results of at least two models\n"
 
 
 @pytest.fixture
