@@ -1,4 +1,4 @@
-"""The quickstart's runner: steps run once, again when something they depend on changed, and not after a failure."""
+"""The quickstart and its runner: steps run once, again when what they depend on changed, and not after a failure."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from examples import outlook as outlooks
+from examples import steps
 from megatron_most import checkpointing, cli
 from megatron_most.errors import MostError
 
@@ -85,6 +87,25 @@ def test_a_failed_step_stops_the_run_and_is_tried_again(run, counting, tmp_path)
     assert not (tmp_path / "ran.txt").exists()
     run.run_steps(steps(), tmp_path)
     assert ran() == ["first", "second x"]
+
+
+def test_what_a_command_would_not_replace_is_removed_before_it_runs(run, tmp_path):
+    folder = tmp_path / "export"
+    folder.mkdir()
+    (folder / "of an earlier run").touch()
+    command = [sys.executable, "-c", "import os, sys; os.mkdir(sys.argv[1])", str(folder)]
+    run.run_steps([run.Step("export", "export", command, replaces=folder)], tmp_path)
+    assert list(folder.iterdir()) == []
+
+
+def test_commands_in_one_process_are_shown_and_the_first_that_fails_ends_them(run, tmp_path, capfd):
+    command = steps.most(["launch"], ["compare", "one model"], ["launch"])
+    with pytest.raises(MostError, match="step several failed with status 1"):
+        run.run_steps([run.Step("several", "run several", command)], tmp_path)
+    out, err = capfd.readouterr()
+    shown = [line.strip() for line in out.splitlines() if line.startswith("    most ")]
+    assert shown == ["most launch", "most compare 'one model'"]
+    assert err == "error: compare: needs the results of at least two models\n"
 
 
 @pytest.fixture
@@ -177,8 +198,8 @@ def test_what_it_takes_is_said_once_on_the_console_and_in_the_readme(run, counti
     assert out[-1].startswith("[2/2] second step: ") and out[-1].endswith(" s")
 
 
-def test_the_time_left_follows_the_pace_of_this_machine(run):
-    outlook = run.Outlook(600.0)
+def test_the_time_left_follows_the_pace_of_this_machine():
+    outlook = outlooks.Outlook(600.0)
     assert outlook.left() == outlook.left(100.0, 0.0) == 600
     assert outlook.left(100.0, 10.0) == 590  # too early to judge the pace
     outlook.end(100.0, 200.0)  # half as fast as expected
@@ -186,7 +207,7 @@ def test_the_time_left_follows_the_pace_of_this_machine(run):
     assert outlook.left(300.0, 60.0) == pytest.approx(940)
     assert outlook.left(300.0, 1000.0) > 200  # a step that takes longer than it should is not over
     assert outlook.left(300.0, 300.0, fraction=0.25) == pytest.approx(500 / 175 * 425)  # and is getting slower
-    assert [run.about(seconds) for seconds in (20, 61, 640)] == [
+    assert [outlooks.about(seconds) for seconds in (20, 61, 640)] == [
         "less than a minute",
         "about 1 minute",
         "about 11 minutes",
@@ -194,19 +215,19 @@ def test_the_time_left_follows_the_pace_of_this_machine(run):
 
 
 def test_a_long_step_says_how_long_all_of_it_takes(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("examples.quickstart.outlook.SOON", 0.2)
-    monkeypatch.setitem(run.SECONDS, "long", 600)
+    monkeypatch.setattr(outlooks, "SOON", 0.2)
     script = "import sys, time; time.sleep(1); open(sys.argv[1], 'w').write(sys.argv[2]); time.sleep(1)"
     lines = "".join(json.dumps(line) + "\n" for line in ({"step": 30}, {"validation": 1, "step": 60}))
     command = [sys.executable, "-c", script, str(tmp_path / "metrics.jsonl"), lines]
     monkeypatch.setattr(checkpointing, "read_metadata", lambda path: SimpleNamespace(step=100))
-    run.run_steps([run.Step("long", "train", command, trains=tmp_path, training_steps=100)], tmp_path)
-    said = [line.strip() for line in capsys.readouterr().out.splitlines() if "left of the quickstart" in line]
-    assert said[0] == "about 10 minutes left of the quickstart"
-    assert said[-1] == "less than a minute left of the quickstart"  # 60 of 100 steps in two seconds
+    long = run.Step("long", "train", command, trains=tmp_path, training_steps=100, expected=600)
+    run.run_steps([long], tmp_path)
+    said = [line.strip() for line in capsys.readouterr().out.splitlines() if "left of all steps" in line]
+    assert said[0] == "about 10 minutes left of all steps"
+    assert said[-1] == "less than a minute left of all steps"  # 60 of 100 steps in two seconds
     # Continued, it is expected to take 40 percent of its time.
     (tmp_path / "steps" / "long.done").unlink()
-    run.run_steps([run.Step("long", "train", command, trains=tmp_path, training_steps=100)], tmp_path)
+    run.run_steps([long], tmp_path)
     assert "1 of 1 steps to do: about 4 minutes on two cores" in capsys.readouterr().out
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_most.errors import DataError
 from megatron_most.evaluation.suites.meta_list import read_meta_list
+from tests.unit.evaluation import published
 
 LINES = [
     "common_voice_en_103|We asked over twenty people.|prompt-wavs/common_voice_en_103.wav|Get the trust fund.",
@@ -28,6 +29,14 @@ def test_the_text_to_speak_is_the_fourth_field(tmp_path: Path) -> None:
         ("common_voice_en_103", "Get the trust fund."),
         ("common_voice_en_104", "It was here, too."),
     ]
+
+
+def test_a_list_in_its_published_form_is_read(tmp_path: Path) -> None:
+    path = published.meta_list(tmp_path)
+    lines = [line.split("|") for line in path.read_text().splitlines()]
+    assert len(read_meta_list(path)) == len(published.QUESTIONS)
+    assert [line[3] for line in lines] == [text for text, _ in published.QUESTIONS]
+    assert all((tmp_path / line[2]).is_file() for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """What recipes name is what documented commands make: datasets, codec, codebooks, tokenizers, checkpoints.
 
-The code blocks of two pages run in a shell in which ``most`` prints its arguments and no other command exists.
+The code blocks of these pages run in a shell in which ``most`` prints its arguments and no other command exists.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_most.commands import convert, evaluate, generate, plan, prepare, report, train
+from megatron_most.commands import compare, convert, evaluate, generate, plan, prepare, report, train
 from megatron_most.config import RunConfig, load_config
 from tests.pages import ROOT, code_blocks
 
-PAGES = ("docs/data.md", "docs/first-run.md")
+PAGES = ("docs/data.md", "docs/first-run.md", "docs/recipe.md")
 RECIPES = sorted(path.stem for path in (ROOT / "examples" / "configs").glob("most_*b_*.yaml"))
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
+    "compare": compare.make_parser,
     "convert": convert.make_parser,
     "evaluate": evaluate.make_parser,
     "generate": generate.make_parser,

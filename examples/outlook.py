@@ -1,4 +1,4 @@
-"""How long the quickstart still takes, said while a step runs."""
+"""How long an example still takes, said while a step runs."""
 
 from __future__ import annotations
 
