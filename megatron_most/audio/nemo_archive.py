@@ -1,7 +1,10 @@
-"""Opens ``.nemo`` files from strangers: a tar with the YAML that names a codec's classes, and a pickle of its weights.
+"""Opens ``.nemo`` files from strangers: a tar with the YAML that names a model's classes, and a pickle of its weights.
 
-Nothing is extracted to disk. Of the configuration, only what encodes and decodes is kept, and every class in it must be
-one of those that NeMo's codecs are made of: what else a file asks for is never built.
+Of a codec nothing is extracted to disk. Of its configuration, only what encodes and decodes is kept, and every class in
+it must be one of those that NeMo's codecs are made of: what else a file asks for is never built.
+
+Speech recognizers have too many classes to name. Theirs must be NeMo's own. NeMo restores them, and reads their weights
+as weights only.
 """
 
 from __future__ import annotations
@@ -65,6 +68,11 @@ _TRAINING = {
     "target": TARGET,
 }
 
+RECOGNIZERS = "a model of nemo.collections.asr"
+_RECOGNIZER_MODELS = "nemo.collections.asr.models."
+_RECOGNIZER_PARTS = ("nemo.collections.asr.", "nemo.collections.common.tokenizers.", "nemo.collections.common.parts.")
+_TRAINS = frozenset(("train_ds", "validation_ds", "test_ds", "optim", "trainer", "exp_manager"))
+
 _MAX_MEMBERS = 1000
 _MAX_WEIGHTS = 4 << 30
 _MOST_EXPANSION, _ALWAYS_ALLOWED = 20, 64 << 20
@@ -77,19 +85,7 @@ def read_archive(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     Raises:
         DataError: no intact archive of a codec, or one that asks for more than a codec needs.
     """
-    try:
-        with open(path, "rb") as file:
-            is_compressed = file.read(2) == b"\x1f\x8b"
-            file.seek(0)
-            limit = max(_MOST_EXPANSION * path.stat().st_size, _ALWAYS_ALLOWED)
-            stream = _Bounded(gzip.GzipFile(fileobj=file), limit) if is_compressed else file
-            with tarfile.open(fileobj=stream, mode="r:") as archive:
-                contents = _contents(archive)
-    except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
-        raise DataError(f"codec {path}: not readable as a .nemo archive: {first_line(error)}") from None
-    for name in (CONFIG, WEIGHTS):
-        if name not in contents:
-            raise DataError(f"codec {path}: has no {name}, so it is no NeMo model")
+    contents = _read(path, "codec", (CONFIG, WEIGHTS))
     try:
         config = codec_config(contents[CONFIG])
     except ValueError as error:
@@ -97,8 +93,43 @@ def read_archive(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return config, _weights(contents[WEIGHTS], path)
 
 
-def _contents(archive: tarfile.TarFile) -> dict[str, bytes]:
-    """The two files of a model. Raises :class:`ValueError` for an archive that no tool of NeMo's writes."""
+def read_recognizer_config(path: Path) -> dict[str, Any]:
+    """The configuration to restore a speech recognizer with, without what only trains.
+
+    Raises:
+        DataError: no intact archive of a recognizer, or one that asks for classes of others than NeMo.
+    """
+    content = _read(path, "recognizer", (CONFIG,))[CONFIG]
+    try:
+        config = {key: value for key, value in _resolved(content, RECOGNIZERS).items() if key not in _TRAINS}
+        for key, named in _instructions(config):
+            if key != "_target_" or not isinstance(named, str) or not named.startswith(_RECOGNIZER_PARTS):
+                raise ValueError(f"{key}={shown(named, 100)}: is no class of a NeMo recognizer")
+    except ValueError as error:
+        raise DataError(f"recognizer {path}: {CONFIG}: {error}") from None
+    return config
+
+
+def _read(path: Path, what: str, wanted: tuple[str, ...]) -> dict[str, bytes]:
+    """The files of an archive that are ``wanted``; :class:`DataError` for one that no tool of NeMo's writes."""
+    try:
+        with open(path, "rb") as file:
+            is_compressed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            limit = max(_MOST_EXPANSION * path.stat().st_size, _ALWAYS_ALLOWED)
+            stream = _Bounded(gzip.GzipFile(fileobj=file), limit) if is_compressed else file
+            with tarfile.open(fileobj=stream, mode="r:") as archive:
+                contents = _contents(archive, wanted)
+    except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
+        raise DataError(f"{what} {path}: not readable as a .nemo archive: {first_line(error)}") from None
+    for name in wanted:
+        if name not in contents:
+            raise DataError(f"{what} {path}: has no {name}, so it is no NeMo model")
+    return contents
+
+
+def _contents(archive: tarfile.TarFile, wanted: tuple[str, ...]) -> dict[str, bytes]:
+    """The wanted files of a model. Raises :class:`ValueError` for an archive that no tool of NeMo's writes."""
     contents: dict[str, bytes] = {}
     for number, member in enumerate(archive, start=1):
         name = PurePosixPath(member.name)
@@ -106,7 +137,7 @@ def _contents(archive: tarfile.TarFile) -> dict[str, bytes]:
             raise ValueError(f"holds more than {_MAX_MEMBERS:,} files")
         if name.is_absolute() or ".." in name.parts or not (member.isreg() or member.isdir()) or member.issparse():
             raise ValueError(f"{shown(member.name)}: must be a file or folder inside the archive")
-        if name.name not in (CONFIG, WEIGHTS) or not member.isreg():
+        if name.name not in wanted or not member.isreg():
             continue
         if name.name in contents:
             raise ValueError(f"{name.name} is in it twice")
@@ -143,18 +174,26 @@ class _Bounded(io.RawIOBase):
 
 def codec_config(content: bytes) -> dict[str, Any]:
     """What of ``model_config.yaml`` a codec is built from; :class:`ValueError` in one line for anything else."""
+    return _kept(_resolved(content, "an AudioCodecModel"))
+
+
+def _resolved(content: bytes, wanted: str) -> dict[str, Any]:
+    """``model_config.yaml`` without interpolations; :class:`ValueError` unless its model is what is ``wanted``."""
     config = load_yaml(content.decode("utf-8"))
     if not isinstance(config, dict):
         raise ValueError("must hold a mapping")
     target = config.get("target")
-    if not isinstance(target, str) or not target.endswith(".AudioCodecModel"):
-        raise ValueError(f"target={shown(target)}: must be an AudioCodecModel")
+    is_wanted = isinstance(target, str) and (
+        target.startswith(_RECOGNIZER_MODELS) if wanted == RECOGNIZERS else target.endswith(".AudioCodecModel")
+    )
+    if not is_wanted:
+        raise ValueError(f"target={shown(target)}: must be {wanted}")
     check_expansion(config)
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
     except Exception as error:  # a key that is no text, a name that is not there
         raise ValueError(first_line(error)) from None
-    return _kept(cast(dict[str, Any], resolved))
+    return cast(dict[str, Any], resolved)
 
 
 def _kept(config: dict[str, Any]) -> dict[str, Any]:

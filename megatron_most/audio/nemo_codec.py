@@ -47,7 +47,7 @@ def load_codec(name_or_path: str | Path) -> AudioCodec:
     """
     file = codec_file(name_or_path)
     archive = read_archive(file) if file else None
-    with _quiet_nemo():
+    with quiet_nemo():
         model_class = _import_nemo()
         path = file or _download(model_class, str(name_or_path))
         config, weights = archive or read_archive(path)
@@ -234,8 +234,8 @@ def _download(model_class, name: str) -> Path:
 
 
 @contextlib.contextmanager
-def _quiet_nemo() -> Iterator[None]:
-    """NeMo and what it imports warn at length about parts a codec does not use."""
+def quiet_nemo() -> Iterator[None]:
+    """NeMo and what it imports warn at length about parts that are not used here."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -3,49 +3,84 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 from megatron_most import cli
+from megatron_most.commands.evaluate_suites import build_suite, check
 from megatron_most.commands.model_options import SIZES, add_checkpoint, add_sizes, layout_of
-from megatron_most.errors import ConfigError
+from megatron_most.data.preparation.sources import SOURCES
 from megatron_most.evaluation.normalization import NORMALIZERS
+from megatron_most.evaluation.scorers import SCORERS
 from megatron_most.evaluation.suites import SUITES
 from megatron_most.extras import require
-
-if TYPE_CHECKING:
-    from megatron_most.data.preparation.manifest import Record
-    from megatron_most.evaluation.recognizers import Recognizer
-    from megatron_most.evaluation.suites.base import Suite
-    from megatron_most.inference import Decoding
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(
-        "evaluate", f"{__doc__}\n\nsuites:\n" + "".join(f"  {k:12} {v}\n" for k, v in SUITES.items())
+        "evaluate",
+        f"{__doc__}\n\nsuites:\n"
+        + "".join(f"  {k:12} {v}\n" for k, v in SUITES.items())
+        + "\nscorers:\n"
+        + "".join(f"  {k:15} {v}\n" for k, v in SCORERS.items()),
     )
     add_checkpoint(parser)
     parser.add_argument("--suite", required=True, choices=SUITES, help="what to evaluate")
     parser.add_argument(
         "--data",
         required=True,
-        help="the evaluation set; asr, tts: a NeMo manifest (JSON lines); tts: or seed-tts-eval's meta.lst; others: the"
-        " folder as it was published",
+        help="the evaluation set; asr, tts: a NeMo manifest (JSON lines), or what --source says; tts: or"
+        " seed-tts-eval's meta.lst; others: the folder as it was published",
     )
+    _add_source(parser)
     parser.add_argument("--output", required=True, help="JSON file for the result")
     parser.add_argument("--limit", type=int, help="use only the first LIMIT samples")
     parser.add_argument("--fresh", action="store_true", help="do not go on where an earlier run of the same ended")
     _add_answers(parser)
-    parser.add_argument("--split", default="dev", help="swuggy, sblimp: dev (default) or test")
     parser.add_argument(
         "--modalities", default="S-S", help="storycloze: of story and ending, S spoken, T written (default %(default)s)"
     )
+    _add_judges(parser)
     parser.add_argument("--tokenizer", help="text tokenizer, if it has moved since training")
     parser.add_argument("--codec", help="codec, if it has moved since training")
     parser.add_argument("--batch-size", type=int, default=32, help="samples at a time (default %(default)s)")
     add_sizes(parser)
     return parser
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--source", choices=SOURCES, help="asr, tts: published layout of --data, as most prepare reads it"
+    )
+    parser.add_argument(
+        "--split",
+        help="swuggy, sblimp: dev (default) or test; voicebench: test (default) or a region; with --source: one of its",
+    )
+    parser.add_argument(
+        "--audio-root", action="append", default=[], help="with --source: another folder that audio may be in"
+    )
+    parser.add_argument("--text-field", help="with --source: field with the text, if the data set has several")
+    parser.add_argument(
+        "--lower-case", action="store_true", help="with --source: fold texts that are all capitals (LibriSpeech)"
+    )
+
+
+def _add_judges(parser: argparse.ArgumentParser) -> None:
+    """Options of who judges beside the headline."""
+    parser.add_argument(
+        "--scorer",
+        action="append",
+        default=[],
+        metavar="NAME[=PATH]",
+        help="tts: also score how the speech sounds; may be repeated; see above",
+    )
+    parser.add_argument(
+        "--judge",
+        metavar="URL",
+        help="sqa: let a language model judge the answers, too: an endpoint of OpenAI's chat completions"
+        " (https://host/v1), with its key in the environment variable MOST_JUDGE_KEY",
+    )
+    parser.add_argument("--judge-model", help="sqa: name of the model at --judge")
 
 
 def _add_answers(parser: argparse.ArgumentParser) -> None:
@@ -54,12 +89,12 @@ def _add_answers(parser: argparse.ArgumentParser) -> None:
         "--answer",
         choices=("written", "spoken"),
         default="written",
-        help="sqa: how the model answers (default written)",
+        help="sqa, voicebench: how the model answers (default written)",
     )
     parser.add_argument(
         "--recognizer",
         help="who listens to speech: folder of a Whisper model that CTranslate2 converted, or of a Whisper or CTC model"
-        " of transformers (default: pocketsphinx, which knows the sentences of --vocabulary alone)",
+        " of transformers, or a .nemo file (default: pocketsphinx, which knows the sentences of --vocabulary alone)",
     )
     parser.add_argument(
         "--language", default="en", help="language that a multilingual --recognizer hears (default %(default)s)"
@@ -89,13 +124,17 @@ def _add_answers(parser: argparse.ArgumentParser) -> None:
 
 
 AUDIO = ("nemo", "soundfile", "soxr")
-NEEDS = {"asr": (*AUDIO, "jiwer"), "tts": (*AUDIO, "jiwer"), "sqa": (*AUDIO, "pyarrow"), "text": ()}
+NEEDS = {"asr": (*AUDIO, "jiwer"), "tts": (*AUDIO, "jiwer"), "text": ()} | dict.fromkeys(
+    ("sqa", "voicebench"), (*AUDIO, "pyarrow")
+)
 """Packages of extras that a suite needs, if not those of audio alone."""
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
     cli.require_positive(arguments, "limit", "max_new_tokens", "max_seconds", "batch_size", *SIZES)
-    is_spoken = arguments.suite == "tts" or (arguments.suite == "sqa" and arguments.answer == "spoken")
+    check(arguments)
+    is_asked = arguments.suite in ("sqa", "voicebench")
+    is_spoken = arguments.suite == "tts" or (is_asked and arguments.answer == "spoken")
     from megatron_most.evaluation.recognizers import package_of
 
     require(*NEEDS.get(arguments.suite, AUDIO), *([package_of(arguments.recognizer)] if is_spoken else []))
@@ -107,7 +146,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     # What is wrong with the data or the output stops here, before anything is computed.
     require_writable(results_path(arguments.output))
     require_writable(arguments.output)
-    suite = _suite(arguments)
+    suite = build_suite(arguments)
     model = load_model(
         arguments.checkpoint,
         arguments.tokenizer,
@@ -119,74 +158,6 @@ def evaluate(arguments: argparse.Namespace) -> None:
     result = run_suite(suite, model, arguments.output, fresh=arguments.fresh)
     if is_rank_zero():
         print(summary_of(result))
-
-
-def _suite(arguments: argparse.Namespace) -> Suite[Any]:
-    from megatron_most.evaluation.suites.stories import Salmon, StoryCloze
-    from megatron_most.evaluation.suites.text import TextSuite
-    from megatron_most.evaluation.suites.zerospeech import Sblimp, Swuggy
-
-    data, limit = arguments.data, arguments.limit
-    builders: dict[str, Callable[[], Suite[Any]]] = {
-        "asr": lambda: _word_errors(arguments),
-        "tts": lambda: _word_errors(arguments),
-        "swuggy": lambda: Swuggy(data, arguments.split, limit),
-        "sblimp": lambda: Sblimp(data, arguments.split, limit),
-        "storycloze": lambda: StoryCloze(data, arguments.modalities, limit),
-        "salmon": lambda: Salmon(data, limit),
-        "sqa": lambda: _questions(arguments),
-        "text": lambda: TextSuite(data, limit),
-    }
-    return builders[arguments.suite]()
-
-
-def _decoding(arguments: argparse.Namespace) -> Decoding:
-    from megatron_most.inference import Decoding, Sampling
-
-    return Decoding(arguments.max_new_tokens, arguments.max_seconds, Sampling(arguments.temperature))
-
-
-def _recognizer(arguments: argparse.Namespace, manifests: Sequence[str]) -> Recognizer:
-    if arguments.recognizer is not None:
-        from megatron_most.evaluation.recognizers import load_recognizer
-
-        return load_recognizer(arguments.recognizer, arguments.language)
-    from megatron_most.evaluation.recognizers.closed_vocabulary import PocketsphinxRecognizer
-
-    return PocketsphinxRecognizer(record.text for path in manifests for record in _texts(path))
-
-
-def _texts(path: str) -> Sequence[Record]:
-    """The texts of a manifest or of seed-tts-eval's list."""
-    from megatron_most.data.preparation.manifest import read_manifest
-    from megatron_most.evaluation.suites import meta_list
-
-    if Path(path).suffix == meta_list.SUFFIX:
-        return meta_list.read_meta_list(path)
-    return read_manifest(path, needs_audio=False)
-
-
-def _word_errors(arguments: argparse.Namespace) -> Suite[Any]:
-    from megatron_most.data.preparation.manifest import read_manifest
-    from megatron_most.evaluation.suites.speech import AsrSuite, EvaluationSet, TtsSuite
-
-    records = read_manifest(arguments.data) if arguments.suite == "asr" else _texts(arguments.data)
-    records = records[: arguments.limit]
-    evaluated = EvaluationSet(Path(arguments.data).stem, records, arguments.normalizer)
-    if arguments.suite == "asr":
-        return AsrSuite(evaluated, _decoding(arguments))
-    return TtsSuite(evaluated, _recognizer(arguments, arguments.vocabulary or [arguments.data]), _decoding(arguments))
-
-
-def _questions(arguments: argparse.Namespace) -> Suite[Any]:
-    from megatron_most.evaluation.suites.questions import QuestionSuite
-
-    recognizer = None
-    if arguments.answer == "spoken":
-        if not arguments.vocabulary and arguments.recognizer is None:
-            raise ConfigError("--answer spoken: needs --recognizer, or --vocabulary with all that can be heard")
-        recognizer = _recognizer(arguments, arguments.vocabulary or [])
-    return QuestionSuite(arguments.data, _decoding(arguments), recognizer, arguments.limit)
 
 
 def summary_of(result: dict[str, Any]) -> str:
@@ -205,6 +176,10 @@ def summary_of(result: dict[str, Any]) -> str:
     if result["num_failed"]:
         first = result["failed"][0]
         text += f"; failed and counted as wrong: {result['num_failed']}, first {first['id']}: {first['failed']}"
+    if "judged_correct" in result:
+        text += f"; judged correct {result['judged_correct']['score']:.2%}"
+    for name, found in result.get("scores", {}).items():
+        text += f"; {name.replace('_', ' ')} {found['score']:.3f}"
     if result.get("num_at_limit"):
         text += f"; answers that reached their limit: {result['num_at_limit']}"
     return text

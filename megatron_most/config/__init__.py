@@ -10,7 +10,7 @@ from megatron_most.config.parallel import ParallelConfig
 from megatron_most.config.precision import PrecisionConfig
 from megatron_most.config.renamed import with_new_names, with_old_names
 from megatron_most.config.run import RunConfig
-from megatron_most.config.training import CheckpointConfig, LoggingConfig, TrainingConfig
+from megatron_most.config.training import CheckpointConfig, LoggingConfig, RetentionConfig, TrainingConfig
 
 __all__ = [
     "CONFIG",
@@ -27,6 +27,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "PrecisionConfig",
+    "RetentionConfig",
     "RopeConfig",
     "RunConfig",
     "TrainingConfig",

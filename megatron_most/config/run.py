@@ -48,6 +48,12 @@ class RunConfig:
         self._check_pipeline()
         self._check_rows()
         self._check_optimizer()
+        require(
+            self.training.retention.data is None or self.tokenizer is not None,
+            "training.retention.data",
+            self.training.retention.data,
+            "needs tokenizer, which turns the text into ids",
+        )
 
     def _check_vocabulary(self) -> None:
         """The model has a loss weight for each codebook, or none, and an expert group for each modality."""

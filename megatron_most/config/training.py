@@ -9,6 +9,21 @@ from megatron_most.keys import key
 
 
 @dataclass
+class RetentionConfig:
+    """Whether the model still predicts text as it did at the start: bits per byte of a text, measured in training."""
+
+    data: str | None = key(
+        None, "text to measure: a `.txt` file, or a `.jsonl` manifest of texts; null for none. Needs `tokenizer`"
+    )
+    interval: int = key(1000, "steps between measurements; the start and the last step are always measured")
+    limit: float = key(0.1, "warn when bits per byte exceed those of the start by more than this fraction")
+
+    def __post_init__(self) -> None:
+        require_positive("training.retention", self, ("interval",))
+        require_not_negative("training.retention", self, ("limit",))
+
+
+@dataclass
 class TrainingConfig:
     """Steps and batches. Batch sizes count rows of ``data.seq_length`` positions."""
 
@@ -41,6 +56,7 @@ class TrainingConfig:
     threads_per_rank: int = key(
         0, "CPU threads per rank; 0 divides the cores of the machine among its ranks", most=1024
     )
+    retention: RetentionConfig = key(RetentionConfig, "text retention")
 
     def __post_init__(self) -> None:
         require_positive("training", self, ("train_iters", "micro_batch_size", "global_batch_size", "eval_iters"))

@@ -12,8 +12,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
 from megatron_most.config import ParallelConfig
+from megatron_most.data.building.text_windows import text_document, windows
 from megatron_most.evaluation.interface import Model, load_model
-from megatron_most.evaluation.suites.text import text_document, windows
 from megatron_most.inference import Decoding, Sampling
 
 MAX_NEW = 256

@@ -211,7 +211,6 @@ def _gather(mine: list[Outcome]) -> list[Outcome]:
     """The outcomes of all ranks, once each."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return mine
-    is_speaker = dist.get_rank(parallel.whole_model_group()) == 0
     everyone: list[list[Outcome]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, mine if is_speaker else [])
+    dist.all_gather_object(everyone, mine if parallel.speaks_for_model() else [])
     return [outcome for part in everyone for outcome in part]

@@ -8,6 +8,7 @@ from megatron_most.parallel.groups import (
     initialize,
     is_first_of_replica,
     is_rank_zero,
+    speaks_for_model,
     whole_model_group,
     whole_model_place,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "is_first_of_replica",
     "is_rank_zero",
     "on_rank_zero",
+    "speaks_for_model",
     "together",
     "whole_model_group",
     "whole_model_place",

@@ -103,6 +103,11 @@ def is_rank_zero() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def speaks_for_model() -> bool:
+    """Whether this is the first rank of :func:`whole_model_group`. True before torch.distributed is started."""
+    return not dist.is_initialized() or dist.get_rank(whole_model_group()) == 0
+
+
 def _meeting_place(world_size: int) -> dict[str, Any]:
     """Nothing for ranks that a launcher has told where to meet; a store of its own for a process that runs alone."""
     if world_size > 1 or "MASTER_PORT" in os.environ:

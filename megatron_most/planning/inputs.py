@@ -10,7 +10,7 @@ from megatron_most.errors import ConfigError
 
 
 def check_files(config: RunConfig) -> None:
-    """Look for datasets, tokenizer, codec file and, for a run without checkpoints of its own, ``checkpoint.load``.
+    """Look for datasets, tokenizer, codec file, text of retention and, for a new run, ``checkpoint.load``.
 
     Raises:
         ConfigError: a file is missing.
@@ -26,6 +26,9 @@ def check_files(config: RunConfig) -> None:
         missing.append(f"tokenizer: {config.tokenizer}")
     if config.codec is not None and config.codec.endswith(".nemo") and not Path(config.codec).is_file():
         missing.append(f"codec: {config.codec}")
+    text = config.training.retention.data
+    if text is not None and not Path(text).is_file():
+        missing.append(f"training.retention.data: {text}")
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise ConfigError(f"{missing[0]}: is missing{more}; --no-check-files plans for another machine")

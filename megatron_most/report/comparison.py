@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_most.errors import ConfigError
 from megatron_most.report.charts import LineChart, Marker, Series, figures, line_chart
-from megatron_most.report.curves import MEMORY, PALETTE, points_of
+from megatron_most.report.curves import MEMORY, PALETTE, RETENTION, points_of
 from megatron_most.report.page import flatten, html_template, write_page
 from megatron_most.report.run_files import RunFiles, read_run
 from megatron_most.report.transcripts import SHORT_NAMES, Rate, error_rates
@@ -84,10 +84,10 @@ def _charts(runs: Sequence[NamedRun]) -> list[LineChart]:
     """A chart for each loss and each of :data:`_CURVES` that any run has."""
     keys = dict.fromkeys(key for one in runs for line in one.files.metrics for key in line)
     losses = [key for key in keys if key == "loss" or key.startswith("loss/")]
-    losses += [key for key in keys if key.startswith("validation/") and key.endswith("/loss")]
+    losses += [key for key in keys if (key.startswith("validation/") and key.endswith("/loss")) or key == RETENTION]
     charts = []
     for key in (*losses, *_CURVES):
-        marker: Marker = "circle" if key.startswith("validation/") else ""
+        marker: Marker = "circle" if key.startswith("validation/") or key == RETENTION else ""
         series = [Series(one.label, points_of(one.files.metrics, key), one.color, one.dash, marker) for one in runs]
         charts.append(line_chart(key, series, from_zero=key in _FROM_ZERO))
     return [chart for chart in charts if chart]

@@ -23,6 +23,7 @@ PALETTE = 8
 _GREY = 2
 _MODALITIES = (0, 1, 7, 6, 4)
 MEMORY = "max_memory_bytes"
+RETENTION = "retention/bits_per_byte"
 
 
 def modality_color(index: int) -> int:
@@ -36,7 +37,10 @@ def points_of(metrics: Iterable[dict[str, Any]], key: str) -> list[tuple[float, 
 
 
 def loss_charts(metrics: list[dict[str, Any]], modalities: Sequence[str]) -> list[LineChart]:
-    """Losses by modality, by task and by codebook; validation sets are dashed, in the color of their task."""
+    """Losses by modality, by task and by codebook, and how well text is still predicted.
+
+    Validation sets are dashed, in the color of their task.
+    """
     keys = dict.fromkeys(key for line in metrics for key in line)
     modality = [Series("all targets", points_of(metrics, "loss"), _GREY)]
     modality += [
@@ -67,6 +71,7 @@ def loss_charts(metrics: list[dict[str, Any]], modalities: Sequence[str]) -> lis
         line_chart("Loss by modality", modality),
         line_chart("Loss by task", tasks + validation),
         line_chart("Cross entropy by codebook", by_codebook),
+        line_chart("Text retention", [Series("bits per byte", points_of(metrics, RETENTION), 0, marker="circle")]),
     )
     return [chart for chart in charts if chart]
 

@@ -21,6 +21,8 @@ from megatron_most.training.routing_metrics import RoutingMetrics
 from megatron_most.training.run_directory import METRICS, ROUTING
 from megatron_most.training.trackers import Trackers
 
+BITS_PER_BYTE, PERPLEXITY = "retention/bits_per_byte", "retention/perplexity"
+
 
 class MetricAccumulator:
     """Sums since the last logged line, the same on every rank. Checkpoints hold them.
@@ -181,6 +183,11 @@ class MetricsWriter:
         self._write({"step": step, "time": time.time(), **values})
         losses = [f"{name.split('/')[1]} {value:.4f}" for name, value in values.items() if name.endswith("/loss")]
         print(f"step {step}  validation  {'  '.join(losses)}", flush=True)
+
+    def retention(self, step: int, values: dict[str, float], change: str) -> None:
+        """Write a line with how well text is predicted at ``step``; ``change`` says how that was at the start."""
+        self._write({"step": step, "time": time.time(), **values})
+        print(f"step {step}  text retention  {values[BITS_PER_BYTE]:.4f} bits per byte ({change})", flush=True)
 
     def _write(self, values: dict[str, Any]) -> None:
         self.metrics.write(values)

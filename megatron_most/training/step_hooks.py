@@ -70,7 +70,7 @@ class MetricsLog(StepHook):
                 trainer.run_dir,
                 config.logging,
                 config.training.train_iters,
-                trainer.state.step,
+                trainer.state.step or -1,  # a run from the start keeps no line, not even one of step 0
                 config.vocab.modality_names,
                 dataclasses.asdict(config),
             )

@@ -35,6 +35,7 @@ from megatron_most.training.microbatches import stage
 from megatron_most.training.muon import check_muon
 from megatron_most.training.prefetch import Prefetch
 from megatron_most.training.replicas import ReplicaCheck
+from megatron_most.training.retention import Retention, RetentionText, read_retention_text
 from megatron_most.training.run_directory import check_same_run, claim, device_name
 from megatron_most.training.step_hooks import Checkpoints, MetricsLog, Profile, StepHook, Validation
 from megatron_most.training.stop import StopRequest
@@ -121,9 +122,10 @@ class Trainer:
             log = MetricsLog(self)
             profiles = [Profile(*config.logging.profile_steps)] if config.logging.profile_steps else []
             self.failed_batches = FailedBatches(config, self.rows)
-            validation = Validation(log, validation_sets)
+            measured: list[StepHook] = [Validation(log, validation_sets)]
+            measured += [Retention(log, self, self.retention_text)] if self.retention_text else []
             own = self._own_hooks
-            self.hooks = [*profiles, log, validation, self.failed_batches, *own, ReplicaCheck(checkpoints), checkpoints]
+            self.hooks = [*profiles, log, *measured, self.failed_batches, *own, ReplicaCheck(checkpoints), checkpoints]
             self.say("taking the first step, which is slower than the others")
             self._train(log, checkpoints, stop)
 
@@ -171,6 +173,9 @@ class Trainer:
             on_rank_zero(lambda: require_disjoint(config.data))
             read = together(lambda: validation_batches(config, dp_rank=dp_rank, dp_size=dp_size))
             validation_sets = {name: [self._stage(batch) for batch in batches] for name, batches in read.items()}
+        self.retention_text: RetentionText | None = None
+        if config.training.retention.data is not None:
+            self.retention_text = together(lambda: read_retention_text(config, dp_rank=dp_rank, dp_size=dp_size))
         tokenizer, codec = on_rank_zero(lambda: (Fingerprint.of_tokenizer(config), Fingerprint.of_codec(config)))
         datasets = on_rank_zero(lambda: [Fingerprint.of_dataset(entry.path) for entry in config.data.train])
         if resumed is not None:

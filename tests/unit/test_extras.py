@@ -21,8 +21,8 @@ IMPORTED_AS = {"nemo-toolkit": "nemo", "pyyaml": "yaml", "megatron-core": "megat
 """Distributions that are imported by another name than their own."""
 NOT_IMPORTED = {"psutil", "triton", "tensorboard"}
 """Required by what Megatron and torch import of them."""
-NOT_DECLARED = {"wandb"}
-"""A run names it by logging.wandb_project, and is told to install it."""
+NOT_DECLARED = {"wandb", "resemblyzer", "speechmos"}
+"""A run names it by logging.wandb_project, an evaluation by --scorer, and is told to install it."""
 
 
 def distribution(requirement: str) -> str:

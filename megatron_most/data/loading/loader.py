@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -81,13 +81,25 @@ def validation_batches(config: RunConfig, *, dp_rank: int, dp_size: int) -> dict
     for name, dataset in zip(names, open_datasets(config, data.validation), strict=True):
         rows = Rows([dataset], [1.0], dataclasses.replace(data, audio_frame_dropout=0.0), seed=0)
         num_rows = min(training.eval_iters * training.global_batch_size, rows.rows_per_epoch[0])
-        size = training.micro_batch_size
-        padding = Row(TASKS.index(dataset.task))
-        batches[name] = []
-        for start in range(0, num_rows, size * dp_size):
-            first = start + dp_rank * size
-            taken = [rows[k] if k < num_rows else padding for k in range(first, first + size)]
-            batches[name].append(make_batch(taken, config.vocab, data))
+        batches[name] = shared_batches(
+            rows.__getitem__, num_rows, dataset.task, config, dp_rank=dp_rank, dp_size=dp_size
+        )
+    return batches
+
+
+def shared_batches(
+    read: Callable[[int], Row], num_rows: int, task: str, config: RunConfig, *, dp_rank: int, dp_size: int
+) -> list[Batch]:
+    """The micro-batches of one data-parallel rank of the rows ``read(0)`` to ``read(num_rows - 1)``, of one task.
+
+    Every rank has the same number of them; rows of padding fill the last ones.
+    """
+    size, padding = config.training.micro_batch_size, Row(TASKS.index(task))
+    batches = []
+    for start in range(0, num_rows, size * dp_size):
+        first = start + dp_rank * size
+        taken = [read(k) if k < num_rows else padding for k in range(first, first + size)]
+        batches.append(make_batch(taken, config.vocab, config.data))
     return batches
 
 

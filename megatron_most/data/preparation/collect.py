@@ -111,6 +111,29 @@ def collect(spec: SourceSpec, manifest: Path, quarantine: Path, *, hash_audio: b
     )
 
 
+def read_source(spec: SourceSpec) -> list[Record]:
+    """All records of a source, each of which must be usable.
+
+    Raises:
+        DataError: one cannot be used, the source holds none or no audio, or cannot be read.
+    """
+    records: list[Record] = []
+    rejected: list[Rejection] = []
+    for item in checked_records(spec):
+        if isinstance(item, Record):
+            records.append(item)
+        else:
+            rejected.append(item)
+    if rejected:
+        raise DataError(
+            f"{spec.root}: {len(rejected)} of {len(rejected) + len(records)} records cannot be used, first"
+            f" {rejected[0].where}: {rejected[0].reason}; most prepare manifest --source {spec.name} sets them aside"
+        )
+    if not records:
+        raise DataError(f"{spec.root}: holds no records")
+    return records
+
+
 class Repetition(Rejection):
     """A conversation that an earlier record has too: some data sets publish the whole beside its parts."""
 

@@ -19,8 +19,8 @@ _AT_ONCE = 256 << 20
 _LARGEST_ROW = 64 << 20
 
 
-def read_rows(path: Path, wanted: Collection[str]) -> Iterator[dict[str, Any] | str]:
-    """Each row's values of those ``wanted`` columns that are there, or why the row cannot be used.
+def read_rows(path: Path, wanted: Collection[str] | None = None) -> Iterator[dict[str, Any] | str]:
+    """Each row's values of those ``wanted`` columns that are there (None: all), or why the row cannot be used.
 
     Raises:
         DataError: the file is not readable as Parquet.
@@ -30,7 +30,7 @@ def read_rows(path: Path, wanted: Collection[str]) -> Iterator[dict[str, Any] | 
 
     try:
         with parquet.ParquetFile(path) as file:
-            columns = [name for name in file.schema_arrow.names if name in wanted]
+            columns = [name for name in file.schema_arrow.names if wanted is None or name in wanted]
             for group in range(file.num_row_groups):
                 rows = max(1, min(_MOST_ROWS, _AT_ONCE // max(1, _largest_value(file, group, columns))))
                 for batch in file.iter_batches(rows, row_groups=[group], columns=columns):

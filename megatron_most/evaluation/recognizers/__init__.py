@@ -16,6 +16,8 @@ import numpy as np
 from megatron_most.audio.io import resample
 from megatron_most.errors import ConfigError, DataError
 
+NEMO = ".nemo"
+
 
 class Recognizer(Protocol):
     """What an evaluation asks of a recognizer."""
@@ -38,8 +40,8 @@ def load_recognizer(path: str | Path, language: str) -> Recognizer:
     """A recognizer of any vocabulary. What is in ``path`` decides which; nothing is downloaded.
 
     Args:
-        path: a folder that CTranslate2 converted a Whisper model to (``model.bin``), or a Whisper or CTC model of
-            transformers (``config.json``).
+        path: a folder that CTranslate2 converted a Whisper model to (``model.bin``), a Whisper or CTC model of
+            transformers (``config.json``), or a NeMo model (a ``.nemo`` file).
         language: code of the language that a multilingual Whisper model hears, ``en`` for example.
 
     Raises:
@@ -54,13 +56,22 @@ def load_recognizer(path: str | Path, language: str) -> Recognizer:
         from megatron_most.evaluation.recognizers.hugging_face import TransformersRecognizer
 
         return TransformersRecognizer(path, language)
-    raise ConfigError(f"recognizer {path}: must be a folder with CTranslate2's model.bin or transformers' config.json")
+    if path.suffix == NEMO and path.is_file():
+        from megatron_most.evaluation.recognizers.nemo import NemoRecognizer
+
+        return NemoRecognizer(path)
+    raise ConfigError(
+        f"recognizer {path}: must be a folder with CTranslate2's model.bin or transformers' config.json,"
+        " or a .nemo file"
+    )
 
 
 def package_of(path: str | Path | None) -> str:
     """The module that :func:`load_recognizer` needs for ``path``; without one, that of the closed vocabulary."""
     if path is None:
         return "pocketsphinx"
+    if Path(path).suffix == NEMO:
+        return "nemo"
     return "faster_whisper" if (Path(path) / "model.bin").is_file() else "transformers"
 
 
@@ -75,14 +86,14 @@ def heard(audio: np.ndarray, sample_rate: int, wanted: int, most_samples: int | 
     """
     audio = np.asarray(audio, dtype=np.float32)
     if audio.ndim != 1:
-        raise DataError(f"audio to recognize must have shape [num_samples], got {list(audio.shape)}")
+        raise DataError(f"audio to hear must have shape [num_samples], got {list(audio.shape)}")
     if not np.isfinite(audio).all():
-        raise DataError("audio to recognize holds values that are not finite")
+        raise DataError("audio to hear holds values that are not finite")
     if sample_rate != wanted:
         audio = resample(audio, sample_rate, wanted)
     if most_samples is not None and len(audio) > most_samples:
         raise DataError(
-            f"audio to recognize has {len(audio) / wanted:.1f} s, the recognizer hears {most_samples / wanted:.0f} s"
+            f"audio to hear has {len(audio) / wanted:.1f} s, the recognizer hears {most_samples / wanted:.0f} s"
         )
     return audio
 

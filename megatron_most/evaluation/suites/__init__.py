@@ -8,6 +8,7 @@ SUITES = {
     "storycloze": "share of stories with their own ending found more likely (sSC, tSC)",
     "salmon": "share of unchanged recordings found more likely (SALMon)",
     "sqa": "share of spoken questions answered (Llama Questions, TriviaQA, Web Questions)",
+    "voicebench": "answers to spoken requests, for VoiceBench's own evaluators",
     "text": "perplexity and bits per byte of a text file",
 }
 """Name -> what it measures."""

@@ -18,18 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_most.audio import read_audio
-from megatron_most.data.building.tasks import ChatTurn, make_chat
-from megatron_most.data.storage.documents import Document
 from megatron_most.data.storage.parquet import read_rows
 from megatron_most.errors import DataError
 from megatron_most.evaluation.answers import aliases, has_answer, is_exact
-from megatron_most.evaluation.interface import Model, require_room
+from megatron_most.evaluation.interface import Model
+from megatron_most.evaluation.judge import Judge
 from megatron_most.evaluation.recognizers import Recognizer
 from megatron_most.evaluation.scores import interval, score, units_of
-from megatron_most.evaluation.suites.base import Interval, Outcome, Suite, attempt, merged
+from megatron_most.evaluation.suites.base import Interval, Outcome
+from megatron_most.evaluation.suites.spoken_questions import SpokenQuestionSuite, audio_of
 from megatron_most.files import read_text
 from megatron_most.inference import Decoding
+from megatron_most.parallel import speaks_for_model
 
 QUESTIONS = ("Questions", "question", "Question")
 ANSWERS = ("Answer", "answers", "answer", "answer_value", "answer_aliases", "answer_normalized_aliases")
@@ -45,12 +45,13 @@ class Question:
     answers: tuple[str, ...]
 
 
-class QuestionSuite(Suite[Question]):
-    """Answers to spoken questions, written, or spoken to a recognizer. A chat with one turn of the user's.
+class QuestionSuite(SpokenQuestionSuite[Question]):
+    """Answers to spoken questions, compared with the right ones.
 
     Args:
         path: a CSV or Parquet file, or the folder that holds it.
         recognizer: reads spoken answers; None asks for written ones.
+        judge: a language model that judges the answers, too.
     """
 
     name, metric = "sqa", "has_answer"
@@ -61,8 +62,10 @@ class QuestionSuite(Suite[Question]):
         decoding: Decoding | None = None,
         recognizer: Recognizer | None = None,
         limit: int | None = None,
+        judge: Judge | None = None,
     ) -> None:
-        self.decoding, self.recognizer = decoding or Decoding(), recognizer
+        super().__init__(decoding, recognizer)
+        self.judge = judge
         self._samples = list(read_questions(Path(path)))[:limit]
         self.set_name = f"{Path(path).stem} {'S-T' if recognizer is None else 'S-S'}"
 
@@ -72,55 +75,44 @@ class QuestionSuite(Suite[Question]):
 
     @property
     def settings(self) -> dict[str, Any]:
-        judged_by = None if self.recognizer is None else self.recognizer.name
-        return {"decoding": self.decoding.to_dict(), "recognizer": judged_by}
+        return {**super().settings, **({"judge": self.judge.settings} if self.judge else {})}
 
     def outcomes(self, model: Model, samples: Sequence[Question]) -> list[Outcome]:
-        prompts, failures = self.try_each(samples, lambda sample: self._prompt(model, sample))
-        answers = model.generate(prompts, self.decoding, speech=self.recognizer is not None)
-        working = [sample for place, sample in enumerate(samples) if place not in failures]
-        judged: list[Outcome] = []
-        for sample, answer in zip(working, answers, strict=True):
-            text: Any = answer.text
-            if self.recognizer is not None:
-                waveform = attempt(model.codec.decode, answer.codes)
-                text = attempt(self.recognizer.transcribe, waveform, model.codec.sample_rate)
-            if isinstance(text, DataError):
-                judged.append(self.failure(sample, str(text)))
+        found = super().outcomes(model, samples)
+        if self.judge is None or not speaks_for_model():
+            return found
+        working = [(sample, one) for sample, one in zip(samples, found, strict=True) if "failed" not in one]
+        verdicts = self.judge.judge([(sample.text, sample.answers, one["answer"]) for sample, one in working])
+        for (_, one), verdict in zip(working, verdicts, strict=True):
+            if isinstance(verdict, DataError):
+                one |= {"failed": str(verdict), **dict.fromkeys(("value", "exact_match", "exact_match_of_first"), 0.0)}
             else:
-                judged.append(self._judged(sample, text) | ({"at_limit": True} if answer.at_limit else {}))
-        return merged(len(samples), failures, judged)
-
-    def failure(self, sample: Question, reason: str) -> Outcome:
-        return {**self._judged(sample, ""), "failed": reason}
+                one["judged_correct"] = float(verdict)
+        return found
 
     def summary(self, outcomes: Sequence[Outcome], score: float, interval: Interval) -> dict[str, Any]:
+        judged = [{"judged_correct": 0.0, **outcome} for outcome in outcomes]
         return {
             "num_at_limit": sum(outcome.get("at_limit", False) for outcome in outcomes),
             "exact_match": _scored(outcomes, "exact_match"),
             "exact_match_of_first": _scored(outcomes, "exact_match_of_first"),
+            **({"judged_correct": _scored(judged, "judged_correct")} if self.judge else {}),
         }
 
-    def _prompt(self, model: Model, sample: Question) -> Document:
-        audio = io.BytesIO(sample.audio) if isinstance(sample.audio, bytes) else sample.audio
-        codes = model.codec.encode(read_audio(audio, model.codec.sample_rate))[:, : model.vocab.num_codebooks]
-        is_spoken = self.recognizer is not None
-        turns, where = [ChatTurn("user", "", codes)], f"question {sample.id}"
-        document = make_chat(
-            model.vocab, model.tokenizer, turns, where=where, answer="spoken" if is_spoken else "written"
-        )
-        return require_room(model, document, model.vocab.codec_layout.num_positions(1) if is_spoken else 1)
+    def judged(self, samples: Sequence[Question], answers: Sequence[str]) -> list[Outcome]:
+        return [_outcome(sample, text) for sample, text in zip(samples, answers, strict=True)]
 
-    def _judged(self, sample: Question, text: str) -> Outcome:
-        return {
-            "id": sample.id,
-            "value": float(has_answer(sample.answers, text)),
-            "exact_match": float(is_exact(sample.answers, text)),
-            "exact_match_of_first": float(is_exact(sample.answers[:1], text)),
-            "question": sample.text,
-            "answers": list(sample.answers),
-            "answer": text,
-        }
+
+def _outcome(sample: Question, text: str) -> Outcome:
+    return {
+        "id": sample.id,
+        "value": float(has_answer(sample.answers, text)),
+        "exact_match": float(is_exact(sample.answers, text)),
+        "exact_match_of_first": float(is_exact(sample.answers[:1], text)),
+        "question": sample.text,
+        "answers": list(sample.answers),
+        "answer": text,
+    }
 
 
 def _scored(outcomes: Sequence[Outcome], key: str) -> dict[str, Any]:
@@ -157,13 +149,8 @@ def read_questions(path: Path) -> Iterator[Question]:
 def _audio(file: Path, row: Mapping[str, Any], where: str) -> Path | bytes:
     if name := row.get("audio_filename"):
         return file.parent / "audios" / str(name)
-    audio = row.get("audio")
-    content = audio.get("bytes") if isinstance(audio, dict) else audio
-    if isinstance(content, bytes):
-        return content
-    path = audio.get("path") if isinstance(audio, dict) else audio
-    if isinstance(path, str) and path:
-        return file.parent / path
+    if (audio := audio_of(file, row.get("audio"))) is not None:
+        return audio
     raise DataError(f"{where}: has no audio in audio_filename or audio")
 
 

@@ -6,6 +6,7 @@ The result also has ``num_utterances``, ``num_at_limit``, ``wer`` (a fraction), 
     at_limit   true where generation stopped at its limit, so that the end of the answer may be missing
     failed     why there is no answer. Its hypothesis is empty: all words of its reference count as errors.
     *_wav      files of its sound
+    scores     of scorers, by name; ``unscored`` says why values are missing
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from megatron_most.errors import DataError
 from megatron_most.evaluation.interface import Generated, Model, require_room
 from megatron_most.evaluation.normalization import check_normalizer, default_normalizer, text_normalizer
 from megatron_most.evaluation.recognizers import Recognizer
+from megatron_most.evaluation.scorers.scoring import Scoring
 from megatron_most.evaluation.suites.base import Interval, Outcome, Suite, attempt
 from megatron_most.evaluation.wer import aligned
 from megatron_most.inference import Decoding
@@ -155,14 +157,15 @@ class HeardSuite(WordErrorSuite):
     kind: str
     """Of the sound, in names of files."""
 
-    def __init__(self, evaluated: EvaluationSet, recognizer: Recognizer) -> None:
+    def __init__(self, evaluated: EvaluationSet, recognizer: Recognizer, scoring: Scoring | None = None) -> None:
         super().__init__(evaluated)
-        self.recognizer = recognizer
+        self.recognizer, self.scoring = recognizer, scoring
         self._kept = {record.id for record in evaluated.records[: evaluated.num_samples]}
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {**super().settings, "recognizer": self.recognizer.name}
+        scorers = {"scorers": self.scoring.settings} if self.scoring else {}
+        return {**super().settings, "recognizer": self.recognizer.name, **scorers}
 
     @abstractmethod
     def sounds(self, model: Model, samples: Sequence[Record]) -> tuple[list[Any], int, list[Outcome]]:
@@ -174,7 +177,13 @@ class HeardSuite(WordErrorSuite):
         for record, waveform, more in zip(samples, waveforms, further, strict=True):
             if self.evaluated.samples is not None and record.id in self._kept and not isinstance(waveform, DataError):
                 more[f"{self.kind}_wav"] = self._write(record, waveform, sample_rate)
+            if self.scoring is not None:
+                more |= self.scoring.of(record, waveform, sample_rate)
         return self.judged(samples, hypotheses, further)
+
+    def summary(self, outcomes: Sequence[Outcome], score: float, interval: Interval) -> dict[str, Any]:
+        scores = {"scores": self.scoring.summary(outcomes)} if self.scoring else {}
+        return {**super().summary(outcomes, score, interval), **scores}
 
     def _write(self, record: Record, waveform: np.ndarray, sample_rate: int) -> str:
         assert self.evaluated.samples is not None
@@ -185,12 +194,18 @@ class HeardSuite(WordErrorSuite):
 
 
 class TtsSuite(HeardSuite):
-    """Speak each text and let an independent recognizer read it back."""
+    """Speak each text and let an independent recognizer read it back, and scorers judge how it sounds."""
 
     name, kind = "tts", "generated"
 
-    def __init__(self, evaluated: EvaluationSet, recognizer: Recognizer, decoding: Decoding | None = None) -> None:
-        super().__init__(evaluated, recognizer)
+    def __init__(
+        self,
+        evaluated: EvaluationSet,
+        recognizer: Recognizer,
+        decoding: Decoding | None = None,
+        scoring: Scoring | None = None,
+    ) -> None:
+        super().__init__(evaluated, recognizer, scoring)
         self.decoding = decoding or Decoding()
 
     @property

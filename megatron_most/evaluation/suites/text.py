@@ -3,29 +3,22 @@
     bits per byte = negative log-likelihood / ln 2 / UTF-8 bytes      (headline: comparable between tokenizers)
     perplexity    = exp(negative log-likelihood / tokens)
 
-A text longer than the context is cut into windows as lm-evaluation-harness does: every token is predicted once, after
-the beginning of sequence or, in later windows, after the token before; the last window is filled up with context.
+Texts that are longer than the context are cut (:mod:`megatron_most.data.building.text_windows`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from megatron_most.data.preparation.manifest import read_manifest
+from megatron_most.data.building.text_windows import read_texts, windows
 from megatron_most.data.storage.documents import Document
 from megatron_most.errors import DataError
 from megatron_most.evaluation.interface import Model
 from megatron_most.evaluation.suites.base import Interval, Outcome, Suite
-from megatron_most.files import read_text
-from megatron_most.vocab import VocabLayout
-
-MAX_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -49,14 +42,9 @@ class TextSuite(Suite[Window]):
     def __init__(self, path: str | Path, limit: int | None = None) -> None:
         path = Path(path)
         self.set_name = path.stem
-        if path.suffix == ".jsonl":
-            self._texts = {record.id: record.text for record in read_manifest(path, needs_audio=False)[:limit]}
-        else:
-            try:
-                self._texts = {path.name: read_text(path, DataError, limit=MAX_BYTES)}
-            except UnicodeDecodeError:
-                raise DataError(f"{path}: must be UTF-8 text") from None
-        self._limit = None if path.suffix == ".jsonl" else limit
+        is_manifest = path.suffix == ".jsonl"
+        self._texts = dict(list(read_texts(path).items())[: limit if is_manifest else None])
+        self._limit = None if is_manifest else limit
         self._windows: list[Window] = []
 
     def bind(self, model: Model) -> None:
@@ -101,27 +89,3 @@ class TextSuite(Suite[Window]):
             # With a softmax over the whole vocabulary, audio ids included.
             "whole": {"bits_per_byte": whole / math.log(2) / num_bytes, "perplexity": math.exp(whole / tokens)},
         }
-
-
-def windows(vocab: VocabLayout, ids: Sequence[int], prefix: int, context: int) -> Iterator[Document]:
-    """Documents that together predict each of ``ids`` once, each from at most ``context`` positions before.
-
-    Args:
-        prefix: the id before the first.
-    """
-    start = 0
-    while start < len(ids):
-        stop = min(start + context, len(ids))
-        first = max(stop - context, 0) if start else 0
-        before = [prefix, *ids[:start]] if first == 0 else list(ids[first - 1 : start])
-        yield text_document(vocab, before, ids[start:stop])
-        start = stop
-
-
-def text_document(vocab: VocabLayout, before: Sequence[int], targets: Sequence[int]) -> Document:
-    """Ids to score after others."""
-    ids = np.array([*before, *targets], dtype=np.int64)
-    document = Document(ids, np.arange(len(ids)) >= len(before))
-    if vocab.codec_layout.uses_side_codes:
-        document.coded, document.codes = np.empty(0, np.int64), np.empty((0, vocab.num_codebooks), np.int64)
-    return document

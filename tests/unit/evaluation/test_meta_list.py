@@ -24,10 +24,14 @@ def written(folder: Path, *lines: str) -> Path:
 
 
 def test_the_text_to_speak_is_the_fourth_field(tmp_path: Path) -> None:
-    records = read_meta_list(written(tmp_path, *LINES))
-    assert [(record.id, record.text) for record in records] == [
+    entries = read_meta_list(written(tmp_path, *LINES))
+    assert [(entry.record.id, entry.record.text) for entry in entries] == [
         ("common_voice_en_103", "Get the trust fund."),
         ("common_voice_en_104", "It was here, too."),
+    ]
+    assert [entry.record.audio for entry in entries] == [None, tmp_path / "wavs" / "common_voice_en_104.wav"]
+    assert [entry.prompt.audio for entry in entries] == [
+        tmp_path / "prompt-wavs" / f"common_voice_en_{number}.wav" for number in (103, 104)
     ]
 
 

@@ -8,9 +8,10 @@ import math
 import numpy as np
 import pytest
 
+from megatron_most.data.building.text_windows import windows
 from megatron_most.errors import DataError
 from megatron_most.evaluation.running import run_suite
-from megatron_most.evaluation.suites.text import TextSuite, windows
+from megatron_most.evaluation.suites.text import TextSuite
 from tests.unit.data.tiny import LAYOUTS, LetterTokenizer, layout
 from tests.unit.evaluation.stubs import StubModel
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_most.config import DatasetConfig, RunConfig
+from megatron_most.config import DatasetConfig, RetentionConfig, RunConfig
 from megatron_most.data.storage.documents import Document
 from megatron_most.data.storage.token_dataset import DatasetWriter
 from megatron_most.errors import CheckpointError, ConfigError
@@ -88,6 +88,10 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         check_files(named)
     with pytest.raises(ConfigError, match="codec: .*c.nemo: is missing;"):
         check_files(dataclasses.replace(config, codec=str(tmp_path / "c.nemo")))
+    (tmp_path / "t.model").touch()
+    training = dataclasses.replace(config.training, retention=RetentionConfig(data=str(tmp_path / "text.txt")))
+    with pytest.raises(ConfigError, match="training.retention.data: .*text.txt: is missing; --no-check-files"):
+        check_files(dataclasses.replace(config, training=training, tokenizer=str(tmp_path / "t.model")))
     start = dataclasses.replace(config.checkpoint, load=str(tmp_path / "nothing"))
     with pytest.raises(CheckpointError, match="nothing: no such checkpoint directory"):
         check_files(dataclasses.replace(config, checkpoint=start, run_dir=str(tmp_path / "run")))

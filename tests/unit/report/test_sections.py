@@ -48,6 +48,13 @@ def test_curves_are_grouped_and_validation_takes_its_tasks_color(whole):
     ]
 
 
+def test_text_retention_is_drawn_where_it_is_logged():
+    measured = [{"step": step, "retention/bits_per_byte": 1.5 + step} for step in (0, 5)]
+    (chart,) = loss_charts([*measured, {"step": 9}], ["text", "audio"])
+    assert chart.title == "Text retention"
+    assert [curve.series.points for curve in chart.curves] == [[(0, 1.5), (5, 6.5)]]
+
+
 def test_a_validation_set_of_no_known_task_has_a_curve_too():
     (chart,) = loss_charts([{"step": 5, "validation/books/loss": 2.0, "validation/books/loss/text": 9.0}], ["text"])
     assert [curve.series.label for curve in chart.curves] == ["books (validation)"]

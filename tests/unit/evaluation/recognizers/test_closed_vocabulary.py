@@ -38,7 +38,7 @@ def test_words_that_the_dictionary_lacks_are_named():
 
 @pytest.mark.parametrize("audio", [np.zeros((2, 100)), np.array([0.0, np.nan])])
 def test_audio_that_makes_no_sense_is_refused(recognizer, audio):
-    with pytest.raises(DataError, match="audio to recognize"):
+    with pytest.raises(DataError, match="audio to hear"):
         recognizer.transcribe(audio, 16000)
 
 

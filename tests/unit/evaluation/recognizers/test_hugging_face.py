@@ -36,7 +36,7 @@ def test_what_no_recognizer_hears_fails(folder, tmp_path):
     recognizer = TransformersRecognizer(folder)
     assert recognizer.transcribe(np.zeros(0), 16000) == ""
     for audio in (np.zeros((2, 100)), np.array([0.0, np.nan])):
-        with pytest.raises(DataError, match="audio to recognize"):
+        with pytest.raises(DataError, match="audio to hear"):
             recognizer.transcribe(audio, 16000)
     recognizer._most_samples = 16000  # as Whisper's 30 s
     with pytest.raises(DataError, match="has 1.5 s, the recognizer hears 1 s"):
