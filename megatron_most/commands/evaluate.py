@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_most import cli
-from megatron_most.commands.model_options import SIZES, add_checkpoint, add_sizes, layout_of
+from megatron_most.commands.model_options import AUDIO, SIZES, add_checkpoint, add_parts, add_sizes, layout_of
 from megatron_most.errors import ConfigError
 from megatron_most.evaluation.normalization import NORMALIZERS
 from megatron_most.evaluation.suites import SUITES
@@ -41,8 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--modalities", default="S-S", help="storycloze: of story and ending, S spoken, T written (default %(default)s)"
     )
-    parser.add_argument("--tokenizer", help="text tokenizer, if it has moved since training")
-    parser.add_argument("--codec", help="codec, if it has moved since training")
+    add_parts(parser)
     parser.add_argument("--batch-size", type=int, default=32, help="samples at a time (default %(default)s)")
     add_sizes(parser)
     return parser
@@ -88,7 +87,6 @@ def _add_answers(parser: argparse.ArgumentParser) -> None:
     )
 
 
-AUDIO = ("nemo", "soundfile", "soxr")
 NEEDS = {"asr": (*AUDIO, "jiwer"), "tts": (*AUDIO, "jiwer"), "sqa": (*AUDIO, "pyarrow"), "text": ()}
 """Packages of extras that a suite needs, if not those of audio alone."""
 
