@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,15 @@ def stopped(messages: list[Message]) -> list[Message]:
         f"stopped while {one}" if isinstance(one, str) and one.startswith(_SPEAKING) else one for one in last["content"]
     ]
     return [*messages[:-1], {**last, "content": ["stopped" if one == "…" else one for one in content]}]
+
+
+def kept(messages: list[Message]) -> list[Message]:
+    """The messages without files that were deleted since."""
+
+    def there(one: Any) -> Any:
+        return one if isinstance(one, str) or Path(one["path"]).is_file() else "speech that is no longer kept"
+
+    return [{**message, "content": list(map(there, message["content"]))} for message in messages]
 
 
 def pcm(waveform: np.ndarray) -> str:

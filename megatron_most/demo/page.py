@@ -10,6 +10,7 @@ import html
 import itertools
 import logging
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 
 from megatron_most.audio import write_wav
 from megatron_most.demo.host import TASKS, Host, Request
-from megatron_most.demo.messages import Message, messages_of, pcm, stopped
+from megatron_most.demo.messages import Message, kept, messages_of, pcm, stopped
 from megatron_most.errors import MostError
 from megatron_most.inference import FORMS, Decoding, Sampling
 
@@ -33,6 +34,8 @@ _HINTS = {
 }
 _FONTS = ["system-ui", "sans-serif"]
 """The system's: no request to another host."""
+_LIFETIME = 3600
+"""Seconds that uploads and answers are kept."""
 
 
 def theme() -> gr.themes.Base:
@@ -58,7 +61,9 @@ class Page:
     def __init__(self, host: Host, name: str, card: str, start: Decoding, folder: Path) -> None:
         self.host, self._folder, self._numbers = host, folder, itertools.count()
         tasks = host.tasks
-        with gr.Blocks(title=f"MoST: {name}", analytics_enabled=False, delete_cache=(600, 3600)) as self.blocks:
+        with gr.Blocks(
+            title=f"MoST: {name}", analytics_enabled=False, delete_cache=(_LIFETIME // 6, _LIFETIME)
+        ) as self.blocks:
             gr.HTML(f"<h1>Talk to <em>{html.escape(name)}</em></h1>", elem_id="head")
             with gr.Row(equal_height=False):
                 with gr.Column(scale=3, min_width=420):
@@ -185,9 +190,10 @@ class Page:
 
     def ask(self, given: dict[Any, Any], request: gr.Request) -> Iterator[dict[Any, Any]]:
         """Answer the visitor: messages, sound and notes as they come; one line if that is refused or fails."""
-        before: list[Message] = given[self.history]
+        before: list[Message] = kept(given[self.history])
         sound: dict[str, Any] = {"id": secrets.token_hex(8), "plays": bool(given[self.plays]), "chunks": []}
-        messages, clears = before, {self.text: "", self.recording: None}
+        messages = before
+        clears: dict[Any, Any] = {self.text: "", self.recording: None}
         try:
             asked, decoding = self._request(given), self._decoding(given)
             for exchange in self.host.answer(request.session_hash or "", asked, decoding):
@@ -204,11 +210,14 @@ class Page:
                 }
                 clears = {}
         except MostError as error:
-            yield {**self._unanswered(before, messages), self.notice: _notice([str(error)], "refused")}
+            # As if it had not been sent, to be changed and sent again.
+            inputs = {} if clears else {one: given[one] for one in (self.text, self.recording)}
+            yield {self.chat: before, self.history: before, self.notice: _notice([str(error)], "refused"), **inputs}
         except Exception:
             logging.getLogger(__name__).exception("a request failed")
             line = "The answer failed on the server; its log says why."
-            yield {**self._unanswered(before, messages), self.notice: _notice([line], "refused")}
+            kept_of_it = stopped(messages)
+            yield {self.chat: kept_of_it, self.history: kept_of_it, self.notice: _notice([line], "refused")}
 
     def after_stop(self, history: list[Message]) -> tuple[Any, ...]:
         messages = stopped(history)
@@ -256,12 +265,10 @@ class Page:
         )
         return Decoding(int(given[self.max_new]), float(given[self.max_seconds]), sampling)
 
-    def _unanswered(self, before: list[Message], messages: list[Message]) -> dict[Any, Any]:
-        """What stays of an exchange that failed: all of it if it had begun."""
-        kept = stopped(messages) if messages is not before else before
-        return {self.chat: kept, self.history: kept}
-
     def _save(self, waveform: np.ndarray) -> str:
+        for old in self._folder.glob("answer_*.wav"):
+            if time.time() - old.stat().st_mtime > _LIFETIME:
+                old.unlink()
         path = self._folder / f"answer_{next(self._numbers)}.wav"
         write_wav(path, waveform, self.host.model.codec.sample_rate)
         return str(path)

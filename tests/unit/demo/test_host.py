@@ -18,7 +18,7 @@ from megatron_most.conversion.model_card import TrainingData
 from megatron_most.data.building.tasks import prompt
 from megatron_most.demo import host as demo_host
 from megatron_most.demo.host import TASKS, TAUGHT_BY, Exchange, Host, Limits, Request, tasks_of
-from megatron_most.demo.messages import messages_of, pcm, stopped
+from megatron_most.demo.messages import kept, messages_of, pcm, stopped
 from megatron_most.errors import DataError, MostError
 from megatron_most.inference import Answer, Decoding, Sampling, answer
 from megatron_most.inference.loading import LoadedModel, no_codec
@@ -220,6 +220,8 @@ def test_an_exchange_is_two_messages_with_the_transcript_beside_the_sound() -> N
     assert said["content"] == [{"path": "q.wav"}, "The model hears: what?"]
     assert answered["content"] == ["so be it", {"path": "600.wav"}, "The model hears itself say: well"]
     assert stopped([]) == []
+    assert kept([answered])[0]["content"][1] == "speech that is no longer kept"
+    assert kept([{**answered, "content": [{"path": __file__}, "a"]}])[0]["content"] == [{"path": __file__}, "a"]
 
 
 def test_chunks_are_16_bit_samples() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_most.demo.host import TASKS, Exchange, Limits
-from megatron_most.errors import DataError
+from megatron_most.errors import ConfigError, DataError
 from megatron_most.inference import Decoding, Sampling
 
 if TYPE_CHECKING:
@@ -95,6 +95,12 @@ def test_a_refusal_is_a_line_and_leaves_input_and_history(page: Page) -> None:
     [step] = page.ask(given(page, text="x", history=history), VISITOR)
     assert "the text: has 3 &lt;b&gt;" in step[page.notice] and step[page.chat] == history
     assert page.text not in step
+
+
+def test_what_turns_out_not_to_fit_comes_back_to_be_changed(page: Page) -> None:
+    page.host.error = ConfigError("a prompt of 90 positions")  # type: ignore[attr-defined]
+    first, *_, last = page.ask(given(page, text="x"), VISITOR)
+    assert first[page.text] == "" and last[page.text] == "x" and last[page.chat] == []
 
 
 def test_a_failure_is_a_line_and_what_was_said_until_then_stays(page: Page, caplog: pytest.LogCaptureFixture) -> None:
