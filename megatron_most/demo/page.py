@@ -205,7 +205,7 @@ class Page:
                     self.chat: messages,
                     self.history: messages,
                     self.notice: _notice(exchange.notes, "note"),
-                    self.player: sound,
+                    self.player: {**sound},  # Gradio sends what has changed since the last one
                     **clears,
                 }
                 clears = {}
