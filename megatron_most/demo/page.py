@@ -68,10 +68,10 @@ class Page:
             with gr.Row(equal_height=False):
                 with gr.Column(scale=3, min_width=420):
                     self._build_talk(tasks[0])
-                with gr.Column(scale=1, min_width=300):
-                    self._build_settings(tasks, start)
                     with gr.Accordion("Which model this is", open=False, elem_id="card"):
                         gr.Markdown(card, container=False)
+                with gr.Column(scale=1, min_width=300):
+                    self._build_settings(tasks, start)
             self._connect()
         self.blocks.queue(max_size=host.limits.waiting, default_concurrency_limit=1)
 
@@ -177,9 +177,8 @@ class Page:
         self.stop.click(
             self.after_stop, [self.history], [self.chat, self.history, self.player], cancels=[asked], **quick
         )
-        self.clear.click(
-            self.start_over, None, [self.chat, self.history, self.notice, self.player], cancels=[asked], **quick
-        )
+        shown = [self.chat, self.history, self.notice, self.player]
+        gr.on([self.clear.click, self.chat.clear], self.start_over, None, shown, cancels=[asked], **quick)
         self.task.change(
             self.show_task,
             [self.task],
