@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_most.checkpointing import resolve
 from megatron_most.conversion.model_card import describe, model_tables
-from megatron_most.errors import CheckpointError
+from megatron_most.errors import CheckpointError, ConfigError
 from megatron_most.files import read_text
 from megatron_most.inference import LoadedModel
 
@@ -33,9 +33,16 @@ def _exported_card(folder: Path, model: LoadedModel) -> str:
     try:
         text = read_text(folder / "README.md", CheckpointError, limit=_MOST_BYTES, errors="replace")
     except CheckpointError:
-        name = getattr(model.codec, "name", None)
-        text = "\n".join([*model_tables(model.config, name), "", "It has no model card: its data is unknown."])
+        lines = model_tables(model.config, _codec_name(model))
+        text = "\n".join([*lines, "", "It has no model card: its data is unknown."])
     return harmless(_FRONT_MATTER.sub("", text))
+
+
+def _codec_name(model: LoadedModel) -> str | None:
+    try:
+        return model.codec.name
+    except ConfigError:  # loaded for text alone
+        return None
 
 
 def harmless(text: str) -> str:
