@@ -13,6 +13,7 @@ EXTRAS = {
     "sweep": ("jinja2", "jiwer", "pyarrow", "scipy", "submitit", "whisper_normalizer"),
     "conversion": ("safetensors", "transformers"),
     "harness": ("lm_eval",),
+    "demo": ("gradio",),
     "quickstart": ("espeakng_loader",),
     "muon": ("emerging_optimizers",),
     "gpu": ("transformer_engine",),

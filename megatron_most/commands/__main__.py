@@ -17,6 +17,7 @@ COMMANDS = {
     "torchrun": "start the ranks of train or convert; if they fail, the last line is the error",
     "launch": "print the folder of the launch scripts (one node, several, SLURM, Kubernetes)",
     "generate": "transcribe audio or speak text",
+    "demo": "open a web page to talk to a model",
     "evaluate": "measure a trained model: speech, spoken language, ...",
     "harness": "run text tasks of lm-evaluation-harness",
     "compare": "compare models on the same suites",

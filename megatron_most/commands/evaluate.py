@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_most import cli
 from megatron_most.commands.evaluate_suites import build_suite, check
-from megatron_most.commands.model_options import SIZES, add_checkpoint, add_sizes, layout_of
+from megatron_most.commands.model_options import AUDIO, SIZES, add_checkpoint, add_parts, add_sizes, layout_of
 from megatron_most.data.preparation.sources import SOURCES
 from megatron_most.evaluation.normalization import NORMALIZERS
 from megatron_most.evaluation.scorers import SCORERS
@@ -41,8 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--modalities", default="S-S", help="storycloze: of story and ending, S spoken, T written (default %(default)s)"
     )
     _add_judges(parser)
-    parser.add_argument("--tokenizer", help="text tokenizer, if it has moved since training")
-    parser.add_argument("--codec", help="codec, if it has moved since training")
+    add_parts(parser)
     parser.add_argument("--batch-size", type=int, default=32, help="samples at a time (default %(default)s)")
     add_sizes(parser)
     return parser
@@ -123,7 +122,6 @@ def _add_answers(parser: argparse.ArgumentParser) -> None:
     )
 
 
-AUDIO = ("nemo", "soundfile", "soxr")
 NEEDS = {"asr": (*AUDIO, "jiwer"), "tts": (*AUDIO, "jiwer"), "text": ()} | dict.fromkeys(
     ("sqa", "voicebench"), (*AUDIO, "pyarrow")
 )

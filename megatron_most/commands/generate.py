@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 
 from megatron_most import cli
 from megatron_most.commands import talking
-from megatron_most.commands.model_options import SIZES, add_checkpoint, add_sizes, layout_of
+from megatron_most.commands.model_options import (
+    AUDIO,
+    SIZES,
+    add_checkpoint,
+    add_decoding,
+    add_parts,
+    add_sizes,
+    decoding_of,
+    layout_of,
+)
 from megatron_most.errors import ConfigError
 from megatron_most.extras import require
 from megatron_most.files import require_writable, write_text
@@ -18,7 +27,6 @@ if TYPE_CHECKING:
     from megatron_most.inference import Decoding, LoadedModel
 
 TASKS = ("asr", "tts", "chat", "continue")
-AUDIO = ("nemo", "soundfile", "soxr")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -49,38 +57,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="asr: text file (default: print the text); else: WAV file for the speech. Several spoken answers are"
         " numbered: NAME_1.wav, NAME_2.wav, ...",
     )
-    _add_decoding(parser)
-    parser.add_argument("--tokenizer", help="text tokenizer, if it has moved since training")
-    parser.add_argument("--codec", help="codec, if it has moved since training")
+    add_decoding(parser)
+    add_parts(parser)
     add_sizes(parser)
     return parser
-
-
-def _add_decoding(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; 0 (default) is greedy")
-    parser.add_argument(
-        "--top-k", type=int, default=0, help="sample from the k most probable ids; 0 (default): from all"
-    )
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, help="sample from the most probable ids that sum to p (default %(default)g)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of sampling (default %(default)s)")
-    parser.add_argument(
-        "--repetition-penalty",
-        type=float,
-        default=1.0,
-        help="make text ids that the prompt or the answer has less probable, by 1.1 for example (default 1: off)",
-    )
-    parser.add_argument(
-        "--max-new-tokens",
-        type=int,
-        help="maximum length of a text in ids (default: what the model's context leaves)",
-    )
-    parser.add_argument(
-        "--max-seconds",
-        type=float,
-        help="maximum length of speech (default: what the model's context leaves)",
-    )
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -95,12 +75,9 @@ def generate(arguments: argparse.Namespace) -> None:
     needs_codec = arguments.interactive or form != "written" or any(not isinstance(piece, str) for piece in pieces)
     if needs_codec:
         require(*AUDIO)
-    from megatron_most.inference import Decoding, Sampling, load_for_generation
+    from megatron_most.inference import load_for_generation
 
-    sampling = Sampling(
-        arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed, arguments.repetition_penalty
-    )
-    decoding = Decoding(arguments.max_new_tokens, arguments.max_seconds, sampling)
+    decoding = decoding_of(arguments)
     if arguments.output:
         require_writable(arguments.output)
     model = load_for_generation(

@@ -97,15 +97,10 @@ def converse(model: LoadedModel, system: str | None, form: str, decoding: Decodi
 
 def go_on(model: LoadedModel, pieces: Sequence[str | Path], form: str, decoding: Decoding, output: str | None) -> None:
     """Continue texts and recordings."""
-    from megatron_most.data.building.tasks import continuation_prompt
-    from megatron_most.inference import stream
+    from megatron_most.inference import respond
 
-    segments: list[str | np.ndarray] = []
-    for piece in pieces:
-        heard = _heard(model, piece)
-        segments.append(heard if isinstance(heard, str) else model.codec.encode(heard))
-    prompt = continuation_prompt(model.config.vocab, model.tokenizer, segments, spoken=form == "spoken")
-    _Printer(model, output, is_numbered=False).show(stream(model, prompt, form, decoding, alternates=True))
+    heard = [_heard(model, piece) for piece in pieces]
+    _Printer(model, output, is_numbered=False).show(respond(model, "continue", heard, form, decoding))
 
 
 def _heard(model: LoadedModel, piece: str | Path) -> str | np.ndarray:

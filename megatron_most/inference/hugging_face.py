@@ -15,10 +15,10 @@ from megatron_most.audio import AudioCodec, load_codec
 from megatron_most.config import ParallelConfig
 from megatron_most.conversion import hf_format
 from megatron_most.conversion.hugging_face import CONFIG, HuggingFaceModel
-from megatron_most.errors import CheckpointError, ConfigError
+from megatron_most.errors import CheckpointError
 from megatron_most.extras import require
 from megatron_most.inference.generator import Generator
-from megatron_most.inference.loading import LoadedModel, no_codec
+from megatron_most.inference.loading import LoadedModel, MissingCodec, no_codec
 from megatron_most.inference.past import Logits, Past
 from megatron_most.text import load_tokenizer
 from megatron_most.text.stop_ids import stop_ids
@@ -38,7 +38,8 @@ def load_export(
 
     Raises:
         CheckpointError: the folder holds another format, is damaged, or belongs to another codec.
-        ConfigError: there is no tokenizer or no codec.
+        ConfigError: there is no tokenizer.
+        MissingCodec: there is no codec.
     """
     require("transformers", "safetensors")
     folder = Path(folder)
@@ -48,6 +49,7 @@ def load_export(
         raise CheckpointError(f"{folder / CONFIG}: model_type={kind!r}: must be {hf_format.MODEL_TYPE!r}")
     trained = hf_format.run_config(source, [])
     text_tokenizer = load_tokenizer(tokenizer or folder)
+    its_codec = _codec(folder, source.config.get("codec"), codec) if needs_codec else no_codec(str(folder))
     from megatron_most.huggingface import MoSTForConditionalGeneration
 
     platform.install()
@@ -56,7 +58,7 @@ def load_export(
     return LoadedModel(
         HuggingFaceGenerator(model.to(platform.device()), trained.vocab),  # type: ignore[arg-type]  # wrapped by transformers
         text_tokenizer,
-        _codec(folder, source.config.get("codec"), codec) if needs_codec else no_codec(str(folder)),
+        its_codec,
         trained,
         None,
         stop_ids(tokenizer or folder, text_tokenizer),
@@ -67,7 +69,7 @@ def _codec(folder: Path, stored: Any, given: str | None) -> AudioCodec:
     known = stored if isinstance(stored, dict) else {}
     name = given or known.get("name")
     if name is None:
-        raise ConfigError(f"{folder}: has no codec; pass one with --codec")
+        raise MissingCodec(str(folder))
     codec, fingerprint = load_codec(name), known.get("fingerprint")
     if fingerprint is not None and codec.fingerprint != fingerprint:
         raise CheckpointError(

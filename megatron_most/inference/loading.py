@@ -18,6 +18,13 @@ from megatron_most.text import TextTokenizer, load_tokenizer
 from megatron_most.text.stop_ids import stop_ids
 
 
+class MissingCodec(ConfigError):
+    """A model names no codec, and none is given: it can read and write, not hear and speak."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__(f"{source}: has no codec; pass one with --codec")
+
+
 @dataclass
 class LoadedModel:
     """A model ready to generate, with the tokenizer and codec of its training.
@@ -54,8 +61,9 @@ def load_for_generation(
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged, or was trained with another tokenizer or codec.
-        ConfigError: the checkpoint names no tokenizer or codec, and none is given; or ``layout`` splits what generation
-            cannot split, or does not fit the number of ranks.
+        MissingCodec: the checkpoint names no codec, and none is given.
+        ConfigError: the same of the tokenizer; or ``layout`` splits what generation cannot split, or does not fit the
+            number of ranks.
     """
     if (Path(checkpoint) / "config.json").is_file():  # neither a run nor a checkpoint has one
         from megatron_most.inference.hugging_face import load_export
@@ -69,9 +77,10 @@ def load_for_generation(
         "tokenizer": tokenizer or metadata.config["tokenizer"],
         "codec": (codec or metadata.config["codec"]) if needs_codec else None,
     }
-    for what, name in names.items():
-        if name is None and (what != "codec" or needs_codec):
-            raise ConfigError(f"{checkpoint}: has no {what}; pass one with --{what}")
+    if names["tokenizer"] is None:
+        raise ConfigError(f"{checkpoint}: has no tokenizer; pass one with --tokenizer")
+    if needs_codec and names["codec"] is None:
+        raise MissingCodec(str(checkpoint))
     layout = layout or ParallelConfig()
     config = config_for_generation(str(checkpoint), {**metadata.config, **names}, layout)
     platform.install()

@@ -59,6 +59,7 @@ _OPTIONAL_PACKAGES = {
         "safetensors": "checkpoints from and to Hugging Face",
         "transformers": "models to compare converted ones with",
     },
+    "demo": {"gradio": "the web page of most demo"},
     "harness": {"lm-eval": "text tasks of lm-evaluation-harness"},
     "quickstart": {"espeakng-loader": "the synthetic speech of the quickstart"},
 }

@@ -148,6 +148,7 @@ MISSING = [
     (EVALUATE, "whisper_normalizer", "evaluation"),
     ((*EVALUATE[:4], "tts", *EVALUATE[5:]), "pocketsphinx", "evaluation"),
     (("generate", "--checkpoint", "c", "--task", "asr", "--input", "a.wav"), "soundfile", "audio"),
+    (("demo", "--checkpoint", "c", "--port", "0"), "gradio", "demo"),
     (("prepare", "tokenize", "--manifest", "{tmp}/m.jsonl", "--codec", "c", "--output", "{tmp}/c"), "nemo", "audio"),
     (("prepare", "tokenize", "--manifest", "{tmp}/m.jsonl", "--codec", "c", "--output", "{tmp}/c"), "soxr", "audio"),
     (

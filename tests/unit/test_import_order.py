@@ -40,7 +40,7 @@ LAYERS = (
     ("training",),
     ("conversion", "huggingface", "inference"),
     ("evaluation", "planning"),
-    ("sweep", "report"),
+    ("sweep", "report", "demo"),
     ("commands",),
     ("tools", "examples"),
 )

@@ -135,29 +135,16 @@ def test_a_chat_in_the_terminal(model, recording, monkeypatch, capsys):
 def test_what_continues_text_is_text_and_what_continues_sound_is_sound(model, recording, tmp_path, monkeypatch, capsys):
     asked: list[Any] = []
 
-    def stream(model: Any, prompt: Any, form: str, decoding: Any, *, alternates: bool) -> Iterator[Any]:
-        asked.append((prompt, form, alternates))
+    def respond(model: Any, task: str, pieces: Any, form: str, decoding: Any) -> Iterator[Any]:
+        asked.append((task, *map(type, pieces), form))
         yield "on and on\n" if form == "written" else np.zeros(800, np.float32)
         return Answer(())
 
-    monkeypatch.setattr(inference, "stream", stream)
-    monkeypatch.setattr(
-        "megatron_most.data.building.tasks.continuation_prompt",
-        lambda vocab, tokenizer, segments, *, spoken: [*map(type, segments), spoken],
-    )
-    monkeypatch.setattr(
-        inference,
-        "load_for_generation",
-        lambda *arguments, **options: SimpleNamespace(
-            codec=SimpleNamespace(sample_rate=16000, encode=lambda waveform: np.zeros((2, 1))),
-            config=SimpleNamespace(vocab=None),
-            tokenizer=None,
-        ),
-    )
+    monkeypatch.setattr(inference, "respond", respond)
     wav = tmp_path / "on.wav"
     run("continue", "--input", recording, "once")
     run("continue", "--input", "once", recording, "--output", wav)
-    assert asked == [([np.ndarray, str, False], "written", True), ([str, np.ndarray, True], "spoken", True)]
+    assert asked == [("continue", np.ndarray, str, "written"), ("continue", str, np.ndarray, "spoken")]
     assert capsys.readouterr().out == f"on and on\n[{wav}: 0.05 s of speech]\n"
 
 

@@ -34,7 +34,7 @@ with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(Syste
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 # What takes seconds to import; without it, help takes 0.2 to 0.7 s of CPU time.
 loaded = {name.partition(".")[0] for name in sys.modules}
-slow = {"torch", "megatron", "nemo", "scipy", "jinja2", "soundfile", "transformers", "submitit", "tqdm"}
+slow = {"torch", "megatron", "nemo", "scipy", "jinja2", "soundfile", "transformers", "submitit", "tqdm", "gradio"}
 heavy = sorted(loaded & slow)
 print(json.dumps({"out": out.getvalue(), "heavy": heavy}))
 """

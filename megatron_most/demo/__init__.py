@@ -1,0 +1,1 @@
+"""A web page to talk to a model: what it answers (``host``), what it is (``card``), and the page itself (``page``)."""
