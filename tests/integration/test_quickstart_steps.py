@@ -1,4 +1,4 @@
-"""The quickstart's runner: steps run once, again when something they depend on changed, and not after a failure."""
+"""The runner of examples, and the quickstart: steps run once, and again when something they depend on changed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from examples import outlook as outlook_of
+from examples import steps as steps_of
 from megatron_most import checkpointing, cli
 from megatron_most.errors import MostError
 
@@ -30,7 +32,7 @@ def run():
 
 
 @pytest.fixture
-def counting(run, tmp_path):
+def counting(tmp_path):
     """Steps ``first`` and ``second`` that leave a line in a file each time they run."""
     source = tmp_path / "input.txt"
     source.write_text("a")
@@ -39,8 +41,8 @@ def counting(run, tmp_path):
         script = "import sys; open(sys.argv[1], 'a').write(sys.argv[2] + '\\n')"
         command = [sys.executable, "-c", script, str(tmp_path / "ran.txt")]
         return [
-            run.Step("first", "first step", [*command, "first"], [source]),
-            run.Step("second", "second step", [*command, f"second {second_argument}"]),
+            steps_of.Step("first", "first step", [*command, "first"], [source]),
+            steps_of.Step("second", "second step", [*command, f"second {second_argument}"]),
         ]
 
     def ran() -> list[str]:
@@ -51,44 +53,44 @@ def counting(run, tmp_path):
     return source, steps, ran
 
 
-def test_complete_steps_are_skipped(run, counting, tmp_path):
+def test_complete_steps_are_skipped(counting, tmp_path):
     _, steps, ran = counting
-    run.run_steps(steps(), tmp_path)
+    steps_of.run_steps(steps(), tmp_path, "the work")
     assert ran() == ["first", "second x"]
-    run.run_steps(steps(), tmp_path)
+    steps_of.run_steps(steps(), tmp_path, "the work")
     assert ran() == []
 
 
-def test_a_changed_command_runs_again_without_those_before_it(run, counting, tmp_path):
+def test_a_changed_command_runs_again_without_those_before_it(counting, tmp_path):
     _, steps, ran = counting
-    run.run_steps(steps(), tmp_path)
+    steps_of.run_steps(steps(), tmp_path, "the work")
     ran()
-    run.run_steps(steps("y"), tmp_path)
+    steps_of.run_steps(steps("y"), tmp_path, "the work")
     assert ran() == ["second y"]
 
 
-def test_a_changed_input_runs_everything_after_it_again(run, counting, tmp_path):
+def test_a_changed_input_runs_everything_after_it_again(counting, tmp_path):
     source, steps, ran = counting
-    run.run_steps(steps(), tmp_path)
+    steps_of.run_steps(steps(), tmp_path, "the work")
     ran()
     source.write_text("b")
-    run.run_steps(steps(), tmp_path)
+    steps_of.run_steps(steps(), tmp_path, "the work")
     assert ran() == ["first", "second x"]
 
 
-def test_a_failed_step_stops_the_run_and_is_tried_again(run, counting, tmp_path):
+def test_a_failed_step_stops_the_run_and_is_tried_again(counting, tmp_path):
     _, steps, ran = counting
     failing = steps()
     failing[0].command = [sys.executable, "-c", "raise SystemExit(3)"]
     with pytest.raises(MostError, match="step first failed with status 3"):
-        run.run_steps(failing, tmp_path)
+        steps_of.run_steps(failing, tmp_path, "the work")
     assert not (tmp_path / "ran.txt").exists()
-    run.run_steps(steps(), tmp_path)
+    steps_of.run_steps(steps(), tmp_path, "the work")
     assert ran() == ["first", "second x"]
 
 
 @pytest.fixture
-def training(run, tmp_path):
+def training(tmp_path):
     """Makes a step that leaves a checkpoint, then ends with the status in the file ``status``, or 0."""
     script = (
         "import pathlib, sys; run_dir = pathlib.Path(sys.argv[1]);"
@@ -99,50 +101,50 @@ def training(run, tmp_path):
 
     def make(configuration: str):
         command = [sys.executable, "-c", script, str(tmp_path), configuration]
-        return [run.Step("train", "train", command, trains=tmp_path)]
+        return [steps_of.Step("train", "train", command, trains=tmp_path)]
 
     return make
 
 
-def test_the_work_of_another_configuration_is_refused_and_not_stamped(run, training, tmp_path):
-    run.run_steps(training("first"), tmp_path)
+def test_the_work_of_another_configuration_is_refused_and_not_stamped(training, tmp_path):
+    steps_of.run_steps(training("first"), tmp_path, "the work")
     for _ in range(2):
         with pytest.raises(MostError, match=f"^{tmp_path} was trained with another configuration or other data: "):
-            run.run_steps(training("second"), tmp_path)
-    run.run_steps(training("first"), tmp_path)  # is complete as before
+            steps_of.run_steps(training("second"), tmp_path, "the work")
+    steps_of.run_steps(training("first"), tmp_path, "the work")  # is complete as before
     assert (tmp_path / "ran.txt").read_text() == "first\n"
 
 
-def test_an_interrupted_training_continues_but_not_with_another_configuration(run, training, tmp_path):
+def test_an_interrupted_training_continues_but_not_with_another_configuration(training, tmp_path):
     (tmp_path / "status").write_text("1")
     with pytest.raises(MostError, match="step train failed"):
-        run.run_steps(training("first"), tmp_path)
+        steps_of.run_steps(training("first"), tmp_path, "the work")
     (tmp_path / "status").unlink()
     with pytest.raises(MostError, match="another configuration"):
-        run.run_steps(training("second"), tmp_path)
-    run.run_steps(training("first"), tmp_path)
+        steps_of.run_steps(training("second"), tmp_path, "the work")
+    steps_of.run_steps(training("first"), tmp_path, "the work")
     assert (tmp_path / "ran.txt").read_text() == "first\n" * 2
 
 
-def test_training_that_was_asked_to_stop_continues(run, training, tmp_path, monkeypatch):
+def test_training_that_was_asked_to_stop_continues(training, tmp_path, monkeypatch):
     (step,) = training("first")
     (tmp_path / "status").write_text(str(cli.STOPPED))
     step.training_steps = 100
     monkeypatch.setattr(checkpointing, "read_metadata", lambda path: SimpleNamespace(step=40))
     with pytest.raises(MostError, match="train was stopped after step 40 of 100; run again to continue"):
-        run.run_steps([step], tmp_path)
+        steps_of.run_steps([step], tmp_path, "the work")
     (tmp_path / "status").unlink()
     monkeypatch.setattr(checkpointing, "read_metadata", lambda path: SimpleNamespace(step=100))
-    run.run_steps([step], tmp_path)
-    run.run_steps([step], tmp_path)  # is complete
+    steps_of.run_steps([step], tmp_path, "the work")
+    steps_of.run_steps([step], tmp_path, "the work")  # is complete
     assert (tmp_path / "ran.txt").read_text() == "first\n" * 2
 
 
-def test_without_a_checkpoint_another_configuration_may_start(run, training, tmp_path):
+def test_without_a_checkpoint_another_configuration_may_start(training, tmp_path):
     (tmp_path / "steps").mkdir()
     (tmp_path / "steps" / "train.started").write_text("another identity")
     (tmp_path / "checkpoints").mkdir()
-    run.run_steps(training("second"), tmp_path)
+    steps_of.run_steps(training("second"), tmp_path, "the work")
     assert (tmp_path / "ran.txt").read_text() == "second\n"
 
 
@@ -170,15 +172,15 @@ def test_what_it_takes_is_said_once_on_the_console_and_in_the_readme(run, counti
     readme = (PATH.parents[2] / "README.md").read_text()
     assert f"It takes about {run.MINUTES} minutes on two cores" in " ".join(readme.split())
     _, short, _ = counting
-    run.run_steps(short(), tmp_path)
+    steps_of.run_steps(short(), tmp_path, "the work")
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "2 of 2 steps to do: less than a minute on two cores"
     assert out[3].startswith("[1/2] first step: ") and out[3].endswith(" s, less than a minute left")
     assert out[-1].startswith("[2/2] second step: ") and out[-1].endswith(" s")
 
 
-def test_the_time_left_follows_the_pace_of_this_machine(run):
-    outlook = run.Outlook(600.0)
+def test_the_time_left_follows_the_pace_of_this_machine():
+    outlook = outlook_of.Outlook(600.0)
     assert outlook.left() == outlook.left(100.0, 0.0) == 600
     assert outlook.left(100.0, 10.0) == 590  # too early to judge the pace
     outlook.end(100.0, 200.0)  # half as fast as expected
@@ -186,31 +188,31 @@ def test_the_time_left_follows_the_pace_of_this_machine(run):
     assert outlook.left(300.0, 60.0) == pytest.approx(940)
     assert outlook.left(300.0, 1000.0) > 200  # a step that takes longer than it should is not over
     assert outlook.left(300.0, 300.0, fraction=0.25) == pytest.approx(500 / 175 * 425)  # and is getting slower
-    assert [run.about(seconds) for seconds in (20, 61, 640)] == [
+    assert [outlook_of.about(seconds) for seconds in (20, 61, 640)] == [
         "less than a minute",
         "about 1 minute",
         "about 11 minutes",
     ]
 
 
-def test_a_long_step_says_how_long_all_of_it_takes(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("examples.quickstart.outlook.SOON", 0.2)
-    monkeypatch.setitem(run.SECONDS, "long", 600)
+def test_a_long_step_says_how_long_all_of_it_takes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("examples.outlook.SOON", 0.2)
     script = "import sys, time; time.sleep(1); open(sys.argv[1], 'w').write(sys.argv[2]); time.sleep(1)"
     lines = "".join(json.dumps(line) + "\n" for line in ({"step": 30}, {"validation": 1, "step": 60}))
     command = [sys.executable, "-c", script, str(tmp_path / "metrics.jsonl"), lines]
     monkeypatch.setattr(checkpointing, "read_metadata", lambda path: SimpleNamespace(step=100))
-    run.run_steps([run.Step("long", "train", command, trains=tmp_path, training_steps=100)], tmp_path)
-    said = [line.strip() for line in capsys.readouterr().out.splitlines() if "left of the quickstart" in line]
-    assert said[0] == "about 10 minutes left of the quickstart"
-    assert said[-1] == "less than a minute left of the quickstart"  # 60 of 100 steps in two seconds
+    steps = [steps_of.Step("long", "train", command, trains=tmp_path, training_steps=100, takes=600)]
+    steps_of.run_steps(steps, tmp_path, "the work")
+    said = [line.strip() for line in capsys.readouterr().out.splitlines() if "left of the work" in line]
+    assert said[0] == "about 10 minutes left of the work"
+    assert said[-1] == "less than a minute left of the work"  # 60 of 100 steps in two seconds
     # Continued, it is expected to take 40 percent of its time.
     (tmp_path / "steps" / "long.done").unlink()
-    run.run_steps([run.Step("long", "train", command, trains=tmp_path, training_steps=100)], tmp_path)
+    steps_of.run_steps(steps, tmp_path, "the work")
     assert "1 of 1 steps to do: about 4 minutes on two cores" in capsys.readouterr().out
 
 
-def test_ctrl_c_is_one_line_after_the_step_has_ended(run, tmp_path):
+def test_ctrl_c_is_one_line_after_the_step_has_ended(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         f"""import importlib.util, pathlib, sys
@@ -221,7 +223,7 @@ assert "torch" not in sys.modules
 step = run.Step("long", "wait", [sys.executable, "-c", "import argparse, pathlib, sys, time;"
     "from megatron_most import cli; work = lambda _: (pathlib.Path(sys.argv[1], 'started').touch(), time.sleep(60));"
     "cli.run(argparse.ArgumentParser(), work, [])", sys.argv[1]])
-run.cli.run(run.argparse.ArgumentParser(), lambda _: run.run_steps([step], pathlib.Path(sys.argv[1])), [])
+run.cli.run(run.argparse.ArgumentParser(), lambda _: run.run_steps([step], pathlib.Path(sys.argv[1]), "the work"), [])
 """
     )
     command = [sys.executable, str(script), str(tmp_path)]
