@@ -19,11 +19,12 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from examples.smollm.make_base import weights_file  # noqa: E402
 from examples.steps import ROOT, Step, run_steps  # noqa: E402
 from megatron_most import cli  # noqa: E402
-from megatron_most.config import load_config  # noqa: E402
 from megatron_most.errors import ConfigError  # noqa: E402
 from megatron_most.extras import require  # noqa: E402
 
@@ -137,7 +138,8 @@ def learning_steps(run_dir: Path, base: Path, data: Path, preset: Preset, overri
     settings = [f"run_dir={run_dir}", f"data.train=[{mix}]", f"data.validation=[{held_out}]"]
     settings += [*preset.overrides, *overrides]
     # The import's configuration is not there yet; what training changes in it is.
-    steps_to_go = load_config(ROOT / CONFIG, [*preset.overrides, *overrides]).training.train_iters
+    changes = OmegaConf.from_dotlist([*preset.overrides, *overrides])
+    steps_to_go = OmegaConf.merge(OmegaConf.load(ROOT / CONFIG), changes).training.train_iters
     train = [python, "-m", "megatron_most.commands.torchrun", "--standalone", "--nproc-per-node", "1"]
     train += ["examples/pretrain_most.py", "--config", str(base / "config.yaml"), *settings]
     same = [python, f"{SMOLLM}/same_text.py", "--base", str(base), "--run-dir", str(run_dir)]
