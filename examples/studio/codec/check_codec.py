@@ -92,6 +92,7 @@ def main(arguments: argparse.Namespace) -> None:
     require_positive(arguments, "limit", "pitch_limit", "threads")
     torch.set_num_threads(arguments.threads)
     found = measure(load_codec(arguments.codec), arguments.speech, arguments.limit, arguments.pitch_limit)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(arguments.output, found)
     print(
         f"WER {found['original_wer']:.1%} of the originals, {found['roundtrip_wer']:.1%} after the codec;"

@@ -30,5 +30,13 @@ def test_it_can_end_early_and_only_at_a_step():
         run.until(steps, "code")
 
 
+def test_a_codec_that_is_ready_is_checked_and_used():
+    steps = run.make_steps(Path("runs/studio"), run.PRESETS["cpu"], [], Path("ready.nemo"))
+    commands = {step.name: step.command for step in steps}
+    assert "codec" not in commands
+    assert all("ready.nemo" in commands[name] for name in ("check", "codes_train"))
+    assert "codec=ready.nemo" in commands["train"]
+
+
 def test_only_a_smoke_run_goes_on_with_any_codec():
     assert [name for name, preset in run.PRESETS.items() if set(run.NO_BOUNDS) & set(preset.check)] == ["smoke"]
