@@ -39,7 +39,7 @@ HELD_OUT = ("heldout_sentences", "heldout_pairs", "heldout_words")
 LICENSE = "public domain (World English Bible)"
 FEWEST_WORDS, MOST_WORDS = 4, 10
 SEED = 17
-SECONDS_PER_CHARACTER = 0.072
+SECONDS_PER_CHARACTER = 0.0575
 """Of this voice, silence around it included: what hours of speech are counted with before they are spoken."""
 
 FREQUENT_SHARE = 0.2

@@ -61,7 +61,7 @@ NO_BOUNDS = ("--max-wer", "inf", "--min-voiced", "0", "--min-f0-correlation", "-
 PRESETS = {
     "cpu": Preset(
         machine="two cores",
-        hours=11.5,
+        hours=9.3,
         heldout=200,
         codec_minutes=300,
         codec=("--threads", "2"),

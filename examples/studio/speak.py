@@ -38,7 +38,7 @@ from megatron_most.processes import end_with_parent  # noqa: E402
 from megatron_most.progress import Progress  # noqa: E402
 
 SAMPLE_RATE = 16000
-SHARD = 50  # sentences; Piper takes a second or two to start
+SHARD = 200  # sentences; Piper takes two or three seconds to start
 SPEEDS = (0.85, 0.95, 1.0, 1.05, 1.2)  # Piper's length scale: above 1 is slower
 PEAKS = (0.35, 0.9)
 SILENCE_THRESHOLD = 0.01  # of the peak
