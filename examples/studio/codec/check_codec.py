@@ -71,10 +71,10 @@ def measure(codec: AudioCodec, speech: Path, limit: int, pitch_limit: int) -> di
     for kind, known in (("original", None), ("roundtrip", codes)):
         result = run_suite(ReferenceAudioSuite(codec, evaluated, recognizer, known), None)
         found[f"{kind}_wer"], found[f"{kind}_wer_interval"] = result["wer"], result["wer_interval"]
-    intact = [one for one in codes if not isinstance(one, DataError)]
-    originals = [read_waveform(record, codec.sample_rate) for record in records[:pitch_limit]]
-    found |= pitch(originals, [codec.decode(one) for one in intact[:pitch_limit]], codec.sample_rate)
-    used, entropies = code_statistics(np.concatenate(intact), codec.codebook_size)
+    intact = [(record, one) for record, one in zip(records, codes, strict=True) if not isinstance(one, DataError)]
+    originals = [read_waveform(record, codec.sample_rate) for record, _ in intact[:pitch_limit]]
+    found |= pitch(originals, [codec.decode(one) for _, one in intact[:pitch_limit]], codec.sample_rate)
+    used, entropies = code_statistics(np.concatenate([one for _, one in intact]), codec.codebook_size)
     return found | {"codes_in_use": used, "entropy_bits": [round(value, 2) for value in entropies]}
 
 
