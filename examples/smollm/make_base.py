@@ -46,9 +46,9 @@ def make_base(output: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     # What was read is no longer quantized; transformers would write that it is.
     model.hf_quantizer, model.is_quantized = None, False
-    for owner, name in ((model.config, "quantization_config"), (model, "_weight_conversions")):
-        if hasattr(owner, name):
-            delattr(owner, name)
+    vars(model).pop("_weight_conversions", None)
+    for name in ("quantization_config", "_model_name_or_path", "unk_token_id"):  # the last two no Llama has
+        vars(model.config).pop(name, None)
     temporary = output.with_name(f".{output.name}.unfinished")
     for folder in (temporary, output):
         shutil.rmtree(folder, ignore_errors=True)
