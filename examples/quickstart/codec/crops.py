@@ -33,8 +33,8 @@ def broad_waveforms(count: int, seed: int) -> list[np.ndarray]:
 class CropSampler:
     """Draws pairs of crops: what the encoder hears and what the decoder must say.
 
-    The heard crop is the wanted one shifted by up to ``max_shift`` samples, inverted every other time, with white noise
-    of up to ``max_noise``. Levels vary by -4.4 to +1.6 dB.
+    The heard crop is the wanted one shifted by up to ``max_shift`` samples, inverted every other time (unless
+    ``inverts`` is false), with white noise of up to ``max_noise``. Levels vary by -4.4 to +1.6 dB.
     """
 
     def __init__(
@@ -47,9 +47,11 @@ class CropSampler:
         max_shift: int,
         max_noise: float,
         seed: int,
+        inverts: bool = True,
     ):
         self.num_samples = num_samples
         self.template_share, self.max_shift, self.max_noise = template_share, max_shift, max_noise
+        self.signs = (-1, 1) if inverts else (1, 1)
         self._rng = np.random.default_rng(seed)
         # Silence around each utterance: the codec must learn it, and short utterances must fill a crop.
         margin = num_samples // 3
@@ -69,7 +71,7 @@ class CropSampler:
         crop = waveform[start : start + span] * rng.uniform(0.6, 1.2)
         crop = np.pad(crop, (0, span - len(crop)))
         shift = rng.integers(2 * self.max_shift + 1)
-        heard = crop[shift : shift + self.num_samples] * rng.choice((-1, 1))
+        heard = crop[shift : shift + self.num_samples] * rng.choice(self.signs)
         heard = heard + rng.normal(scale=self.max_noise * rng.random(), size=self.num_samples)
         wanted = crop[self.max_shift : self.max_shift + self.num_samples]
         return np.clip(heard, -1, 1).astype(np.float32), np.clip(wanted, -1, 1).astype(np.float32)

@@ -53,16 +53,22 @@ def code_statistics(codes: np.ndarray, codebook_size: int) -> tuple[list[int], l
     return [int((count > 0).sum()) for count in counts], entropies
 
 
-def pitch_errors(original: np.ndarray, decoded: np.ndarray, sample_rate: int) -> tuple[np.ndarray, float]:
-    """Pitch deviation in semitones ``[num_frames voiced in both]`` and the share of voiced frames that stay voiced."""
+def pitch_tracks(original: np.ndarray, decoded: np.ndarray, sample_rate: int) -> tuple[np.ndarray, np.ndarray]:
+    """Fundamental frequencies of both in Hz, ``[num_frames]`` each; NaN where a frame is not voiced."""
     low, high = PITCH_RANGE_HZ
-    tracks = [
+    first, second = (
         librosa.pyin(audio, fmin=low, fmax=high, sr=sample_rate, frame_length=1024, fill_na=np.nan)[0]
         for audio in (original, decoded[: len(original)])
-    ]
-    voiced = np.isfinite(tracks[0])
-    both = voiced & np.isfinite(tracks[1])
-    return np.abs(12 * np.log2(tracks[1][both] / tracks[0][both])), float(both.sum() / max(1, voiced.sum()))
+    )
+    return first, second
+
+
+def pitch_errors(original: np.ndarray, decoded: np.ndarray, sample_rate: int) -> tuple[np.ndarray, float]:
+    """Pitch deviation in semitones ``[num_frames voiced in both]`` and the share of voiced frames that stay voiced."""
+    first, second = pitch_tracks(original, decoded, sample_rate)
+    voiced = np.isfinite(first)
+    both = voiced & np.isfinite(second)
+    return np.abs(12 * np.log2(second[both] / first[both])), float(both.sum() / max(1, voiced.sum()))
 
 
 def main(arguments: argparse.Namespace) -> None:

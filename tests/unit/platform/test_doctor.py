@@ -116,7 +116,7 @@ def test_every_optional_package_is_looked_for_once_and_its_extra_brings_it():
     extras = setup_arguments()["extras_require"]
     assert all(name in {Requirement(text).name for text in extras[extra]} for name, extra in listed)
     assert sorted(name for name, _ in listed) == sorted(
-        {needed.name for extra in ("all", "harness") for needed in setup_requirements(extra)}
+        {needed.name for extra in ("all", "harness", "studio") for needed in setup_requirements(extra)}
         - {needed.name for needed in setup_requirements()}
         - {"emerging-optimizers"}  # listed with what accelerates
     )

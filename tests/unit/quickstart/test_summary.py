@@ -1,32 +1,18 @@
-"""What the quickstart's summary takes from a run's own files."""
+"""What the summaries of examples take from a run's own files."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from examples import results
 from megatron_most.model import count_parameters
 from tests.distributed.tiny import tiny_config
 
-QUICKSTART = Path(__file__).parents[3] / "examples" / "quickstart"
 
-
-@pytest.fixture(scope="module")
-def evaluate():
-    sys.path.insert(0, str(QUICKSTART))
-    spec = importlib.util.spec_from_file_location("quickstart_evaluate", QUICKSTART / "evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path.remove(str(QUICKSTART))
-    return module
-
-
-def test_training_summary_adds_up_the_intervals(evaluate, tmp_path, monkeypatch):
+def test_training_summary_adds_up_the_intervals(tmp_path, monkeypatch):
     metrics = [
         {"step": 1, "loss": 9.0, "loss/text": 6.0, "loss/audio": 12.0, "step_seconds": 3.0, "consumed_tokens": 100},
         {"step": 10, "validation/x/loss": 5.0},
@@ -39,9 +25,9 @@ def test_training_summary_adds_up_the_intervals(evaluate, tmp_path, monkeypatch)
     (tmp_path / "environment.json").write_text(json.dumps({"versions": {"torch": "2"}}))
     config = tiny_config()
     metadata = SimpleNamespace(config={"parallel": {"expert_model_parallel_size": 2}}, world_size=2)
-    monkeypatch.setattr(evaluate, "read_metadata", lambda run_dir: metadata)
+    monkeypatch.setattr(results, "read_metadata", lambda run_dir: metadata)
 
-    summary = evaluate._training_summary(tmp_path, config)
+    summary = results.training_summary(tmp_path, config)
 
     assert summary["train_seconds"] == pytest.approx(3.0 + 10 * 0.5 + 4 * 1.0)
     assert summary["tokens_per_second"] == pytest.approx(1500 / 12)
