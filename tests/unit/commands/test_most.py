@@ -104,7 +104,7 @@ def test_the_program_tells_its_version(capsys):
 
 def test_every_module_of_the_package_is_a_command_or_part_of_one():
     modules = {path.stem for path in (ROOT / "megatron_most" / "commands").glob("[!_]*.py")}
-    assert modules - {"model_options", "prepare_sources", "talking"} == set(COMMANDS)
+    assert modules - {"evaluate_suites", "model_options", "prepare_sources", "talking"} == set(COMMANDS)
 
 
 def test_every_door_leads_to_its_command_and_parses_nothing():
