@@ -176,9 +176,12 @@ def test_imbalance_is_the_busiest_rank_over_the_mean_of_micro_batches_that_route
     for ranks in ((1.0, 3.0), (0.0, 0.0), (0.0, 1.0)):
         even.add(counted([[[1.0] * 8] * 3]))
         uneven.add(counted([[[ranks[0]] * 4 + [ranks[1]] * 4] * 3]))
-    imbalance = _rank_imbalance([even, uneven])
+    single = RoutingStatistics(groups, CPU)  # one pair in one micro-batch, none in the others
+    for pairs in (0.0, 1.0, 0.0):
+        single.add(counted([[[pairs] + [0.0] * 7, [0.0] * 8, [0.0] * 8]]))
+    imbalance = _rank_imbalance([even, uneven, single])
     assert imbalance.dtype == torch.float64
-    assert imbalance.tolist() == [[3, 3], [1.5 + 2, 2]]
+    assert imbalance.tolist() == [[3, 3], [1.5 + 2, 2], [2, 1]]
 
 
 def test_imbalance_is_of_the_ranks_that_exchange_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
