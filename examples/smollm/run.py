@@ -31,6 +31,7 @@ from megatron_most.extras import require  # noqa: E402
 SMOLLM = Path("examples/smollm")
 CONFIG = Path("examples/configs/smollm.yaml")
 AUDIO_VOCAB = "frame:8x1000"  # the studio's codec
+TEXT_IDS = 49280  # the base's 49,152, and room for the markers of turns, which its tokenizer does not have
 CODEBOOK_WEIGHTS = "model.codebook_loss_weights=[0.125,0.125,0.125,0.125,0.125,0.125,0.125,0.125]"
 LICENSE = "speech: voice en_US-joe (CC0 data); text: World English Bible (public domain)"
 QUESTION = "What is the capital of France?"
@@ -99,6 +100,7 @@ def make_steps(run_dir: Path, studio: Path, preset: Preset, overrides: list[str]
     codec, convert, folder = studio / "codec" / "codec.nemo", "tools/convert_checkpoint.py", run_dir / "smollm2"
     importing = [python, convert, "import", "--hf", str(folder), "--out", str(base), "--experts", "upcycle"]
     importing += ["--audio-vocab", AUDIO_VOCAB, "--config", str(CONFIG), f"codec={codec}", CODEBOOK_WEIGHTS]
+    importing += [f"vocab.text_vocab_size={TEXT_IDS}"]
     verify = [python, convert, "verify", "--hf", str(folder), "--checkpoint", str(base)]
     chat = [python, "tools/generate.py", "--checkpoint", str(base), "--task", "chat", "--input", QUESTION]
     choose = [python, f"{SMOLLM}/choose_speech.py", "--studio", str(studio), "--words", str(preset.words)]
@@ -108,7 +110,7 @@ def make_steps(run_dir: Path, studio: Path, preset: Preset, overrides: list[str]
             "write SmolLM2 as a Hugging Face folder",
             [python, f"{SMOLLM}/make_base.py", "--output", str(folder)],
         ),
-        Step("import", "make a MoST of it, each expert the dense MLP", importing, [CONFIG]),
+        Step("import", "make a MoST of it, each expert the dense MLP", importing, [CONFIG], replaces=base),
         Step("verify", "compare logits with transformers", [*verify, "--report", str(run_dir / "verify.json")]),
         Step("chat", "ask it something, in text", [*chat, "--max-new-tokens", "32"]),
         Step("speech", f"choose speech of {preset.words} words", [*choose, "--output", str(speech)]),
@@ -120,6 +122,7 @@ def make_steps(run_dir: Path, studio: Path, preset: Preset, overrides: list[str]
         steps.append(Step(f"codes_{split}", f"turn the audio of {split} into codec codes", encode, [codec]))
         for task in ("asr", "tts"):
             build = [python, "tools/prepare_data.py", "build", "--tokenizer", str(tokenizer), "--overwrite"]
+            build += ["--text-vocab-size", str(TEXT_IDS)]
             build += ["--task", task, "--codes", f"{data}/codes/{split}", "--output", f"{data}/{split}_{task}"]
             steps.append(Step(f"{split}_{task}", f"build the dataset {split}_{task}", build))
     steps += learning_steps(run_dir, base, data, preset, overrides)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """The cost of a generated token: milliseconds, operators and host waits, by batch size.
 
-    python -m tools.bench.decode [--batches N ...] [--layers N] [--tokens N] [--calls N] [--arms NAME ...]
-                                 [--config FILE] [key=value ...]
+    python -m tools.bench.decode [--batches N ...] [--positions N ...] [--layers N] [--tokens N] [--calls N]
+                                 [--arms NAME ...] [--config FILE] [key=value ...]
 
-Generates text and speech after a short prompt, with random weights. On a GPU the model is the first layers of a recipe
+Generates text and speech after a prompt, with random weights. On a GPU the model is the first layers of a recipe
 at full width, with and without a CUDA graph; on a CPU it is the tiny model of tools/bench/launches.py. A token's cost
 comes from the difference between a long and a short generation, so prompts do not count. Prints Markdown.
 """
@@ -35,7 +35,7 @@ PORTABLE = (
     "model.moe.moe_token_dispatcher_type=alltoall",
     "model.moe.expert_backend=grouped",
 )
-PROMPT, SHORT = 8, 8
+SHORT = 8
 Speak = Callable[[int], list[list[int]]]
 """Number of tokens -> the generated tokens of every row, flat."""
 
@@ -56,15 +56,16 @@ def bench_decode(arguments: argparse.Namespace) -> None:
         config = load_config(arguments.config or RECIPE, [*ONE_GPU, *PORTABLE, *overrides])
     else:
         config = build_config("bench", launches.CONFIG, overrides)
-    print(measure(config, arguments.arms, arguments.batches, arguments.tokens, arguments.calls))
+    prompts = [(batch, position) for batch in arguments.batches for position in arguments.positions]
+    print(measure(config, arguments.arms, prompts, arguments.tokens, arguments.calls))
 
 
-def measure(config: RunConfig, arms: Sequence[str], batches: Sequence[int], tokens: int, calls: int) -> str:
+def measure(config: RunConfig, arms: Sequence[str], prompts: Sequence[tuple[int, int]], tokens: int, calls: int) -> str:
     """Measure on this process's device.
 
     Args:
         arms: of :data:`ARMS`.
-        batches: numbers of prompts.
+        prompts: their number and length.
         tokens: difference between the long and the short generation.
         calls: timed pairs of generations for each number.
 
@@ -78,30 +79,31 @@ def measure(config: RunConfig, arms: Sequence[str], batches: Sequence[int], toke
         f"{device_name(platform.device())}, torch {torch.__version__}, {config.model.num_layers} layers,"
         f" hidden size {config.model.hidden_size}, {config.precision.dtype}.",
         "",
-        "| what | batch | step | per token | tokens/s | operators | waits | ids of the first arm |",
-        "|---|---|---|---|---|---|---|---|",
+        "| what | batch | after position | step | per token | tokens/s | operators | waits | ids of the first arm |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for batch in batches:
+    for batch, position in prompts:
         for what in ("text", "speech"):
             first: list[list[int]] | None = None
             for arm in arms:
-                speak = speaker(model, what, batch, ARMS[arm])
+                speak = speaker(model, what, (batch, position), ARMS[arm])
                 found = speak(SHORT + tokens)
                 first = first or found
                 count, timing = count_token(speak), time_token(speak, tokens, calls)
+                same = "yes" if found == first else "no"
                 lines.append(
-                    f"| {what} | {batch} | {arm} | {timing} | {batch / timing.median:.0f} | {count.num_operators}"
-                    f" | {count.num_waits} | {'yes' if found == first else 'no'} |"
+                    f"| {what} | {batch} | {position} | {arm} | {timing} | {batch / timing.median:.0f}"
+                    f" | {count.num_operators} | {count.num_waits} | {same} |"
                 )
     parallel.destroy()
     return "\n".join(lines)
 
 
-def speaker(model: MoSTModel, what: str, batch: int, options: dict[str, bool]) -> Speak:
-    """A generator of ``text`` or ``speech`` for ``batch`` prompts."""
+def speaker(model: MoSTModel, what: str, shape: tuple[int, int], options: dict[str, bool]) -> Speak:
+    """A generator of ``text`` or ``speech`` for prompts of ``shape``: number and length."""
     generator, vocab = Generator(model, **options), model.vocab
     random = np.random.default_rng(0)
-    ids = random.integers(0, vocab.text_vocab_size, (batch, PROMPT))
+    ids = random.integers(0, vocab.text_vocab_size, shape)
     ids[:, -1] = vocab.begin_of_audio if what == "speech" else ids[:, -1]
     prompts = [SimpleNamespace(ids=row, side_codes=None) for row in ids]
     if what == "text":
@@ -139,6 +141,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help=f"recipe (default {RECIPE} on a GPU)")
     parser.add_argument("--layers", type=int, default=3, metavar="N", help="the first has no experts (default 3)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], metavar="N", help="prompts (default 1 16)")
+    parser.add_argument("--positions", type=int, nargs="+", default=[8], metavar="N", help="of a prompt (default 8)")
     parser.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens of a timed generation (default 64)")
     parser.add_argument("--calls", type=int, default=5, metavar="N", help="timed generations (default %(default)s)")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=[*ARMS], metavar="NAME", help=", ".join(ARMS))
