@@ -118,6 +118,7 @@ def make_steps(run_dir: Path, studio: Path, preset: Preset, overrides: list[str]
     tokenizer = base / "tokenizer" / "tokenizer.json"
     for split in ("train", "heldout_sentences"):
         encode = [python, "tools/prepare_data.py", "tokenize", "--manifest", f"{speech}/{split}.jsonl"]
+        encode += ["--audio-root", str(studio / "speech")]
         encode += ["--codec", str(codec), "--output", f"{data}/codes/{split}", "--license", LICENSE]
         steps.append(Step(f"codes_{split}", f"turn the audio of {split} into codec codes", encode, [codec]))
         for task in ("asr", "tts"):

@@ -31,14 +31,14 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ConfigError(f"temperature={self.temperature}: must not be negative")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature={self.temperature}: must be a number, and not negative")
         if self.top_k < 0:
             raise ConfigError(f"top_k={self.top_k}: must not be negative")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p}: must be in (0, 1]")
         if not 0 < self.repetition_penalty < math.inf:
-            raise ConfigError(f"repetition_penalty={self.repetition_penalty}: must be greater than 0")
+            raise ConfigError(f"repetition_penalty={self.repetition_penalty}: must be a number greater than 0")
 
     @property
     def is_random(self) -> bool:

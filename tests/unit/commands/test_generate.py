@@ -160,7 +160,10 @@ def test_what_continues_text_is_text_and_what_continues_sound_is_sound(model, re
         (("continue", "--input", "a", "--system", "b"), "--system: is for --task chat, not continue"),
         (("chat", "--input", "absent.wav"), "absent.wav: no such audio file"),
         (("chat", "--input", "absent.txt"), "absent.txt: no such file"),
-        (("chat", "--input", "a", "--repetition-penalty", "0"), "repetition_penalty=0.0: must be greater than 0"),
+        (
+            ("chat", "--input", "a", "--repetition-penalty", "0"),
+            "repetition_penalty=0.0: must be a number greater than 0",
+        ),
         (("chat", "--input", "a", "--max-seconds", "0"), "--max-seconds=0.0: must be greater than 0"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -270,8 +271,16 @@ def test_what_cannot_be_an_answer_is_refused(one_model: LoadedModel) -> None:
     one = prompt("text_lm", one_model.config.vocab, one_model.tokenizer, text="a")
     with pytest.raises(ConfigError, match="answer='sung': must be one of written, spoken, either"):
         answer(one_model, [one], "sung")
-    with pytest.raises(ConfigError, match="repetition_penalty=0"):
-        Sampling(repetition_penalty=0)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("repetition_penalty", 0), ("temperature", -0.1), ("top_k", -1), ("top_p", 0), ("top_p", 1.1)]
+    + [(name, value) for name in ("repetition_penalty", "temperature", "top_p") for value in (math.inf, math.nan)],
+)
+def test_sampling_that_cannot_be_is_refused(option: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{option}={value}: must be"):
+        Sampling(**{option: value})
 
 
 def test_audio_has_no_penalty(one_model: LoadedModel) -> None:
