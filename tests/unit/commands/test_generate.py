@@ -162,7 +162,7 @@ def test_what_continues_text_is_text_and_what_continues_sound_is_sound(model, re
         (("chat", "--input", "absent.txt"), "absent.txt: no such file"),
         (
             ("chat", "--input", "a", "--repetition-penalty", "0"),
-            "repetition_penalty=0.0: must be a number greater than 0",
+            "repetition_penalty=0.0: must be a number",
         ),
         (("chat", "--input", "a", "--max-seconds", "0"), "--max-seconds=0.0: must be greater than 0"),
     ],

@@ -279,7 +279,7 @@ def test_what_cannot_be_an_answer_is_refused(one_model: LoadedModel) -> None:
     + [(name, value) for name in ("repetition_penalty", "temperature", "top_p") for value in (math.inf, math.nan)],
 )
 def test_sampling_that_cannot_be_is_refused(option: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=f"{option}={value}: must be"):
+    with pytest.raises(ConfigError, match=f"{option}={value}: must"):
         Sampling(**{option: value})
 
 
