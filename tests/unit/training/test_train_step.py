@@ -233,15 +233,6 @@ def test_a_finite_step_between_two_that_are_not_starts_the_count_again() -> None
     assert refused.value.own_losses[0, 1] == batches[0].loss_mask.sum()
 
 
-def test_a_loss_of_audio_alone_that_is_not_finite_is_refused() -> None:
-    state = built(tiny_config())
-    with torch.no_grad():
-        for weight in state.model_chunks[0].codebook_heads.parameters():
-            weight.fill_(float("nan"))
-    with pytest.raises(NonFiniteStep, match="step 1: the loss is nan"):
-        train_step(state, [tiny_batch(state.config, seed=0)])
-
-
 def test_a_step_moves_expert_biases_and_fp8_histories() -> None:
     state = built(tiny_config(**HISTORIES))
     train_step(state, [tiny_batch(state.config, seed=0)])
