@@ -54,7 +54,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    fi
 	fi
 	: >$(LOG)
-	echo "setup: into $(VENV), $$(df -Ph $(VENV) | awk 'NR == 2 {print $$4}') free; it takes up to 6 GB (log: $(LOG))"
+	echo "setup: into $(VENV), $$(df -Ph $(VENV) | awk 'NR == 2 {print $$4}') free; it takes up to 7 GB (log: $(LOG))"
 	install() {
 	    local label=$$1 start=$$SECONDS pid
 	    shift
